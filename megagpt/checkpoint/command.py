@@ -1,0 +1,92 @@
+"""megagpt checkpoint list | verify | reshape | consolidate (L2)."""
+
+import argparse
+from pathlib import Path
+
+from megagpt.checkpoint import manifest as manifests
+from megagpt.checkpoint.consolidate import consolidate
+from megagpt.checkpoint.reshape import reshape
+from megagpt.errors import EXIT_DAMAGE, EXIT_OK, DamageError, UsageError
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Adds the commands to the command line."""
+    made = commands.add_parser(
+        "checkpoint",
+        help="list, verify, reshape and consolidate checkpoints",
+        description="What a run folder's checkpoints hold, and whether they are whole.",
+    )
+    actions = made.add_subparsers(metavar="ACTION", required=True)
+    for name, function, text in (
+        ("list", show, "one line for each checkpoint"),
+        ("verify", check, "read every byte and compare it with its checksum"),
+        ("reshape", cut, "write the checkpoint as the files of another number of ranks"),
+        ("consolidate", gather, "write the weights as safetensors with canonical names"),
+    ):
+        action = actions.add_parser(name, help=text, description=text)
+        action.add_argument(
+            "folder", metavar="RUN_DIR", type=Path, help="run folder, or one checkpoint of it"
+        )
+        if name == "consolidate":
+            action.add_argument("output", metavar="OUT", type=Path, help="folder to write; new")
+            action.add_argument(
+                "--shard-gb",
+                type=float,
+                default=5.0,
+                metavar="GB",
+                help="largest file, in 10^9 bytes (default: %(default)s)",
+            )
+        if name == "reshape":
+            action.add_argument("output", metavar="OUT", type=Path, help="run folder to write into")
+            action.add_argument(
+                "--ranks", type=int, default=1, metavar="N", help="files (default: %(default)s)"
+            )
+        action.set_defaults(run=function)
+
+
+def _folders(folder: Path) -> list[Path]:
+    """The checkpoints of a run folder, or the one that `folder` is."""
+    if (folder / manifests.MANIFEST).exists():
+        return [folder]
+    found = manifests.list_checkpoints(folder)
+    if not found:
+        raise UsageError(f"{folder}: no checkpoint here; give a run folder that was trained")
+    return found
+
+
+def show(args: argparse.Namespace) -> int:
+    """Prints step, tokens, size and layout of each checkpoint."""
+    for folder in _folders(args.folder):
+        try:
+            state = manifests.read_manifest(folder)
+        except DamageError as error:
+            print(f"{folder.name}  damaged: {error}")
+            continue
+        size = sum(f.bytes for f in state.files)
+        split = ", ".join(f"{k} {v}" for k, v in state.layout.items())
+        kept = "  milestone" if state.milestone else ""
+        print(f"{folder.name}  {state.tokens:,} tokens  {size:,} bytes  {split}{kept}")
+    return EXIT_OK
+
+
+def check(args: argparse.Namespace) -> int:
+    """Prints each checkpoint with "whole" or what is damaged; exit code 3 for any damage."""
+    damaged = False
+    for folder in _folders(args.folder):
+        problems = manifests.verify(folder)
+        damaged = damaged or bool(problems)
+        print(f"{folder.name}  " + ("; ".join(problems) if problems else "whole"), flush=True)
+    return EXIT_DAMAGE if damaged else EXIT_OK
+
+
+def cut(args: argparse.Namespace) -> int:
+    """Writes the newest checkpoint cut anew; prints where."""
+    print(reshape(args.folder, args.output, args.ranks))
+    return EXIT_OK
+
+
+def gather(args: argparse.Namespace) -> int:
+    """Writes the newest checkpoint's weights; prints where."""
+    for path in consolidate(args.folder, args.output, int(args.shard_gb * 1e9)):
+        print(path)
+    return EXIT_OK

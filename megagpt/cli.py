@@ -1,0 +1,74 @@
+"""The `megagpt` command: one table of subcommands, each in its own room (L3).
+
+A room is imported only when its command is called, so that `megagpt --help` is instant. A room's
+`add_parser(subparsers)` adds its parser, whose `run` default is the function that does the work.
+"""
+
+import argparse
+import importlib
+import logging
+import sys
+from collections.abc import Sequence
+
+from megagpt import __version__
+from megagpt.errors import MegagptError
+
+COMMANDS = {
+    "plan": ("megagpt.plan.command", "what a run will do: layout, batch ramp, steps"),
+    "data": (
+        "megagpt.data.commands",
+        "what is in the shards; are they whole; one step's documents",
+    ),
+    "checkpoint": (
+        "megagpt.checkpoint.command",
+        "list, verify, reshape and consolidate checkpoints",
+    ),
+    "generate": ("megagpt.generate", "text from a trained model"),
+    "report": ("megagpt.report", "curves of one or several runs as a picture and a page"),
+    "watch": ("megagpt.watch", "follow a run in the terminal"),
+    "parity": ("megagpt.parity", "train a run file under every layout and compare the losses"),
+    "verify-resume": ("megagpt.verify_resume", "train with and without a restart, compare bits"),
+}
+"""Command -> (module, help)."""
+
+
+def parser(command: str | None) -> argparse.ArgumentParser:
+    """The command line; only `command`'s module is imported, the others show their help line."""
+    made = argparse.ArgumentParser(
+        prog="megagpt",
+        description="Trains the GPT-3 family with DeepSpeed, from one laptop to a cluster. "
+        "Training itself is started by a launcher: deepspeed --module megagpt.train RUN.toml",
+        epilog="Exit codes: 0 done; 2 wrong usage or configuration; 3 damaged input; 75 stopped "
+        "with a checkpoint saved; 1 anything else.",
+    )
+    made.add_argument("--version", action="version", version=f"megagpt {__version__}")
+    commands = made.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (module, text) in COMMANDS.items():
+        if name == command:
+            importlib.import_module(module).add_parser(commands)
+        else:
+            commands.add_parser(name, help=text)
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns its exit code. Errors go to stderr as one message."""
+    argv = sys.argv[1:] if argv is None else argv
+    command = next((word for word in argv if not word.startswith("-")), None)
+    args = parser(command).parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        return int(args.run(args))
+    except MegagptError as error:
+        print(f"megagpt: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader of a pipe, such as head, has seen enough.
+        sys.stderr.close()
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,54 @@
+"""What a preparation did, for people."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass
+class Summary:
+    """Figures of one preparation."""
+
+    folders: tuple[Path, ...] = ()
+    """Train, and validation when there is one."""
+    documents: list[int] = field(default_factory=lambda: [0, 0])
+    """Of train and validation."""
+    tokens: list[int] = field(default_factory=lambda: [0, 0])
+    text_bytes: list[int] = field(default_factory=lambda: [0, 0])
+    longest_tokens: int = 0
+    longest_place: str = ""
+    left_out: Counter[str] = field(default_factory=Counter)
+    """Documents by reason."""
+    notes: Counter[str] = field(default_factory=Counter)
+    messages: list[str] = field(default_factory=list)
+    backend: str = ""
+    elapsed_s: float = 0.0
+    finished_before: bool = False
+    """Nothing was done, the output was complete."""
+
+    def text(self) -> str:
+        """The summary as lines."""
+        if self.finished_before:
+            return (
+                f"{self.folders[0]} is finished already: {sum(self.documents):,} documents, "
+                f"{sum(self.tokens):,} tokens; nothing to do"
+            )
+        tokens, size = sum(self.tokens), sum(self.text_bytes)
+        lines = []
+        for place, folder in enumerate(self.folders):
+            lines.append(
+                f"{folder}: {self.documents[place]:,} documents, {self.tokens[place]:,} tokens"
+            )
+        rate = tokens / self.elapsed_s if self.elapsed_s else 0.0
+        lines += [
+            f"text: {size / 1e6:,.1f} MB, {size / max(tokens, 1):.2f} bytes per token",
+            f"longest document: {self.longest_tokens:,} tokens ({self.longest_place})",
+            f"left out: {sum(self.left_out.values()):,} documents",
+        ]
+        lines += [f"  {reason}: {count:,}" for reason, count in sorted(self.left_out.items())]
+        lines += [f"note: {note}: {count:,}" for note, count in sorted(self.notes.items())]
+        lines += [f"note: {message}" for message in self.messages]
+        lines.append(f"time: {self.elapsed_s:,.1f} s, {rate:,.0f} tokens/s with {self.backend}")
+        return "\n".join(lines)

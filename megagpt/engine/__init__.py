@@ -1,0 +1,33 @@
+"""The engines: one front over DeepSpeed for every layout (L2)."""
+
+from typing import Any
+
+import torch
+
+from megagpt.config import RunConfig
+from megagpt.engine.front import Engine, StepResult
+from megagpt.engine.ranks import Ranks
+from megagpt.errors import UsageError
+from megagpt.plan.layout import Layout
+
+__all__ = ["Engine", "Ranks", "StepResult", "build_engine"]
+
+
+def build_engine(
+    config: RunConfig, layout: Layout, ranks: Ranks, ds_config: dict[str, Any]
+) -> Engine:
+    """The engine for a layout, with initial weights; every rank calls it, in a process group.
+
+    Raises UsageError for fp16 without a GPU, which DeepSpeed refuses.
+    """
+    if config.parallel.dtype == "fp16" and not torch.cuda.is_available():
+        raise UsageError(
+            "parallel.dtype = 'fp16': needs a GPU; use bf16 (or fp32) on a machine without one"
+        )
+    if layout.pipelined:
+        from megagpt.parallel.engine import PipelineEngine
+
+        return PipelineEngine(config, layout, ranks, ds_config)
+    from megagpt.engine.plain import PlainEngine
+
+    return PlainEngine(config, layout, ranks, ds_config)

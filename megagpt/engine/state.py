@@ -1,0 +1,229 @@
+"""Where DeepSpeed keeps fp32 weights and Adam's moments, one view for every ZeRO stage (L2).
+
+ZeRO lays all parameters of a group end to end and gives each data-parallel rank one stretch of
+it. A `Slice` is the part of one parameter that lies in this rank's stretch: readable and writable
+under the parameter's canonical name, whatever the stage. Checkpoints are made of slices, so any
+layout can read what any other wrote.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+KEYS = ("fp32", "exp_avg", "exp_avg_sq")
+"""What is stored of every parameter: the fp32 weight and Adam's first and second moment."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Split:
+    """Which part of a parameter a tensor-parallel rank holds."""
+
+    kind: str = "whole"
+    """whole, column (rows of the matrix), qkv (rows of each of q, k, v) or row (columns)."""
+    part: int = 0
+    parts: int = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Slice:
+    """Elements [start, start + numel) of one parameter, flattened, on this rank."""
+
+    name: str
+    """Canonical name, as in a consolidated checkpoint."""
+    shape: tuple[int, ...]
+    """Shape of the parameter on a tensor-parallel rank, which is all of it without tensor split."""
+    split: Split
+    start: int
+    numel: int
+    owned: bool
+    """False: another rank holds the same elements and saves them."""
+    read: Callable[[str], Tensor]
+    """key -> (numel,) fp32, a view or a copy."""
+    write: Callable[[str, Tensor], None]
+    """(key, (numel,) fp32): sets the elements."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerState:
+    """What the optimizer knows beside the slices."""
+
+    updates: int
+    """Updates applied: Adam's step, for the correction of its bias."""
+    loss_scale: dict[str, float]
+    """DeepSpeed's dynamic loss scaler under fp16; empty otherwise."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Named:
+    """A parameter under its canonical name, with its part of the tensor split."""
+
+    name: str
+    parameter: Any
+    split: Split = Split()
+    owned: bool = True
+    """False for copies: a tied weight beyond its first stage, a replica on tensor rank > 0."""
+
+
+def slices(zero: Any, named: Iterable[Named], data_rank: int) -> Iterator[Slice]:
+    """The slices of `named` that DeepSpeed's optimizer `zero` keeps on this rank."""
+    for one in named:
+        if hasattr(one.parameter, "ds_id"):
+            yield from _slice_of_stage_3(zero, one)
+        elif hasattr(one.parameter, "_hp_mapping"):
+            yield from _slice_of_stage_1_and_2(one)
+        else:
+            yield _slice_of_stage_0(zero, one, data_rank)
+
+
+def _slice(one: Named, shape: Any, start: int, numel: int, **how: Any) -> Slice:
+    how = {"owned": one.owned, **how}
+    return Slice(
+        name=one.name, shape=tuple(shape), split=one.split, start=start, numel=numel, **how
+    )
+
+
+def _slice_of_stage_0(zero: Any, one: Named, data_rank: int) -> Slice:
+    """Every rank holds everything; the first saves it."""
+    parameter = one.parameter
+
+    def view(key: str) -> Tensor:
+        tensor = parameter.data if key == "fp32" else zero.state[parameter][key]
+        return tensor.view(-1)
+
+    def write(key: str, value: Tensor) -> None:
+        view(key).copy_(value)
+
+    owned = one.owned and data_rank == 0
+    size = parameter.numel()
+    return _slice(one, parameter.shape, 0, size, owned=owned, read=view, write=write)
+
+
+def _slice_of_stage_1_and_2(one: Named) -> Iterator[Slice]:
+    """DeepSpeed maps each parameter to its fragment of the rank's flat fp32 partition."""
+    mapping = one.parameter._hp_mapping
+    if mapping is None:
+        return
+
+    def view(key: str) -> Tensor:
+        return mapping.get_hp_fragment(None if key == "fp32" else key)
+
+    def write(key: str, value: Tensor) -> None:
+        view(key).data.copy_(value)
+
+    address = mapping.lp_fragment_address
+    shape = one.parameter.shape
+    yield _slice(one, shape, address.start, address.numel, read=view, write=write)
+
+
+def _slice_of_stage_3(zero: Any, one: Named) -> Iterator[Slice]:
+    """Each parameter is cut into equal parts over the ranks; the last one ends in padding."""
+    import deepspeed.comm as ds_dist
+
+    parameter = one.parameter
+    part = parameter.ds_tensor.numel()
+    start = part * ds_dist.get_rank(group=parameter.ds_process_group)
+    numel = min(part, parameter.ds_numel - start)
+    if numel <= 0:
+        return
+
+    def read(key: str) -> Tensor:
+        return zero.get_local_fp32_param(parameter, None if key == "fp32" else key)[:numel]
+
+    def write(key: str, value: Tensor) -> None:
+        padded = torch.zeros(part, dtype=value.dtype)
+        padded[:numel] = value
+        zero.set_local_hp_param(padded, parameter, None if key == "fp32" else key)
+
+    yield _slice(one, parameter.ds_shape, start, numel, read=read, write=write)
+
+
+def create_moments(zero: Any) -> None:
+    """Gives the optimizer the moments that torch would create in its first step.
+
+    Call it once, before any step: in its first step DeepSpeed's ZeRO-1 and 2 link the moments of
+    all groups when only the first group has any, so the others would never be found.
+    """
+    adam = getattr(zero, "optimizer", zero)
+    flat = _flat_masters(zero)
+    for parameter in flat if flat is not None else _parameters(adam):
+        state = adam.state[parameter]
+        for key in KEYS[1:]:
+            if key not in state:
+                state[key] = torch.zeros_like(parameter.data)
+        if "step" not in state:
+            device = parameter.device if adam.defaults.get("fused") else torch.device("cpu")
+            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
+        zero._lazy_init_hp_params_optimizer_state()
+
+
+def _parameters(adam: torch.optim.Optimizer) -> Iterator[Any]:
+    for group in adam.param_groups:
+        yield from group["params"]
+
+
+def _flat_masters(zero: Any) -> list[Tensor] | None:
+    """The flat fp32 partitions that the optimizer steps on; None where it steps on parameters."""
+    for name in (
+        "fp32_partitioned_groups_flat",  # stage 3
+        "single_partition_of_fp32_groups",  # stages 1 and 2
+        "fp32_groups_flat_partition",  # stage 1 with fp32 gradient accumulation
+    ):
+        if hasattr(zero, name):
+            return list(getattr(zero, name))
+    return None
+
+
+def read_state(zero: Any) -> OptimizerState:
+    """Updates applied, and the loss scale where there is one."""
+    adam = getattr(zero, "optimizer", zero)
+    steps = [int(state["step"]) for state in adam.state.values() if "step" in state]
+    return OptimizerState(updates=max(steps, default=0), loss_scale=_loss_scale(zero))
+
+
+_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def _loss_scale(zero: Any) -> dict[str, float]:
+    scaler = getattr(zero, "loss_scaler", None)
+    if not getattr(zero, "dynamic_loss_scale", False) or scaler is None:
+        return {}
+    return {name: getattr(scaler, name) for name in _SCALER}
+
+
+def write_state(zero: Any, state: OptimizerState) -> None:
+    """Sets Adam's step and the loss scale, then makes the model's weights those of the masters.
+
+    Each `step` gets a tensor of its own: torch's AdamW counts up in place, and one tensor shared
+    by ZeRO-3's sub-groups would be counted up once for each of them.
+    """
+    adam = getattr(zero, "optimizer", zero)
+    for one in adam.state.values():
+        if "step" in one:
+            one["step"] = torch.full_like(one["step"], float(state.updates))
+    for name, value in state.loss_scale.items():
+        setattr(zero.loss_scaler, name, value)
+    if hasattr(zero, "fp16_partitioned_groups_flat"):
+        _refresh_stage_3(zero)
+    elif hasattr(zero, "update_lp_params"):
+        zero.update_lp_params()
+
+
+def _refresh_stage_3(zero: Any) -> None:
+    """Copies the masters into the partitioned weights and gathers the ones that stay whole."""
+    zero.checkpoint_event_prologue()
+    for index, master in enumerate(zero.fp32_partitioned_groups_flat):
+        flat = zero.fp16_partitioned_groups_flat[index]
+        if flat is None or master.numel() == 0:
+            continue
+        flat.data.copy_(master.data)
+        for part, updated in zip(
+            zero.fp16_partitioned_groups[index],
+            zero.unflatten(flat, zero.fp16_partitioned_groups[index]),
+            strict=True,
+        ):
+            part.data = updated.data
+    zero.checkpoint_event_epilogue()

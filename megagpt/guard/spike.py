@@ -1,0 +1,77 @@
+"""Spikes of the loss and of the gradient norm, by a robust z-score (L2, no torch).
+
+z = (x - median) / (1.4826 MAD) over the latest steps, MAD the median of the distances to the
+median: 1.4826 MAD estimates a normal distribution's standard deviation (Rousseeuw and Croux 1993),
+and a spike among the latest steps does not hide the next one. The norm is taken as its logarithm,
+since norms vary by factors. Both numbers are the same on every rank, and so is the answer.
+"""
+
+import math
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+FEWEST = 16
+"""Steps without which no step is called a spike (a smaller window: as many as it holds)."""
+TIGHTEST = 1e-3
+"""Least spread that is believed, of the loss relative to its median, of the log norm absolutely:
+equal values in a row would make any other value a spike."""
+
+
+def z_score(x: float, latest: Iterable[float], least: float) -> float:
+    """Robust z-score of x against the values in `latest`; their spread is at least `least`."""
+    values = sorted(latest)
+    median = statistics.median(values)
+    spread = 1.4826 * statistics.median(abs(v - median) for v in values)
+    return (x - median) / max(spread, least)
+
+
+@dataclass
+class Recent:
+    """The latest steps' losses (nats) and gradient norms; its state is `pairs` alone."""
+
+    window: int
+    """Steps that are looked back on."""
+    threshold: float
+    """Robust standard deviations above the median from which on a step is a spike."""
+    pairs: list[tuple[float, float]] = field(default_factory=list)
+    """(loss, gradient norm) of the latest steps, oldest first."""
+    unapplied: int = 0
+    """Steps in a row, up to now, whose numbers were not finite."""
+
+    def add(self, loss: float, norm: float) -> str:
+        """Takes in a step; what is wrong with it, "" when nothing is.
+
+        Values that are not finite are left out: such a step was not applied.
+        """
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self.unapplied += 1
+            return ""
+        self.unapplied = 0
+        found = self._judge(loss, norm) if len(self.pairs) >= min(FEWEST, self.window) else ""
+        self.pairs = [*self.pairs, (loss, norm)][-self.window :]
+        return found
+
+    def failure(self, limit: int) -> str:
+        """Why the run ends after `limit` steps in a row that were not applied; "" before."""
+        if self.unapplied < limit:
+            return ""
+        return (
+            f"{self.unapplied} steps in a row had a loss or gradient that is not finite, and left "
+            "the weights as they were; lower schedule.peak_lr, or look at the data of these steps"
+        )
+
+    def _judge(self, loss: float, norm: float) -> str:
+        losses, norms = zip(*self.pairs, strict=True)
+        least = TIGHTEST * abs(statistics.median(losses))
+        z = z_score(loss, losses, least or TIGHTEST)
+        if z > self.threshold:
+            return f"loss {loss:.4f} is {z:.1f} robust deviations above the latest {len(losses)}"
+        z = z_score(_log(norm), map(_log, norms), TIGHTEST)
+        if z > self.threshold:
+            return f"gradient norm {norm:.4g} is {z:.1f} robust deviations above the latest steps"
+        return ""
+
+
+def _log(norm: float) -> float:
+    return math.log(max(norm, 1e-30))

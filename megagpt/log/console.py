@@ -1,0 +1,232 @@
+"""What a person sees while a run goes on: a bar on a terminal, plain lines elsewhere.
+
+The bar stands on stderr and is redrawn a few times a second; messages of logging scroll above
+it. Plain lines go through logging.
+"""
+
+import logging
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from megagpt.log.eta import Eta
+from megagpt.log.text import amount, duration
+
+KINDS = ("auto", "bar", "plain", "off")
+logger = logging.getLogger("megagpt.log")
+
+
+class Console(Protocol):
+    """Receives every record of the run."""
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        """A training step is done."""
+
+    def evaluation(self, record: Mapping[str, Any]) -> None:
+        """An evaluation is done."""
+
+    def event(self, record: Mapping[str, Any]) -> None:
+        """Something else happened."""
+
+    def close(self) -> None:
+        """The run ends or stops."""
+
+
+def open_console(kind: str, eta: Eta, done_tokens: int, every_steps: int) -> Console:
+    """A console of one of KINDS; "auto" is "bar" where stderr is a terminal, "plain" elsewhere."""
+    if kind not in KINDS:
+        raise ValueError(f"console = {kind!r}: must be one of {', '.join(KINDS)}")
+    if kind == "auto":
+        kind = "bar" if sys.stderr.isatty() else "plain"
+    if kind == "bar":
+        return Bar(eta, done_tokens)
+    return Lines(eta, every_steps) if kind == "plain" else Silence()
+
+
+class Silence:
+    """Shows nothing."""
+
+    def step(self, record: Mapping[str, Any]) -> None: ...
+
+    def evaluation(self, record: Mapping[str, Any]) -> None: ...
+
+    def event(self, record: Mapping[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def figures(record: Mapping[str, Any]) -> dict[str, str]:
+    """The figures of a step worth a person's glance, by name, each as text with its name."""
+    texts: dict[str, str] = {}
+    if "loss" in record:
+        texts["loss"] = f"loss {record['loss']:.4f}"
+    if "lr" in record:
+        texts["lr"] = f"lr {record['lr']:.2e}"
+    if "batch_tokens" in record:
+        texts["batch"] = f"batch {amount(record['batch_tokens'])}"
+    if record.get("grad_norm") is not None:
+        texts["grad"] = f"grad {record['grad_norm']:.3g}"
+    if "tokens_per_s" in record:
+        texts["speed"] = f"{amount(record['tokens_per_s'])} tok/s"
+    if "mfu" in record:
+        texts["mfu"] = f"mfu {100 * record['mfu']:.1f}%"
+    if record.get("skipped_steps"):
+        texts["skipped"] = f"skipped {record['skipped_steps']}"
+    return texts
+
+
+_BY_WORTH = ("loss", "skipped", "speed", "mfu", "lr", "batch", "grad")
+
+
+def fitting(texts: Mapping[str, str], width: int) -> str:
+    """As many of the figures as fit into `width` characters, the most telling first."""
+    kept: set[str] = set()
+    for name in _BY_WORTH:
+        if name in texts and (len(texts[name]) + 2) <= width:
+            width -= len(texts[name]) + 2
+            kept.add(name)
+    return "  ".join(text for name, text in texts.items() if name in kept)
+
+
+def evaluation_line(record: Mapping[str, Any]) -> str:
+    """One line about an evaluation; each validation set by name where there are several."""
+    text = f"step {record['step']}  validation loss {record['validation_loss']:.4f}"
+    sets = record.get("validation_losses", {})
+    if len(sets) > 1:
+        text += "  (" + "  ".join(f"{name} {loss:.4f}" for name, loss in sets.items()) + ")"
+    return text
+
+
+def event_line(record: Mapping[str, Any]) -> str:
+    """One line about an event: its kind, then its facts."""
+    facts = [
+        f"{name} {value}"
+        for name, value in record.items()
+        if name not in ("event", "step", "tokens", "time")
+    ]
+    return "  ".join([f"step {record.get('step', 0)}  {record['event']}", *facts])
+
+
+class Lines:
+    """A line of logging every `every_steps` steps, and for each evaluation and event."""
+
+    def __init__(self, eta: Eta, every_steps: int) -> None:
+        self._eta = eta
+        self._every_steps = max(1, every_steps)
+        self._first = True
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        tokens, total = record["tokens"], self._eta.total_tokens
+        due = self._first or record["step"] % self._every_steps == 0 or tokens >= total
+        self._first = False
+        if due:
+            logger.info("%s", "  ".join(self._parts(record, tokens, total)))
+
+    def _parts(self, record: Mapping[str, Any], tokens: int, total: int) -> list[str]:
+        share = 100 * min(1.0, tokens / total)
+        return [
+            f"step {record['step']}",
+            f"tokens {amount(tokens)}/{amount(total)} ({share:.1f}%)",
+            *figures(record).values(),
+            f"eta {duration(self._eta.seconds(tokens))}",
+        ]
+
+    def evaluation(self, record: Mapping[str, Any]) -> None:
+        logger.info("%s", evaluation_line(record))
+
+    def event(self, record: Mapping[str, Any]) -> None:
+        logger.info("%s", event_line(record))
+
+    def close(self) -> None: ...
+
+
+_BESIDE = 35
+"""Characters of the bar's line that are no figures: share, ETA, gaps and the bar itself."""
+_REDRAW_S = 0.1
+
+
+class Bar:
+    """A progress bar in tokens, with the last step's figures beside it."""
+
+    def __init__(self, eta: Eta, done_tokens: int) -> None:
+        from rich.console import Console as Terminal
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        self._eta = eta
+        before = (sys.stderr, sys.stdout)
+        self._terminal = Terminal(stderr=True)
+        self._pending: Mapping[str, Any] | None = None
+        self._drawn = 0.0
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=None, complete_style="cyan", finished_style="green"),
+            TextColumn("{task.percentage:>5.1f}%"),
+            TextColumn("{task.fields[figures]}"),
+            TextColumn("[dim]eta {task.fields[eta]}"),
+            console=self._terminal,
+            refresh_per_second=4,
+            expand=True,
+        )
+        self._task = self._progress.add_task(
+            self._title(done_tokens),
+            total=eta.total_tokens,
+            completed=done_tokens,
+            figures="",
+            eta="?",
+        )
+        self._progress.start()
+        self._moved = _move_handlers(before, sys.stderr)
+
+    def _title(self, tokens: int) -> str:
+        return f"{amount(tokens)}/{amount(self._eta.total_tokens)} tokens"
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        self._pending = record
+        # Fast steps need not pay for text that nobody can read.
+        if time.monotonic() - self._drawn >= _REDRAW_S:
+            self._draw()
+
+    def _draw(self) -> None:
+        record, self._pending, self._drawn = self._pending, None, time.monotonic()
+        if record is None:
+            return
+        tokens = record["tokens"]
+        title = self._title(tokens)
+        self._progress.update(
+            self._task,
+            completed=min(tokens, self._eta.total_tokens),
+            description=title,
+            figures=fitting(figures(record), self._terminal.width - len(title) - _BESIDE),
+            eta=duration(self._eta.seconds(tokens)),
+        )
+
+    def evaluation(self, record: Mapping[str, Any]) -> None:
+        logger.info("%s", evaluation_line(record))
+
+    def event(self, record: Mapping[str, Any]) -> None:
+        logger.info("%s", event_line(record))
+
+    def close(self) -> None:
+        self._draw()
+        self._progress.stop()
+        for handler, stream in self._moved:
+            handler.setStream(stream)
+        self._moved = []
+
+
+def _move_handlers(
+    before: tuple[Any, ...], stream: Any
+) -> list[tuple[logging.StreamHandler[Any], Any]]:
+    """Point the handlers that write to the terminal at `stream`, and return (handler, old stream).
+
+    A handler keeps the stream it was made with: a message would land inside the bar.
+    """
+    moved: list[tuple[logging.StreamHandler[Any], Any]] = []
+    known = [logging.getLogger(name) for name in logging.root.manager.loggerDict]
+    for owner in [logging.root, *known]:
+        for handler in owner.handlers:
+            if isinstance(handler, logging.StreamHandler) and handler.stream in before:
+                moved.append((handler, handler.stream))
+                handler.setStream(stream)
+    return moved

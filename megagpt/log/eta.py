@@ -1,0 +1,91 @@
+"""When the run will be done, the batch ramp taken into account (L1, stdlib only).
+
+Small batches are slower per token than large ones: each step pays a fixed time (gradient
+exchange, optimizer, launches) besides the time for its tokens. The model is
+step time = a + b * batch, fitted to the step times seen at the last few batch sizes; what is
+left to do is a times the steps left plus b times the tokens left.
+"""
+
+import time
+from collections.abc import Callable
+
+_SIZES = 8
+"""Batch sizes that the fit remembers; older ones may come from another speed of the machine."""
+_GRID = 512
+"""Points at which the rest of the ramp is sampled."""
+_WEIGHT = 0.05
+"""Weight of a new step time in the running mean of its batch size."""
+
+
+class Eta:
+    """Seconds until `total_tokens` are consumed.
+
+    `batch` gives the batch size (tokens) of the step that starts at so many tokens consumed;
+    None: the last batch size is taken for the rest of the run.
+    """
+
+    def __init__(self, total_tokens: int, batch: Callable[[int], int] | None = None) -> None:
+        self.total_tokens = total_tokens
+        self._batch = batch
+        self._means: dict[int, float] = {}
+        self._counts: dict[int, int] = {}
+        self._last = 0
+        self._n_steps = 0
+        self._t0 = 0.0
+        self._busy_s = 0.0
+
+    def observe(self, batch_tokens: int, step_s: float) -> None:
+        """Take the time of one step into account."""
+        self._n_steps += 1
+        if self._n_steps == 1:
+            # The first step of a session pays for caches, compilation and connections.
+            self._t0 = time.monotonic()
+            self._means[batch_tokens], self._counts[batch_tokens] = step_s, 0
+        else:
+            self._busy_s += step_s
+            n = self._counts[batch_tokens] = self._counts.get(batch_tokens, 0) + 1
+            old = self._means.get(batch_tokens, step_s)
+            self._means[batch_tokens] = old + (step_s - old) * max(1.0 / n, _WEIGHT)
+        self._last = batch_tokens
+        while len(self._means) > _SIZES:
+            oldest = next(iter(self._means))
+            del self._means[oldest], self._counts[oldest]
+
+    def seconds(self, tokens: int) -> float | None:
+        """Seconds left at `tokens` consumed; None before the first step."""
+        left = self.total_tokens - tokens
+        if left <= 0:
+            return 0.0
+        if not self._means:
+            return None
+        fixed_s, per_token_s = self._fit()
+        return (fixed_s * self._steps_left(tokens) + per_token_s * left) * self._stall()
+
+    def _stall(self) -> float:
+        """Wall time over step time so far: what evaluations and checkpoints add."""
+        if self._n_steps < 10 or not self._busy_s:
+            return 1.0
+        return max(1.0, (time.monotonic() - self._t0) / self._busy_s)
+
+    def _fit(self) -> tuple[float, float]:
+        """(a, b) by least squares with both >= 0, through the mean time of the last batch size."""
+        last_s = self._means[self._last]
+        proportional = (0.0, last_s / self._last)
+        centre = sum(self._means) / len(self._means)
+        mean_s = sum(self._means.values()) / len(self._means)
+        spread = sum((size - centre) ** 2 for size in self._means)
+        if not spread:
+            return proportional
+        slope = (
+            sum((size - centre) * (step_s - mean_s) for size, step_s in self._means.items())
+            / spread
+        )
+        slope = min(max(slope, 0.0), last_s / self._last)
+        return last_s - slope * self._last, slope
+
+    def _steps_left(self, tokens: int) -> float:
+        left = self.total_tokens - tokens
+        if self._batch is None:
+            return left / self._last
+        width = left / _GRID
+        return sum(width / self._batch(int(tokens + (i + 0.5) * width)) for i in range(_GRID))

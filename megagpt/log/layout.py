@@ -1,0 +1,105 @@
+"""Where a figure of metrics.jsonl stands in TensorBoard (L1, stdlib only).
+
+The last part of a tag is the name in metrics.jsonl; the part before it is the group under which
+TensorBoard folds it. Names that are not listed here go to the group "more", so a new figure of
+the trainer shows up without a change of this file.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+_GROUPS = {
+    "train": "loss perplexity lr batch_tokens grad_norm update_norm param_norm update_ratio",
+    "validation": "validation_loss validation_perplexity validation_bits_per_byte",
+    "speed": "tokens_per_s samples_per_s tokens_per_s_per_gpu mfu hfu tflops",
+    "time": "step_s data_s forward_s backward_s forward_backward_s communication_s optimizer_s "
+    "log_s checkpoint_s checkpoint_stall_s evaluate_s",
+    "memory": "memory_bytes memory_allocated_bytes memory_reserved_bytes memory_peak_bytes "
+    "host_memory_bytes",
+    "precision": "loss_scale skipped_steps",
+    "noise": "noise_scale noise_scale_tokens critical_batch_tokens",
+    "progress": "step samples epoch epochs",
+}
+_GROUP = {name: group for group, names in _GROUPS.items() for name in names.split()}
+_FOLDED = {"validation_losses": "validation"}
+"""Groups of records in records whose own name says less than the group's."""
+AXIS = "tokens"
+
+FIRST_SCREEN: tuple[tuple[str, tuple[tuple[str, tuple[str, ...]], ...]], ...] = (
+    (
+        "Is it learning?",
+        (
+            ("loss, training and validation", (r"^train/loss$", r"^validation/validation_loss$")),
+            ("validation, by set", (r"^validation/(?!validation_)",)),
+            ("gradient norm", (r"^train/grad_norm$",)),
+        ),
+    ),
+    (
+        "Is it on schedule?",
+        (("learning rate", (r"^train/lr$",)), ("batch (tokens)", (r"^train/batch_tokens$",))),
+    ),
+    (
+        "Is it fast?",
+        (
+            ("tokens per second", (r"^speed/tokens_per_s$",)),
+            ("share of the hardware's FLOPs (MFU, HFU)", (r"^speed/(mfu|hfu)$",)),
+            ("step time by part (s)", (r"^time/.*_s$",)),
+            ("memory (bytes)", (r"^memory/",)),
+        ),
+    ),
+    (
+        "What has it read?",
+        (
+            ("tokens of each source", (r"^sources/.*/tokens$",)),
+            ("epochs of each source", (r"^sources/.*/epochs$",)),
+        ),
+    ),
+)
+"""Categories of TensorBoard's custom scalars: (title, ((chart, (regex of tags, ...)), ...))."""
+
+
+def tags(record: Mapping[str, Any]) -> dict[str, float]:
+    """TensorBoard's tag and value of each number in a record (of Python's own types).
+
+    Records in records keep their path. Text, lists and the axis itself are left out.
+    """
+    found: dict[str, float] = {}
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            found |= _nested(_FOLDED.get(name, name), value)
+        elif isinstance(value, int | float) and name not in (AXIS, "time"):
+            found[f"{_GROUP.get(name, 'more')}/{name}"] = float(value)
+    return found
+
+
+def _nested(prefix: str, record: Mapping[str, Any]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            found |= _nested(f"{prefix}/{name}", value)
+        elif isinstance(value, int | float):
+            found[f"{prefix}/{name}"] = float(value)
+    return found
+
+
+def derived(record: Mapping[str, Any], bytes_per_token: float = 0.0) -> dict[str, float]:
+    """Figures that follow from the record's losses (nats per token).
+
+    Perplexity is exp(loss); bits per byte is loss / ln 2 / (bytes of text per token), known where
+    the caller knows the text.
+    """
+    found: dict[str, float] = {}
+    if "loss" in record:
+        found["train/perplexity"] = _exp(float(record["loss"]))
+    if "validation_loss" in record:
+        loss = float(record["validation_loss"])
+        found["validation/validation_perplexity"] = _exp(loss)
+        if bytes_per_token:
+            found["validation/validation_bits_per_byte"] = loss / math.log(2) / bytes_per_token
+    return found
+
+
+def _exp(loss: float) -> float:
+    # Beyond 80 a float32, TensorBoard's number, would be infinite.
+    return math.exp(min(loss, 80.0)) if not math.isnan(loss) else math.nan

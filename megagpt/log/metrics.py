@@ -1,0 +1,148 @@
+"""metrics.jsonl: one JSON object a line, and the only record of a run that others compute from.
+
+Three kinds of line: a step (has "loss"), an evaluation (has "validation_loss") and an event (has
+"event": a start, a restart, a checkpoint). Floats are written so that they read back bit for
+bit; NaN and the infinities, which JSON lacks, as the strings "NaN", "Infinity" and "-Infinity".
+A line is one write to the file, so a kill leaves at most one broken line, the last.
+"""
+
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from megagpt.errors import DamageError, UsageError
+
+NAME = "metrics.jsonl"
+_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def plain(value: Any) -> Any:
+    """The value in JSON's own types; scalars of numpy and torch become Python's."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(part) for part in value]
+    return value.item() if hasattr(value, "item") else value
+
+
+def _strict(value: Any) -> Any:
+    """The value without the floats that JSON lacks."""
+    if isinstance(value, dict):
+        return {key: _strict(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_strict(part) for part in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+    return value
+
+
+def encode(record: Mapping[str, Any]) -> bytes:
+    """One line, newline included."""
+    return json.dumps(_strict(plain(record)), allow_nan=False, default=str).encode() + b"\n"
+
+
+def decode(line: bytes) -> dict[str, Any]:
+    """The record of one line; raises ValueError when the line is not a whole JSON object."""
+    record = json.loads(line)
+    if not isinstance(record, dict):
+        raise ValueError(f"expected an object, found {type(record).__name__}")
+    return {key: _number(value) for key, value in record.items()}
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _number(part) for key, part in value.items()}
+    return _NON_FINITE.get(value, value) if isinstance(value, str) else value
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:
+    """(line number, bytes, record) of each line; the record is None when the line is broken."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                # A last line without its newline may be cut inside a number: 12 of 123.
+                yield number, line, decode(line) if line.endswith(b"\n") else None
+            except ValueError:
+                yield number, line, None
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
+    """All records of the run in `folder`, in the order of the file.
+
+    A broken last line is what a kill leaves: it is left out. Raises UsageError when the folder
+    has no metrics.jsonl, DamageError for a broken line anywhere else.
+    """
+    path = Path(folder) / NAME
+    if not path.is_file():
+        raise UsageError(
+            f"{path}: not found. Expected a run folder, the `output` of a run file that has been "
+            "trained for at least one step"
+        )
+    records: list[dict[str, Any]] = []
+    broken = 0
+    for number, _, record in _lines(path):
+        if broken:
+            raise DamageError(
+                f"{path}, line {broken}: not a JSON object. Only the last line may be broken "
+                "(a run that was killed); remove the line, or restore the file"
+            )
+        if record is None:
+            broken = number
+        else:
+            records.append(record)
+    return records
+
+
+def cut(path: Path, resume_step: int) -> list[dict[str, Any]]:
+    """Drop from the file the lines of steps after `resume_step`, and return them.
+
+    At 0 the run begins anew, and its first evaluation goes too: it is made again. Events stay,
+    whatever their step: they are the run's history. Broken lines go. The file is replaced in one
+    rename, and left untouched when nothing has to go.
+    """
+    dropped: list[dict[str, Any]] = []
+    broken = 0
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as out:
+        for _, line, record in _lines(path):
+            if record is None:
+                broken += 1
+            elif "event" not in record and (
+                resume_step == 0 or record.get("step", 0) > resume_step
+            ):
+                dropped.append(record)
+            else:
+                out.write(line)
+        out.flush()
+        os.fsync(out.fileno())
+    if broken > 1:
+        logging.getLogger(__name__).warning("%s: dropped %d broken lines", path, broken)
+    if broken or dropped:
+        os.replace(temporary, path)
+    else:
+        temporary.unlink()
+    return dropped
+
+
+class MetricsFile:
+    """metrics.jsonl open for appending, one unbuffered write a line."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("ab", buffering=0)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one line. Raises OSError when not all of it can be written."""
+        data = memoryview(encode(record))
+        # The last bytes of a full disk take a part of the line, and only the next write fails.
+        while data:
+            data = data[self._file.write(data) :]
+
+    def close(self) -> None:
+        """Close the file, on disk."""
+        if not self._file.closed:
+            os.fsync(self._file.fileno())
+            self._file.close()

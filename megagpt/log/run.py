@@ -1,0 +1,173 @@
+"""RunLog: one call a step, and the step is in metrics.jsonl, TensorBoard and on the screen."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megagpt.log.board import Board
+from megagpt.log.console import Console, Silence, open_console
+from megagpt.log.environment import environment
+from megagpt.log.eta import Eta
+from megagpt.log.layout import derived, tags
+from megagpt.log.metrics import NAME, MetricsFile, cut, decode, plain
+
+_CONFIGURATION = ("config.toml", "ds_config.json", "run.json")
+"""Files of the run folder that go to TensorBoard as text, where they are there."""
+
+
+@dataclass
+class RunLog:
+    """Writes what happens in the run of `folder`. With writer=False every method does nothing.
+
+    Opening it cuts metrics.jsonl and the TensorBoard events back to the step where training goes
+    on, and records a "start" or "resume" event; "resume" says what the restart cost.
+    """
+
+    folder: Path
+    total_tokens: int = field(kw_only=True)
+    """Tokens of the whole run."""
+    resume_tokens: int = field(kw_only=True)
+    """Tokens consumed where this session begins; 0 at the start of a run."""
+    resume_step: int = field(kw_only=True)
+    """Steps done where this session begins."""
+    tensorboard: bool = field(default=True, kw_only=True)
+    every_steps: int = field(default=1, kw_only=True)
+    """Steps between two plain lines; metrics.jsonl and TensorBoard get every step."""
+    writer: bool = field(default=True, kw_only=True)
+    """True on exactly one rank."""
+    console: str = field(default="auto", kw_only=True)
+    """bar, plain, off, or auto: a bar where stderr is a terminal, plain lines elsewhere."""
+    batch: Callable[[int], int] | None = field(default=None, kw_only=True)
+    """Batch size (tokens) of the step that starts at so many tokens consumed, for the ETA."""
+    bytes_per_token: float = field(default=0.0, kw_only=True)
+    """Bytes of validation text per token, for bits per byte; 0: not known."""
+
+    def __post_init__(self) -> None:
+        self.folder = Path(self.folder)
+        self._step, self._tokens = self.resume_step, self.resume_tokens
+        self._eta = Eta(self.total_tokens, self.batch)
+        self._metrics: MetricsFile | None = None
+        self._board: Board | None = None
+        self._console: Console = Silence()
+        if self.writer:
+            self._open()
+
+    def _open(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / NAME
+        again = path.exists() and path.stat().st_size > 0
+        kind, facts = "start", {}
+        if again:
+            last = _last_time(path)
+            dropped = cut(path, self.resume_step)
+            kind, facts = "resume", _cost(dropped, last, self.resume_tokens)
+        self._metrics = MetricsFile(path)
+        if self.tensorboard:
+            self._board = Board(self.folder / "tensorboard", resume_tokens=self.resume_tokens)
+        self._console = open_console(self.console, self._eta, self.resume_tokens, self.every_steps)
+        self.event(kind, **facts)
+        self._describe()
+
+    def _describe(self) -> None:
+        """Configuration and environment, as TensorBoard texts."""
+        for name in _CONFIGURATION:
+            if (path := self.folder / name).is_file():
+                self.text(f"run/{name}", _code(path.read_text()), self.resume_tokens)
+        table = "\n".join(f"| {name} | {value} |" for name, value in environment().items())
+        self.text("run/environment", "| | |\n|---|---|\n" + table, self.resume_tokens)
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        """A step is done. Keys: step and tokens (both after the step), samples, loss (nats per
+        token), lr, batch_tokens, grad_norm, tokens_per_s, and any other number or record of
+        numbers, such as step_s, mfu or sources = {name: {tokens, epochs}}."""
+        if self._metrics is None:
+            return
+        record = plain(record)
+        self._step, self._tokens = record["step"], record["tokens"]
+        if (step_s := _step_s(record)) > 0:
+            self._eta.observe(record["batch_tokens"], step_s)
+        self._record(record)
+        self._console.step(record)
+
+    def evaluation(self, record: Mapping[str, Any]) -> None:
+        """An evaluation is done. Keys: step, tokens, validation_loss (nats per token), and
+        validation_losses = {name of the set: loss} where there are several sets."""
+        if self._metrics is None:
+            return
+        record = plain(record)
+        self._record(record)
+        self._console.evaluation(record)
+
+    def _record(self, record: Mapping[str, Any]) -> None:
+        assert self._metrics is not None
+        now = round(time.time(), 3)
+        self._metrics.write({**record, "time": now})
+        if self._board:
+            values = tags(record) | derived(record, self.bytes_per_token)
+            self._board.scalars(values, int(record["tokens"]), now)
+
+    def text(self, tag: str, text: str, tokens: int) -> None:
+        """A text (Markdown) for TensorBoard, such as a sample of the model."""
+        if self._board:
+            self._board.text(tag, text, tokens)
+
+    def event(self, kind: str, **facts: Any) -> None:
+        """Something that is no step: a checkpoint, a spike, a stop. A line in metrics.jsonl with
+        "event": kind, at the last step seen."""
+        if self._metrics is None:
+            return
+        place = {"event": kind, "step": self._step, "tokens": self._tokens}
+        record = {**place, "time": round(time.time(), 3), **facts}
+        self._metrics.write(record)
+        self._console.event(record)
+
+    def close(self) -> None:
+        """Close all files; a second call does nothing."""
+        self._console.close()
+        if self._board:
+            self._board.close()
+        if self._metrics:
+            self._metrics.close()
+        self._metrics, self._board, self._console = None, None, Silence()
+
+
+def _step_s(record: Mapping[str, Any]) -> float:
+    """Seconds of the step, 0.0 where the record does not tell."""
+    if "step_s" in record:
+        return float(record["step_s"])
+    speed = float(record.get("tokens_per_s") or 0.0)
+    return float(record.get("batch_tokens") or 0) / speed if speed else 0.0
+
+
+def _last_time(path: Path) -> float | None:
+    """Wall time of the last whole line, None where there is none."""
+    with path.open("rb") as file:
+        # Two lines from the end are enough: at most one is broken. A line has some hundred bytes.
+        file.seek(max(0, path.stat().st_size - 65_536))
+        for line in reversed(file.readlines()):
+            try:
+                return float(decode(line)["time"])
+            except (ValueError, KeyError):
+                continue
+    return None
+
+
+def _cost(
+    dropped: list[dict[str, Any]], last_time: float | None, resume_tokens: int
+) -> dict[str, Any]:
+    """What a restart cost: work done twice, and time without work."""
+    steps = [record for record in dropped if "loss" in record]
+    return {
+        "lost_steps": len(steps),
+        "lost_tokens": max((record["tokens"] for record in steps), default=resume_tokens)
+        - resume_tokens,
+        "lost_s": round(sum(_step_s(record) for record in steps), 3),
+        "down_s": round(max(0.0, time.time() - last_time), 3) if last_time else 0.0,
+    }
+
+
+def _code(text: str) -> str:
+    """A text as a Markdown code block."""
+    return "".join(f"    {line}\n" for line in text.splitlines())

@@ -1,0 +1,67 @@
+"""Pipeline x data x tensor parallel: the front over DeepSpeed's PipelineEngine (L2)."""
+
+import contextlib
+import io
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megagpt.config import RunConfig
+from megagpt.engine import state
+from megagpt.engine.compiler import compile_module
+from megagpt.engine.front import Engine, MicroBatch, StepResult
+from megagpt.engine.optimizer import build_optimizer
+from megagpt.engine.ranks import Ranks
+from megagpt.parallel.pipeline import PipelinedGPT, Targets, initialise_parts, topology
+from megagpt.parallel.tensor import TensorGroup, tensor_parts
+from megagpt.plan.layout import Layout
+
+
+class PipelineEngine(Engine):
+    """Stages, tensor split and ZeRO-1 data parallel, with one micro-batch after another."""
+
+    def __init__(
+        self, config: RunConfig, layout: Layout, ranks: Ranks, ds_config: dict[str, Any]
+    ) -> None:
+        import deepspeed
+
+        super().__init__(config, layout, ranks)
+        targets = Targets()
+        with contextlib.redirect_stdout(io.StringIO()):
+            model = PipelinedGPT(config, layout, tensor_parts(self._tensor_group()), targets)
+        self.names = list(model.named(layout, ranks.rank))
+        initialise_parts(iter(self.names), config)
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=build_optimizer(
+                config.optimizer, ((one.name, one.parameter) for one in self.names)
+            ),
+            config=ds_config,
+        )
+        self.deepspeed.set_batch_fn(targets.stash)
+        state.create_moments(self.deepspeed.optimizer)
+        if config.parallel.compile:
+            compile_module(self.deepspeed.module, self.device, ranks.rank == 0)
+
+    def _tensor_group(self) -> TensorGroup:
+        """The ranks that share this rank's layers; every rank takes part in making every group."""
+        own = TensorGroup(None, 0, 1)
+        for members in topology(self.layout).get_axis_comm_lists("model"):
+            group = dist.new_group(members)
+            if self.ranks.rank in members:
+                own = TensorGroup(group, members.index(self.ranks.rank), len(members))
+        return own
+
+    def train_step(self, batches: Sequence[MicroBatch], lr: float, step: int) -> StepResult:
+        engine = self.deepspeed
+        self._prepare_step(len(batches), lr, step)
+        loss = float(engine.train_batch(iter(batches)))
+        norm = float(engine.get_global_grad_norm())
+        return StepResult(loss, norm, math.isfinite(norm))
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[MicroBatch]) -> float:
+        return float(self.deepspeed.eval_batch(iter(batches), num_micro_batches=len(batches)))

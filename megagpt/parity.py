@@ -1,0 +1,203 @@
+"""megagpt parity RUN.toml: the same training under every layout, compared step by step (L3).
+
+A miniature of the run (few layers, narrow, short context; its data, pattern of attention,
+optimizer and seed) is trained in one process, then under ZeRO 0-3, offload, pipeline and tensor
+splits, by real processes on this machine. Losses and gradient norms must agree at every step of a
+ramp that changes the batch several times, with clipping, weight decay and tied embeddings on.
+"""
+
+import argparse
+import dataclasses
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megagpt.config import RunConfig, dump_run, load_run
+from megagpt.errors import EXIT_FAILURE, EXIT_OK, EXIT_STOPPED, MegagptError, UsageError
+from megagpt.log.metrics import read_metrics
+
+log = logging.getLogger(__name__)
+
+TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 2e-2}
+"""Largest relative difference of a loss that is rounding. Of a gradient norm it is ten times that:
+DeepSpeed adds up the squares of each rank's stretch in fp32, so the cut shows a little."""
+MICRO_BATCH = 2
+PEAK_LR = 1e-3
+"""Largest peak learning rate of the miniature: near instability rounding grows without bound."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One layout of the comparison."""
+
+    name: str
+    ranks: int
+    ds_config: str
+    pipeline: int = 1
+    tensor: int = 1
+
+
+REFERENCE = Case("one process", 1, "zero1")
+CASES = (
+    Case("ZeRO-0 x2", 2, "zero0"),
+    Case("ZeRO-1 x2", 2, "zero1"),
+    Case("ZeRO-2 x2", 2, "zero2"),
+    Case("ZeRO-3 x2", 2, "zero3"),
+    Case("ZeRO-3 offload x2", 2, "zero3_offload"),
+    Case("PP2", 2, "pipeline", pipeline=2),
+    Case("PP2 x DP2", 4, "pipeline", pipeline=2),
+    Case("TP2", 2, "pipeline", tensor=2),
+    Case("TP2 x PP2", 4, "pipeline", pipeline=2, tensor=2),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """How far a layout is from the reference."""
+
+    loss: float
+    """Largest relative difference of a step's loss."""
+    grad_norm: float
+    """Largest relative difference of a step's gradient norm."""
+    steps: int
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Adds the command to the command line."""
+    made = commands.add_parser(
+        "parity",
+        help="train a run file under every layout and compare the losses",
+        description=__doc__.split("\n\n")[1],
+    )
+    made.add_argument("file", metavar="RUN.toml", help="run file; its shards must be prepared")
+    made.add_argument("overrides", nargs="*", metavar="section.key=value", help="override of a key")
+    made.add_argument("--steps", type=int, default=30, help="steps (default: %(default)s)")
+    made.add_argument("--dtype", choices=list(TOLERANCE), default="fp32", help="default: fp32")
+    made.add_argument(
+        "--full-shape", action="store_true", help="the run's own model, not a miniature of it"
+    )
+    made.add_argument(
+        "--only", metavar="NAME", action="append", help=f"one of: {', '.join(names())}; repeatable"
+    )
+    made.set_defaults(run=run)
+
+
+def names() -> list[str]:
+    """Names of the layouts that are compared with the reference."""
+    return [case.name for case in CASES]
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the table; exit code 1 when a layout is beyond the tolerance."""
+    unknown = set(args.only or ()) - set(names())
+    if unknown:
+        raise UsageError(f"--only {unknown.pop()!r}: must be one of {', '.join(names())}")
+    config = miniature(load_run(args.file, args.overrides), args.steps, args.dtype, args.full_shape)
+    cases = [c for c in CASES if not args.only or c.name in args.only]
+    if args.dtype != "fp32":
+        # Refused by the trainer: see megagpt.plan.ds_config.
+        cases = [c for c in cases if c.ds_config != "zero0"]
+    allowed = TOLERANCE[args.dtype]
+    sound = True
+    with tempfile.TemporaryDirectory(prefix="megagpt-parity-") as folder:
+        expected = train(config, REFERENCE, Path(folder))
+        print(f"{len(expected)} steps, {args.dtype}, against {REFERENCE.name}; relative to it:\n")
+        print(f"{'layout':<18}  {'loss':>8}  {'grad norm':>9}")
+        for case in cases:
+            found = compare(expected, train(config, case, Path(folder)))
+            good = found.loss <= allowed and found.grad_norm <= 10 * allowed
+            sound = sound and good
+            verdict = "" if good else f"  DIFFERS (allowed {allowed:g})"
+            row = f"{case.name:<18}  {found.loss:8.1e}  {found.grad_norm:9.1e}{verdict}"
+            print(row, flush=True)
+    return EXIT_OK if sound else EXIT_FAILURE
+
+
+def miniature(config: RunConfig, steps: int, dtype: str, full_shape: bool = False) -> RunConfig:
+    """The run cut down to a size that every layout trains in seconds, about `steps` steps."""
+    model = config.model
+    if not full_shape:
+        model = dataclasses.replace(
+            model, n_layer=4, n_head=4, d_model=64, n_ctx=min(64, model.n_ctx), band_width=16
+        )
+    start = 4 * MICRO_BATCH * model.n_ctx
+    # Batches of 1, 2, 3 and then 4 starts: ramp steps, then the rest at the full batch.
+    total = int(steps * 2.5 * start)
+    schedule = dataclasses.replace(
+        config.schedule,
+        total_tokens=total,
+        warmup_tokens=total // 10,
+        decay_tokens=total * 9 // 10,
+        batch_tokens=4 * start,
+        ramp_start_tokens=start,
+        ramp_increment_tokens=start,
+        ramp_tokens=total // 2,
+        peak_lr=min(PEAK_LR, config.schedule.peak_lr),
+    )
+    return dataclasses.replace(
+        config,
+        model=model,
+        schedule=schedule,
+        parallel=dataclasses.replace(
+            config.parallel, micro_batch=MICRO_BATCH, dtype=dtype, pipeline=1, tensor=1
+        ),
+        data=dataclasses.replace(config.data, validation=()),
+        checkpoint=dataclasses.replace(config.checkpoint, every_tokens=0, keep_every_tokens=0),
+        log=dataclasses.replace(config.log, tensorboard=False),
+    )
+
+
+def train(config: RunConfig, case: Case, folder: Path) -> list[dict[str, Any]]:
+    """Trains one layout in processes of its own; its steps' records."""
+    output = folder / case.name.replace(" ", "-")
+    parallel = dataclasses.replace(
+        config.parallel, ds_config=case.ds_config, pipeline=case.pipeline, tensor=case.tensor
+    )
+    own = dataclasses.replace(config, output=str(output), parallel=parallel)
+    file = folder / f"{output.name}.toml"
+    file.write_text(dump_run(own), encoding="utf-8")
+    launch(["-m", "megagpt.train", str(file)], case.ranks)
+    return [record for record in read_metrics(output) if "loss" in record]
+
+
+def launch(command: Sequence[str], ranks: int, stops: bool = False) -> None:
+    """Runs python with `command` on `ranks` processes of this machine; raises when it fails.
+
+    stops: it should end early with exit code 75, of which torchrun makes a 1 and says so.
+    """
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        environment.pop(name, None)
+    done = subprocess.run(
+        [sys.executable, *(torchrun if ranks > 1 else []), *command],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    stopped = done.returncode == EXIT_STOPPED or f"exitcode  : {EXIT_STOPPED}" in done.stderr
+    if not stopped if stops else done.returncode:
+        tail = "\n".join(done.stderr.splitlines()[-30:])
+        raise MegagptError(f"training on {ranks} ranks ended with {done.returncode}:\n{tail}")
+
+
+def compare(expected: list[dict[str, Any]], found: list[dict[str, Any]]) -> Difference:
+    """The largest differences over all steps; the steps themselves must be the same."""
+    facts = [
+        [(r["step"], r["tokens"], r["lr"], r["digest"]) for r in rs] for rs in (expected, found)
+    ]
+    if facts[0] != facts[1]:
+        raise MegagptError("the layouts did not take the same steps over the same samples")
+    pairs = list(zip(expected, found, strict=True))
+    worst = {
+        key: max(abs(a[key] - b[key]) / abs(a[key]) for a, b in pairs)
+        for key in ("loss", "grad_norm")
+    }
+    return Difference(worst["loss"], worst["grad_norm"], len(pairs))

@@ -1,0 +1,51 @@
+"""megagpt plan RUN.toml: what will happen, from the run file alone (L0: no torch)."""
+
+import argparse
+
+from megagpt.config import load_run
+from megagpt.flops import flops_per_token, parameters
+from megagpt.plan.ds_config import read_ds_config, resolve
+from megagpt.plan.layout import Layout, layout_of
+from megagpt.plan.table import as_text, ramp, stages_as_text
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Adds the command to the command line."""
+    made = commands.add_parser(
+        "plan",
+        help="what a run will do: layout, batch ramp, steps",
+        description="Checks a run file against a number of ranks and prints what will happen.",
+    )
+    made.add_argument("file", metavar="RUN.toml", help="run file")
+    made.add_argument("overrides", nargs="*", metavar="section.key=value", help="override of a key")
+    made.add_argument(
+        "--gpus",
+        type=int,
+        metavar="N",
+        help="ranks that will train, one a GPU (default: pipeline x tensor, one data rank)",
+    )
+    made.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the plan. Raises UsageError with every reason why the run cannot go so."""
+    config = load_run(args.file, args.overrides)
+    share = config.parallel.pipeline * config.parallel.tensor
+    world = share if args.gpus is None else args.gpus
+    layout: Layout = layout_of(config, world)
+    ds_config = resolve(config, layout, read_ds_config(config.parallel.ds_config))
+    n_parameters, schedule = parameters(config.model), config.schedule
+    flops = flops_per_token(config.model) * schedule.end_tokens
+    print(f"{args.file}: {n_parameters:,} parameters, {config.model.n_layer} layers")
+    print(
+        f"layout: {layout}, ZeRO stage {ds_config['zero_optimization']['stage']}, "
+        f"micro-batch {config.parallel.micro_batch}, {config.parallel.dtype}"
+    )
+    print(
+        f"run: {schedule.end_tokens:,} tokens in {schedule.n_steps:,} steps, {flops:.3e} model "
+        f"FLOPs ({flops / 8.64e19:,.3g} PF-days)\n"
+    )
+    if layout.pipeline > 1:
+        print(stages_as_text(config, layout) + "\n")
+    print(as_text(ramp(config, layout)))
+    return 0

@@ -1,0 +1,78 @@
+"""Pipeline stages of nearly equal work: pure functions of the model (L0, stdlib only).
+
+The slowest stage sets the pace of a pipeline. Work is counted in FLOPs of a forward pass, the
+logits included: for a small model they are worth several blocks, and a split by blocks alone
+would leave the last stage far behind the others.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from megagpt.flops import head_flops, layer_flops
+from megagpt.presets import ModelConfig
+
+
+def layer_costs(config: ModelConfig) -> list[float]:
+    """FLOPs of one token's forward pass through each layer: wte, wpe, blocks, ln_f, head."""
+    blocks = [layer_flops(config, index) for index in range(config.n_layer)]
+    return [0.0, 0.0, *blocks, 0.0, head_flops(config)]
+
+
+def stage_bounds(config: ModelConfig, stages: int) -> list[int]:
+    """First layer of each stage, and the number of layers as the last entry: `stages` + 1 numbers.
+
+    Every stage has a block at least; among such splits the one whose costliest stage is cheapest,
+    with ties resolved for blocks as early as possible.
+    """
+    costs = layer_costs(config)
+    # Blocks are dealt out; wte and wpe stay with the first, ln_f and head with the last.
+    own = costs[2:-2]
+    tail = sum(costs[-2:])
+    low, high = 0.0, sum(costs)
+    best = _deal(own, tail, stages, high)
+    assert best is not None, (config.n_layer, stages)
+    for _ in range(60):
+        middle = (low + high) / 2
+        found = _deal(own, tail, stages, middle)
+        if found is None:
+            low = middle
+        else:
+            best, high = found, middle
+    firsts = [0, *(2 + block for block in best[1:])]
+    return [*firsts, len(costs)]
+
+
+def _deal(own: Sequence[float], tail: float, stages: int, limit: float) -> list[int] | None:
+    """First block of each stage when no stage may cost more than `limit`; None if impossible."""
+    firsts, cost, block = [0], 0.0, 0
+    while block < len(own):
+        left = stages - len(firsts)
+        last = left == 0
+        full = cost + own[block] + (tail if last else 0.0) > limit * (1 + 1e-12)
+        # The stages still to come need a block each.
+        if block > firsts[-1] and not last and (full or len(own) - block <= left):
+            firsts.append(block)
+            cost = 0.0
+            continue
+        cost += own[block]
+        if cost > limit * (1 + 1e-12):
+            return None
+        block += 1
+    return firsts if len(firsts) == stages and cost + tail <= limit * (1 + 1e-12) else None
+
+
+def stage_parameters(config: ModelConfig, stages: int, tensor: int = 1) -> list[int]:
+    """Parameters that a rank of each stage holds, the tied embedding's copy on the last included.
+
+    With a tensor split every matrix is shared out; norms, positions and the biases of the
+    row-parallel layers stay whole on every rank.
+    """
+    d, bounds = config.d_model, stage_bounds(config, stages)
+    embedding = config.embedding_rows // tensor * d
+    matrices = (4 * d * d + 2 * d * config.d_ff) // tensor
+    block = matrices + (3 * d + config.d_ff) // tensor + 2 * d + 4 * d
+    layers = [embedding, config.n_ctx * d, *([block] * config.n_layer), 2 * d]
+    counts = [sum(layers[first:last]) for first, last in pairwise(bounds)]
+    if stages > 1:
+        counts[-1] += embedding
+    return counts

@@ -1,0 +1,123 @@
+"""The figures of a run in words: what it was, what it reached, what it cost (numpy only)."""
+
+import math
+import time
+from typing import Any
+
+import numpy as np
+
+from megagpt.log.series import Run, smooth
+from megagpt.log.text import amount, duration, scientific
+from megagpt.report.picture import window
+
+Rows = list[tuple[str, str]]
+
+
+def facts(run: Run) -> Rows:
+    """(name, value) of everything known about the run, as text."""
+    rows = _configuration(run) + _result(run) + _cost(run)
+    return [(name, value) for name, value in rows if value]
+
+
+def _configuration(run: Run) -> Rows:
+    if run.config is None:
+        return []
+    model, schedule, parallel = run.config.model, run.config.schedule, run.config.parallel
+    total, inner = run.parameters or (0, 0)
+    batch = amount(schedule.batch_tokens)
+    if schedule.start_tokens != schedule.batch_tokens:
+        batch = f"{amount(schedule.start_tokens)} to {batch} over {amount(schedule.ramp_tokens)}"
+    return [
+        ("preset", run.config.preset),
+        (
+            "model",
+            f"{model.n_layer} layers, d_model {model.d_model}, {model.n_head} heads, "
+            f"n_ctx {model.n_ctx}",
+        ),
+        ("parameters", f"{amount(total)} ({amount(inner)} without embeddings)"),
+        ("batch (tokens)", batch),
+        (
+            "learning rate",
+            f"{scientific(schedule.peak_lr)}, warm-up {amount(schedule.warmup_tokens)} tokens, "
+            f"floor {scientific(schedule.peak_lr * schedule.min_lr_ratio)}",
+        ),
+        ("carried by", f"{parallel.ds_config}, {parallel.dtype}"),
+        ("seed", str(run.config.seed)),
+    ]
+
+
+def _result(run: Run) -> Rows:
+    tokens = amount(run.tokens[-1])
+    if run.config:
+        tokens += f" of {amount(run.config.schedule.total_tokens)}"
+    loss = float(smooth(run.column("loss"), window(run))[-1])
+    rows = [
+        ("tokens", tokens),
+        ("steps", str(int(run.steps[-1]["step"]))),
+        ("training loss", f"{loss:.4f} (mean of about {window(run)} steps)"),
+    ]
+    at, validation = run.validation
+    known = np.isfinite(validation)
+    if known.any():
+        last = float(validation[known][-1])
+        best = int(np.nanargmin(validation))
+        rows += [
+            ("validation loss", f"{last:.4f}"),
+            ("perplexity", f"{math.exp(min(last, 80)):.2f}"),
+            ("best validation loss", f"{validation[best]:.4f} at {amount(at[best])} tokens"),
+        ]
+    return rows
+
+
+def _cost(run: Run) -> Rows:
+    def median(key: str) -> float:
+        values = run.column(key)
+        return float(np.nanmedian(values)) if np.isfinite(values).any() else math.nan
+
+    speed, mfu = median("tokens_per_s"), median("mfu")
+    compute = run.pf_days
+    skipped = run.steps[-1].get("skipped_steps")
+    return [
+        ("throughput", f"{amount(speed)} tokens/s" if math.isfinite(speed) else ""),
+        ("MFU", f"{100 * mfu:.1f}%" if math.isfinite(mfu) else ""),
+        ("compute", f"{compute[-1]:.3g} PF-days" if compute is not None else ""),
+        ("wall time", duration(run.wall_s) if run.wall_s else ""),
+        ("goodput", f"{100 * run.goodput:.1f}%" if math.isfinite(run.goodput) else ""),
+        ("restarts", str(len(run.restarts))),
+        ("skipped steps", str(int(skipped)) if skipped else ""),
+    ]
+
+
+def shares(run: Run) -> list[tuple[str, float]]:
+    """Where the wall time went, as (name, seconds): steps that count, steps done again, time
+    without a process, and everything else (evaluations, checkpoints, start-up)."""
+    if not run.wall_s:
+        return []
+    useful = min(run.wall_s, float(np.nansum(run.step_s)))
+    lost = sum(event.get("lost_s", 0.0) for event in run.restarts)
+    down = sum(event.get("down_s", 0.0) for event in run.restarts)
+    rest = max(0.0, run.wall_s - useful - lost - down)
+    named = [
+        ("useful steps", useful),
+        ("steps done again", lost),
+        ("down", down),
+        ("evaluation, checkpoints, start-up", rest),
+    ]
+    return [(name, seconds) for name, seconds in named if seconds > 0]
+
+
+def restart_rows(run: Run) -> list[list[str]]:
+    """One row a restart: when, where, and what it cost."""
+
+    def row(event: dict[str, Any]) -> list[str]:
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(event["time"])) + " UTC"
+        return [
+            when,
+            str(event["step"]),
+            amount(event["tokens"]),
+            str(event.get("lost_steps", 0)),
+            duration(event.get("lost_s", 0.0)),
+            duration(event.get("down_s", 0.0)),
+        ]
+
+    return [row(event) for event in run.restarts]

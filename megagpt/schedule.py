@@ -1,0 +1,177 @@
+"""Learning rate and batch size as functions of tokens consumed (L0, stdlib only).
+
+GPT-3 (Brown et al. 2020, Appendix B): linear warm-up of the learning rate over the first 375M
+tokens, cosine down to 10% of the peak at 260B tokens, constant after that; the batch grows
+linearly from 32k tokens to its full size over the first 4-12 billion tokens.
+
+A run is a walk over tokens: at `tokens` consumed the next step takes `batch(tokens)` tokens and
+ends at `tokens + batch(tokens)`; the learning rate of its update is `lr` at its end, so that the
+first update is not lost at zero. Nothing here knows the number of ranks: the batch moves in
+whole multiples of `ramp_increment_tokens`, so every layout whose ranks can share one increment
+walks the same steps.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Steps in a row that have the same batch size."""
+
+    first_step: int
+    """Steps done before this segment."""
+    n_steps: int
+    first_tokens: int
+    """Tokens consumed before this segment."""
+    batch_tokens: int
+
+    @property
+    def last_step(self) -> int:
+        """Steps done after this segment."""
+        return self.first_step + self.n_steps
+
+    @property
+    def last_tokens(self) -> int:
+        """Tokens consumed after this segment."""
+        return self.first_tokens + self.n_steps * self.batch_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """The [schedule] section: what is learnt at which point, everything in tokens."""
+
+    total_tokens: int
+    """Tokens to train on; the last step may end up to one batch past them."""
+    warmup_tokens: int = 0
+    """Tokens over which the learning rate rises linearly from 0 to peak_lr."""
+    decay_tokens: int = 0
+    """Tokens consumed where the cosine reaches its floor; 0: total_tokens."""
+    peak_lr: float
+    """Learning rate at the end of the warm-up."""
+    min_lr_ratio: float = 0.1
+    """Floor of the learning rate, as a share of peak_lr."""
+    batch_tokens: int
+    """Tokens of a full step, over all ranks."""
+    ramp_start_tokens: int = 0
+    """Tokens of the first step; 0: batch_tokens (no ramp)."""
+    ramp_tokens: int = 0
+    """Tokens over which the batch grows from ramp_start_tokens to batch_tokens."""
+    ramp_increment_tokens: int = 0
+    """The batch grows in multiples of this; 0: ramp_start_tokens."""
+
+    @property
+    def start_tokens(self) -> int:
+        """Tokens of the first step."""
+        return self.ramp_start_tokens or self.batch_tokens
+
+    @property
+    def increment_tokens(self) -> int:
+        """Tokens by which the batch grows; every batch is a multiple of this."""
+        return self.ramp_increment_tokens or self.start_tokens
+
+    def lr(self, tokens: int) -> float:
+        """Learning rate of the update that ends at `tokens` consumed."""
+        # 1) linear warm-up
+        if tokens < self.warmup_tokens:
+            return self.peak_lr * tokens / self.warmup_tokens
+        # 2) constant floor after the decay
+        floor = self.peak_lr * self.min_lr_ratio
+        end = self.decay_tokens or self.total_tokens
+        if tokens >= end:
+            return floor
+        # 3) cosine in between
+        done = (tokens - self.warmup_tokens) / (end - self.warmup_tokens)
+        return floor + 0.5 * (self.peak_lr - floor) * (1.0 + math.cos(math.pi * done))
+
+    def batch(self, tokens: int) -> int:
+        """Tokens of the step that starts at `tokens` consumed."""
+        if tokens >= self.ramp_tokens:
+            return self.batch_tokens
+        growth = (self.batch_tokens - self.start_tokens) * tokens // self.ramp_tokens
+        return self.start_tokens + growth // self.increment_tokens * self.increment_tokens
+
+    @cached_property
+    def segments(self) -> tuple[Segment, ...]:
+        """The whole run as runs of equal steps, in order; computed without walking each step."""
+        return tuple(self._segments())
+
+    def _segments(self) -> Iterator[Segment]:
+        step = tokens = 0
+        while tokens < self.total_tokens:
+            size = self.batch(tokens)
+            n_steps = -(-(self._batch_until(tokens) - tokens) // size)
+            yield Segment(step, n_steps, tokens, size)
+            step, tokens = step + n_steps, tokens + n_steps * size
+
+    def _batch_until(self, tokens: int) -> int:
+        """First point (tokens consumed) after `tokens` where batch() differs, or the run's end."""
+        if tokens >= self.ramp_tokens:
+            return self.total_tokens
+        grown = self.batch(tokens) + self.increment_tokens - self.start_tokens
+        growth = self.batch_tokens - self.start_tokens
+        # Smallest t with growth * t // ramp_tokens >= grown, and never beyond the ramp's own end.
+        turn = -(-grown * self.ramp_tokens // growth) if 0 < grown <= growth else self.ramp_tokens
+        return min(turn, self.ramp_tokens, self.total_tokens)
+
+    @property
+    def n_steps(self) -> int:
+        """Steps of the whole run."""
+        return self.segments[-1].last_step
+
+    @property
+    def end_tokens(self) -> int:
+        """Tokens consumed when the run is done."""
+        return self.segments[-1].last_tokens
+
+    def position(self, step: int) -> tuple[int, int]:
+        """(tokens consumed before, tokens of) the step after `step` steps are done.
+
+        Raises ValueError for a step outside the run.
+        """
+        for segment in self.segments:
+            if segment.first_step <= step < segment.last_step:
+                before = segment.first_tokens + (step - segment.first_step) * segment.batch_tokens
+                return before, segment.batch_tokens
+        raise ValueError(f"step {step} is outside the run: it has steps 0 to {self.n_steps - 1}")
+
+    def problems(self) -> list[str]:
+        """What makes this schedule impossible, each with its remedy; empty when sound."""
+        found = [
+            f"schedule.{key} = {getattr(self, key)}: must be {rule}"
+            for key, ok, rule in (
+                ("total_tokens", self.total_tokens > 0, "greater than 0"),
+                ("batch_tokens", self.batch_tokens > 0, "greater than 0"),
+                ("peak_lr", self.peak_lr > 0, "greater than 0"),
+                ("min_lr_ratio", 0 <= self.min_lr_ratio <= 1, "between 0 and 1"),
+                ("warmup_tokens", self.warmup_tokens >= 0, "0 or more"),
+                ("ramp_tokens", self.ramp_tokens >= 0, "0 or more"),
+                ("ramp_start_tokens", self.ramp_start_tokens >= 0, "0 or more"),
+                ("ramp_increment_tokens", self.ramp_increment_tokens >= 0, "0 or more"),
+            )
+            if not ok
+        ]
+        if found:
+            return found
+        if self.warmup_tokens >= (self.decay_tokens or self.total_tokens):
+            found.append(
+                f"schedule.warmup_tokens = {self.warmup_tokens}: must be less than decay_tokens "
+                f"({self.decay_tokens or self.total_tokens}), where the cosine ends"
+            )
+        if self.start_tokens > self.batch_tokens:
+            found.append(
+                f"schedule.ramp_start_tokens = {self.ramp_start_tokens}: must not be more than "
+                f"batch_tokens ({self.batch_tokens})"
+            )
+        for key, value in (
+            ("ramp_start_tokens", self.start_tokens),
+            ("batch_tokens", self.batch_tokens),
+        ):
+            if value % self.increment_tokens:
+                found.append(
+                    f"schedule.{key} = {value}: must be a multiple of ramp_increment_tokens "
+                    f"({self.increment_tokens}), in which the batch grows"
+                )
+        return found

@@ -1,0 +1,195 @@
+"""Documents to ids at full speed, always the ids of tiktoken's `encode_ordinary`.
+
+Backends: `tiktoken` is the reference. `fastokens` is some twenty times faster; it is used only
+after it has given tiktoken's ids on a set of hard strings, and every 200th piece of text is
+encoded with both while it runs. `bytes` copies.
+
+tiktoken gives up on a run of about a million white-space characters. GPT-2's pattern never joins
+text across a white-space character that starts or ends such a run, so long texts are cut there:
+the ids stay the same, and memory is bounded by the pieces.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from megagpt.data.shards import token_dtype
+from megagpt.errors import DamageError, UsageError
+from megagpt.tokenizer import end_of_document
+from megagpt.tokenizer.bpe import GPT2_PATTERN
+from megagpt.tokenizer.file import encoding_merges, tokenizer_json
+
+if TYPE_CHECKING:
+    import tiktoken
+
+FastEncoder = Callable[[list[str]], tuple[bytes, bytes]]
+"""Texts to (ids as uint32, offsets as uint64) in one buffer each."""
+BACKENDS = ("auto", "fastokens", "tiktoken")
+PIECE = 1 << 18
+"""Characters after which a long text is cut at the next safe place."""
+SAMPLE = 200
+"""One piece in so many is encoded with tiktoken as well."""
+
+# Unicode White_Space, what \s means to tiktoken; str.isspace would add U+001C to U+001F.
+_SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+_CUT = re.compile(f"(?<=[^{_SPACE}])[{_SPACE}]|[{_SPACE}](?=[^{_SPACE}])")
+
+_HARD = [
+    "I'll we've they're he'd 'S 'LL don't''s",
+    "  two   three\n\n\tfour \r\n end ",
+    "0123 4567 8,900.50 \u0661\u0662\u0663 \u00bd \u2163",
+    "na\u00efve caf\u00e9 e\u0301 \u0130\u0131 \u1e9e\ufb01",
+    "\u4e2d\u6587\u5b57 \u65e5\u672c\u8a9e \ud55c\uad6d\uc5b4 \u0939\u093f\u0928\u094d\u0926\u0940",
+    "\U0001f600\U0001f468\u200d\U0001f469\u200d\U0001f467 \u2764\ufe0f \U0001f1e9\U0001f1ea",
+    "<|endoftext|> <|end of text|> \x00\x01\x1c\x1f\x7f\x85\xa0\u2028\u3000\ufeff\ufffd",
+    "{\"key\": [1, 2.5e-3], 'x': None}  # comment\n\t\treturn _self.__init__(*args)\n",
+    "http://example.com/a?b=c&d=%20#e user@host !!! ??? ... --- === *** ///",
+    "a" * 300 + " " * 300 + "." * 300 + "\n" * 300 + "\u4e2d" * 99 + "x",
+    "".join(chr(code) for code in range(0x20, 0x3000, 7)),
+    "".join(chr(code) for code in range(0x10000, 0x20000, 257)),
+]
+
+
+def pieces(text: str, pattern: str) -> Iterator[str]:
+    """`text` in pieces of about PIECE characters that encode to the same ids one by one.
+
+    Only GPT-2's pattern has known safe places; for another the text comes whole.
+    """
+    start = 0
+    if pattern == GPT2_PATTERN:
+        while len(text) - start > PIECE:
+            cut = _CUT.search(text, start + PIECE)
+            if cut is None:
+                break
+            yield text[start : cut.start()]
+            start = cut.start()
+    yield text[start:] if start else text
+
+
+@lru_cache(maxsize=2)
+def _fast_encoder(encoding: tiktoken.Encoding) -> FastEncoder | None:
+    """fastokens with the same vocabulary, or None when its merges cannot be known (0.3 s)."""
+    import fastokens
+
+    merges = encoding_merges(encoding)
+    if merges is None:
+        return None
+    return fastokens.Tokenizer.from_json_str(json.dumps(tokenizer_json(merges))).encode_batch_flat
+
+
+class Encoder:
+    """Encodes documents and ends each with END-OF-DOCUMENT.
+
+    `backend` is what is in use after construction; `note` says why it is not the fast one.
+    Constructing starts no thread, so that a process may fork afterwards.
+    """
+
+    def __init__(self, encoding: tiktoken.Encoding, backend: str = "auto") -> None:
+        if backend not in BACKENDS:
+            raise UsageError(f"backend {backend}: must be one of {', '.join(BACKENDS)}")
+        self.encoding = encoding
+        self.dtype = token_dtype(encoding.n_vocab)
+        self.backend = "tiktoken"
+        self.note = ""
+        self._end = end_of_document(encoding)
+        self._fast: FastEncoder | None = None
+        self._count = 0
+        if encoding.name == "bytes":
+            self.backend = "bytes"
+        elif backend != "tiktoken":
+            self._load_fast(required=backend == "fastokens")
+
+    def __reduce__(self) -> tuple[type[Encoder], tuple[tiktoken.Encoding, str]]:
+        return Encoder, (self.encoding, "auto" if self._fast else "tiktoken")
+
+    def check(self) -> None:
+        """Compare the fast backend with tiktoken on hard strings; fall back when they differ."""
+        if self._fast is None:
+            return
+        tokens, sizes = self._encode_fast(_HARD)
+        expected = [self._reference(text) for text in _HARD]
+        if [len(ids) for ids in expected] != list(sizes) or not np.array_equal(
+            np.concatenate(expected), tokens
+        ):
+            self._fast = None
+            self.backend = "tiktoken"
+            self.note = "fastokens gave other ids than tiktoken in the self-check; using tiktoken"
+
+    def encode(self, texts: Sequence[str]) -> tuple[npt.NDArray, npt.NDArray[np.int64]]:
+        """(tokens, sizes): the ids of all texts in a row, END-OF-DOCUMENT after each, and the
+        number of ids of each text, END-OF-DOCUMENT included.
+
+        Texts must not hold lone surrogates. Raises ValueError for a text that tiktoken cannot
+        split, DamageError when the fast backend differs from tiktoken.
+        """
+        parts: list[str] = []
+        ends = []
+        for text in texts:
+            parts.extend(pieces(text, self.encoding._pat_str))
+            ends.append(len(parts))
+        tokens, sizes = self.encode_pieces(parts)
+        bounds = np.concatenate(([0], np.cumsum(sizes)))[np.array([0, *ends])]
+        return np.insert(tokens, bounds[1:], self._end), np.diff(bounds) + 1
+
+    def encode_pieces(self, parts: list[str]) -> tuple[npt.NDArray, npt.NDArray[np.int64]]:
+        """(tokens, sizes) of texts that are encoded as they are, without END-OF-DOCUMENT."""
+        if not parts:
+            return np.zeros(0, self.dtype), np.zeros(0, np.int64)
+        if self.backend == "bytes":
+            raw = [part.encode() for part in parts]
+            tokens = np.frombuffer(b"".join(raw), np.uint8).astype(self.dtype)
+            return tokens, np.array([len(part) for part in raw], np.int64)
+        if self._fast is None:
+            found = [self._reference(part) for part in parts]
+            sizes = np.array([len(ids) for ids in found], np.int64)
+            return np.concatenate(found, dtype=self.dtype, casting="unsafe"), sizes
+        tokens, sizes = self._encode_fast(parts)
+        self._compare(parts, tokens, sizes)
+        return tokens.astype(self.dtype), sizes
+
+    def _reference(self, text: str) -> npt.NDArray[np.uint32]:
+        return self.encoding.encode_to_numpy(text, disallowed_special=())
+
+    def _encode_fast(self, parts: list[str]) -> tuple[npt.NDArray, npt.NDArray[np.int64]]:
+        assert self._fast is not None
+        ids, offsets = self._fast(parts)
+        sizes = np.diff(np.frombuffer(offsets, np.uint64)).astype(np.int64)
+        return np.frombuffer(ids, np.uint32), sizes
+
+    def _compare(self, parts: list[str], tokens: npt.NDArray, sizes: npt.NDArray) -> None:
+        """Encode every SAMPLE-th piece with tiktoken too."""
+        first = -self._count % SAMPLE
+        self._count += len(parts)
+        if first >= len(parts):
+            return
+        ends = np.cumsum(sizes)
+        for place in range(first, len(parts), SAMPLE):
+            ids = tokens[ends[place] - sizes[place] : ends[place]]
+            if not np.array_equal(ids, self._reference(parts[place])):
+                raise DamageError(
+                    f"fastokens gave other ids than tiktoken for the text {parts[place][:60]!r}; "
+                    "remove the output and run again with --backend tiktoken"
+                )
+
+    def _load_fast(self, required: bool) -> None:
+        # One thread for each worker process; the pool is as wide as the workers already.
+        os.environ.setdefault("RAYON_NUM_THREADS", "1")
+        try:
+            self._fast = _fast_encoder(self.encoding)
+        except ImportError:
+            self.note = "fastokens is not installed; using tiktoken"
+        else:
+            if self._fast:
+                self.backend = "fastokens"
+            else:
+                self.note = f"fastokens does not do {self.encoding.name}; using tiktoken"
+        if required and self._fast is None:
+            raise UsageError(f"backend fastokens: {self.note.split(';')[0]}; use --backend auto")

@@ -1,0 +1,394 @@
+"""Training: the loop on one page, for every layout (L3).
+
+    deepspeed --num_gpus 2 --module megagpt.train launch/runs/quickstart.toml
+    torchrun --nproc-per-node 2 -m megagpt.train RUN.toml schedule.peak_lr=1e-3
+    python -m megagpt.train RUN.toml
+
+Training again with the same run folder resumes at the exact step. SIGTERM, SIGINT (Ctrl-C) and
+SIGUSR1 save a checkpoint and end with exit code 75.
+"""
+
+import argparse
+import errno
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megagpt.config import RunConfig, load_run
+from megagpt.engine.ranks import (
+    Ranks,
+    discover,
+    first_to_fail,
+    join,
+    leave,
+    prepare_environment,
+)
+from megagpt.errors import EXIT_DAMAGE, EXIT_FAILURE, EXIT_OK, MegagptError, Stopped, UsageError
+from megagpt.flops import flops_per_token
+from megagpt.guard import Journal, Recent, StopRequest, Watchdog, check_replicas
+from megagpt.plan.ds_config import read_ds_config, resolve
+from megagpt.plan.layout import Layout, layout_of
+from megagpt.progress import Progress, crossed
+from megagpt.record import make_run_folder, summary, versions, write_run_files
+
+if TYPE_CHECKING:
+    from megagpt.engine import StepResult
+
+log = logging.getLogger("megagpt.train")
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of a disk that takes no more."""
+
+
+class Trainer:
+    """A run on this rank: everything that the loop touches. All ranks make one together."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        layout: Layout,
+        ranks: Ranks,
+        ds_config: dict[str, object],
+        watchdog: Watchdog | None = None,
+    ) -> None:
+        from megagpt.checkpoint import Saver
+        from megagpt.data.loader import TokenLoader
+        from megagpt.engine import build_engine
+        from megagpt.intake import check_vocabulary
+
+        self.config, self.layout, self.ranks = config, layout, ranks
+        self.ds_config = ds_config
+        self.folder = Path(config.output)
+        n_ctx, seed, data = config.model.n_ctx, config.seed, config.data
+        self.loader = TokenLoader([(Path(s.path), s.weight) for s in data.train], n_ctx, seed)
+        self.validation = [TokenLoader([(Path(s.path), 1.0)], n_ctx, 0) for s in data.validation]
+        check_vocabulary(config, [self.loader, *self.validation])
+        self.engine = build_engine(config, layout, ranks, ds_config)
+        self.saver = Saver(self.folder, config, self.engine)
+        self.watchdog = watchdog or Watchdog(self.folder, ranks, minutes=0)
+        self.journal = Journal()
+        self.recent = Recent(config.optimizer.spike_window, config.optimizer.spike_threshold)
+        self.spike = ""
+        self.save_s = self.saving_since = 0.0
+        self.progress = Progress()
+        self.flops_per_token = flops_per_token(config.model)
+
+    # --- the loop -------------------------------------------------------------------------------
+
+    def run(self, stop: StopRequest, allow_changes: bool) -> None:
+        """From wherever the run folder is to the end of the run. Raises Stopped when asked to."""
+        self.start(allow_changes)
+        config, end = self.config, self.config.schedule.total_tokens
+        if self.progress.step == 0:
+            self.evaluate()
+        while self.progress.tokens < end:
+            before = self.progress.tokens
+            self.step()
+            stopping, saved, spiking = self.agree(stop)
+            if spiking and self.roll_back():
+                continue
+            tokens = self.progress.tokens
+            failure = self.recent.failure(config.optimizer.max_skipped_steps)
+            last = tokens >= end or stopping or bool(failure)
+            if tokens >= end or crossed(config.evaluate.every_tokens, before, tokens):
+                self.evaluate()
+            if saved:
+                self.finish_saving()
+            if last or crossed(config.checkpoint.every_tokens, before, tokens):
+                self.save(milestone=crossed(config.checkpoint.keep_every_tokens, before, tokens))
+            if last:
+                self.finish_saving(last=True)
+            if failure:
+                raise MegagptError(f"step {self.progress.step}, saved: {failure}")
+            if stopping and tokens < end:
+                raise Stopped(
+                    f"stopped by {stop.reason or 'a signal or limit of another rank'} at step "
+                    f"{self.progress.step}, saved; run the same command again to go on"
+                )
+
+    def step(self) -> None:
+        """One training step, its record, and what is wrong with it."""
+        schedule, before = self.config.schedule, self.progress
+        self.watchdog.begin("step")
+        t0 = time.perf_counter()
+        size = schedule.batch(before.tokens)
+        tokens, step = before.tokens + size, before.step
+        batches = list(self.loader.micro_batches(*self._samples(step, before.tokens, size)))
+        if tokens < schedule.total_tokens:
+            self.loader.prefetch(*self._samples(step + 1, tokens, schedule.batch(tokens)))
+        data_s = time.perf_counter() - t0
+        result = self.engine.train_step(batches, schedule.lr(tokens), before.step)
+        self.progress = before.after(size, result.applied)
+        step_s = time.perf_counter() - t0
+        self.log.step(self._record(result, size, step_s) | {"data_s": data_s})
+        self.spike = self.recent.add(result.loss, result.grad_norm)
+        if self.spike:
+            self.log.event("spike", reason=self.spike)
+        every = self.config.log.check_replicas_every_steps
+        if crossed(every, before.step, self.progress.step):
+            check_replicas(self.engine, self.progress.step)
+
+    def _record(self, result: "StepResult", size: int, step_s: float) -> dict[str, object]:
+        """What metrics.jsonl says of the step that has just ended."""
+        progress = self.progress
+        samples = self.first_sample(progress.step - 1, progress.tokens)
+        tflops = self.flops_per_token * size / step_s / self.ranks.world / 1e12
+        record: dict[str, object] = {
+            "step": progress.step,
+            "tokens": progress.tokens,
+            "samples": samples,
+            "loss": result.loss,
+            "lr": self.config.schedule.lr(progress.tokens),
+            "batch_tokens": size,
+            "grad_norm": result.grad_norm,
+            "skipped_steps": progress.skipped_steps,
+            "tokens_per_s": size / step_s,
+            "step_s": step_s,
+            "tflops_per_rank": tflops,
+            "digest": self.digest(progress.step),
+            "sources": {
+                s["name"]: {"tokens": s["tokens"], "epochs": s["epochs"]}
+                for s in self.loader.consumed(samples)
+            },
+        }
+        if self.engine.peak_tflops is not None:
+            record["mfu"] = tflops / self.engine.peak_tflops
+        return record
+
+    def digest(self, step: int) -> str:
+        """Names the samples of a step, counted from 1, and their order."""
+        tokens, size = self.config.schedule.position(step - 1)
+        first = self.first_sample(step - 1, tokens)
+        return self.loader.digest(first, size // self.config.model.n_ctx)
+
+    def first_sample(self, step: int, tokens: int) -> int:
+        """The sample at `tokens` trained on, of the step that follows `step` steps."""
+        return tokens // self.config.model.n_ctx + self.journal.skipped(step)
+
+    def _samples(self, step: int, tokens: int, size: int) -> tuple[int, int, int, int, int]:
+        """The loader's arguments for this rank's part of a step of `size` tokens."""
+        first, count = self.first_sample(step, tokens), size // self.config.model.n_ctx
+        rank = self.layout.data_rank(self.ranks.rank)
+        return first, count, rank, self.layout.data, self.config.parallel.micro_batch
+
+    def evaluate(self) -> None:
+        """The loss on every validation set, recorded."""
+        from megagpt.intake import evaluation_samples
+
+        self.watchdog.begin("evaluation")
+        losses: dict[str, float] = {}
+        for loader, source in zip(self.validation, self.config.data.validation, strict=True):
+            count = evaluation_samples(self.config, loader.n_windows)
+            rank = self.layout.data_rank(self.ranks.rank)
+            micro_batch = self.config.parallel.micro_batch
+            batches = loader.micro_batches(0, count, rank, self.layout.data, micro_batch)
+            losses[source.path] = self.engine.evaluate(list(batches))
+        if losses:
+            weights = [s.weight for s in self.config.data.validation]
+            total = sum(w * x for w, x in zip(weights, losses.values(), strict=True))
+            record = {"validation_loss": total / sum(weights), "validation_losses": losses}
+            self.log.evaluation(
+                {"step": self.progress.step, "tokens": self.progress.tokens, **record}
+            )
+
+    def agree(self, stop: StopRequest) -> tuple[bool, bool, bool]:
+        """(does any rank have to stop, is a checkpoint written by all, did the step spike)."""
+        unready = self.saver.busy and not self.saver.ready
+        rolls = bool(self.spike) and self.config.optimizer.spike_action == "rollback"
+        stopping, waiting, spiking = self.engine.total([stop.look(self.save_s), unready, rolls])
+        # Loss and norm are the same everywhere, so ranks that judge differently are broken.
+        assert spiking in (0, self.ranks.world), "ranks disagree about a spike"
+        return stopping > 0, self.saver.busy and waiting == 0, spiking > 0
+
+    # --- state ----------------------------------------------------------------------------------
+
+    def start(self, allow_changes: bool) -> None:
+        """Checks what will be read, resumes from the newest whole checkpoint, opens the log."""
+        from megagpt.checkpoint import resume
+        from megagpt.guard.journal import read_journal
+        from megagpt.intake import check_data
+        from megagpt.record import open_log
+
+        self.watchdog.begin("start")
+        if self.config.data.verify:
+            check_data(
+                [self.loader, *self.validation], self.folder, self.engine, self.watchdog.alive
+            )
+        saved = resume(
+            self.folder, self.config, self.engine, self.loader.fingerprint, allow_changes
+        )
+        self.journal = Journal(self.engine.gather(read_journal(self.folder))[0])
+        if saved is not None:
+            self.progress = Progress(
+                step=saved.step, tokens=saved.tokens, skipped_steps=saved.skipped_steps
+            )
+            self.journal = self.journal if self.journal.entries else Journal(saved.rollbacks)
+            self.recent.pairs = [(loss, norm) for loss, norm in saved.recent]
+            if not allow_changes and self.digest(saved.step) != saved.data.get("digest"):
+                raise UsageError(
+                    f"{self.folder}: the samples of step {saved.step} are not the ones that it was "
+                    "trained on; the data order has changed since (another version of megagpt, or "
+                    "other shards); go back to what it was, or pass --allow-changes"
+                )
+            log.info("resuming at step %d (%s tokens)", saved.step, f"{saved.tokens:,}")
+        # Not before: a run that is refused leaves the folder as it is.
+        if self.ranks.rank == 0:
+            write_run_files(self.config, self.layout, self.ds_config)
+        self.log = open_log(self.config, self.progress, writer=self.ranks.rank == 0)
+
+    def roll_back(self) -> bool:
+        """Goes back to the newest checkpoint and on behind the step that spiked, recorded in the
+        journal; False, with nothing done, while there is no checkpoint."""
+        from megagpt.checkpoint import list_checkpoints
+
+        self.finish_saving()
+        if not self.engine.gather(len(list_checkpoints(self.folder)))[0]:
+            return False
+        spiked, reason = self.progress.step, self.spike
+        end = self.first_sample(spiked - 1, self.progress.tokens)
+        self.log.close()
+        self.start(allow_changes=True)
+        step = self.progress.step
+        self.journal.add(step, end - self.progress.tokens // self.config.model.n_ctx)
+        facts = {"spiked_step": spiked, "reason": reason}
+        if self.ranks.rank == 0:
+            self.journal.write(self.folder, **facts)
+        self.log.event("rollback", skipped_samples=self.journal.skipped(step), **facts)
+        return True
+
+    def save(self, milestone: bool) -> None:
+        """Begins a checkpoint of where the run is."""
+        from megagpt.checkpoint import Manifest
+
+        self.watchdog.begin("saving")
+        self.saving_since = time.monotonic()
+        optimizer = self.engine.optimizer_state()
+        progress, layout = self.progress, self.layout
+        split = {"world": layout.world, "pipeline": layout.pipeline, "tensor": layout.tensor}
+        self.saver.begin(
+            Manifest(
+                step=progress.step,
+                tokens=progress.tokens,
+                samples=self.first_sample(progress.step - 1, progress.tokens),
+                seed=self.config.seed,
+                skipped_steps=progress.skipped_steps,
+                updates=optimizer.updates,
+                loss_scale=optimizer.loss_scale,
+                layout=split,
+                data={
+                    "fingerprint": self.loader.fingerprint,
+                    "tokenizer": self.loader.tokenizer_name,
+                    "digest": self.digest(progress.step),
+                },
+                versions=versions(),
+                milestone=milestone,
+                files=(),
+                recent=tuple(self.recent.pairs),
+                rollbacks=tuple(self.journal.entries),
+            )
+        )
+
+    def finish_saving(self, last: bool = False) -> None:
+        """Makes the checkpoint that was begun valid, and records it."""
+        self.watchdog.begin("saving")
+        folder = self.saver.finish(last)
+        if folder is not None:
+            self.save_s = max(self.save_s, time.monotonic() - self.saving_since)
+            self.log.event("checkpoint", folder=str(folder), stall_s=round(self.saver.stall_s, 3))
+
+    def close(self) -> None:
+        """Closes files and the engine; the process group stays."""
+        if hasattr(self, "log"):
+            self.log.close()
+        self.loader.close()
+        self.engine.close()
+
+
+# --- the command --------------------------------------------------------------------------------
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of training."""
+    made = argparse.ArgumentParser(
+        prog="megagpt.train",
+        description="Train a run file; with the same run folder again, resume at the exact step.",
+        epilog="Exit codes: 0 done; 2 wrong usage or configuration; 3 damaged input; 75 stopped by "
+        "a signal with a checkpoint saved; 1 anything else.",
+    )
+    made.add_argument("run", help="run file (.toml), for example launch/runs/quickstart.toml")
+    made.add_argument("overrides", nargs="*", metavar="section.key=value", help="override of a key")
+    made.add_argument(
+        "--allow-changes",
+        action="store_true",
+        help="go on from a checkpoint although model, data, schedule, optimizer or seed changed",
+    )
+    # The deepspeed launcher adds this; the environment says the same.
+    made.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    args = parser().parse_intermixed_args(argv)
+    first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) in ("0", "")
+    level = logging.INFO if first else logging.ERROR
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
+    code = EXIT_FAILURE
+    try:
+        code = train(args.run, args.overrides, args.allow_changes)
+    except MegagptError as error:
+        code = error.exit_code
+        if first_to_fail():
+            print(f"megagpt: {error}", file=sys.stderr, flush=True)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        code = EXIT_DAMAGE
+        place = error.filename or "the run folder"
+        print(
+            f"megagpt: {place}: {error.strerror}; the checkpoints that were saved are whole; make "
+            "space and run the same command again to go on",
+            file=sys.stderr,
+            flush=True,
+        )
+    finally:
+        leave(clean=code == EXIT_OK)
+    return code
+
+
+def train(run: str, overrides: Sequence[str], allow_changes: bool = False) -> int:
+    """Trains one run file on this rank, from its environment's place among the ranks.
+
+    Joins the process group, which the caller leaves.
+    """
+    config = load_run(run, overrides)
+    ranks = discover(os.environ)
+    layout = layout_of(config, ranks.world)
+    ds_config = resolve(config, layout, read_ds_config(config.parallel.ds_config))
+    prepare_environment(ranks, os.environ)
+    if not config.parallel.compile:
+        # Spares the import of the compiler, which takes longer than a small run's first steps.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    folder, minutes = Path(config.output), config.log.watchdog_minutes
+    stop = StopRequest(config.checkpoint, os.environ)
+    with stop, Watchdog(folder, ranks, minutes) as watchdog:
+        join(ranks)
+        trainer = None
+        try:
+            if ranks.rank == 0:
+                make_run_folder(config)
+            trainer = Trainer(config, layout, ranks, ds_config, watchdog)
+            trainer.run(stop, allow_changes)
+            if ranks.rank == 0:
+                print(summary(config))
+        finally:
+            if trainer is not None:
+                trainer.close()
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())

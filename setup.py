@@ -1,0 +1,33 @@
+"""All metadata of the package; pyproject.toml holds the settings of the tools."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+# Read by pattern, so that building the package imports neither megagpt nor torch.
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "megagpt/__init__.py").read_text()).group(1)
+PINS = [
+    line.strip()
+    for line in (HERE / "requirements.txt").read_text().split("# tests and linters")[0].splitlines()
+    if line.strip() and not line.startswith("#")
+]
+
+setup(
+    name="megagpt",
+    version=VERSION,
+    description="Trains the GPT-3 family (125M to 175B) with DeepSpeed, from raw text on a laptop "
+    "to a multi-node GPU cluster",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.11",
+    packages=find_packages(include=["megagpt", "megagpt.*"]),
+    package_data={
+        "megagpt.report": ["*.css", "*.js"],
+        "megagpt.tokenizer": ["*.bpe", "LICENSE*"],
+    },
+    install_requires=PINS,
+    entry_points={"console_scripts": ["megagpt=megagpt.cli:main"]},
+)

@@ -1,0 +1,127 @@
+"""The run file: precedence, every problem at once, and a lossless round trip."""
+
+import pytest
+
+from megagpt.config import DataSource, dump_run, load_run, parse_run
+from megagpt.errors import UsageError
+
+RUN = """
+model = "gpt3-125m"
+seed = 7
+output = "runs/x"
+
+[model]
+n_layer = 2
+
+[data]
+train = [{ path = "data/web", weight = 0.82 }, { path = "data/books", weight = 0.18 }]
+
+[schedule]
+total_tokens = 3e9
+
+[parallel]
+ds_config = "zero1"
+"""
+
+
+def problems_of(text: str, *overrides: str) -> list[str]:
+    with pytest.raises(UsageError) as caught:
+        parse_run(text, overrides)
+    assert caught.value.exit_code == 2
+    return str(caught.value).splitlines()[1:]
+
+
+def test_preset_then_file_then_override():
+    config = parse_run(RUN, ["schedule.peak_lr=1e-3", "model.n_layer=4", "output=/tmp/a b"])
+    assert config.model.d_model == 768  # preset
+    assert config.model.n_layer == 4  # override over file
+    assert config.seed == 7  # file
+    assert config.schedule.total_tokens == 3_000_000_000  # a whole float is a count
+    assert config.schedule.batch_tokens == 524_288
+    assert config.schedule.peak_lr == 1e-3
+    assert config.output == "/tmp/a b"
+    assert config.data.train[0] == DataSource(path="data/web", weight=0.82)
+
+
+def test_the_models_name_may_be_overridden_and_spelt_preset():
+    assert parse_run(RUN, ["model=gpt3-350m"]).model.d_model == 1024
+    assert parse_run(RUN.replace('model = "', 'preset = "')) == parse_run(RUN)
+
+
+def test_dump_reads_back_to_the_same():
+    config = parse_run(RUN, ['output=quote " and \\ and \u00e9'])
+    assert parse_run(dump_run(config)) == config
+
+
+def test_a_model_without_a_preset():
+    text = RUN.replace('model = "gpt3-125m"', "")
+    found = problems_of(text)
+    assert "  - missing key 'model.d_model': the run file must say it" in found
+    sizes = [f"model.{k}={v}" for k, v in (("n_head", 2), ("d_model", 8), ("n_ctx", 16))]
+    rates = ["schedule.peak_lr=1.0", "schedule.batch_tokens=32"]
+    assert parse_run(text, sizes + rates).model.n_head == 2
+
+
+def test_unknown_keys_offer_the_nearest():
+    assert "unknown key 'modle' (did you mean 'model'?)" in problems_of(RUN, "modle=x")[0]
+    found = problems_of(RUN, "schedule.peek_lr=1", "log.tensorbord=true", "parallel.qqqq=1")
+    assert any("'schedule.peek_lr' (did you mean 'peak_lr'?)" in p for p in found)
+    assert any("'log.tensorbord' (did you mean 'tensorboard'?)" in p for p in found)
+    assert any("'parallel.qqqq'; known: compile" in p for p in found)
+
+
+def test_every_problem_is_reported_at_once():
+    found = problems_of(
+        RUN,
+        "model.n_head=5",
+        "model.dropout=1.0",
+        "schedule.warmup_tokens=-1",
+        "parallel.dtype=fp8",
+        "checkpoint.keep_last=0",
+        "schedule.batch_tokens=1000",
+        'data.train=[{path="x", weight=0}]',
+        'model.attention=["sparse"]',
+    )
+    text = "\n".join(found)
+    for part in (
+        "model.d_model = 768: must be a multiple of n_head (5)",
+        "model.dropout = 1.0: must be at least 0 and less than 1",
+        "schedule.warmup_tokens = -1: must be 0 or more",
+        "parallel.dtype = 'fp8': must be one of bf16, fp16, fp32",
+        "checkpoint.keep_last = 0: must be 1 or more",
+        "schedule.batch_tokens = 1000: must be a multiple of model.n_ctx (2048)",
+        "data.train: weight = 0.0 of x: must be above 0",
+        "model.attention = ['sparse']: must list",
+    ):
+        assert part in text, part
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seed=x", "seed = 'x': must be a whole number"),
+        ("seed=1.5", "seed = 1.5: must be a whole number"),
+        ("output=3", "output = 3: must be text"),
+        ("log.tensorboard=1", "log.tensorboard = 1: must be true or false"),
+        ("schedule.peak_lr=high", "schedule.peak_lr = 'high': must be a number"),
+        ("data.train=3", "data.train = 3: must be a list"),
+        ("data.train=[3]", "data.train[0] = 3: must be a table of keys"),
+        ("optimizer.betas=[0.9]", "optimizer.betas = [0.9]: must be a list of 2 values"),
+        ("parallel=3", "parallel = 3: must be a table of keys"),
+        ("data.train=[]", "data.train = []: must name at least one folder"),
+        ("model=gpt3-125", "no such preset (did you mean 'gpt3-125m'?)"),
+        ("model.family=gpt4", "model.family = 'gpt4': must be gpt2 (GPT-2 and GPT-3), gpt1 or"),
+        ("just-text", "override 'just-text': must be section.key=value"),
+        ("seed.x=1", "override 'seed.x=1': seed is not a section"),
+    ],
+)
+def test_wrong_values_name_key_value_and_rule(override, message):
+    assert any(message in problem for problem in problems_of(RUN, override))
+
+
+def test_missing_and_broken_files(tmp_path):
+    with pytest.raises(UsageError, match=r"none.toml: cannot read the run file \(No such file"):
+        load_run(tmp_path / "none.toml")
+    (tmp_path / "broken.toml").write_text("seed = \n")
+    with pytest.raises(UsageError, match=r"broken.toml: not valid TOML: Invalid value \(at line 1"):
+        load_run(tmp_path / "broken.toml")

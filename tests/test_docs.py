@@ -1,0 +1,55 @@
+"""README and docs speak of what is there: links, files, make targets, commands that parse."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from megagpt import cli, train
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def commands(page: Path) -> list[str]:
+    """Lines of the page's code blocks that look like one of our commands."""
+    # Opening and closing fences in turn, so that no text between two blocks is taken for one.
+    fenced = re.findall(r"(?ms)^```(\w*)\n(.*?)^```", page.read_text(encoding="utf-8"))
+    blocks = [text for language, text in fenced if language in ("", "sh", "bash")]
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    starts = ("megagpt ", "python ", "deepspeed ", "make ", "torchrun ", "python3 ")
+    return [line.split(" #")[0].strip() for line in lines if line.startswith(starts)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
+        if "://" not in link:
+            assert (page.parent / link).exists(), f"{page}: {link}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_commands_parse(page):
+    for line in commands(page):
+        words = [w for w in shlex.split(line) if w not in ("|", "&&")]
+        if words[0] == "make":
+            target = words[1]
+            assert re.search(rf"(?m)^{target}:", (ROOT / "Makefile").read_text()), line
+        elif words[0] == "megagpt":
+            if words[1] not in ("RUN_DIR", "COMMAND", "--help", "--version"):
+                cli.parser(words[1]).parse_args(without_redirect(words[1:]))
+        elif "megagpt.train" in words:
+            train.parser().parse_args(words[words.index("megagpt.train") + 1 :])
+        elif words[0].startswith("python") and words[1].endswith(".py"):
+            assert (ROOT / words[1]).exists(), line
+
+
+def without_redirect(words: list[str]) -> list[str]:
+    """The words before a shell's redirection."""
+    ends = [i for i, word in enumerate(words) if word.startswith((">", "2>"))]
+    return words[: ends[0]] if ends else words
+
+
+def test_the_readmes_commands_are_found():
+    assert len(commands(ROOT / "README.md")) >= 9

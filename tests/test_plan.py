@@ -1,0 +1,74 @@
+"""megagpt plan: the ramp's table against the walk itself, and what the command prints."""
+
+import pytest
+
+from megagpt.cli import main
+from megagpt.config import load_run
+from megagpt.plan.layout import Layout
+from megagpt.plan.table import HEAD, as_text, ramp
+
+GPT3 = 'model = "gpt3-125m"\noutput = "x"\n[data]\ntrain = [{ path = "x" }]\n'
+
+
+@pytest.fixture
+def run_file(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text(GPT3)
+    return path
+
+
+def test_rows_cover_the_run_without_gaps(run_file):
+    config = load_run(run_file)
+    rows = ramp(config, Layout(world=8))
+    assert rows[0].first_tokens == 0
+    assert rows[-1].last_tokens == config.schedule.end_tokens
+    for row, after in zip(rows, [*rows[1:], None], strict=True):
+        assert row.last_tokens - row.first_tokens == row.n_steps * row.batch_tokens
+        # Eight ranks, one sequence of 2,048 tokens a pass.
+        assert row.accumulation == row.batch_tokens // 2048 // 8
+        if after is not None:
+            assert after.first_tokens == row.last_tokens
+            assert after.batch_tokens > row.batch_tokens
+    assert rows[-1].last_lr == pytest.approx(6e-5)
+
+
+def test_hand_numbers_of_gpt3_125m(run_file):
+    first, *_, last = ramp(load_run(run_file), Layout(world=1))
+    assert (first.batch_tokens, first.accumulation) == (32_768, 16)
+    # 6e-4 after 375M tokens, so the first step of 32,768 tokens has:
+    assert first.first_lr == pytest.approx(6e-4 * 32_768 / 375e6)
+    assert (last.batch_tokens, last.accumulation) == (524_288, 256)
+
+
+def test_table_is_aligned(run_file):
+    text = as_text(ramp(load_run(run_file), Layout()))
+    lines = text.splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert all(name in lines[0] for name in HEAD)
+    assert len(lines) == 17
+
+
+def test_the_command(run_file, capsys):
+    assert main(["plan", str(run_file), "parallel.micro_batch=2", "--gpus", "8"]) == 0
+    out = capsys.readouterr().out
+    assert "125,226,240 parameters, 12 layers" in out
+    assert "8 ranks = data 8, ZeRO stage 1, micro-batch 2, bf16" in out
+    # The paper's Table D.1 gives 2.60 PF-days.
+    assert "PF-days" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpus", "32"], "must be a multiple of data ranks x micro_batch (32 x 1)"),
+        (["--gpus", "-1"], "-1 ranks: must be a positive multiple of pipeline x tensor"),
+        (["--gpus", "0"], "0 ranks: must be a positive multiple of pipeline x tensor"),
+        (["parallel.ds_config=zero0"], "zero_optimization.stage = 0 with parallel.dtype = 'bf16'"),
+        (["modle=x"], "unknown key 'modle' (did you mean 'model'?)"),
+    ],
+)
+def test_a_run_that_cannot_go_is_refused_with_exit_code_2(run_file, capsys, arguments, message):
+    assert main(["plan", str(run_file), *arguments]) == 2
+    found = capsys.readouterr()
+    assert message in found.err
+    assert found.out == ""
