@@ -1,0 +1,42 @@
+"""The run file: what to train, on how much, and how it is split (L0, stdlib only).
+
+    config = load_run("launch/runs/quickstart.toml", ["schedule.peak_lr=1e-3"])
+
+Precedence: a default below < the preset's row (presets.py) < the run file < `section.key=value`.
+The tree is frozen; nothing derived is ever written back into it. All problems of a run file are
+gathered and raised at once as one UsageError, each with the key, the value, the rule and the
+remedy; an unknown key is offered the nearest known one.
+
+TOML allows no key `model` beside a table `[model]`, which is how a run file reads best. The line
+`model = "gpt3-125m"` above the first table is therefore read as `preset = "gpt3-125m"`, which may
+also be written so.
+"""
+
+from megagpt.config.reading import load_run, parse_run
+from megagpt.config.sections import (
+    CheckpointConfig,
+    DataConfig,
+    DataSource,
+    EvaluateConfig,
+    LogConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+)
+from megagpt.config.writing import dump_run
+from megagpt.presets import ModelConfig
+
+__all__ = [
+    "CheckpointConfig",
+    "DataConfig",
+    "DataSource",
+    "EvaluateConfig",
+    "LogConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "RunConfig",
+    "dump_run",
+    "load_run",
+    "parse_run",
+]

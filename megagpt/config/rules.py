@@ -1,0 +1,84 @@
+"""Rules between the values of a run file that no type expresses (L0)."""
+
+from collections.abc import Iterator
+
+from megagpt.config.sections import DataConfig, RunConfig
+from megagpt.presets import ModelConfig
+from megagpt.schedule import Schedule
+
+
+def problems_of(config: RunConfig) -> Iterator[str]:
+    """Everything that no layout could repair; the layout's own rules stand in megagpt.plan."""
+    for section, key in (
+        *(("model", k) for k in ("n_layer", "n_head", "d_model", "n_ctx", "vocab_size")),
+        *(("model", k) for k in ("vocab_multiple", "band_width")),
+        *(("parallel", k) for k in ("micro_batch", "pipeline", "tensor", "recompute_every")),
+        ("checkpoint", "keep_last"),
+        ("evaluate", "batches"),
+        ("optimizer", "max_skipped_steps"),
+        ("optimizer", "spike_window"),
+        ("log", "every_steps"),
+    ):
+        value = getattr(getattr(config, section), key)
+        if value < 1:
+            yield f"{section}.{key} = {value}: must be 1 or more"
+    for section, key in (
+        ("checkpoint", "stop_after_minutes"),
+        ("checkpoint", "stop_after_steps"),
+        ("log", "watchdog_minutes"),
+        ("log", "check_replicas_every_steps"),
+    ):
+        value = getattr(getattr(config, section), key)
+        if not 0 <= value < float("inf"):
+            yield f"{section}.{key} = {value}: must be 0 (off) or more"
+    if not config.optimizer.spike_threshold > 0:
+        yield f"optimizer.spike_threshold = {config.optimizer.spike_threshold}: must be above 0"
+    for section, key, allowed in (
+        ("parallel", "dtype", ("bf16", "fp16", "fp32")),
+        ("parallel", "recompute", ("none", "full")),
+        ("checkpoint", "on_failure", ("stop", "continue")),
+        ("optimizer", "spike_action", ("none", "rollback")),
+    ):
+        value = getattr(getattr(config, section), key)
+        if value not in allowed:
+            yield f"{section}.{key} = {value!r}: must be one of {', '.join(allowed)}"
+    yield from _model_problems(config.model)
+    yield from config.schedule.problems()
+    yield from _batch_problems(config.schedule, config.model.n_ctx)
+    yield from _data_problems(config.data)
+
+
+def _model_problems(model: ModelConfig) -> Iterator[str]:
+    if model.n_head > 0 and model.d_model % model.n_head:
+        yield (
+            f"model.d_model = {model.d_model}: must be a multiple of n_head ({model.n_head}), so "
+            "that every head has the same width"
+        )
+    if model.family not in ("gpt2", "gpt1", "igpt"):
+        yield f"model.family = {model.family!r}: must be gpt2 (GPT-2 and GPT-3), gpt1 or igpt"
+    if not model.attention or set(model.attention) - {"dense", "banded"}:
+        yield f'model.attention = {list(model.attention)}: must list "dense" and "banded"'
+    if not 0.0 <= model.dropout < 1.0:
+        yield f"model.dropout = {model.dropout}: must be at least 0 and less than 1"
+
+
+def _batch_problems(schedule: Schedule, n_ctx: int) -> Iterator[str]:
+    for key, tokens in (
+        ("batch_tokens", schedule.batch_tokens),
+        ("ramp_start_tokens", schedule.start_tokens),
+        ("ramp_increment_tokens", schedule.increment_tokens),
+    ):
+        if n_ctx > 0 and tokens > 0 and tokens % n_ctx:
+            yield (
+                f"schedule.{key} = {tokens}: must be a multiple of model.n_ctx ({n_ctx}), the "
+                "tokens of one sequence"
+            )
+
+
+def _data_problems(data: DataConfig) -> Iterator[str]:
+    if not data.train:
+        yield "data.train = []: must name at least one folder of shards"
+    for kind in ("train", "validation"):
+        for source in getattr(data, kind):
+            if source.weight <= 0:
+                yield f"data.{kind}: weight = {source.weight} of {source.path}: must be above 0"
