@@ -58,7 +58,7 @@ def test_an_unknown_key_is_exit_code_2_before_anything_starts(tmp_path):
         ("parallel.micro_batch=3", "must be a multiple of data ranks x micro_batch"),
     ):
         # In a process of its own: training leaves the process group that it ends in.
-        done = launch(file, 1, override)
+        done = launch(file, 1, override, launcher="python")
         assert done.returncode == 2 and message in done.stderr
     assert not (tmp_path / "run").exists()
 
