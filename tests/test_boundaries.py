@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
-    ("errors", "config", "presets", "schedule", "progress", "flops", "plan", "hardware"),
+    ("errors", "code", "config", "presets", "schedule", "progress", "flops", "plan", "hardware"),
     ("tokenizer", "data", "model", "log", "sampling"),
     ("parallel", "engine", "checkpoint", "guard"),
 )
