@@ -27,13 +27,13 @@ from megagpt.engine.ranks import (
     leave,
     prepare_environment,
 )
-from megagpt.errors import EXIT_DAMAGE, EXIT_FAILURE, EXIT_OK, MegagptError, Stopped, UsageError
+from megagpt.errors import EXIT_DAMAGE, EXIT_FAILURE, EXIT_OK, MegagptError, Stopped
 from megagpt.flops import flops_per_token
-from megagpt.guard import Journal, Recent, StopRequest, Watchdog, check_replicas
+from megagpt.guard import StopRequest, Watchdog, check_replicas
 from megagpt.plan.ds_config import read_ds_config, resolve
 from megagpt.plan.layout import Layout, layout_of
-from megagpt.progress import Progress, crossed
-from megagpt.record import make_run_folder, summary, versions, write_run_files
+from megagpt.progress import crossed
+from megagpt.record import make_run_folder, summary, write_run_files
 
 if TYPE_CHECKING:
     from megagpt.engine import StepResult
@@ -54,10 +54,11 @@ class Trainer:
         ds_config: dict[str, object],
         watchdog: Watchdog | None = None,
     ) -> None:
-        from megagpt.checkpoint import Saver
         from megagpt.data.loader import TokenLoader
         from megagpt.engine import build_engine
+        from megagpt.evaluation import Evaluation
         from megagpt.intake import check_vocabulary
+        from megagpt.position import Position
 
         self.config, self.layout, self.ranks = config, layout, ranks
         self.ds_config = ds_config
@@ -67,13 +68,10 @@ class Trainer:
         self.validation = [TokenLoader([(Path(s.path), 1.0)], n_ctx, 0) for s in data.validation]
         check_vocabulary(config, [self.loader, *self.validation])
         self.engine = build_engine(config, layout, ranks, ds_config)
-        self.saver = Saver(self.folder, config, self.engine)
+        self.evaluation = Evaluation(config, layout, self.engine, self.validation)
+        self.at = Position(config, layout, self.engine, self.loader)
         self.watchdog = watchdog or Watchdog(self.folder, ranks, minutes=0)
-        self.journal = Journal()
-        self.recent = Recent(config.optimizer.spike_window, config.optimizer.spike_threshold)
         self.spike = ""
-        self.save_s = self.saving_since = 0.0
-        self.progress = Progress()
         self.flops_per_token = flops_per_token(config.model)
 
     # --- the loop -------------------------------------------------------------------------------
@@ -82,16 +80,16 @@ class Trainer:
         """From wherever the run folder is to the end of the run. Raises Stopped when asked to."""
         self.start(allow_changes)
         config, end = self.config, self.config.schedule.total_tokens
-        if self.progress.step == 0:
+        if self.at.progress.step == 0:
             self.evaluate()
-        while self.progress.tokens < end:
-            before = self.progress.tokens
+        while self.at.progress.tokens < end:
+            before = self.at.progress.tokens
             self.step()
             stopping, saved, spiking = self.agree(stop)
             if spiking and self.roll_back():
                 continue
-            tokens = self.progress.tokens
-            failure = self.recent.failure(config.optimizer.max_skipped_steps)
+            tokens = self.at.progress.tokens
+            failure = self.at.recent.failure(config.optimizer.max_skipped_steps)
             last = tokens >= end or stopping or bool(failure)
             if tokens >= end or crossed(config.evaluate.every_tokens, before, tokens):
                 self.evaluate()
@@ -102,39 +100,39 @@ class Trainer:
             if last:
                 self.finish_saving(last=True)
             if failure:
-                raise MegagptError(f"step {self.progress.step}, saved: {failure}")
+                raise MegagptError(f"step {self.at.progress.step}, saved: {failure}")
             if stopping and tokens < end:
                 raise Stopped(
                     f"stopped by {stop.reason or 'a signal or limit of another rank'} at step "
-                    f"{self.progress.step}, saved; run the same command again to go on"
+                    f"{self.at.progress.step}, saved; run the same command again to go on"
                 )
 
     def step(self) -> None:
         """One training step, its record, and what is wrong with it."""
-        schedule, before = self.config.schedule, self.progress
+        schedule, before = self.config.schedule, self.at.progress
         self.watchdog.begin("step")
         t0 = time.perf_counter()
         size = schedule.batch(before.tokens)
         tokens, step = before.tokens + size, before.step
-        batches = list(self.loader.micro_batches(*self._samples(step, before.tokens, size)))
+        batches = list(self.loader.micro_batches(*self.at.samples(step, before.tokens, size)))
         if tokens < schedule.total_tokens:
-            self.loader.prefetch(*self._samples(step + 1, tokens, schedule.batch(tokens)))
+            self.loader.prefetch(*self.at.samples(step + 1, tokens, schedule.batch(tokens)))
         data_s = time.perf_counter() - t0
         result = self.engine.train_step(batches, schedule.lr(tokens), before.step)
-        self.progress = before.after(size, result.applied)
+        self.at.progress = before.after(size, result.applied)
         step_s = time.perf_counter() - t0
         self.log.step(self._record(result, size, step_s) | {"data_s": data_s})
-        self.spike = self.recent.add(result.loss, result.grad_norm)
+        self.spike = self.at.recent.add(result.loss, result.grad_norm)
         if self.spike:
             self.log.event("spike", reason=self.spike)
         every = self.config.log.check_replicas_every_steps
-        if crossed(every, before.step, self.progress.step):
-            check_replicas(self.engine, self.progress.step)
+        if crossed(every, before.step, self.at.progress.step):
+            check_replicas(self.engine, self.at.progress.step)
 
     def _record(self, result: "StepResult", size: int, step_s: float) -> dict[str, object]:
         """What metrics.jsonl says of the step that has just ended."""
-        progress = self.progress
-        samples = self.first_sample(progress.step - 1, progress.tokens)
+        progress = self.at.progress
+        samples = self.at.samples_done()
         tflops = self.flops_per_token * size / step_s / self.ranks.world / 1e12
         record: dict[str, object] = {
             "step": progress.step,
@@ -148,7 +146,7 @@ class Trainer:
             "tokens_per_s": size / step_s,
             "step_s": step_s,
             "tflops_per_rank": tflops,
-            "digest": self.digest(progress.step),
+            "digest": self.at.digest(progress.step),
             "sources": {
                 s["name"]: {"tokens": s["tokens"], "epochs": s["epochs"]}
                 for s in self.loader.consumed(samples)
@@ -158,86 +156,39 @@ class Trainer:
             record["mfu"] = tflops / self.engine.peak_tflops
         return record
 
-    def digest(self, step: int) -> str:
-        """Names the samples of a step, counted from 1, and their order."""
-        tokens, size = self.config.schedule.position(step - 1)
-        first = self.first_sample(step - 1, tokens)
-        return self.loader.digest(first, size // self.config.model.n_ctx)
-
-    def first_sample(self, step: int, tokens: int) -> int:
-        """The sample at `tokens` trained on, of the step that follows `step` steps."""
-        return tokens // self.config.model.n_ctx + self.journal.skipped(step)
-
-    def _samples(self, step: int, tokens: int, size: int) -> tuple[int, int, int, int, int]:
-        """The loader's arguments for this rank's part of a step of `size` tokens."""
-        first, count = self.first_sample(step, tokens), size // self.config.model.n_ctx
-        rank = self.layout.data_rank(self.ranks.rank)
-        return first, count, rank, self.layout.data, self.config.parallel.micro_batch
-
     def evaluate(self) -> None:
         """The loss on every validation set, recorded."""
-        from megagpt.intake import evaluation_samples
-
         self.watchdog.begin("evaluation")
-        losses: dict[str, float] = {}
-        for loader, source in zip(self.validation, self.config.data.validation, strict=True):
-            count = evaluation_samples(self.config, loader.n_windows)
-            rank = self.layout.data_rank(self.ranks.rank)
-            micro_batch = self.config.parallel.micro_batch
-            batches = loader.micro_batches(0, count, rank, self.layout.data, micro_batch)
-            losses[source.path] = self.engine.evaluate(list(batches))
-        if losses:
-            weights = [s.weight for s in self.config.data.validation]
-            total = sum(w * x for w, x in zip(weights, losses.values(), strict=True))
-            record = {"validation_loss": total / sum(weights), "validation_losses": losses}
+        if record := self.evaluation.run():
             self.log.evaluation(
-                {"step": self.progress.step, "tokens": self.progress.tokens, **record}
+                {"step": self.at.progress.step, "tokens": self.at.progress.tokens, **record}
             )
 
     def agree(self, stop: StopRequest) -> tuple[bool, bool, bool]:
         """(does any rank have to stop, is a checkpoint written by all, did the step spike)."""
-        unready = self.saver.busy and not self.saver.ready
+        unready = self.at.saver.busy and not self.at.saver.ready
         rolls = bool(self.spike) and self.config.optimizer.spike_action == "rollback"
-        stopping, waiting, spiking = self.engine.total([stop.look(self.save_s), unready, rolls])
+        stopping, waiting, spiking = self.engine.total([stop.look(self.at.save_s), unready, rolls])
         # Loss and norm are the same everywhere, so ranks that judge differently are broken.
         assert spiking in (0, self.ranks.world), "ranks disagree about a spike"
-        return stopping > 0, self.saver.busy and waiting == 0, spiking > 0
+        return stopping > 0, self.at.saver.busy and waiting == 0, spiking > 0
 
     # --- state ----------------------------------------------------------------------------------
 
     def start(self, allow_changes: bool) -> None:
         """Checks what will be read, resumes from the newest whole checkpoint, opens the log."""
-        from megagpt.checkpoint import resume
-        from megagpt.guard.journal import read_journal
         from megagpt.intake import check_data
         from megagpt.record import open_log
 
         self.watchdog.begin("start")
         if self.config.data.verify:
-            check_data(
-                [self.loader, *self.validation], self.folder, self.engine, self.watchdog.alive
-            )
-        saved = resume(
-            self.folder, self.config, self.engine, self.loader.fingerprint, allow_changes
-        )
-        self.journal = Journal(self.engine.gather(read_journal(self.folder))[0])
-        if saved is not None:
-            self.progress = Progress(
-                step=saved.step, tokens=saved.tokens, skipped_steps=saved.skipped_steps
-            )
-            self.journal = self.journal if self.journal.entries else Journal(saved.rollbacks)
-            self.recent.pairs = [(loss, norm) for loss, norm in saved.recent]
-            if not allow_changes and self.digest(saved.step) != saved.data.get("digest"):
-                raise UsageError(
-                    f"{self.folder}: the samples of step {saved.step} are not the ones that it was "
-                    "trained on; the data order has changed since (another version of megagpt, or "
-                    "other shards); go back to what it was, or pass --allow-changes"
-                )
-            log.info("resuming at step %d (%s tokens)", saved.step, f"{saved.tokens:,}")
+            loaders = [self.loader, *self.validation]
+            check_data(loaders, self.folder, self.engine, self.watchdog.alive)
+        self.at.resume(allow_changes)
         # Not before: a run that is refused leaves the folder as it is.
         if self.ranks.rank == 0:
             write_run_files(self.config, self.layout, self.ds_config)
-        self.log = open_log(self.config, self.progress, writer=self.ranks.rank == 0)
+        self.log = open_log(self.config, self.at.progress, writer=self.ranks.rank == 0)
 
     def roll_back(self) -> bool:
         """Goes back to the newest checkpoint and on behind the step that spiked, recorded in the
@@ -247,57 +198,28 @@ class Trainer:
         self.finish_saving()
         if not self.engine.gather(len(list_checkpoints(self.folder)))[0]:
             return False
-        spiked, reason = self.progress.step, self.spike
-        end = self.first_sample(spiked - 1, self.progress.tokens)
+        spiked, reason = self.at.progress.step, self.spike
+        end = self.at.first_sample(spiked - 1, self.at.progress.tokens)
         self.log.close()
         self.start(allow_changes=True)
-        step = self.progress.step
-        self.journal.add(step, end - self.progress.tokens // self.config.model.n_ctx)
+        step = self.at.progress.step
+        self.at.journal.add(step, end - self.at.progress.tokens // self.config.model.n_ctx)
         facts = {"spiked_step": spiked, "reason": reason}
         if self.ranks.rank == 0:
-            self.journal.write(self.folder, **facts)
-        self.log.event("rollback", skipped_samples=self.journal.skipped(step), **facts)
+            self.at.journal.write(self.folder, **facts)
+        self.log.event("rollback", skipped_samples=self.at.journal.skipped(step), **facts)
         return True
 
     def save(self, milestone: bool) -> None:
         """Begins a checkpoint of where the run is."""
-        from megagpt.checkpoint import Manifest
-
         self.watchdog.begin("saving")
-        self.saving_since = time.monotonic()
-        optimizer = self.engine.optimizer_state()
-        progress, layout = self.progress, self.layout
-        split = {"world": layout.world, "pipeline": layout.pipeline, "tensor": layout.tensor}
-        self.saver.begin(
-            Manifest(
-                step=progress.step,
-                tokens=progress.tokens,
-                samples=self.first_sample(progress.step - 1, progress.tokens),
-                seed=self.config.seed,
-                skipped_steps=progress.skipped_steps,
-                updates=optimizer.updates,
-                loss_scale=optimizer.loss_scale,
-                layout=split,
-                data={
-                    "fingerprint": self.loader.fingerprint,
-                    "tokenizer": self.loader.tokenizer_name,
-                    "digest": self.digest(progress.step),
-                },
-                versions=versions(),
-                milestone=milestone,
-                files=(),
-                recent=tuple(self.recent.pairs),
-                rollbacks=tuple(self.journal.entries),
-            )
-        )
+        self.at.save(milestone)
 
     def finish_saving(self, last: bool = False) -> None:
         """Makes the checkpoint that was begun valid, and records it."""
         self.watchdog.begin("saving")
-        folder = self.saver.finish(last)
-        if folder is not None:
-            self.save_s = max(self.save_s, time.monotonic() - self.saving_since)
-            self.log.event("checkpoint", folder=str(folder), stall_s=round(self.saver.stall_s, 3))
+        if facts := self.at.finish_saving(last):
+            self.log.event("checkpoint", **facts)
 
     def close(self) -> None:
         """Closes files and the engine; the process group stays."""

@@ -15,7 +15,7 @@ class Corrupted(train.Trainer):
 
     def step(self) -> None:
         rank, step, name = int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-        train.check_replicas = self.flip if self.progress.step + 1 == step else checked
+        train.check_replicas = self.flip if self.at.progress.step + 1 == step else checked
         self.place = (rank, name)
         super().step()
 

@@ -25,7 +25,11 @@ FORBIDDEN = (
 ENTRIES_OF_ENTRIES = {
     ("__main__", "cli"),
     ("record", "lock"),
+    ("evaluation", "intake"),
+    ("position", "record"),
+    ("train", "evaluation"),
     ("train", "intake"),
+    ("train", "position"),
     ("train", "record"),
     ("verify_resume", "parity"),
     ("watch", "report"),
