@@ -104,7 +104,7 @@ class Position:
                 loss_scale=optimizer.loss_scale,
                 layout=split,
                 data={
-                    "fingerprint": self.loader.fingerprint,
+                    "fingerprint": self.loader.fingerprint(self.samples_done()),
                     "tokenizer": self.loader.tokenizer_name,
                     "digest": self.digest(progress.step),
                 },

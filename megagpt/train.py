@@ -54,7 +54,7 @@ class Trainer:
         ds_config: dict[str, object],
         watchdog: Watchdog | None = None,
     ) -> None:
-        from megagpt.data.loader import TokenLoader
+        from megagpt.data.loader import TokenLoader, training_loader
         from megagpt.engine import build_engine
         from megagpt.evaluation import Evaluation
         from megagpt.intake import check_vocabulary
@@ -63,9 +63,9 @@ class Trainer:
         self.config, self.layout, self.ranks = config, layout, ranks
         self.ds_config = ds_config
         self.folder = Path(config.output)
-        n_ctx, seed, data = config.model.n_ctx, config.seed, config.data
-        self.loader = TokenLoader([(Path(s.path), s.weight) for s in data.train], n_ctx, seed)
-        self.validation = [TokenLoader([(Path(s.path), 1.0)], n_ctx, 0) for s in data.validation]
+        n_ctx, validation = config.model.n_ctx, config.data.validation
+        self.loader = training_loader(config)
+        self.validation = [TokenLoader([(Path(s.path), 1.0)], n_ctx, 0) for s in validation]
         check_vocabulary(config, [self.loader, *self.validation])
         self.engine = build_engine(config, layout, ranks, ds_config)
         self.evaluation = Evaluation(config, layout, self.engine, self.validation)

@@ -114,7 +114,7 @@ def test_places_and_list_order_do_not_matter(
     moved = TokenLoader(sources, N_CTX, seed=1)
     assert np.array_equal(moved.samples(700, 50), loader.samples(700, 50))
     assert moved.digest(700, 50) == loader.digest(700, 50)
-    assert moved.fingerprint == loader.fingerprint
+    assert moved.fingerprint(700) == loader.fingerprint(700)
 
 
 def test_the_digest_names_samples_and_their_order(loader: TokenLoader, folders: list[Path]) -> None:
@@ -138,12 +138,12 @@ def test_the_fingerprint_is_of_all_that_decides_the_order(
 ) -> None:
     sources = list(zip(folders, (6, 3, 1), strict=True))
     prints = [
-        loader.fingerprint,
-        TokenLoader(sources, N_CTX, seed=2).fingerprint,
-        TokenLoader(sources, N_CTX, seed=1, shuffle=False).fingerprint,
-        TokenLoader(sources, N_CTX + 1, seed=1).fingerprint,
-        TokenLoader([*sources[:2], (folders[2], 2)], N_CTX, seed=1).fingerprint,
-        TokenLoader(sources, N_CTX, seed=1, changes=[(9, [1, 1, 1])]).fingerprint,
+        loader.fingerprint(10),
+        TokenLoader(sources, N_CTX, seed=2).fingerprint(10),
+        TokenLoader(sources, N_CTX, seed=1, shuffle=False).fingerprint(10),
+        TokenLoader(sources, N_CTX + 1, seed=1).fingerprint(10),
+        TokenLoader([*sources[:2], (folders[2], 2)], N_CTX, seed=1).fingerprint(10),
+        TokenLoader(sources, N_CTX, seed=1, changes=[(9, [1, 1, 1])]).fingerprint(10),
     ]
     assert len(set(prints)) == len(prints)
 

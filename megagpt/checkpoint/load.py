@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,14 @@ HARMLESS = ("model.vocab_multiple",)
 
 
 def resume(
-    run: Path, config: RunConfig, engine: Engine, fingerprint: str, allow_changes: bool = False
+    run: Path,
+    config: RunConfig,
+    engine: Engine,
+    fingerprint: Callable[[int], str],
+    allow_changes: bool = False,
 ) -> Manifest | None:
     """Loads the newest whole checkpoint of `run` into the engine; None when there is none yet.
+    `fingerprint` names the order of so many samples, as TokenLoader's does.
 
     Damaged ones are named, set aside and passed over. Raises DamageError when all that are there
     are damaged (they are left as they are), UsageError when the run is not the one that was saved.
@@ -104,12 +109,16 @@ def differences(saved: RunConfig, asked: RunConfig) -> list[str]:
 
 
 def _refuse_changes(
-    folder: Path, manifest: Manifest, config: RunConfig, fingerprint: str, allowed: bool
+    folder: Path,
+    manifest: Manifest,
+    config: RunConfig,
+    fingerprint: Callable[[int], str],
+    allowed: bool,
 ) -> None:
     """Raises UsageError when the run would go on as another run than the one saved."""
     changes = differences(load_run(folder / "config.toml"), config)
-    if manifest.data["fingerprint"] != fingerprint:
-        changes.append("data.train: other shards or weights than the checkpoint was trained on")
+    if manifest.data["fingerprint"] != fingerprint(manifest.samples):
+        changes.append("data: other shards or weights than the checkpoint was trained on")
     if not changes:
         return
     lines = "\n".join(f"  - {change}" for change in changes)

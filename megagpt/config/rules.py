@@ -45,7 +45,7 @@ def problems_of(config: RunConfig) -> Iterator[str]:
     yield from _model_problems(config.model)
     yield from config.schedule.problems()
     yield from _batch_problems(config.schedule, config.model.n_ctx)
-    yield from _data_problems(config.data)
+    yield from _data_problems(config.data, config.model.n_ctx)
 
 
 def _model_problems(model: ModelConfig) -> Iterator[str]:
@@ -75,10 +75,37 @@ def _batch_problems(schedule: Schedule, n_ctx: int) -> Iterator[str]:
             )
 
 
-def _data_problems(data: DataConfig) -> Iterator[str]:
+def _data_problems(data: DataConfig, n_ctx: int) -> Iterator[str]:
     if not data.train:
         yield "data.train = []: must name at least one folder of shards"
     for kind in ("train", "validation"):
-        for source in getattr(data, kind):
-            if source.weight <= 0:
+        for place, source in enumerate(getattr(data, kind)):
+            # A corpus may rest at first and join with a change.
+            joins = kind == "train" and any(any(c.weights[place : place + 1]) for c in data.changes)
+            if not (source.weight > 0 or (joins and source.weight == 0)):
                 yield f"data.{kind}: weight = {source.weight} of {source.path}: must be above 0"
+    if data.train and not any(source.weight for source in data.train):
+        yield "data.train: every weight is 0; one must be above 0 where the run begins"
+    yield from _change_problems(data, n_ctx)
+
+
+def _change_problems(data: DataConfig, n_ctx: int) -> Iterator[str]:
+    before = 0
+    for place, change in enumerate(data.changes):
+        at, weights = change.at_tokens, change.weights
+        where = f"data.changes[{place}]"
+        if at <= before:
+            yield f"{where}.at_tokens = {at}: must be above {before}, where the last weights begin"
+        if n_ctx > 0 and at % n_ctx:
+            yield (
+                f"{where}.at_tokens = {at}: must be a multiple of model.n_ctx ({n_ctx}), the "
+                "tokens of one sequence"
+            )
+        if len(weights) != len(data.train):
+            yield (
+                f"{where}.weights = {list(weights)}: must be {len(data.train)} numbers, one for "
+                "each corpus of data.train in its order"
+            )
+        if not all(0 <= weight < float("inf") for weight in weights) or not any(weights):
+            yield f"{where}.weights = {list(weights)}: must be 0 or more, and one of them above 0"
+        before = at

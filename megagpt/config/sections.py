@@ -16,11 +16,23 @@ class DataSource:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class MixtureChange:
+    """[[data.changes]]: other weights from a point of the run on."""
+
+    at_tokens: int
+    """Tokens of the data order that come before it, a multiple of model.n_ctx."""
+    weights: tuple[float, ...]
+    """One for each corpus of data.train in its order; 0: it rests."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
     """[data]: what is read."""
 
     train: tuple[DataSource, ...]
     """Corpora that are trained on, without replacement within an epoch of each."""
+    changes: tuple[MixtureChange, ...] = ()
+    """Changes of their weights in mid-run, in the order in which they come."""
     validation: tuple[DataSource, ...] = ()
     """Corpora that are only evaluated; none: no validation loss."""
     verify: bool = True

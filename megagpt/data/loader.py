@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from megagpt.config import RunConfig
 from megagpt.data.manifest import Manifest
 from megagpt.data.mixture import Mixture
 from megagpt.data.order import shuffle
@@ -68,16 +69,19 @@ class TokenLoader:
         keys = [store.fingerprint for store in self.stores]
         weights = [weight for _, weight in sources]
         self.mixture = Mixture(weights, keys, changes)
-        self.fingerprint = self._fingerprint([(0, weights), *changes])
+        self._spans = [(0, weights), *changes]
         # The first 8 bytes of each source's fingerprint, the name that digest() hashes.
         self._marks = np.array([int(key[:16], 16) for key in keys], np.uint64)
         self._ahead: tuple[tuple[int, ...], Future[list[MicroBatch]]] | None = None
         self._thread: ThreadPoolExecutor | None = None
 
-    def _fingerprint(self, spans: Sequence[tuple[int, Sequence[float]]]) -> str:
-        """Hex digest of all that decides the order, except how the sources are listed."""
+    def fingerprint(self, samples: int) -> str:
+        """Hex digest of all that decides the order of the first `samples` samples, except how the
+        sources are listed. A change of the mixture counts from its first sample on."""
         digest = hashlib.sha256(f"{self.n_ctx} {self.seed} {self.shuffle}".encode())
-        for first, weights in spans:
+        for first, weights in self._spans:
+            if first and first >= samples:
+                break
             total = sum(weights)
             pairs = zip(self.stores, weights, strict=True)
             shares = sorted(f"{store.fingerprint} {weight / total:.12g}" for store, weight in pairs)
@@ -217,6 +221,14 @@ class TokenLoader:
             self._thread = None
         for store in self.stores:
             store.close()
+
+
+def training_loader(config: RunConfig) -> TokenLoader:
+    """The samples that a run trains on. Raises what TokenLoader raises."""
+    data, n_ctx = config.data, config.model.n_ctx
+    sources = [(Path(source.path), source.weight) for source in data.train]
+    changes = [(change.at_tokens // n_ctx, change.weights) for change in data.changes]
+    return TokenLoader(sources, n_ctx, config.seed, changes=changes)
 
 
 def _check(stores: Sequence[TokenStore]) -> None:

@@ -169,7 +169,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Prints one step."""
     from megagpt.config import load_run
-    from megagpt.data.loader import TokenLoader
+    from megagpt.data.loader import training_loader
 
     path = args.file / "config.toml" if args.file.is_dir() else args.file
     config = load_run(path, args.overrides)
@@ -179,8 +179,7 @@ def run(args: argparse.Namespace) -> int:
         )
     n_ctx = config.model.n_ctx
     tokens, size = config.schedule.position(args.step - 1)
-    sources = [(Path(source.path), source.weight) for source in config.data.train]
-    loader = TokenLoader(sources, n_ctx, config.seed)
+    loader = training_loader(config)
     record, count = _record(config, args.step), size // n_ctx
     # A rollback may have skipped samples before this step.
     first = record["samples"] - count if "samples" in record else tokens // n_ctx
