@@ -140,6 +140,8 @@ def miniature(config: RunConfig, steps: int, dtype: str, full_shape: bool = Fals
         ramp_tokens=total // 2,
         peak_lr=min(PEAK_LR, config.schedule.peak_lr),
     )
+    # The mixture with which the run begins: its changes lie beyond the miniature's end.
+    train = tuple(source for source in config.data.train if source.weight)
     return dataclasses.replace(
         config,
         model=model,
@@ -147,7 +149,7 @@ def miniature(config: RunConfig, steps: int, dtype: str, full_shape: bool = Fals
         parallel=dataclasses.replace(
             config.parallel, micro_batch=MICRO_BATCH, dtype=dtype, pipeline=1, tensor=1
         ),
-        data=dataclasses.replace(config.data, validation=()),
+        data=dataclasses.replace(config.data, train=train, changes=(), validation=()),
         checkpoint=dataclasses.replace(config.checkpoint, every_tokens=0, keep_every_tokens=0),
         log=dataclasses.replace(config.log, tensorboard=False),
     )
