@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 
+from megagpt.config import parse_run
 from megagpt.errors import UsageError
 from megagpt.log.profile import Profile
 
@@ -41,7 +42,19 @@ def test_a_run_that_resumes_inside_the_range_profiles_the_rest(tmp_path):
     assert "aten::mm" in str(profile.end(5))
 
 
-@pytest.mark.parametrize(("first", "last"), [(0, 3), (5, 4)])
-def test_a_range_that_is_none(tmp_path, first, last):
-    with pytest.raises(UsageError, match=rf"log\.profile_steps = \[{first}, {last}\]: must be two"):
-        Profile(tmp_path, first_step=first, last_step=last)
+def test_a_profile_that_the_run_does_not_live_to_the_end_of(tmp_path):
+    profile = Profile(tmp_path, first_step=2, last_step=5)
+    assert profile.close() is None
+    profile.begin(2)
+    work()
+    assert profile.end(2) is None
+    assert "aten::mm" in str(profile.close()) and profile.trace.exists()
+    assert profile.close() is None
+
+
+@pytest.mark.parametrize("steps", [[0, 3], [5, 4], [3], [1, 2, 3]])
+def test_a_range_that_is_none(steps):
+    text = 'model = "gpt3-125m"\noutput = "x"\n[data]\ntrain = [{ path = "x" }]\n'
+    with pytest.raises(UsageError) as refusal:
+        parse_run(text, [f"log.profile_steps={steps}"])
+    assert f"log.profile_steps = {steps}: must be two steps, the first" in str(refusal.value)

@@ -14,23 +14,14 @@ profiled between the two calls only, so that a run pays for nothing else.
 from pathlib import Path
 from typing import Any
 
-from megagpt.errors import UsageError
-
 _ROWS = 10
 
 
 class Profile:
-    """Profiles the steps first_step to last_step, both included and counted from 1.
-
-    Raises UsageError when the two make no range.
-    """
+    """Profiles the steps first_step to last_step, both included and counted from 1."""
 
     def __init__(self, folder: Path, *, first_step: int, last_step: int, rank: int = 0) -> None:
-        if not 1 <= first_step <= last_step:
-            raise UsageError(
-                f"log.profile_steps = [{first_step}, {last_step}]: must be two steps, the first at "
-                "least 1 and the last not before it"
-            )
+        assert 1 <= first_step <= last_step, (first_step, last_step)
         self.first_step, self.last_step = first_step, last_step
         name = f"steps_{first_step}_{last_step}_rank_{rank}"
         self.trace = folder / "profile" / f"{name}.pt.trace.json.gz"
@@ -50,7 +41,11 @@ class Profile:
 
     def end(self, step: int) -> str | None:
         """Call after step number `step`; the table after the last one, None otherwise."""
-        if self._profiler is None or step < self.last_step:
+        return self.close() if step >= self.last_step else None
+
+    def close(self) -> str | None:
+        """Ends the profile where the run ends; the table, None where no step was profiled."""
+        if self._profiler is None:
             return None
         profiler, self._profiler = self._profiler, None
         profiler.stop()

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from megagpt.log.board import Board
-from megagpt.log.console import Console, Silence, open_console
+from megagpt.log.console import Console, Silence, logger, open_console
 from megagpt.log.environment import environment
 from megagpt.log.eta import Eta
 from megagpt.log.layout import derived, tags
-from megagpt.log.metrics import NAME, MetricsFile, cut, decode, plain
+from megagpt.log.metrics import NAME, MetricsFile, cut, decode, plain, read_metrics
 
 _CONFIGURATION = ("config.toml", "ds_config.json", "run.json")
 """Files of the run folder that go to TensorBoard as text, where they are there."""
@@ -112,6 +112,16 @@ class RunLog:
         """A text (Markdown) for TensorBoard, such as a sample of the model."""
         if self._board:
             self._board.text(tag, text, tokens)
+
+    def profile(self, table: str) -> None:
+        """The costliest operations of the steps that were profiled."""
+        if self._metrics is not None:
+            logger.info("%s", table)
+            self.text("run/profile", _code(table), self._tokens)
+
+    def records(self) -> list[dict[str, Any]]:
+        """What metrics.jsonl holds; nothing where this rank is not the writer."""
+        return read_metrics(self.folder) if self._metrics is not None else []
 
     def event(self, kind: str, **facts: Any) -> None:
         """Something that is no step: a checkpoint, a spike, a stop. A line in metrics.jsonl with

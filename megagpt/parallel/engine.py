@@ -8,9 +8,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.pipe import schedule
+from torch import nn
 
 from megagpt.config import RunConfig
 from megagpt.engine import state
+from megagpt.engine.clock import COMMUNICATION
 from megagpt.engine.compiler import compile_module
 from megagpt.engine.front import Engine, MicroBatch, StepResult
 from megagpt.engine.optimizer import build_optimizer
@@ -42,6 +45,7 @@ class PipelineEngine(Engine):
             config=ds_config,
         )
         self.deepspeed.set_batch_fn(targets.stash)
+        self._time_instructions()
         state.create_moments(self.deepspeed.optimizer)
         if config.parallel.compile:
             compile_module(self.deepspeed.module, self.device, ranks.rank == 0)
@@ -61,6 +65,22 @@ class PipelineEngine(Engine):
         loss = float(engine.train_batch(iter(batches)))
         norm = float(engine.get_global_grad_norm())
         return StepResult(loss, norm, math.isfinite(norm))
+
+    def _time_instructions(self) -> None:
+        """The clock's parts, by the instructions of DeepSpeed's schedule."""
+        parts = {
+            schedule.LoadMicroBatch: "data",
+            schedule.ForwardPass: "forward",
+            schedule.BackwardPass: "backward",
+            schedule.OptimizerStep: "optimizer",
+        }
+        self.deepspeed._INSTRUCTION_MAP = {
+            kind: self.clock.timed(parts.get(kind, COMMUNICATION), method)
+            for kind, method in self.deepspeed._INSTRUCTION_MAP.items()
+        }
+
+    def layers(self) -> dict[str, nn.Module]:
+        return self.deepspeed.module.own_layers()
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[MicroBatch]) -> float:

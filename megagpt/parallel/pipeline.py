@@ -70,6 +70,12 @@ class PipelinedGPT(PipelineModule):
         stage = self._topo.get_coord(self.global_rank).pipe
         self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
 
+    def own_layers(self) -> dict[str, nn.Module]:
+        """The layers of this rank's stage by canonical name, without the head."""
+        names = self.layer_names[self._local_start : self._local_stop]
+        found = dict(zip(names, self.forward_funcs, strict=True))
+        return {name: layer for name, layer in found.items() if isinstance(layer, nn.Module)}
+
     def named(self, layout: Layout, rank: int) -> Iterator[Named]:
         """This rank's parameters under their canonical names."""
         tensor_rank = layout.tensor_rank(rank)
