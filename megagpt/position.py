@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megagpt.config import RunConfig
 from megagpt.data.loader import TokenLoader
-from megagpt.engine import Engine
+from megagpt.engine import Engine, LeaveOut
 from megagpt.errors import UsageError
 from megagpt.guard import Journal, Recent
 from megagpt.plan.layout import Layout
@@ -55,6 +55,24 @@ class Position:
     def samples_done(self) -> int:
         """Samples consumed."""
         return self.first_sample(self.progress.step - 1, self.progress.tokens)
+
+    # --- spikes ---------------------------------------------------------------------------------
+
+    def leave_out(self) -> LeaveOut | None:
+        """What decides whether the next step's update is left out; None: it is made."""
+        if self.journal.leaves_out(self.progress.step + 1):
+            return lambda *_: True
+        if self.config.optimizer.spike_action == "skip":
+            return lambda loss, norm: bool(self.recent.judge(loss, norm))
+        return None
+
+    def left_out(self, reason: str) -> None:
+        """The latest step's update was left out: the journal tells it, once."""
+        if self.journal.leaves_out(self.progress.step):
+            return
+        self.journal.leave_out(self.progress.step)
+        if self.engine.ranks.rank == 0:
+            self.journal.write(self.folder, reason=reason)
 
     # --- checkpoints ----------------------------------------------------------------------------
 

@@ -200,8 +200,13 @@ def undisturbed() -> Path:
 
 
 def digest_of_weights(run: Path) -> str:
-    """sha256 over weights and moments of a run's newest checkpoint, by name."""
-    reader = SliceReader(list_checkpoints(run)[-1])
+    """digest_of_checkpoint of a run's newest one."""
+    return digest_of_checkpoint(list_checkpoints(run)[-1])
+
+
+def digest_of_checkpoint(folder: Path) -> str:
+    """sha256 over a checkpoint's weights and moments, by name."""
+    reader = SliceReader(folder)
     digest = hashlib.sha256()
     for name in reader.names:
         for key in KEYS:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -151,6 +152,17 @@ def test_what_is_no_file_of_slices(tmp_path):
         path.write_bytes(content)
         with pytest.raises(DamageError, match="rank_00000.safetensors: not a readable file of sl"):
             SliceReader(tmp_path)
+
+
+def test_a_file_that_is_cut_while_it_is_read(tmp_path):
+    values = tensors({"x": (10,)})["x"]
+    write(tmp_path / "x", [[piece(values, "x", 0, 10, Split())]])
+    path = tmp_path / "x" / "rank_00000.safetensors"
+    reader = SliceReader(path.parent)
+    os.truncate(path, path.stat().st_size - 1)
+    assert torch.equal(reader.full("x", "exp_avg"), values["exp_avg"])
+    with pytest.raises(DamageError, match="rank_00000.safetensors: has become shorter since it"):
+        reader.full("x", "exp_avg_sq")
 
 
 def test_a_parameter_of_another_model(tmp_path):

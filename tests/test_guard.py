@@ -125,12 +125,31 @@ def test_the_judgement_depends_on_the_pairs_alone():
 def test_steps_that_were_not_applied_are_counted_and_not_compared():
     recent = Recent(8, 8.0)
     recent.add(3.0, 1.0)
-    assert [recent.add(math.nan, math.inf), recent.add(3.0, math.nan)] == ["", ""]
+    nothing = [recent.add(math.nan, math.inf, False), recent.add(3.0, math.nan, False)]
+    assert nothing == ["", ""]
     assert recent.pairs == [(3.0, 1.0)]
     assert recent.failure(3) == ""
-    assert recent.failure(2).startswith("2 steps in a row had a loss or gradient that is not")
+    assert recent.failure(2).startswith("2 steps in a row left the weights as they were, because")
     recent.add(3.0, 1.0)
     assert recent.unapplied == 0
+
+
+def test_a_judgement_before_the_update_is_the_one_after_it():
+    recent = Recent(64, 8.0)
+    for pair in [*series(300), (5.0, 1.0), (math.nan, 1.0), (3.0, 50.0), *series(20, 2)]:
+        before, pairs = recent.judge(*pair), list(recent.pairs)
+        assert recent.pairs == pairs
+        assert recent.add(*pair, applied=not before) == before
+
+
+def test_a_level_that_has_come_to_stay_is_no_spike_for_ever():
+    recent = Recent(16, 8.0)
+    for _ in range(16):
+        recent.add(3.0, 1.0)
+    told = [bool(recent.add(4.0, 1.0, applied=False)) for _ in range(16)]
+    # From the median of seven new among nine old values on to that of nine new ones.
+    assert told == [True] * 8 + [False] * 8
+    assert recent.failure(16) and not recent.failure(17)
 
 
 # --- the journal --------------------------------------------------------------------------------
@@ -144,17 +163,32 @@ def test_where_a_run_reads_after_rollbacks():
     # Back before the second one, which therefore never happened; twice from the same step.
     journal.add(15, 70)
     journal.add(15, 75)
-    assert journal.skips == [(10, 40), (15, 75)]
+    assert journal.holding == [(10, 40), (15, 75)]
     assert journal.skipped(20) == 75
+
+
+def test_which_updates_a_run_leaves_out_after_rollbacks():
+    journal = Journal()
+    journal.leave_out(12)
+    journal.leave_out(15)
+    assert [step for step in range(20) if journal.leaves_out(step)] == [12, 15]
+    # Back to a checkpoint that step 12 is part of, but step 15 is not.
+    journal.add(12, 30)
+    assert [step for step in range(20) if journal.leaves_out(step)] == [12]
+    journal.leave_out(14)
+    assert journal.holding == [(12, None), (12, 30), (14, None)]
+    assert Journal(journal.entries).holding == journal.holding
+    assert [journal.skipped(step) for step in (11, 12, 20)] == [0, 30, 30]
 
 
 def test_the_journal_reads_back(tmp_path):
     assert read_journal(tmp_path) == []
     journal = Journal()
-    for entry in ((10, 40), (20, 90)):
-        journal.add(*entry)
-        journal.write(tmp_path, reason="loss 9")
-    assert read_journal(tmp_path) == journal.entries
+    journal.add(10, 40)
+    journal.write(tmp_path, reason="loss 9")
+    journal.leave_out(13)
+    journal.write(tmp_path, reason="loss 9")
+    assert read_journal(tmp_path) == journal.entries == [(10, 40), (13, None)]
     path = tmp_path / "journal.jsonl"
     whole = path.read_bytes()
     for end in range(whole.index(b"\n") + 1, len(whole)):
@@ -164,10 +198,19 @@ def test_the_journal_reads_back(tmp_path):
     assert path.read_bytes() == whole
 
 
+def test_a_journal_that_is_gone_comes_back_with_the_next_entry(tmp_path):
+    journal = Journal([[10, 40], [13, None]])
+    journal.add(20, 90)
+    journal.write(tmp_path, reason="loss 9")
+    assert read_journal(tmp_path) == journal.entries == [(10, 40), (13, None), (20, 90)]
+
+
 def test_a_damaged_journal_is_not_guessed_at(tmp_path):
-    (tmp_path / "journal.jsonl").write_text('{"step": 1}\n{"step": 2, "skipped_samples": 4}\n')
-    with pytest.raises(DamageError, match="line 1: not an entry of the journal; it decides which"):
-        read_journal(tmp_path)
+    for line in ('{"step": 1}', '{"step": 1, "update": "done"}', '{"update": "left out"}', "[1]"):
+        (tmp_path / "journal.jsonl").write_text(line + '\n{"step": 2, "skipped_samples": 4}\n')
+        message = "line 1: not an entry of the journal; it decides which samples are read and"
+        with pytest.raises(DamageError, match=message):
+            read_journal(tmp_path)
 
 
 def test_rollbacks_end():
@@ -271,7 +314,7 @@ def test_a_hang_that_holds_pythons_lock_ends_too(tmp_path):
         ("log.check_replicas_every_steps=-2", r"every_steps = -2: must be 0 \(off\) or more"),
         ("optimizer.spike_window=0", "spike_window = 0: must be 1 or more"),
         ("optimizer.spike_threshold=0", "spike_threshold = 0.0: must be above 0"),
-        ("optimizer.spike_action='skip'", "spike_action = 'skip': must be one of none, rollback"),
+        ("optimizer.spike_action='no'", "spike_action = 'no': must be one of none, skip, rollback"),
     ],
 )
 def test_values_that_cannot_be(override, message):

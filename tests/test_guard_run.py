@@ -22,6 +22,7 @@ from megagpt.log import read_metrics
 from megagpt.verify_resume import compare
 from tests.corpus import run_file, write_corpus
 from tests.distributed import (
+    digest_of_checkpoint,
     digest_of_weights,
     exact,
     finish,
@@ -112,6 +113,7 @@ def test_a_flipped_bit_is_caught_and_its_place_named(tmp_path: Path, ds_config: 
 
 # --- spikes -------------------------------------------------------------------------------------
 
+SKIPS = {"spike_action": "skip", "spike_window": 8, "spike_threshold": 4.0}
 SPIKES = {"spike_action": "rollback", "spike_window": 8, "spike_threshold": 4.0}
 OFTEN = {"every_tokens": 1024, "keep_last": 99}
 FAST = {"peak_lr": 0.03, "total_tokens": 20_000}
@@ -194,6 +196,41 @@ def test_rollbacks_that_do_not_help_end(tmp_path: Path):
     assert done.returncode == 1
     assert "the loss or gradient spikes again after 3 rollbacks to step 8; lower" in done.stderr
     assert [e["skipped_samples"] for e in journal(tmp_path / "run")] == [40, 80, 120]
+
+
+def test_a_skipped_step_leaves_the_weights_and_can_be_replayed(tmp_path: Path):
+    schedule = FAST | {"total_tokens": 12_288}
+    saved = {"every_tokens": 256, "keep_last": 99}
+    file = with_noise(run_file(tmp_path, optimizer=SKIPS, schedule=schedule, checkpoint=saved))
+    run = tmp_path / "run"
+    done = launch(file, 1, launcher="python")
+    assert done.returncode == 0, done.stderr
+    entries, records = journal(run), steps(run)
+    left_out = [e["step"] for e in entries]
+    assert left_out and all(e["update"] == "left out" and e["reason"] for e in entries)
+    told = [r for r in read_metrics(run) if r.get("event") == "spike"]
+    assert [(r["step"], r["update"]) for r in told] == [(step, "left out") for step in left_out]
+    assert records[-1]["skipped_steps"] == len(left_out)
+    for step in left_out:
+        before, after = (run / "checkpoints" / manifests.name_of(n) for n in (step - 1, step))
+        assert digest_of_checkpoint(before) == digest_of_checkpoint(after)
+        states = manifests.read_manifest(before), manifests.read_manifest(after)
+        assert states[0].updates == states[1].updates
+
+    # Stopped before the first of them and gone on: judged again, the same bits.
+    again = tmp_path / "again"
+    stop = f"checkpoint.stop_after_steps={left_out[0] - 1}"
+    assert launch(file, 1, f"output={again}", stop, launcher="python").returncode == 75
+    # And behind a journal whose checkpoints are gone: its steps are left out unjudged.
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copy(run / "journal.jsonl", other)
+    for output, more in ((again, ()), (other, ("optimizer.spike_threshold=1e9",))):
+        done = launch(file, 1, f"output={output}", *more, launcher="python")
+        assert done.returncode == 0, done.stderr
+        assert journal(output) == entries
+        assert exact(steps(output)) == exact(records)
+        assert digest_of_weights(output) == digest_of_weights(run)
 
 
 # --- verify-resume ------------------------------------------------------------------------------

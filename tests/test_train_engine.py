@@ -1,5 +1,6 @@
-"""A step that is not finite leaves weights and moments as they are, under every ZeRO stage."""
+"""A step that is not finite, or that is refused, leaves weights and moments as they are."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -88,6 +89,41 @@ def test_a_step_that_is_not_finite_changes_nothing(group, tmp_path, name, dtype)
     other.close()
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("zero0", "fp32"), ("zero1", "bf16"), ("zero2", "bf16"), ("zero3", "fp32"), ("zero3", "bf16")],
+)
+def test_an_update_that_is_refused_changes_nothing(group, tmp_path, name, dtype):
+    engine, asked = engine_for(tmp_path, name, dtype), []
+
+    def refuse(loss: float, norm: float) -> bool:
+        asked.append((loss, norm))
+        return True
+
+    for step in range(2):
+        assert engine.train_step(batches(2, step), 1e-3, step, lambda *_: False).applied
+    before = state(engine)
+    weights = {one.name: one.parameter.detach().clone() for one in engine.names}
+    result = engine.train_step(batches(2, 2), 1e-3, 2, refuse)
+    # Asked once, with the numbers of the step.
+    assert asked == [(result.loss, result.grad_norm)]
+    assert not result.applied and result.left_out and math.isfinite(result.grad_norm)
+    assert all(torch.equal(value, state(engine)[key]) for key, value in before.items())
+    assert all(torch.equal(one.parameter, weights[one.name]) for one in engine.names)
+    assert engine.optimizer_state().updates == 2
+    # No trace of its gradients is left: the next step is that of a run without it.
+    found = engine.train_step(batches(2, 3), 1e-3, 3)
+    assert found.applied and not found.left_out and engine.optimizer_state().updates == 3
+    after = state(engine)
+    engine.close()
+    other = engine_for(tmp_path, name, dtype)
+    for step in (0, 1, 3):
+        expected = other.train_step(batches(2, step), 1e-3, step)
+    assert found == expected
+    assert all(torch.equal(value, after[key]) for key, value in state(other).items())
+    other.close()
+
+
 def test_evaluation_changes_nothing(group, tmp_path):
     engine = engine_for(tmp_path, "zero1", "bf16")
     engine.train_step(batches(2, 0), 1e-3, 0)
@@ -109,7 +145,10 @@ def test_a_run_that_never_gets_finite_again_stops_with_a_checkpoint(tmp_path):
     )
     done = launch(file, 1, launcher="python")
     assert done.returncode == 1, done.stderr
-    assert "4 steps in a row had a loss or gradient that is not finite" in done.stderr
+    assert (
+        "4 steps in a row left the weights as they were, because their loss or gradient"
+        in done.stderr
+    )
     assert "lower schedule.peak_lr" in done.stderr and "Traceback" not in done.stderr
     records = steps(tmp_path / "run")
     skipped = [r["skipped_steps"] for r in records]

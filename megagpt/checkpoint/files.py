@@ -2,7 +2,8 @@
 
 The writer streams, so that saving needs no second copy of the tensors, and hashes what it writes;
 the reader opens all ranks' files at once and assembles any stretch of any parameter, reading no
-more than it needs.
+more than it needs. It reads, and maps nothing into memory: a process that may use little can
+open a checkpoint of any size.
 """
 
 import hashlib
@@ -12,9 +13,9 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megagpt.engine.state import KEYS, Slice, Split
@@ -74,6 +75,37 @@ def _describe(owned: list[Slice]) -> dict[str, object]:
     }
 
 
+class _File:
+    """One rank's file, opened. Raises OSError, ValueError or KeyError when it is not ours."""
+
+    def __init__(self, path: Path) -> None:
+        size = path.stat().st_size
+        self._file = path.open("rb", buffering=0)
+        length = int.from_bytes(self._file.read(8), "little")
+        if 8 + length > size:
+            raise ValueError("its header is longer than the file")
+        header = json.loads(self._file.read(length))
+        self.slices: dict[str, Any] = json.loads(header.pop("__metadata__")["slices"])
+        self._starts = {n: 8 + length + t["data_offsets"][0] for n, t in header.items()}
+        end = max((t["data_offsets"][1] for t in header.values()), default=0)
+        if 8 + length + end != size:
+            raise ValueError(f"{size} bytes, but its header says {8 + length + end}")
+
+    def read(self, name: str, first: int, out: Tensor) -> None:
+        """Fills `out`, contiguous fp32, with the tensor's elements from `first` on."""
+        self._file.seek(self._starts[name] + 4 * first)
+        left = out.numpy().data.cast("B")
+        # The system reads at most 2 GB at a time.
+        while left:
+            done = self._file.readinto(left)
+            if not done:
+                raise DamageError(
+                    f"{self._file.name}: has become shorter since it was opened; use another "
+                    "checkpoint"
+                )
+            left = left[done:]
+
+
 @dataclass(frozen=True, slots=True)
 class _Piece:
     """Where a stretch of one tensor-parallel part of a parameter lies."""
@@ -92,21 +124,20 @@ class SliceReader:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._files = []
+        self._files: list[_File] = []
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._kinds: dict[str, tuple[str, int]] = {}
         self._pieces: dict[tuple[str, int], list[_Piece]] = {}
         for number, path in enumerate(sorted(folder.glob("rank_*.safetensors"))):
             try:
-                file = safe_open(path, framework="pt")
-                described = json.loads(file.metadata()["slices"])
-            except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+                file = _File(path)
+            except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
                 raise DamageError(
                     f"{path}: not a readable file of slices ({error}); run megagpt checkpoint "
                     "verify, and use another checkpoint"
                 ) from None
             self._files.append(file)
-            for name, facts in described.items():
+            for name, facts in file.slices.items():
                 self._shapes[name] = tuple(facts["shape"])
                 self._kinds[name] = (facts["kind"], facts["parts"])
                 pieces = self._pieces.setdefault((name, facts["part"]), [])
@@ -147,8 +178,8 @@ class SliceReader:
             # In order of their starts, so a piece that starts later leaves a gap.
             if piece.start > done or last <= done:
                 continue
-            view = self._files[piece.file].get_slice(f"{name}|{key}")
-            out[done - start : last - start] = view[done - piece.start : last - piece.start]
+            wanted = out[done - start : last - start]
+            self._files[piece.file].read(f"{name}|{key}", done - piece.start, wanted)
             done = last
         if done != start + numel:
             raise DamageError(

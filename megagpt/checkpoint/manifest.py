@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megagpt.checkpoint.files import FileRecord
+from megagpt.data.shards import file_sha256, write_durably
 from megagpt.errors import DamageError
 
 FORMAT = 1
@@ -50,8 +51,8 @@ class Manifest:
     files: tuple[FileRecord, ...]
     recent: tuple[tuple[float, float], ...] = ()
     """(loss, gradient norm) of the latest steps, by which spikes are told."""
-    rollbacks: tuple[tuple[int, int], ...] = ()
-    """The run's journal so far: (step, samples skipped from there on)."""
+    rollbacks: tuple[tuple[int, int | None], ...] = ()
+    """The entries of the run's journal so far."""
     format: int = FORMAT
 
 
@@ -77,22 +78,8 @@ def _text(tree: dict[str, Any]) -> str:
 
 
 def write_file(path: Path, text: str) -> None:
-    """Writes a small text file so that it is whole or not there: temporary name, flush, rename."""
-    temporary = path.with_name(path.name + TEMPORARY)
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def sync_folder(folder: Path) -> None:
-    """Flushes a folder's entries (names) to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Writes a small text file so that it is whole or not there."""
+    write_durably(path, text.encode())
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -130,8 +117,7 @@ def file_problem(folder: Path, record: FileRecord) -> str | None:
         size = path.stat().st_size
         if size != record.bytes:
             return f"{path}: {size} bytes, but the manifest says {record.bytes}"
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = file_sha256(path)
     except OSError as error:
         return f"{path}: cannot be read ({error.strerror})"
     if found != record.sha256:
@@ -151,9 +137,7 @@ def verify(folder: Path) -> list[str]:
 
 def record_of(path: Path) -> FileRecord:
     """The record of a file that is already on the disk."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return FileRecord(path.name, path.stat().st_size, digest)
+    return FileRecord(path.name, path.stat().st_size, file_sha256(path))
 
 
 def set_aside(folder: Path) -> Path:

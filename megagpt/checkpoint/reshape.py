@@ -13,6 +13,7 @@ from pathlib import Path
 from megagpt.checkpoint import manifest as manifests
 from megagpt.checkpoint.files import SliceReader, write_slices
 from megagpt.checkpoint.model import newest
+from megagpt.data.shards import sync_folder
 from megagpt.engine.state import Slice
 from megagpt.errors import UsageError
 
@@ -42,7 +43,7 @@ def reshape(run: Path, output: Path, ranks: int = 1) -> Path:
     files = (*records, manifests.record_of(temporary / "config.toml"))
     layout = {"world": ranks, "pipeline": 1, "tensor": 1}
     manifests.write_manifest(temporary, dataclasses.replace(manifest, files=files, layout=layout))
-    manifests.sync_folder(temporary)
+    sync_folder(temporary)
     os.replace(temporary, folder)
     manifests.write_file(folder.parent / "latest", folder.name + "\n")
     return folder

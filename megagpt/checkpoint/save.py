@@ -23,6 +23,7 @@ from megagpt.checkpoint import manifest as manifests
 from megagpt.checkpoint.files import FileRecord, write_slices
 from megagpt.checkpoint.manifest import Manifest
 from megagpt.config import RunConfig, dump_run
+from megagpt.data.shards import sync_folder
 from megagpt.engine.front import Engine
 from megagpt.engine.state import KEYS, Slice
 from megagpt.errors import DamageError
@@ -128,12 +129,12 @@ class Saver:
         manifests.write_file(temporary / "config.toml", dump_run(self.config))
         files = (*records, manifests.record_of(temporary / "config.toml"))
         manifests.write_manifest(temporary, dataclasses.replace(state, files=files))
-        manifests.sync_folder(temporary)
+        sync_folder(temporary)
         if folder.exists():
             # Saved before at this step, by a run that was then sent back to an older checkpoint.
             manifests.set_aside(folder)
         os.replace(temporary, folder)
-        manifests.sync_folder(folder.parent)
+        sync_folder(folder.parent)
         # From here on it is valid, so nothing below may call it not saved.
         try:
             manifests.retire(self.run, self.config.checkpoint.keep_last)

@@ -52,10 +52,12 @@ class OptimizerConfig:
     gradient_clipping: float = 1.0
     """Largest global gradient norm; 0: no clipping."""
     max_skipped_steps: int = 20
-    """Steps in a row without a finite loss and gradient after which the run saves and stops."""
+    """Steps in a row whose update was left out (loss or gradient not finite, or a spike under
+    spike_action = "skip") after which the run saves and stops."""
     spike_action: str = "none"
-    """After a step whose loss or gradient norm spikes: none (it is recorded), or rollback: go on
-    from the newest checkpoint with the samples that follow the step."""
+    """What is done about a step whose loss or gradient norm spikes: none (it is recorded), skip
+    (its update is left out), or rollback: go on from the newest checkpoint with the samples that
+    follow the step."""
     spike_window: int = 128
     """Steps that a step is compared with."""
     spike_threshold: float = 8.0
@@ -113,13 +115,6 @@ class EvaluateConfig:
     """Tokens between evaluations; 0: only before the first and after the last step."""
     batches: int = 8
     """Batches of the schedule's increment (schedule.ramp_increment_tokens) that are evaluated."""
-    samples: int = 0
-    """Texts that the model writes at each evaluation, for samples/ and TensorBoard; 0: none. All
-    weights go to rank 0 for them, in fp32, so that suits models which one device holds."""
-    sample_tokens: int = 64
-    """Length of each at most."""
-    prompt: str = ""
-    """How each begins; empty: as a document does."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,13 +125,6 @@ class LogConfig:
     """Steps between lines on the console; metrics.jsonl always has every step."""
     tensorboard: bool = True
     """Write TensorBoard events to the run folder."""
-    wandb: str = ""
-    """Project of Weights & Biases that is told the same as TensorBoard; empty: none."""
-    details_every_steps: int = 100
-    """Steps between closer looks: every layer's norms (weights, gradient, update) and activations,
-    and the gradient noise scale; 0: never."""
-    profile_steps: tuple[int, ...] = ()
-    """[first, last]: steps whose operations are profiled, counted from 1; empty: none."""
     watchdog_minutes: float = 30.0
     """Minutes in which a step must end (four times as many for the start, the first step, an
     evaluation, a checkpoint), or the job ends with its stacks in the run folder; 0: no limit."""

@@ -5,12 +5,12 @@ from typing import Any
 import torch
 
 from megagpt.config import RunConfig
-from megagpt.engine.front import Engine, StepResult
+from megagpt.engine.front import Engine, LeaveOut, StepResult
 from megagpt.engine.ranks import Ranks
 from megagpt.errors import UsageError
 from megagpt.plan.layout import Layout
 
-__all__ = ["Engine", "Ranks", "StepResult", "build_engine"]
+__all__ = ["Engine", "LeaveOut", "Ranks", "StepResult", "build_engine"]
 
 
 def build_engine(

@@ -1,6 +1,7 @@
 """AdamW with a decay and a no-decay group (L2)."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,3 +30,16 @@ def build_optimizer(
         eps=config.eps,
         fused=True,
     )
+
+
+def ask_before_update(adam: torch.optim.AdamW, refuses: Callable[[], bool]) -> None:
+    """Asks before each of AdamW's updates; one that is refused leaves weights, moments and count.
+
+    By the mark that torch's fused kernels take from a gradient scaler: found_inf = 1 stands for
+    gradients that are no good. AdamW stays AdamW, which DeepSpeed knows by its type.
+    """
+
+    def ask(adam: Any, *_: Any) -> None:
+        adam.found_inf = torch.ones(()) if refuses() else None
+
+    adam.register_step_pre_hook(ask)

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from megagpt.config import RunConfig
 from megagpt.engine import state
 from megagpt.engine.compiler import compile_module
-from megagpt.engine.front import Engine, MicroBatch, StepResult
+from megagpt.engine.front import Engine, LeaveOut, MicroBatch, StepResult
 from megagpt.engine.optimizer import build_optimizer
 from megagpt.engine.ranks import Ranks
 from megagpt.model import GPT, initialise
@@ -36,6 +35,8 @@ class PlainEngine(Engine):
             config=ds_config,
         )
         state.create_moments(self.deepspeed.optimizer)
+        if self.stage > 0:
+            self._watch_updates()
         if config.parallel.compile:
             compile_module(self.deepspeed.module, self.device, ranks.rank == 0)
 
@@ -60,27 +61,29 @@ class PlainEngine(Engine):
                     initialise([one], config.model, config.seed)
         return model
 
-    def train_step(self, batches: Sequence[MicroBatch], lr: float, step: int) -> StepResult:
+    def train_step(
+        self, batches: Sequence[MicroBatch], lr: float, step: int, leave_out: LeaveOut | None = None
+    ) -> StepResult:
         engine = self.deepspeed
-        self._prepare_step(len(batches), lr, step)
+        self._prepare_step(len(batches), lr, step, leave_out)
         engine.train()
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        self._n_micro_batches = len(batches)
         for i, (x, y) in enumerate(batches):
             # DeepSpeed counts micro-steps over the whole run, so its own boundary would come too
             # early or late once the ramp has changed their number.
             engine.set_gradient_accumulation_boundary(i == len(batches) - 1)
-            with self.clock.part("forward"):
-                loss = engine(x.to(self.device), y.to(self.device))
-            with self.clock.part("backward"):
-                engine.backward(loss)
-            loss_sum += loss.detach()
+            loss = engine(x.to(self.device), y.to(self.device))
+            engine.backward(loss)
+            self._loss_sum += loss.detach()
             if i < len(batches) - 1 or self.stage > 0:
-                with self.clock.part("optimizer"):
-                    engine.step()
-        with self.clock.part("optimizer"):
-            norm = self._step_stage_0() if self.stage == 0 else float(engine.get_global_grad_norm())
-        loss_total = self.total([float(loss_sum) / len(batches)])[0]
-        return StepResult(loss_total / self.layout.world, norm, math.isfinite(norm))
+                engine.step()
+        norm = self._step_stage_0() if self.stage == 0 else float(engine.get_global_grad_norm())
+        return self._result(self._loss(), norm)
+
+    def _loss(self) -> float:
+        own = float(self._loss_sum) / self._n_micro_batches
+        return self.total([own])[0] / self.layout.world
 
     def _step_stage_0(self) -> float:
         """The update without ZeRO, whose step would neither report the norm nor skip a NaN."""
@@ -88,16 +91,11 @@ class PlainEngine(Engine):
         grads = [p.grad for p in engine.module.parameters() if p.grad is not None]
         norms = [torch.linalg.vector_norm(grad, dtype=torch.float64) for grad in grads]
         norm = float(torch.linalg.vector_norm(torch.stack(norms)))
-        if math.isfinite(norm):
+        if math.isfinite(norm) and not self._refuses(norm):
             engine.step()
         else:
             engine.zero_grad()
         return norm
-
-    def layers(self) -> dict[str, nn.Module]:
-        model = self.deepspeed.module
-        blocks = {f"h.{i}": block for i, block in enumerate(model.h)}
-        return {"wte": model.wte, "wpe": model.wpe, **blocks, "ln_f": model.ln_f}
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[MicroBatch]) -> float:

@@ -1,7 +1,8 @@
-"""RUN/journal.jsonl: which samples were skipped after which step, so that runs replay (L2).
+"""RUN/journal.jsonl: what was decided about spikes, so that runs replay (L2).
 
-An entry says: the run went back to `step`, and every step after it reads its samples
-`skipped_samples` further on. Where a run reads is then a pure function of the step and the
+An entry says one of two things. With `skipped_samples`: the run went back to `step`, and every
+step after it reads its samples so much further on. Without: the update of `step` was left out.
+Where a run reads and which steps it leaves out is then a pure function of the step and the
 journal; resuming, or training the run anew beside the same journal, takes the same steps.
 """
 
@@ -9,40 +10,57 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from megagpt.errors import DamageError, MegagptError
 
 NAME = "journal.jsonl"
+LEFT_OUT = "left out"
 MOST_ROLLBACKS = 3
 """To the same checkpoint: beyond, skipping data does not help."""
-Skip = tuple[int, int]
-"""(steps done, samples skipped altogether by every step after them)."""
+Entry = tuple[int, int | None]
+"""(step, samples skipped altogether by every step after it), or (step left out, None)."""
 
 
 class Journal:
-    """The rollbacks of one run, in the order in which they happened."""
+    """What was decided in one run, in the order in which it happened."""
 
-    def __init__(self, entries: Iterable[Sequence[int]] = ()) -> None:
-        self.entries: list[Skip] = [(int(step), int(samples)) for step, samples in entries]
+    def __init__(self, entries: Iterable[Sequence[int | None]] = ()) -> None:
+        self.entries: list[Entry] = []
+        for step, samples in entries:
+            assert step is not None
+            self.entries.append((step, samples))
 
     @property
-    def skips(self) -> list[Skip]:
-        """What holds of the run as it now is: after a rollback, later skips never happened."""
-        found: list[Skip] = []
-        for entry in self.entries:
-            found = [skip for skip in found if skip[0] < entry[0]] + [entry]
+    def holding(self) -> list[Entry]:
+        """What holds of the run as it now is: after a rollback, later entries never happened."""
+        found: list[Entry] = []
+        for step, samples in self.entries:
+            if samples is not None:
+                # A rollback to the step itself keeps its update, done or left out.
+                found = [e for e in found if e[0] < step or (e[0] == step and e[1] is None)]
+            found.append((step, samples))
         return found
 
     def skipped(self, step: int) -> int:
         """Samples skipped altogether before the step that follows `step` steps."""
-        return max((samples for at, samples in self.skips if at <= step), default=0)
+        samples = (n for at, n in self.holding if n is not None and at <= step)
+        return max(samples, default=0)
+
+    def leaves_out(self, step: int) -> bool:
+        """Whether the update of this step, counted from 1, was left out."""
+        return (step, None) in self.holding
+
+    def leave_out(self, step: int) -> None:
+        """The update of this step is left out."""
+        self.entries.append((step, None))
 
     def add(self, step: int, skipped_samples: int) -> None:
         """The run goes back to `step` and skips so many samples altogether from there on.
 
         Raises MegagptError when it went back there MOST_ROLLBACKS times before.
         """
-        if sum(at == step for at, _ in self.entries) >= MOST_ROLLBACKS:
+        if sum(at == step and n is not None for at, n in self.entries) >= MOST_ROLLBACKS:
             raise MegagptError(
                 f"the loss or gradient spikes again after {MOST_ROLLBACKS} rollbacks to step "
                 f"{step}; lower schedule.peak_lr (with --allow-changes), or move the newest "
@@ -51,20 +69,41 @@ class Journal:
         self.entries.append((step, skipped_samples))
 
     def write(self, run: Path, **facts: object) -> None:
-        """Appends the newest entry to the run's file, flushed to the disk. One rank calls it."""
-        step, samples = self.entries[-1]
-        line = json.dumps({"step": step, "skipped_samples": samples, **facts}) + "\n"
+        """Appends the newest entry to the run's file, flushed to the disk. One rank calls it.
+
+        A file that is gone (the entries then come from a checkpoint) gets the earlier ones back.
+        """
         path = run / NAME
-        whole = path.read_bytes().rpartition(b"\n") if path.exists() else (b"", b"", b"")
+        there, earlier = b"", _text(self.entries[:-1])
+        if path.exists():
+            there, earlier = path.read_bytes(), b""
         with path.open("ab") as file:
             # What a kill has left of a line would spoil this one.
-            file.truncate(len(whole[0] + whole[1]))
-            file.write(line.encode())
+            file.truncate(there.rfind(b"\n") + 1)
+            file.write(earlier + _text(self.entries[-1:], **facts))
             file.flush()
             os.fsync(file.fileno())
 
 
-def read_journal(run: Path) -> list[Skip]:
+def _text(entries: Iterable[Entry], **facts: object) -> bytes:
+    return "".join(json.dumps(_line(entry) | facts) + "\n" for entry in entries).encode()
+
+
+def _line(entry: Entry) -> dict[str, object]:
+    step, samples = entry
+    if samples is None:
+        return {"step": step, "update": LEFT_OUT}
+    return {"step": step, "skipped_samples": samples}
+
+
+def _entry(line: dict[str, Any]) -> Entry:
+    """The entry of a line; raises KeyError, TypeError or ValueError for what is none."""
+    if line.get("update") == LEFT_OUT:
+        return int(line["step"]), None
+    return int(line["step"]), int(line["skipped_samples"])
+
+
+def read_journal(run: Path) -> list[Entry]:
     """The entries of the run's file, [] where there is none.
 
     Raises DamageError for a line that is no entry; only the last may be cut short (by a kill).
@@ -73,16 +112,15 @@ def read_journal(run: Path) -> list[Skip]:
         lines = (run / NAME).read_bytes().splitlines(keepends=True)
     except FileNotFoundError:
         return []
-    entries: list[Skip] = []
+    entries: list[Entry] = []
     for number, line in enumerate(lines, 1):
         if not line.endswith(b"\n"):
             break
         try:
-            entry = json.loads(line)
-            entries.append((int(entry["step"]), int(entry["skipped_samples"])))
-        except (ValueError, KeyError, TypeError):
+            entries.append(_entry(json.loads(line)))
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise DamageError(
                 f"{run / NAME}, line {number}: not an entry of the journal; it decides which "
-                "samples are read, so restore the file from a copy"
+                "samples are read and which steps are left out, so restore the file from a copy"
             ) from None
     return entries

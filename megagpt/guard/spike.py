@@ -37,31 +37,16 @@ class Recent:
     pairs: list[tuple[float, float]] = field(default_factory=list)
     """(loss, gradient norm) of the latest steps, oldest first."""
     unapplied: int = 0
-    """Steps in a row, up to now, whose numbers were not finite."""
+    """Steps in a row, up to now, that were not applied."""
 
-    def add(self, loss: float, norm: float) -> str:
-        """Takes in a step; what is wrong with it, "" when nothing is.
+    def judge(self, loss: float, norm: float) -> str:
+        """Why a step with these numbers is a spike, "" when it is none; changes nothing.
 
-        Values that are not finite are left out: such a step was not applied.
+        Values that are not finite are none: DeepSpeed leaves such a step out by itself.
         """
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            self.unapplied += 1
+        few = len(self.pairs) < min(FEWEST, self.window)
+        if few or not (math.isfinite(loss) and math.isfinite(norm)):
             return ""
-        self.unapplied = 0
-        found = self._judge(loss, norm) if len(self.pairs) >= min(FEWEST, self.window) else ""
-        self.pairs = [*self.pairs, (loss, norm)][-self.window :]
-        return found
-
-    def failure(self, limit: int) -> str:
-        """Why the run ends after `limit` steps in a row that were not applied; "" before."""
-        if self.unapplied < limit:
-            return ""
-        return (
-            f"{self.unapplied} steps in a row had a loss or gradient that is not finite, and left "
-            "the weights as they were; lower schedule.peak_lr, or look at the data of these steps"
-        )
-
-    def _judge(self, loss: float, norm: float) -> str:
         losses, norms = zip(*self.pairs, strict=True)
         least = TIGHTEST * abs(statistics.median(losses))
         z = z_score(loss, losses, least or TIGHTEST)
@@ -71,6 +56,29 @@ class Recent:
         if z > self.threshold:
             return f"gradient norm {norm:.4g} is {z:.1f} robust deviations above the latest steps"
         return ""
+
+    def add(self, loss: float, norm: float, applied: bool = True) -> str:
+        """Takes in a step; why it is a spike, "" when it is none.
+
+        A spike is among the values that later steps are compared with, left out or not: where
+        the loss has come to stay at another level, that level is normal half a window later.
+        Values that are not finite are not.
+        """
+        self.unapplied = 0 if applied else self.unapplied + 1
+        found = self.judge(loss, norm)
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.pairs = [*self.pairs, (loss, norm)][-self.window :]
+        return found
+
+    def failure(self, limit: int) -> str:
+        """Why the run ends after `limit` steps in a row that were not applied; "" before."""
+        if self.unapplied < limit:
+            return ""
+        return (
+            f"{self.unapplied} steps in a row left the weights as they were, because their loss or "
+            "gradient was not finite or spiked; lower schedule.peak_lr, or look at the data of "
+            "these steps"
+        )
 
 
 def _log(norm: float) -> float:

@@ -2,20 +2,16 @@
 
 import contextlib
 import io
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.pipe import schedule
-from torch import nn
 
 from megagpt.config import RunConfig
 from megagpt.engine import state
-from megagpt.engine.clock import COMMUNICATION
 from megagpt.engine.compiler import compile_module
-from megagpt.engine.front import Engine, MicroBatch, StepResult
+from megagpt.engine.front import Engine, LeaveOut, MicroBatch, StepResult
 from megagpt.engine.optimizer import build_optimizer
 from megagpt.engine.ranks import Ranks
 from megagpt.parallel.pipeline import PipelinedGPT, Targets, initialise_parts, topology
@@ -45,8 +41,8 @@ class PipelineEngine(Engine):
             config=ds_config,
         )
         self.deepspeed.set_batch_fn(targets.stash)
-        self._time_instructions()
         state.create_moments(self.deepspeed.optimizer)
+        self._watch_updates()
         if config.parallel.compile:
             compile_module(self.deepspeed.module, self.device, ranks.rank == 0)
 
@@ -59,28 +55,17 @@ class PipelineEngine(Engine):
                 own = TensorGroup(group, members.index(self.ranks.rank), len(members))
         return own
 
-    def train_step(self, batches: Sequence[MicroBatch], lr: float, step: int) -> StepResult:
+    def train_step(
+        self, batches: Sequence[MicroBatch], lr: float, step: int, leave_out: LeaveOut | None = None
+    ) -> StepResult:
         engine = self.deepspeed
-        self._prepare_step(len(batches), lr, step)
+        self._prepare_step(len(batches), lr, step, leave_out)
         loss = float(engine.train_batch(iter(batches)))
-        norm = float(engine.get_global_grad_norm())
-        return StepResult(loss, norm, math.isfinite(norm))
+        return self._result(loss, float(engine.get_global_grad_norm()))
 
-    def _time_instructions(self) -> None:
-        """The clock's parts, by the instructions of DeepSpeed's schedule."""
-        parts = {
-            schedule.LoadMicroBatch: "data",
-            schedule.ForwardPass: "forward",
-            schedule.BackwardPass: "backward",
-            schedule.OptimizerStep: "optimizer",
-        }
-        self.deepspeed._INSTRUCTION_MAP = {
-            kind: self.clock.timed(parts.get(kind, COMMUNICATION), method)
-            for kind, method in self.deepspeed._INSTRUCTION_MAP.items()
-        }
-
-    def layers(self) -> dict[str, nn.Module]:
-        return self.deepspeed.module.own_layers()
+    def _loss(self) -> float:
+        # As train_batch itself does at its end; the update comes before that.
+        return float(self.deepspeed._aggregate_total_loss())
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[MicroBatch]) -> float:
