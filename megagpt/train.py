@@ -13,7 +13,6 @@ import errno
 import logging
 import os
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,7 +27,6 @@ from megagpt.engine.ranks import (
     prepare_environment,
 )
 from megagpt.errors import EXIT_DAMAGE, EXIT_FAILURE, EXIT_OK, MegagptError, Stopped
-from megagpt.flops import flops_per_token
 from megagpt.guard import StopRequest, Watchdog, check_replicas
 from megagpt.plan.ds_config import read_ds_config, resolve
 from megagpt.plan.layout import Layout, layout_of
@@ -58,6 +56,7 @@ class Trainer:
         from megagpt.engine import build_engine
         from megagpt.evaluation import Evaluation
         from megagpt.intake import check_vocabulary
+        from megagpt.measure import Meter
         from megagpt.position import Position
 
         self.config, self.layout, self.ranks = config, layout, ranks
@@ -70,9 +69,9 @@ class Trainer:
         self.engine = build_engine(config, layout, ranks, ds_config)
         self.evaluation = Evaluation(config, layout, self.engine, self.validation)
         self.at = Position(config, layout, self.engine, self.loader)
+        self.meter = Meter(config, layout, self.engine)
         self.watchdog = watchdog or Watchdog(self.folder, ranks, minutes=0)
         self.spike = ""
-        self.flops_per_token = flops_per_token(config.model)
 
     # --- the loop -------------------------------------------------------------------------------
 
@@ -111,18 +110,20 @@ class Trainer:
         """One training step, its record, and what is wrong with it."""
         schedule, before = self.config.schedule, self.at.progress
         self.watchdog.begin("step")
-        t0 = time.perf_counter()
+        self.meter.begin(before.step + 1)
         size = schedule.batch(before.tokens)
         tokens, step = before.tokens + size, before.step
-        batches = list(self.loader.micro_batches(*self.at.samples(step, before.tokens, size)))
-        if tokens < schedule.total_tokens:
-            self.loader.prefetch(*self.at.samples(step + 1, tokens, schedule.batch(tokens)))
-        data_s = time.perf_counter() - t0
+        with self.engine.clock.part("data"):
+            batches = list(self.loader.micro_batches(*self.at.samples(step, before.tokens, size)))
+            if tokens < schedule.total_tokens:
+                self.loader.prefetch(*self.at.samples(step + 1, tokens, schedule.batch(tokens)))
         leave_out = self.at.leave_out()
         result = self.engine.train_step(batches, schedule.lr(tokens), before.step, leave_out)
         self.at.progress = before.after(size, result.applied)
-        step_s = time.perf_counter() - t0
-        self.log.step(self._record(result, size, step_s) | {"data_s": data_s})
+        measured = self.meter.end(result, size, schedule.lr(tokens))
+        self.log.step(self._record(result, size) | measured)
+        if self.meter.table:
+            self.log.profile(self.meter.table)
         self.spike = self.at.recent.add(result.loss, result.grad_norm, result.applied)
         if self.spike or result.left_out:
             update = "left out" if result.left_out else "made"
@@ -133,12 +134,11 @@ class Trainer:
         if crossed(every, before.step, self.at.progress.step):
             check_replicas(self.engine, self.at.progress.step)
 
-    def _record(self, result: "StepResult", size: int, step_s: float) -> dict[str, object]:
+    def _record(self, result: "StepResult", size: int) -> dict[str, object]:
         """What metrics.jsonl says of the step that has just ended."""
         progress = self.at.progress
         samples = self.at.samples_done()
-        tflops = self.flops_per_token * size / step_s / self.ranks.world / 1e12
-        record: dict[str, object] = {
+        return {
             "step": progress.step,
             "tokens": progress.tokens,
             "samples": samples,
@@ -147,18 +147,12 @@ class Trainer:
             "batch_tokens": size,
             "grad_norm": result.grad_norm,
             "skipped_steps": progress.skipped_steps,
-            "tokens_per_s": size / step_s,
-            "step_s": step_s,
-            "tflops_per_rank": tflops,
             "digest": self.at.digest(progress.step),
             "sources": {
                 s["name"]: {"tokens": s["tokens"], "epochs": s["epochs"]}
                 for s in self.loader.consumed(samples)
             },
         }
-        if self.engine.peak_tflops is not None:
-            record["mfu"] = tflops / self.engine.peak_tflops
-        return record
 
     def evaluate(self) -> None:
         """The loss on every validation set, recorded."""
@@ -193,6 +187,7 @@ class Trainer:
         if self.ranks.rank == 0:
             write_run_files(self.config, self.layout, self.ds_config)
         self.log = open_log(self.config, self.at.progress, writer=self.ranks.rank == 0)
+        self.meter.recall(self.log.records())
 
     def roll_back(self) -> bool:
         """Goes back to the newest checkpoint and on behind the step that spiked, recorded in the
@@ -227,7 +222,10 @@ class Trainer:
 
     def close(self) -> None:
         """Closes files and the engine; the process group stays."""
+        table = self.meter.close()
         if hasattr(self, "log"):
+            if table:
+                self.log.profile(table)
             self.log.close()
         self.loader.close()
         self.engine.close()

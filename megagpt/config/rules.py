@@ -17,6 +17,7 @@ def problems_of(config: RunConfig) -> Iterator[str]:
         ("evaluate", "batches"),
         ("optimizer", "max_skipped_steps"),
         ("optimizer", "spike_window"),
+        ("evaluate", "sample_tokens"),
         ("log", "every_steps"),
     ):
         value = getattr(getattr(config, section), key)
@@ -27,6 +28,8 @@ def problems_of(config: RunConfig) -> Iterator[str]:
         ("checkpoint", "stop_after_steps"),
         ("log", "watchdog_minutes"),
         ("log", "check_replicas_every_steps"),
+        ("log", "details_every_steps"),
+        ("evaluate", "samples"),
     ):
         value = getattr(getattr(config, section), key)
         if not 0 <= value < float("inf"):
@@ -42,6 +45,12 @@ def problems_of(config: RunConfig) -> Iterator[str]:
         value = getattr(getattr(config, section), key)
         if value not in allowed:
             yield f"{section}.{key} = {value!r}: must be one of {', '.join(allowed)}"
+    steps = config.log.profile_steps
+    if steps and not (len(steps) == 2 and 1 <= steps[0] <= steps[1]):
+        yield (
+            f"log.profile_steps = {list(steps)}: must be two steps, the first at least 1 and the "
+            "last not before it"
+        )
     yield from _model_problems(config.model)
     yield from config.schedule.problems()
     yield from _batch_problems(config.schedule, config.model.n_ctx)

@@ -115,6 +115,13 @@ class EvaluateConfig:
     """Tokens between evaluations; 0: only before the first and after the last step."""
     batches: int = 8
     """Batches of the schedule's increment (schedule.ramp_increment_tokens) that are evaluated."""
+    samples: int = 0
+    """Texts that the model writes at each evaluation, for samples/ and TensorBoard; 0: none. All
+    weights go to rank 0 for them, in fp32, so that suits models which one device holds."""
+    sample_tokens: int = 64
+    """Length of each at most."""
+    prompt: str = ""
+    """How each begins; empty: as a document does."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,6 +132,13 @@ class LogConfig:
     """Steps between lines on the console; metrics.jsonl always has every step."""
     tensorboard: bool = True
     """Write TensorBoard events to the run folder."""
+    wandb: str = ""
+    """Project of Weights & Biases that is told the same as TensorBoard; empty: none."""
+    details_every_steps: int = 100
+    """Steps between closer looks: every layer's norms (weights, gradient, update) and activations,
+    and the gradient noise scale; 0: never."""
+    profile_steps: tuple[int, ...] = ()
+    """[first, last]: steps whose operations are profiled, counted from 1; empty: none."""
     watchdog_minutes: float = 30.0
     """Minutes in which a step must end (four times as many for the start, the first step, an
     evaluation, a checkpoint), or the job ends with its stacks in the run folder; 0: no limit."""

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from megagpt.config import RunConfig
 from megagpt.engine import state
+from megagpt.engine.clock import COMMUNICATION, Clock, time_collectives
 from megagpt.engine.optimizer import ask_before_update
 from megagpt.engine.ranks import Ranks
 from megagpt.plan.hardware import peak_tflops
@@ -60,6 +61,9 @@ class Engine(ABC):
         cuda = self.device.type == "cuda"
         self.peak_tflops = peak_tflops(torch.cuda.get_device_name()) if cuda else None
         """Peak of this rank's device in bf16, 10^12 FLOP/s; None where it is not known."""
+        self.clock = Clock(self.device)
+        """Times the parts of a step: forward, backward, optimizer and communication."""
+        time_collectives(self.clock)
         self.names: list[state.Named] = []
         """The parameters on this rank."""
         self.deepspeed: Any = None
@@ -133,7 +137,14 @@ class Engine(ABC):
         """Sum of each value over all ranks, in float64."""
         # Apple's and a few other devices have no float64, but neither nccl nor gloo runs there.
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor)
+        with self.clock.part(COMMUNICATION):
+            dist.all_reduce(tensor)
+            return list(tensor.tolist())
+
+    def largest(self, values: Sequence[float]) -> list[float]:
+        """Largest of each value over all ranks."""
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return list(tensor.tolist())
 
     def any(self, flag: bool) -> bool:
@@ -156,6 +167,15 @@ class Engine(ABC):
         """The parts of fp32 weights and moments that this rank holds, by canonical name."""
         rank = self.layout.data_rank(self.ranks.rank)
         return state.slices(self.deepspeed.optimizer, self.names, rank)
+
+    @abstractmethod
+    def layers(self) -> dict[str, nn.Module]:
+        """The layers on this rank by canonical name, without the head."""
+
+    @property
+    def loss_scale(self) -> float | None:
+        """What the loss is multiplied by under fp16; None elsewhere."""
+        return state.loss_scale(self.deepspeed.optimizer).get("cur_scale")
 
     def optimizer_state(self) -> state.OptimizerState:
         """Updates applied so far, and the loss scale under fp16."""

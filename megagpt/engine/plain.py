@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from megagpt.config import RunConfig
 from megagpt.engine import state
@@ -73,12 +74,16 @@ class PlainEngine(Engine):
             # DeepSpeed counts micro-steps over the whole run, so its own boundary would come too
             # early or late once the ramp has changed their number.
             engine.set_gradient_accumulation_boundary(i == len(batches) - 1)
-            loss = engine(x.to(self.device), y.to(self.device))
-            engine.backward(loss)
+            with self.clock.part("forward"):
+                loss = engine(x.to(self.device), y.to(self.device))
+            with self.clock.part("backward"):
+                engine.backward(loss)
             self._loss_sum += loss.detach()
             if i < len(batches) - 1 or self.stage > 0:
-                engine.step()
-        norm = self._step_stage_0() if self.stage == 0 else float(engine.get_global_grad_norm())
+                with self.clock.part("optimizer"):
+                    engine.step()
+        with self.clock.part("optimizer"):
+            norm = self._step_stage_0() if self.stage == 0 else float(engine.get_global_grad_norm())
         return self._result(self._loss(), norm)
 
     def _loss(self) -> float:
@@ -96,6 +101,11 @@ class PlainEngine(Engine):
         else:
             engine.zero_grad()
         return norm
+
+    def layers(self) -> dict[str, nn.Module]:
+        model = self.deepspeed.module
+        blocks = {f"h.{i}": block for i, block in enumerate(model.h)}
+        return {"wte": model.wte, "wpe": model.wpe, **blocks, "ln_f": model.ln_f}
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[MicroBatch]) -> float:

@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.pipe import schedule
+from torch import nn
 
 from megagpt.config import RunConfig
 from megagpt.engine import state
+from megagpt.engine.clock import COMMUNICATION
 from megagpt.engine.compiler import compile_module
 from megagpt.engine.front import Engine, LeaveOut, MicroBatch, StepResult
 from megagpt.engine.optimizer import build_optimizer
@@ -41,6 +44,7 @@ class PipelineEngine(Engine):
             config=ds_config,
         )
         self.deepspeed.set_batch_fn(targets.stash)
+        self._time_instructions()
         state.create_moments(self.deepspeed.optimizer)
         self._watch_updates()
         if config.parallel.compile:
@@ -66,6 +70,22 @@ class PipelineEngine(Engine):
     def _loss(self) -> float:
         # As train_batch itself does at its end; the update comes before that.
         return float(self.deepspeed._aggregate_total_loss())
+
+    def _time_instructions(self) -> None:
+        """The clock's parts, by the instructions of DeepSpeed's schedule."""
+        parts = {
+            schedule.LoadMicroBatch: "data",
+            schedule.ForwardPass: "forward",
+            schedule.BackwardPass: "backward",
+            schedule.OptimizerStep: "optimizer",
+        }
+        self.deepspeed._INSTRUCTION_MAP = {
+            kind: self.clock.timed(parts.get(kind, COMMUNICATION), method)
+            for kind, method in self.deepspeed._INSTRUCTION_MAP.items()
+        }
+
+    def layers(self) -> dict[str, nn.Module]:
+        return self.deepspeed.module.own_layers()
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[MicroBatch]) -> float:
