@@ -18,14 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megagpt.config import RunConfig, load_run
-from megagpt.engine.ranks import (
-    Ranks,
-    discover,
-    first_to_fail,
-    join,
-    leave,
-    prepare_environment,
-)
+from megagpt.engine.group import first_to_fail, join, leave
+from megagpt.engine.ranks import Ranks, discover, prepare_environment
 from megagpt.errors import EXIT_DAMAGE, EXIT_FAILURE, EXIT_OK, MegagptError, Stopped
 from megagpt.guard import StopRequest, Watchdog, check_replicas
 from megagpt.plan.ds_config import read_ds_config, resolve
@@ -299,7 +293,7 @@ def train(run: str, overrides: Sequence[str], allow_changes: bool = False) -> in
     folder, minutes = Path(config.output), config.log.watchdog_minutes
     stop = StopRequest(config.checkpoint, os.environ)
     with stop, Watchdog(folder, ranks, minutes) as watchdog:
-        join(ranks)
+        join(ranks, config)
         trainer = None
         try:
             if ranks.rank == 0:

@@ -18,7 +18,8 @@ from typing import Any
 
 from megagpt.checkpoint import list_checkpoints
 from megagpt.checkpoint.files import SliceReader
-from megagpt.engine.ranks import Ranks, join, leave, prepare_environment
+from megagpt.engine.group import join, leave
+from megagpt.engine.ranks import Ranks, prepare_environment
 from megagpt.engine.state import KEYS
 from megagpt.log import read_metrics
 from tests.corpus import run_file

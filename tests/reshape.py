@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 from megagpt.config import load_run
-from megagpt.engine.ranks import discover, join, leave, prepare_environment
+from megagpt.engine.group import join, leave
+from megagpt.engine.ranks import discover, prepare_environment
 from megagpt.plan.ds_config import read_ds_config, resolve
 from megagpt.plan.layout import layout_of
 from megagpt.train import StopRequest, Trainer

@@ -10,8 +10,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
-    ("errors", "code", "config", "presets", "schedule", "progress", "flops", "plan", "hardware"),
-    ("tokenizer", "data", "model", "log", "sampling"),
+    ("errors", "code", "hosts", "config", "presets")
+    + ("schedule", "progress", "flops", "plan", "hardware"),
+    ("tokenizer", "data", "model", "log", "sampling", "agreement"),
     ("parallel", "engine", "checkpoint", "guard", "measure"),
 )
 """Rooms of L0, L1 and L2; every other one is an entry room, L3."""

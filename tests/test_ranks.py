@@ -2,17 +2,30 @@
 
 import pytest
 
-from megagpt.engine.ranks import Ranks, cores, discover, prepare_environment
+from megagpt.engine.ranks import (
+    Ranks,
+    cores,
+    discover,
+    prepare_environment,
+    slurm_meeting_place,
+)
 from megagpt.errors import UsageError
 
 MASTER = {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
-DEEPSPEED = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_SIZE": "2", **MASTER}
+DEEPSPEED = {
+    "RANK": "3",
+    "WORLD_SIZE": "8",
+    "LOCAL_RANK": "1",
+    "LOCAL_SIZE": "2",
+    "CROSS_SIZE": "4",
+    **MASTER,
+}
 TORCHRUN = {
     "RANK": "3",
     "WORLD_SIZE": "8",
     "LOCAL_RANK": "1",
     "LOCAL_WORLD_SIZE": "2",
-    "TORCHELASTIC_RUN_ID": "none",
+    "GROUP_WORLD_SIZE": "4",
     **MASTER,
 }
 SRUN = {
@@ -20,9 +33,15 @@ SRUN = {
     "SLURM_NTASKS": "8",
     "SLURM_STEP_NUM_TASKS": "8",
     "SLURM_LOCALID": "1",
-    "SLURM_NTASKS_PER_NODE": "2",
-    **MASTER,
+    "SLURM_NODEID": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x3),1(x2)",
+    "SLURM_STEP_NODELIST": "node[1-5]",
+    "SLURM_JOB_ID": "4711",
+    "SLURM_STEP_ID": "0",
 }
+"""Also what `deepspeed --launcher slurm` leaves."""
+PER_HOST = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "0"}
+"""A step with one task on each of four hosts, which starts another launcher."""
 
 
 @pytest.mark.parametrize(
@@ -53,9 +72,28 @@ def test_a_step_smaller_than_its_job():
     assert discover(step).world == 4
 
 
+def test_a_host_with_fewer_tasks_than_the_first():
+    last = SRUN | {"SLURM_PROCID": "7", "SLURM_LOCALID": "0", "SLURM_NODEID": "4"}
+    assert discover(last).local_world == 1
+
+
 def test_ranks_on_this_host_are_guessed_where_the_launcher_does_not_say():
-    unsaid = {k: v for k, v in SRUN.items() if k != "SLURM_NTASKS_PER_NODE"}
+    unsaid = {k: v for k, v in SRUN.items() if k != "SLURM_STEP_TASKS_PER_NODE"}
     assert discover(unsaid).local_world == 2
+
+
+@pytest.mark.parametrize(
+    ("environ", "launcher"), [(DEEPSPEED, "deepspeed"), (TORCHRUN, "torchrun")]
+)
+def test_other_launchers_inside_a_step_of_slurm_know_better(environ, launcher):
+    assert discover(PER_HOST | environ).launcher == launcher
+    assert discover(PER_HOST | environ).rank == 3
+
+
+def test_what_a_script_exports_by_hand_from_slurms_variables():
+    by_hand = SRUN | {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"} | MASTER
+    assert discover(by_hand).launcher == "srun"
+    assert discover(by_hand).rank == 3
 
 
 @pytest.mark.parametrize(
@@ -63,13 +101,43 @@ def test_ranks_on_this_host_are_guessed_where_the_launcher_does_not_say():
     [
         ({"RANK": "0"}, "RANK is set, but not WORLD_SIZE and LOCAL_RANK"),
         ({"RANK": "0", "WORLD_SIZE": "2"}, "RANK is set, but not LOCAL_RANK;"),
-        (DEEPSPEED | {"RANK": "8"}, r"RANK = 8 with WORLD_SIZE = 8: a rank must be at least 0"),
-        (SRUN | {"SLURM_PROCID": "9"}, r"SLURM_PROCID = 9 with SLURM_STEP_NUM_TASKS = 8"),
+        (
+            {"WORLD_SIZE": "8"},
+            "WORLD_SIZE = 8 is set, but not RANK; start with deepspeed, torchrun",
+        ),
+        (
+            DEEPSPEED | {"RANK": "8"},
+            r"rank 8 of 8, rank 1 of 2 on this host \(by deepspeed\): a ra",
+        ),
+        (
+            SRUN | {"SLURM_PROCID": "9"},
+            r"rank 9 of 8, rank 1 of 2 on this host \(by srun\): a rank",
+        ),
+        (
+            SRUN | {"SLURM_LOCALID": "2"},
+            r"rank 3 of 8, rank 2 of 2 on this host \(by srun\): a rank",
+        ),
+        (
+            SRUN | {"WORLD_SIZE": "2"},
+            "WORLD_SIZE = 2, but SLURM_STEP_NUM_TASKS = 8; srun gives each",
+        ),
+        (
+            SRUN | {"RANK": "0", "WORLD_SIZE": "8", "LOCAL_RANK": "1"} | MASTER,
+            "RANK = 0, but SLURM_PROCID = 3; srun gives each task its place by itself: unset RANK",
+        ),
+        (
+            PER_HOST | TORCHRUN | {"GROUP_WORLD_SIZE": "1"},
+            r"srun started 4 tasks, but torchrun counts 1 \(GROUP_WORLD_SIZE\); srun must",
+        ),
+        (
+            PER_HOST | DEEPSPEED | {"CROSS_SIZE": "2"},
+            r"srun started 4 tasks, but deepspeed counts 2 \(CROSS_SIZE\); srun must",
+        ),
         (DEEPSPEED | {"RANK": "x"}, "RANK = 'x': must be a whole number, 0 or more"),
         (DEEPSPEED | {"RANK": "-1"}, "RANK = '-1': must be a whole number, 0 or more"),
         (TORCHRUN | {"LOCAL_WORLD_SIZE": "2(x4)"}, r"LOCAL_WORLD_SIZE = '2\(x4\)': must be a who"),
         (SRUN | {"SLURM_STEP_NUM_TASKS": ""}, "SLURM_STEP_NUM_TASKS = '': must be a whole"),
-        (SRUN | {"MASTER_PORT": ""}, "MASTER_PORT not set: the 8 ranks need the host name"),
+        (TORCHRUN | {"MASTER_PORT": ""}, "MASTER_PORT not set: the 8 ranks need the host name"),
     ],
 )
 def test_contradictions_are_named(environ, message):
@@ -98,3 +166,26 @@ def test_a_single_rank_keeps_its_launchers_meeting_place():
     environ = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", **MASTER}
     prepare_environment(discover(environ), environ)
     assert (environ["MASTER_ADDR"], environ["MASTER_PORT"]) == ("node1", "29500")
+
+
+def test_srun_needs_no_exported_variables_to_meet():
+    environ = dict(SRUN)
+    prepare_environment(discover(environ), environ)
+    assert environ["MASTER_ADDR"] == "node1"
+    assert 20000 <= int(environ["MASTER_PORT"]) < 32000
+
+
+def test_what_was_exported_for_srun_stays():
+    environ = SRUN | {"MASTER_ADDR": "node1-ib"}
+    prepare_environment(discover(environ), environ)
+    assert environ["MASTER_ADDR"] == "node1-ib"
+    assert environ["MASTER_PORT"] == slurm_meeting_place(SRUN)[1]
+
+
+def test_jobs_and_steps_side_by_side_meet_at_ports_of_their_own():
+    steps = [
+        SRUN | {"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)}
+        for job in range(4711, 5711)
+        for step in range(8)
+    ]
+    assert len({slurm_meeting_place(step)[1] for step in steps}) == len(steps)
