@@ -24,6 +24,7 @@ COMMANDS = {
         "list, verify, reshape and consolidate checkpoints",
     ),
     "generate": ("megagpt.generate", "text from a trained model"),
+    "evaluate": ("megagpt.evaluate", "loss and bits per byte of a trained model on a corpus"),
     "report": ("megagpt.report", "curves of one or several runs as a picture and a page"),
     "watch": ("megagpt.watch", "follow a run in the terminal"),
     "parity": ("megagpt.parity", "train a run file under every layout and compare the losses"),

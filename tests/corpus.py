@@ -18,10 +18,10 @@ def sentences(count: int, seed: int) -> list[str]:
     return [" ".join(draw.choices(WORDS, k=draw.randint(4, 30))) + ".\n" for _ in range(count)]
 
 
-def write_corpus(folder: Path, documents: list[str]) -> Path:
-    """Shards of the documents with the bytes tokenizer; returns the folder."""
+def write_corpus(folder: Path, documents: list[str], tokenizer: str = "bytes") -> Path:
+    """Shards of the documents; returns the folder."""
     folder.mkdir(parents=True)
-    encoding = load_tokenizer("bytes")
+    encoding = load_tokenizer(tokenizer)
     writer = ShardWriter(folder, encoding.n_vocab, shard_tokens=20_000)
     for text in documents:
         tokens = np.array([*encoding.encode_ordinary(text), encoding.eot_token], np.uint16)
@@ -30,7 +30,7 @@ def write_corpus(folder: Path, documents: list[str]) -> Path:
     write_manifest(
         Manifest(
             folder=folder,
-            tokenizer_name="bytes",
+            tokenizer_name=tokenizer,
             vocab_size=encoding.n_vocab,
             end_of_document=encoding.eot_token,
             fingerprint=fingerprint(encoding),
@@ -41,7 +41,7 @@ def write_corpus(folder: Path, documents: list[str]) -> Path:
             totals={
                 "documents": len(documents),
                 "tokens": sum(s.tokens for s in shards),
-                "text_bytes": sum(len(t) for t in documents),
+                "text_bytes": sum(len(t.encode()) for t in documents),
             },
         )
     )

@@ -1,11 +1,15 @@
 """The plain model: the list of layers, chained, with a KV cache for generation."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megagpt.model.layers import KeyValues, Parts, layers
 from megagpt.presets import ModelConfig
+
+SCORED_LOGITS = 1 << 25
+"""Logits that `GPT.losses` holds at a time (128 MiB in fp32)."""
 
 
 class Cache:
@@ -51,6 +55,18 @@ class GPT(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """Logits (B, T, V) of ids x (B, T), padding left out; what follows each position."""
         return self.parts.head_logits(self._output(), self._hidden(x))
+
+    @torch.no_grad()
+    def losses(self, x: Tensor, y: Tensor) -> Tensor:
+        """Loss of each target y (B, T) >= 0 after ids x (B, T), nats: (N,) fp32, row by row."""
+        scored = y >= 0
+        hidden, targets = self._hidden(x)[scored], y[scored]
+        rows = max(1, SCORED_LOGITS // self.config.vocab_size)
+        found = [
+            F.cross_entropy(self.parts.head_logits(self._output(), h).float(), t, reduction="none")
+            for h, t in zip(hidden.split(rows), targets.split(rows), strict=True)
+        ]
+        return torch.cat(found)
 
     def new_cache(self, batch: int) -> Cache:
         """An empty cache for `batch` sequences of up to n_ctx positions."""
