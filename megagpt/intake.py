@@ -47,14 +47,24 @@ def check_data(
 
 
 def check_vocabulary(config: RunConfig, loaders: Sequence[TokenLoader]) -> None:
-    """Raises UsageError when the data's tokens do not fit the model's vocabulary."""
+    """Raises UsageError when the data's tokens do not fit the model's vocabulary, or were made by
+    another tokenizer than those of the first loader."""
+    first = loaders[0].stores[0].manifest
     for loader in loaders:
+        store = loader.stores[0]
         if loader.vocab_size != config.model.vocab_size:
             raise UsageError(
-                f"{loader.stores[0].folder}: its tokenizer {loader.tokenizer_name!r} has "
+                f"{store.folder}: its tokenizer {loader.tokenizer_name!r} has "
                 f"{loader.vocab_size} tokens, but model.vocab_size = {config.model.vocab_size}; "
                 f"set model.vocab_size = {loader.vocab_size}, or prepare the corpus with the "
                 "model's tokenizer"
+            )
+        # An import may not know its tokenizer.
+        if len({store.manifest.fingerprint, first.fingerprint} - {""}) > 1:
+            raise UsageError(
+                f"{store.folder}: its tokenizer {loader.tokenizer_name!r} is not that of "
+                f"{first.folder}, {loaders[0].tokenizer_name!r}, though as large; prepare the "
+                "corpus with the tokenizer of the training data"
             )
 
 

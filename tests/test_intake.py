@@ -125,6 +125,22 @@ def test_a_corpus_of_another_vocabulary_is_refused(config, tmp_path):
     loader.close()
 
 
+def test_validation_data_of_another_tokenizer_of_the_same_size_are_refused(config, tmp_path):
+    loaders = [TokenLoader([(tmp_path / name, 1.0)], 32, 1) for name in ("train", "validation")]
+    check_vocabulary(config, loaders)
+    path = tmp_path / "validation" / "manifest.json"
+    tree = json.loads(path.read_text())
+    for fingerprint, sound in (("", True), ("0" * 64, False)):
+        tree["tokenizer"]["fingerprint"] = fingerprint
+        path.write_text(json.dumps(tree))
+        other = [loaders[0], TokenLoader([(tmp_path / "validation", 1.0)], 32, 1)]
+        if sound:
+            check_vocabulary(config, other)
+            continue
+        with pytest.raises(UsageError, match=r"validation: its tokenizer 'bytes' is not that of "):
+            check_vocabulary(config, other)
+
+
 def test_an_evaluation_is_whole_increments_of_the_batch(config):
     # 256 tokens of increment are 8 sequences of 32; the run file asks for 2 batches of them.
     assert evaluation_samples(config, 1000) == 16
