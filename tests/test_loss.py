@@ -1,5 +1,7 @@
 """The loss without the full logits: exact, whatever the chunks, the padding and the masking."""
 
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -113,3 +115,19 @@ def test_only_wanted_gradients_are_computed():
     assert products(hidden, weight.detach(), targets) == 2
     with torch.no_grad():
         assert products(hidden, weight, targets) == 1
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_fused_form_is_the_sliced_one(dtype):
+    logits = torch.randn(N, 64, generator=torch.Generator().manual_seed(2)).to(dtype)
+    logits[:, V:] = float("-inf")
+    logits[0, :] *= 200.0
+    targets = torch.randint(0, V, (N,))
+    targets[3] = -1
+    sliced, fused = logits.clone(), logits.clone()
+    total = loss._normalise(sliced, targets)
+    eps = torch.finfo(total.dtype).eps
+    torch.testing.assert_close(loss._fused()(fused, targets), total, rtol=16 * eps, atol=0)
+    rounding = torch.finfo(dtype).eps
+    torch.testing.assert_close(fused, sliced, rtol=2 * rounding, atol=2 * eps)

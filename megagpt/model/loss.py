@@ -9,6 +9,8 @@ matrix products that any training step needs, nothing is computed twice, and pea
 CHUNK logits where the plain form holds N V several times over.
 """
 
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -63,11 +65,12 @@ class _CrossEntropy(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocab: int, learns: bool
     ) -> Tensor:
         wanted = [learns and needed for needed in ctx.needs_input_grad[:2]]
-        # On a GPU torch.compile may fuse what lies between the products; on a CPU it would only
-        # unroll the loops, so there it gets one operator.
+        # On a GPU torch.compile may fuse what lies between the products; on a CPU it would keep
+        # more logits than one chunk, so there it gets one operator, which fuses within itself.
         whole = torch.compiler.is_compiling() and hidden.device.type == "cpu"
-        form = _operator if whole else _loss_and_gradients
-        total, grad_hidden, grad_weight = form(hidden, weight, targets, vocab, *wanted)
+        parts = hidden, weight, targets, vocab, wanted
+        found = _operator(*parts) if whole else _loss_and_gradients(*parts, _normalise)
+        total, grad_hidden, grad_weight = found
         inverse = 1.0 / (targets >= 0).sum().clamp(min=1).to(total.dtype)
         ctx.save_for_backward(grad_hidden, grad_weight, inverse)
         ctx.weight_dtype = weight.dtype
@@ -92,10 +95,14 @@ def _loss_and_gradients(
     weight: Tensor,
     targets: Tensor,
     vocab: int,
-    wants_hidden: bool,
-    wants_weight: bool,
+    wanted: Sequence[bool],
+    normalise: Callable[[Tensor, Tensor], Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Summed loss and its gradients for hidden (N, D) and weight (R, D); empty where unwanted."""
+    """Summed loss and its gradients for hidden (N, D) and weight (R, D); empty where unwanted.
+
+    `normalise` turns a chunk's logits into their gradient in place and returns their loss.
+    """
+    wants_hidden, wants_weight = wanted
     n, rows = hidden.shape[0], weight.shape[0]
     assert n > 0, "a batch without a position has no loss"
     chunks = -(-n * rows // CHUNK)
@@ -109,7 +116,7 @@ def _loss_and_gradients(
         # Padding is multiplied and then masked: its rows are there to round the shape.
         chunk = torch.mm(part, weight.t(), out=logits[: part.shape[0]])
         chunk[:, vocab:] = float("-inf")
-        total += _normalise(chunk, targets[start : start + step])
+        total += normalise(chunk, targets[start : start + step])
         if wants_hidden:
             torch.mm(chunk, weight, out=grad_hidden[start : start + step])
         if grad_weight is not None:
@@ -117,9 +124,21 @@ def _loss_and_gradients(
     return total, grad_hidden, weight.new_empty(0) if grad_weight is None else grad_weight.total
 
 
-_operator = torch.library.custom_op(
-    "megagpt::loss_and_gradients", _loss_and_gradients, mutates_args=()
-)
+@torch.library.custom_op("megagpt::loss_and_gradients", mutates_args=())
+def _operator(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    vocab: int,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _loss_and_gradients(hidden, weight, targets, vocab, wanted, _fused())
+
+
+@functools.cache
+def _fused() -> Callable[[Tensor, Tensor], Tensor]:
+    # Chunks have at most two sizes, and their loops are faster when the sizes are known.
+    return torch.compile(_normalise_whole, dynamic=False)
 
 
 @_operator.register_fake
@@ -128,13 +147,12 @@ def _(
     weight: Tensor,
     targets: Tensor,
     vocab: int,
-    wants_hidden: bool,
-    wants_weight: bool,
+    wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     wide = _wide(hidden) if hidden.shape[0] * weight.shape[0] > CHUNK else weight.dtype
     total = torch.zeros((), dtype=_wide(hidden), device=hidden.device)
-    grad_hidden = torch.empty_like(hidden) if wants_hidden else hidden.new_empty(0)
-    grad_weight = torch.empty_like(weight, dtype=wide) if wants_weight else weight.new_empty(0)
+    grad_hidden = torch.empty_like(hidden) if wanted[0] else hidden.new_empty(0)
+    grad_weight = torch.empty_like(weight, dtype=wide) if wanted[1] else weight.new_empty(0)
     return total, grad_hidden, grad_weight
 
 
@@ -181,3 +199,15 @@ def _normalise(logits: Tensor, targets: Tensor) -> Tensor:
         p.scatter_add_(1, index, -scored.to(p.dtype))
         part.copy_(p)
     return total
+
+
+def _normalise_whole(logits: Tensor, targets: Tensor) -> Tensor:
+    """The same without slices, as expressions that a compiler fuses into a few passes."""
+    wide = logits.to(_wide(logits))
+    top = wide.amax(1, keepdim=True)
+    mass = (wide - top).exp().sum(1, keepdim=True)
+    scored, index = (targets >= 0)[:, None], targets.clamp(min=0)[:, None]
+    chosen = wide.gather(1, index)
+    target = torch.arange(logits.shape[1], device=logits.device) == index
+    logits.copy_(((wide - top).exp() / mass - target.to(wide.dtype)) * scored)
+    return ((mass.log() + top - chosen) * scored).sum()
