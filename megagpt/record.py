@@ -10,6 +10,7 @@ from megagpt.config import RunConfig, dump_run
 from megagpt.errors import UsageError
 from megagpt.lock import lock
 from megagpt.log import RunLog, read_metrics
+from megagpt.log.wandb_board import check_wandb
 from megagpt.plan.layout import Layout
 from megagpt.progress import Progress
 
@@ -25,7 +26,9 @@ def versions() -> dict[str, str]:
 
 
 def make_run_folder(config: RunConfig) -> None:
-    """The run folder, kept for this process. Raises UsageError where it cannot be."""
+    """The run folder, kept for this process. Raises UsageError where it cannot be, or where the
+    run file wants a writer that is not installed."""
+    check_wandb(config.log.wandb)
     try:
         Path(config.output).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -58,6 +61,7 @@ def open_log(config: RunConfig, progress: Progress, writer: bool) -> RunLog:
         resume_tokens=progress.tokens,
         resume_step=progress.step,
         tensorboard=config.log.tensorboard,
+        wandb=config.log.wandb,
         every_steps=config.log.every_steps,
         batch=config.schedule.batch,
         writer=writer,

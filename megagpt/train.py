@@ -61,7 +61,8 @@ class Trainer:
         self.validation = [TokenLoader([(Path(s.path), 1.0)], n_ctx, 0) for s in validation]
         check_vocabulary(config, [self.loader, *self.validation])
         self.engine = build_engine(config, layout, ranks, ds_config)
-        self.evaluation = Evaluation(config, layout, self.engine, self.validation)
+        tokenizer = self.loader.tokenizer_name
+        self.evaluation = Evaluation(config, layout, self.engine, self.validation, tokenizer)
         self.at = Position(config, layout, self.engine, self.loader)
         self.meter = Meter(config, layout, self.engine)
         self.watchdog = watchdog or Watchdog(self.folder, ranks, minutes=0)
@@ -149,12 +150,12 @@ class Trainer:
         }
 
     def evaluate(self) -> None:
-        """The loss on every validation set, recorded."""
+        """The loss on every validation set and the texts, recorded."""
+        progress = self.at.progress
         self.watchdog.begin("evaluation")
-        if record := self.evaluation.run():
-            self.log.evaluation(
-                {"step": self.at.progress.step, "tokens": self.at.progress.tokens, **record}
-            )
+        if record := self.evaluation.losses():
+            self.log.evaluation({"step": progress.step, "tokens": progress.tokens, **record})
+        self.log.samples(self.evaluation.texts())
 
     def agree(self, stop: StopRequest) -> tuple[bool, bool, bool]:
         """(does any rank have to stop, is a checkpoint written by all, did the step spike)."""

@@ -26,6 +26,7 @@ FORBIDDEN = (
 ENTRIES_OF_ENTRIES = {
     ("__main__", "cli"),
     ("record", "lock"),
+    ("evaluation", "generate"),
     ("evaluation", "intake"),
     ("position", "record"),
     ("train", "evaluation"),

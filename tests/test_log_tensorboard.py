@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from test_log import open_log, record, run_until_killed, steps
+
+from tests.recorded import open_log, record, run_until_killed, steps
 
 pytestmark = pytest.mark.slow
 

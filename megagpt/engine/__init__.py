@@ -1,5 +1,8 @@
 """The engines: one front over DeepSpeed for every layout (L2)."""
 
+import contextlib
+import io
+import logging
 from typing import Any
 
 import torch
@@ -11,6 +14,8 @@ from megagpt.errors import UsageError
 from megagpt.plan.layout import Layout
 
 __all__ = ["Engine", "LeaveOut", "Ranks", "StepResult", "build_engine"]
+
+log = logging.getLogger(__name__)
 
 
 def build_engine(
@@ -24,10 +29,22 @@ def build_engine(
         raise UsageError(
             "parallel.dtype = 'fp16': needs a GPU; use bf16 (or fp32) on a machine without one"
         )
-    if layout.pipelined:
-        from megagpt.parallel.engine import PipelineEngine
+    # DeepSpeed prints what memory it takes, and stdout is for results.
+    with contextlib.redirect_stdout(_Debug()):
+        if layout.pipelined:
+            from megagpt.parallel.engine import PipelineEngine
 
-        return PipelineEngine(config, layout, ranks, ds_config)
-    from megagpt.engine.plain import PlainEngine
+            return PipelineEngine(config, layout, ranks, ds_config)
+        from megagpt.engine.plain import PlainEngine
 
-    return PlainEngine(config, layout, ranks, ds_config)
+        return PlainEngine(config, layout, ranks, ds_config)
+
+
+class _Debug(io.TextIOBase):
+    """Passes what is printed to the log, for those who ask for all of it."""
+
+    def write(self, text: str) -> int:
+        for line in text.splitlines():
+            if line.strip():
+                log.debug("%s", line)
+        return len(text)

@@ -12,14 +12,13 @@ from typing import Any
 _GROUPS = {
     "train": "loss perplexity lr batch_tokens grad_norm update_norm param_norm update_ratio",
     "validation": "validation_loss validation_perplexity validation_bits_per_byte",
-    "speed": "tokens_per_s samples_per_s tokens_per_s_per_gpu mfu hfu tflops",
-    "time": "step_s data_s forward_s backward_s forward_backward_s communication_s optimizer_s "
-    "log_s checkpoint_s checkpoint_stall_s evaluate_s",
-    "memory": "memory_bytes memory_allocated_bytes memory_reserved_bytes memory_peak_bytes "
-    "host_memory_bytes",
+    "speed": "tokens_per_s mfu hfu tflops_per_rank",
+    "time": "step_s data_s forward_s backward_s communication_s optimizer_s details_s "
+    "checkpoint_stall_s evaluate_s",
+    "memory": "memory_allocated_bytes memory_reserved_bytes memory_peak_bytes host_memory_bytes",
     "precision": "loss_scale skipped_steps",
-    "noise": "noise_scale noise_scale_tokens critical_batch_tokens",
-    "progress": "step samples epoch epochs",
+    "noise": "noise_scale_tokens gradient_square noise_trace",
+    "progress": "step samples",
 }
 _GROUP = {name: group for group, names in _GROUPS.items() for name in names.split()}
 _FOLDED = {"validation_losses": "validation"}
@@ -32,19 +31,40 @@ FIRST_SCREEN: tuple[tuple[str, tuple[tuple[str, tuple[str, ...]], ...]], ...] = 
         (
             ("loss, training and validation", (r"^train/loss$", r"^validation/validation_loss$")),
             ("validation, by set", (r"^validation/(?!validation_)",)),
+            ("bits per byte", (r"^validation/validation_bits_per_byte$",)),
             ("gradient norm", (r"^train/grad_norm$",)),
         ),
     ),
     (
+        "Is it healthy?",
+        (
+            ("gradient norm of each layer", (r"^norms/gradient/",)),
+            ("update / weights of each layer", (r"^norms/ratio/",)),
+            ("weights of each layer", (r"^norms/parameter/",)),
+            ("activations of each layer (RMS)", (r"^activations/rms/",)),
+            ("loss scale and skipped steps", (r"^precision/",)),
+        ),
+    ),
+    (
         "Is it on schedule?",
-        (("learning rate", (r"^train/lr$",)), ("batch (tokens)", (r"^train/batch_tokens$",))),
+        (
+            ("learning rate", (r"^train/lr$",)),
+            (
+                "batch and gradient noise scale (tokens)",
+                (r"^train/batch_tokens$", r"^noise/noise_scale_tokens$"),
+            ),
+        ),
     ),
     (
         "Is it fast?",
         (
             ("tokens per second", (r"^speed/tokens_per_s$",)),
             ("share of the hardware's FLOPs (MFU, HFU)", (r"^speed/(mfu|hfu)$",)),
-            ("step time by part (s)", (r"^time/.*_s$",)),
+            (
+                "step time by part (s)",
+                (r"^time/(step|data|forward|backward|communication|optimizer)_s$",),
+            ),
+            ("beside the steps (s)", (r"^time/(evaluate|checkpoint_stall|details)_s$",)),
             ("memory (bytes)", (r"^memory/",)),
         ),
     ),
@@ -83,20 +103,13 @@ def _nested(prefix: str, record: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-def derived(record: Mapping[str, Any], bytes_per_token: float = 0.0) -> dict[str, float]:
-    """Figures that follow from the record's losses (nats per token).
-
-    Perplexity is exp(loss); bits per byte is loss / ln 2 / (bytes of text per token), known where
-    the caller knows the text.
-    """
+def derived(record: Mapping[str, Any]) -> dict[str, float]:
+    """Figures that follow from the record's losses (nats per token): perplexity is exp(loss)."""
     found: dict[str, float] = {}
     if "loss" in record:
         found["train/perplexity"] = _exp(float(record["loss"]))
     if "validation_loss" in record:
-        loss = float(record["validation_loss"])
-        found["validation/validation_perplexity"] = _exp(loss)
-        if bytes_per_token:
-            found["validation/validation_bits_per_byte"] = loss / math.log(2) / bytes_per_token
+        found["validation/validation_perplexity"] = _exp(float(record["validation_loss"]))
     return found
 
 

@@ -1,7 +1,7 @@
 """RunLog: one call a step, and the step is in metrics.jsonl, TensorBoard and on the screen."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from megagpt.log.environment import environment
 from megagpt.log.eta import Eta
 from megagpt.log.layout import derived, tags
 from megagpt.log.metrics import NAME, MetricsFile, cut, decode, plain, read_metrics
+from megagpt.log.wandb_board import WandbBoard
 
 _CONFIGURATION = ("config.toml", "ds_config.json", "run.json")
 """Files of the run folder that go to TensorBoard as text, where they are there."""
@@ -41,15 +42,15 @@ class RunLog:
     """bar, plain, off, or auto: a bar where stderr is a terminal, plain lines elsewhere."""
     batch: Callable[[int], int] | None = field(default=None, kw_only=True)
     """Batch size (tokens) of the step that starts at so many tokens consumed, for the ETA."""
-    bytes_per_token: float = field(default=0.0, kw_only=True)
-    """Bytes of validation text per token, for bits per byte; 0: not known."""
+    wandb: str = field(default="", kw_only=True)
+    """Project of Weights & Biases; empty: none."""
 
     def __post_init__(self) -> None:
         self.folder = Path(self.folder)
         self._step, self._tokens = self.resume_step, self.resume_tokens
         self._eta = Eta(self.total_tokens, self.batch)
         self._metrics: MetricsFile | None = None
-        self._board: Board | None = None
+        self._boards: list[Board | WandbBoard] = []
         self._console: Console = Silence()
         if self.writer:
             self._open()
@@ -65,13 +66,17 @@ class RunLog:
             kind, facts = "resume", _cost(dropped, last, self.resume_tokens)
         self._metrics = MetricsFile(path)
         if self.tensorboard:
-            self._board = Board(self.folder / "tensorboard", resume_tokens=self.resume_tokens)
+            board = Board(self.folder / "tensorboard", resume_tokens=self.resume_tokens)
+            self._boards.append(board)
+        if self.wandb:
+            found = WandbBoard(self.folder, self.wandb, resume_tokens=self.resume_tokens)
+            self._boards.append(found)
         self._console = open_console(self.console, self._eta, self.resume_tokens, self.every_steps)
         self.event(kind, **facts)
         self._describe()
 
     def _describe(self) -> None:
-        """Configuration and environment, as TensorBoard texts."""
+        """Configuration and environment, as texts."""
         for name in _CONFIGURATION:
             if (path := self.folder / name).is_file():
                 self.text(f"run/{name}", _code(path.read_text()), self.resume_tokens)
@@ -104,14 +109,24 @@ class RunLog:
         assert self._metrics is not None
         now = round(time.time(), 3)
         self._metrics.write({**record, "time": now})
-        if self._board:
-            values = tags(record) | derived(record, self.bytes_per_token)
-            self._board.scalars(values, int(record["tokens"]), now)
+        for board in self._boards:
+            board.scalars(tags(record) | derived(record), int(record["tokens"]), now)
 
     def text(self, tag: str, text: str, tokens: int) -> None:
-        """A text (Markdown) for TensorBoard, such as a sample of the model."""
-        if self._board:
-            self._board.text(tag, text, tokens)
+        """A text (Markdown) for TensorBoard."""
+        for board in self._boards:
+            board.text(tag, text, tokens)
+
+    def samples(self, texts: Sequence[str]) -> None:
+        """Texts of the model as it is: a file in samples/, and TensorBoard."""
+        if self._metrics is None or not texts:
+            return
+        path = self.folder / "samples" / f"step_{self._step:08d}.txt"
+        path.parent.mkdir(exist_ok=True)
+        marked = (f"--- {number} of {len(texts)} ---\n{text}\n" for number, text in _count(texts))
+        path.write_text("".join(marked), encoding="utf-8")
+        for number, text in _count(texts):
+            self.text(f"samples/{number}", _code(text), self._tokens)
 
     def profile(self, table: str) -> None:
         """The costliest operations of the steps that were profiled."""
@@ -132,15 +147,23 @@ class RunLog:
         record = {**place, "time": round(time.time(), 3), **facts}
         self._metrics.write(record)
         self._console.event(record)
+        if "stall_s" in facts:
+            stall = {"time/checkpoint_stall_s": float(facts["stall_s"])}
+            for board in self._boards:
+                board.scalars(stall, self._tokens)
 
     def close(self) -> None:
         """Close all files; a second call does nothing."""
         self._console.close()
-        if self._board:
-            self._board.close()
+        for board in self._boards:
+            board.close()
         if self._metrics:
             self._metrics.close()
-        self._metrics, self._board, self._console = None, None, Silence()
+        self._metrics, self._boards, self._console = None, [], Silence()
+
+
+def _count(texts: Sequence[str]) -> Iterable[tuple[int, str]]:
+    return enumerate(texts, start=1)
 
 
 def _step_s(record: Mapping[str, Any]) -> float:

@@ -1,7 +1,5 @@
 """Pipeline x data x tensor parallel: the front over DeepSpeed's PipelineEngine (L2)."""
 
-import contextlib
-import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,8 +30,7 @@ class PipelineEngine(Engine):
 
         super().__init__(config, layout, ranks)
         targets = Targets()
-        with contextlib.redirect_stdout(io.StringIO()):
-            model = PipelinedGPT(config, layout, tensor_parts(self._tensor_group()), targets)
+        model = PipelinedGPT(config, layout, tensor_parts(self._tensor_group()), targets)
         self.names = list(model.named(layout, ranks.rank))
         initialise_parts(iter(self.names), config)
         self.deepspeed, *_ = deepspeed.initialize(
