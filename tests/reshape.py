@@ -2,7 +2,8 @@
 
     torchrun --nproc-per-node 2 -m tests.reshape RUN.toml '[["from", "to", "zero3", 1, 1], ...]'
 
-A hop is [checkpoint to begin with ("": none), output folder, ds_config, pipeline, tensor].
+A hop is [checkpoint to begin with ("": none), output folder, ds_config, pipeline, tensor], and as
+many overrides of the run file as one likes.
 """
 
 import json
@@ -19,14 +20,14 @@ from megagpt.plan.layout import layout_of
 from megagpt.train import StopRequest, Trainer
 
 
-def main(file: str, hops: list[tuple[str, str, str, int, int]]) -> None:
+def main(file: str, hops: list[list[str]]) -> None:
     ranks = discover(os.environ)
     prepare_environment(ranks, os.environ)
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     join(ranks)
-    for source, output, name, pipeline, tensor in hops:
+    for source, output, name, pipeline, tensor, *more in hops:
         split = [f"parallel.pipeline={pipeline}", f"parallel.tensor={tensor}"]
-        config = load_run(file, [f"output={output}", f"parallel.ds_config={name}", *split])
+        config = load_run(file, [f"output={output}", f"parallel.ds_config={name}", *split, *more])
         if ranks.rank == 0:
             Path(output).mkdir(parents=True)
             if source:
@@ -42,4 +43,4 @@ def main(file: str, hops: list[tuple[str, str, str, int, int]]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], [tuple(hop) for hop in json.loads(sys.argv[2])])
+    main(sys.argv[1], json.loads(sys.argv[2]))

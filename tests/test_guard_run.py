@@ -1,10 +1,8 @@
 """The guards in real trainings: time limit, hung rank, dead launcher, flipped bit, a spike."""
 
 import dataclasses
-import json
 import math
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -20,7 +18,7 @@ from megagpt.checkpoint.files import FileRecord
 from megagpt.cli import main
 from megagpt.log import read_metrics
 from megagpt.verify_resume import compare
-from tests.corpus import run_file, write_corpus
+from tests.corpus import run_file
 from tests.distributed import (
     digest_of_checkpoint,
     digest_of_weights,
@@ -34,6 +32,7 @@ from tests.distributed import (
     wait_for_step,
     workers,
 )
+from tests.noise import FAST, SKIPS, SPIKES, journal, with_noise
 
 ENDLESS = {"total_tokens": 10_000_000, "decay_tokens": 9_000_000}
 
@@ -57,8 +56,12 @@ def test_the_time_limit_saves_within_it(tmp_path: Path):
     assert newest.step == len(steps(tmp_path / "run")) > 0
 
 
-def test_a_hung_rank_ends_the_job_with_stacks(tmp_path: Path):
-    process = start(run_file(tmp_path, schedule=ENDLESS), 2, "log.watchdog_minutes=0.1")
+@pytest.mark.parametrize(
+    "parallel", [{"ds_config": "zero1"}, {"ds_config": "pipeline", "pipeline": 2}], ids=str
+)
+def test_a_hung_rank_ends_the_job_with_stacks(tmp_path: Path, parallel: dict[str, object]):
+    file = run_file(tmp_path, schedule=ENDLESS, parallel=parallel)
+    process = start(file, 2, "log.watchdog_minutes=0.1")
     wait_for_step(tmp_path / "run", 3)
     hung = workers(process)[1]
     os.kill(hung, signal.SIGSTOP)
@@ -113,27 +116,7 @@ def test_a_flipped_bit_is_caught_and_its_place_named(tmp_path: Path, ds_config: 
 
 # --- spikes -------------------------------------------------------------------------------------
 
-SKIPS = {"spike_action": "skip", "spike_window": 8, "spike_threshold": 4.0}
-SPIKES = {"spike_action": "rollback", "spike_window": 8, "spike_threshold": 4.0}
 OFTEN = {"every_tokens": 1024, "keep_last": 99}
-FAST = {"peak_lr": 0.03, "total_tokens": 20_000}
-
-
-def journal(run: Path) -> list[dict[str, object]]:
-    return [json.loads(line) for line in (run / "journal.jsonl").read_text().splitlines()]
-
-
-def with_noise(file: Path) -> Path:
-    """The run file with a second source, of which every hundredth sample is: random letters."""
-    draw = random.Random(5)
-    texts = ["".join(chr(draw.randrange(128)) for _ in range(200)) for _ in range(60)]
-    write_corpus(file.parent / "noise", texts)
-    train, noise = file.parent / "train", file.parent / "noise"
-    sources = f'{{ path = "{train}", weight = 99 }}, {{ path = "{noise}", weight = 1 }}'
-    text = file.read_text().replace(f'train = [{{ path = "{train}" }}]', f"train = [{sources}]")
-    assert "weight" in text
-    file.write_text(text)
-    return file
 
 
 def test_a_rollback_skips_bad_samples_and_can_be_replayed(tmp_path: Path):

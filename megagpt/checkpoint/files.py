@@ -56,6 +56,8 @@ def write_slices(path: Path, slices: Iterable[Slice]) -> FileRecord:
                 data = one.read(key).detach().to("cpu", torch.float32).contiguous().numpy().data
                 digest.update(data)
                 file.write(data)
+                # Or it would be there still while the next is read.
+                del data
         file.flush()
         os.fsync(file.fileno())
     return FileRecord(path.name, path.stat().st_size, digest.hexdigest())
