@@ -17,7 +17,7 @@ import zstandard
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from megagpt.data.clean import PIECES, WINDOW, Seen, clean_pieces, evaluation_grams
+from megagpt.data.clean import Seen
 from megagpt.data.corpus import Options, prepare
 from megagpt.data.manifest import read_manifest
 from megagpt.data.source import Documents
@@ -289,37 +289,6 @@ def test_near_duplicates_go(tmp_path: Path) -> None:
         outputs.append(content(folder))
     assert decoded(tmp_path / "1/out") == [*texts, half]
     assert outputs[0] == outputs[1]
-
-
-def test_evaluation_text_is_cut_out(tmp_path: Path) -> None:
-    draw = random.Random(4)
-    words = [f"w{n}" for n in range(5000)]
-    question = " ".join(draw.choices(words, k=20))
-    (tmp_path / "eval.txt").write_text(question.upper().replace(" ", ", "))
-    clean = " ".join(draw.choices(words, k=300))
-    left, right = (" ".join(draw.choices(words, k=300)) for _ in "ab")
-    short = f"few words {question} and few more"
-    torn = " ".join(f"{clean} {question}" for _ in range(PIECES))
-    near = f"{clean} {' '.join(question.split()[:12])}"
-    path = jsonl(tmp_path / "in.jsonl", [clean, f"{left} {question} {right}", short, torn, near])
-    options = Options(output=tmp_path / "out", decontaminate=(str(tmp_path / "eval.txt"),))
-    summary = prepare([path], options)
-    cut = [left[: len(left) + 1 - WINDOW], (" " + right)[WINDOW:]]
-    assert decoded(tmp_path / "out") == [clean, *cut, near]
-    assert summary.left_out == {"evaluation text": 2}
-    assert summary.notes == {"evaluation text cut out": 1}
-
-
-def test_decontamination_handles_letters_that_grow() -> None:
-    grams = frozenset([1])
-    text = "\u0130stanbul " * 20
-    assert clean_pieces(text, grams) == [text]
-
-
-def test_decontamination_needs_text(tmp_path: Path) -> None:
-    (tmp_path / "eval.txt").write_text("too short")
-    with pytest.raises(UsageError, match="eval.txt: no text of 13 words"):
-        evaluation_grams([str(tmp_path / "eval.txt")], "text")
 
 
 def test_tokenizer_file_travels_with_the_shards(tmp_path: Path) -> None:

@@ -1,39 +1,23 @@
-"""What may be removed from a corpus on request: duplicates, near-duplicates, evaluation text.
+"""Documents that may be removed from a corpus on request: copies and near-copies of others.
 
 - Exact duplicates: a 64-bit hash of the text; the first document stays. With 10^9 documents the
   chance that one document is dropped wrongly is about 3%.
 - Near-duplicates: MinHash over 5-word shingles and LSH (datasketch); a document whose estimated
   Jaccard similarity with an earlier one that stayed reaches the threshold goes. GPT-3 did the same
   on Spark with 10 hashes (Brown et al. 2020, appendix A).
-- Evaluation text: 13-gram overlaps as in appendix C of the same paper: words are lower case,
-  without punctuation; a shared 13-gram goes together with 200 characters on either side; pieces
-  below 200 characters go, and documents that fall into more than 10 pieces go whole. The paper
-  also spares 13-grams that occur in more than 10 training documents, which needs a pass over the
-  whole corpus first; that is not done here, so a little more is removed.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from megagpt.data.source import UNIT_BYTES, find_sources, plan_units
-from megagpt.data.unit import LargeText, unit_items
-from megagpt.errors import UsageError
-
-GRAM = 13
-WINDOW = 200
-PIECES = 10
 SHINGLE = 5
 SCHEME: Literal["affine32"] = "affine32"
 """datasketch's family of hash functions with 32-bit values."""
-_WORD = re.compile(r"\w+")
 
 
 def text_hash(content: bytes) -> int:
@@ -108,74 +92,3 @@ class Similar:
         self._index.insert(len(self._kept), sketch)
         self._kept.append(row)
         return True
-
-
-def evaluation_grams(paths: Sequence[str], text_field: str) -> frozenset[int]:
-    """Hashes of all 13-grams in evaluation files (any input format).
-
-    Raises UsageError when the files hold no 13-gram at all.
-    """
-    grams: set[int] = set()
-    for text in evaluation_texts(paths, text_field):
-        words = [match.group() for match in _WORD.finditer(text.lower())]
-        grams.update(_gram(words, place) for place in range(len(words) - GRAM + 1))
-    if not grams:
-        raise UsageError(
-            f"decontamination files {', '.join(paths)}: no text of {GRAM} words in them; give "
-            "text files or JSON lines with the text field"
-        )
-    return frozenset(grams)
-
-
-def evaluation_texts(paths: Sequence[str], text_field: str) -> Iterator[str]:
-    """The documents of evaluation files, damaged ones left out."""
-    for unit in plan_units(find_sources([Path(path) for path in paths]).sources, UNIT_BYTES):
-        for item in unit_items(unit, text_field):
-            if isinstance(item, LargeText):
-                yield "".join(item.pieces())
-            elif isinstance(item, str):
-                yield item
-
-
-def _gram(words: list[Any], place: int) -> int:
-    content = " ".join(words[place : place + GRAM]).encode("utf-8", "surrogatepass")
-    return int.from_bytes(blake2b(content, digest_size=8).digest(), "little")
-
-
-def clean_pieces(text: str, grams: frozenset[int]) -> list[str]:
-    """What stays of a document: itself, some pieces, or nothing."""
-    lower = text.lower()
-    if len(lower) != len(text):  # a few capitals grow in lower case; offsets would not fit
-        lower = "".join(c.lower() if len(c.lower()) == 1 else c for c in text)
-    matches = list(_WORD.finditer(lower))
-    words = [match.group() for match in matches]
-    spans = (
-        (matches[place].start(), matches[place + GRAM - 1].end())
-        for place in range(len(words) - GRAM + 1)
-        if _gram(words, place) in grams
-    )
-    pieces, start = [], 0
-    for first, last in _merged(spans):
-        pieces.append(text[start:first])
-        start = last
-    if not pieces:
-        return [text]
-    pieces.append(text[start:])
-    kept = [piece for piece in pieces if len(piece) >= WINDOW]
-    return kept if len(pieces) <= PIECES else []
-
-
-def _merged(spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Spans with their windows, overlapping ones joined."""
-    first, last = -1, -1
-    for start, end in spans:
-        start, end = max(start - WINDOW, 0), end + WINDOW
-        if last < 0:
-            first, last = start, end
-        elif start <= last:
-            last = max(last, end)
-        else:
-            yield first, last
-            first, last = start, end
-    if last >= 0:
-        yield first, last

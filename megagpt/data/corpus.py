@@ -16,16 +16,20 @@ import logging
 import os
 import shutil
 import time
-from collections import deque
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from megagpt.data.assembly import Assembly, Digests, collapsed
-from megagpt.data.clean import Seen, Similar, evaluation_grams
+from megagpt.data.clean import Seen, Similar
+from megagpt.data.counting import rare_grams
+from megagpt.data.flow import flow, source_bytes
 from megagpt.data.manifest import MANIFEST, Manifest, Shard, Split, read_manifest, write_manifest
-from megagpt.data.part import Settings
+from megagpt.data.overlap import Hashes, evaluation_grams
+from megagpt.data.part import PartJob, Settings
 from megagpt.data.pool import FULL, Pool, full_disk
 from megagpt.data.progress import Progress
 from megagpt.data.shards import file_sha256, token_dtype, write_durably
@@ -48,9 +52,6 @@ from megagpt.tokenizer.encoder import Encoder
 
 if TYPE_CHECKING:
     import tiktoken
-
-AHEAD = 256
-"""Units between the first that is not in a shard and the last that a worker may have."""
 
 log = logging.getLogger("megagpt.data")
 
@@ -77,7 +78,7 @@ class Options:
     hashes: int = 128
     """MinHash hashes of a document."""
     decontaminate: tuple[str, ...] = ()
-    """Evaluation files whose 13-grams are removed."""
+    """Evaluation files whose 13-grams are removed; the inputs are read twice."""
     strict: bool = False
     """Stop at the first document that has to be left out."""
     backend: str = "auto"
@@ -102,6 +103,11 @@ def prepare(inputs: Iterable[str | Path | Documents], options: Options) -> Summa
     found = find_sources(inputs, options.format)
     if not found.sources:
         raise UsageError("the inputs hold no file to tokenize; see --format for unusual endings")
+    if options.decontaminate and any(source.path == "-" for source in found.sources):
+        raise UsageError(
+            "input -: decontamination reads the input twice, which standard input does not allow; "
+            "write it to a file, which may be compressed, and give that"
+        )
     recipe = _recipe(options, encoding)
     summary = _finished(options, found.sources, recipe)
     if summary is None:
@@ -206,6 +212,8 @@ class _Job:
             self._folders.append(validation_folder(options.output))
         plan = {**recipe, "sources": source_plan(found.sources), "unit_bytes": options.unit_bytes}
         self._state = State(self._folders, plan)
+        self._spared = 0
+        """13-grams of evaluation files that are common phrases."""
 
     def run(self) -> Summary:
         try:
@@ -226,19 +234,19 @@ class _Job:
         for folder in self._folders:
             folder.mkdir(parents=True, exist_ok=True)
         encoder = Encoder(self._encoding, options.backend)
-        pool = Pool(_workers(options.workers), self._settings(), encoder)
-        digests = Digests(self._found.sources)  # its thread starts after the fork
+        pool = Pool(_workers(options.workers), PartJob(self._settings(), encoder))
+        self._digests = digests = Digests(self._found.sources)  # its thread starts after the fork
         progress = Progress("tokenizing", sum(source.bytes for source in self._found.sources))
         try:
             assembly = self._assembly()
             self._report_inputs(assembly)
             units = plan_units(self._found.sources, options.unit_bytes)
             count = 0
-            for unit in _flow(units, pool, self._state, digests):
+            for unit in flow(units, pool, self._done):
                 resumed = unit.number < self._state.units
                 part = assembly.take(unit)
                 count = unit.number + 1
-                size = _source_bytes(unit, self._found.sources)
+                size = source_bytes(unit, self._found.sources)
                 if resumed:
                     progress.skip(size)
                 else:
@@ -254,18 +262,39 @@ class _Job:
         summary.messages = sorted({*pool.notes, *([encoder.note] if encoder.note else [])})
         return summary
 
+    def _done(self, unit: Unit) -> bool:
+        """Whether an earlier run has made the part; the unit is about to be worked on."""
+        self._digests.take(unit)
+        # Where the first pass has read it, the second must read the same.
+        if self._options.decontaminate and not self._state.done(unit, "grams"):
+            raise self._state.other_input()
+        return self._state.done(unit)
+
+    def _rare_grams(self) -> Hashes:
+        options = self._options
+        if not options.decontaminate:
+            return np.zeros(0, np.uint64)
+        grams = evaluation_grams(options.decontaminate, options.text_field)
+        rare = rare_grams(
+            grams,
+            self._found.sources,
+            self._state,
+            text_field=options.text_field,
+            workers=_workers(options.workers),
+            unit_bytes=options.unit_bytes,
+        )
+        self._spared = len(grams) - len(rare)
+        return rare
+
     def _settings(self) -> Settings:
         options = self._options
-        grams: frozenset[int] = frozenset()
-        if options.decontaminate:
-            grams = evaluation_grams(options.decontaminate, options.text_field)
         return Settings(
             folder=self._state.folder,
             text_field=options.text_field,
             validation_fraction=options.validation_fraction,
             hashed=options.deduplicate,
             minhashes=options.hashes if options.near_duplicates else 0,
-            grams=grams,
+            grams=self._rare_grams(),
         )
 
     def _assembly(self) -> Assembly:
@@ -295,6 +324,8 @@ class _Job:
             assembly.summary.left_out["file given more than once"] += 1
         if self._found.others:
             assembly.summary.notes["files of folders with an unknown ending"] = self._found.others
+        if self._spared:
+            assembly.summary.notes["13-grams of evaluation files left as common"] = self._spared
 
     def _write_manifests(
         self, summary: Summary, writers: list[ShardWriter], sources: list[dict[str, Any]]
@@ -343,37 +374,3 @@ class _Job:
 
 def _workers(workers: int) -> int:
     return workers or len(os.sched_getaffinity(0))
-
-
-def _source_bytes(unit: Unit, sources: list[Source]) -> int:
-    """Bytes of the sources that the unit stands for; a sequential source counts at its end."""
-    if unit.kind == "range":
-        return unit.end - unit.start
-    return sum(sources[place].bytes for place in unit.sources) if unit.last else 0
-
-
-def _flow(units: Iterator[Unit], pool: Pool, state: State, digests: Digests) -> Iterator[Unit]:
-    """The units in order, each when its part is done; workers are kept busy meanwhile."""
-    waiting: deque[Unit] = deque()
-    todo: deque[Unit] = deque()
-    done: set[int] = set()
-    more = True
-    while more or waiting:
-        while todo and pool.idle:
-            pool.send(todo.popleft())
-        while waiting and waiting[0].number in done:
-            done.remove(waiting[0].number)
-            yield waiting.popleft()
-        if more and not todo and len(waiting) < AHEAD:
-            unit = next(units, None)
-            if unit is None:
-                more = False
-                continue
-            digests.take(unit)
-            if state.done(unit):
-                done.add(unit.number)
-            else:
-                todo.append(unit)
-            waiting.append(replace(unit, payload=None))
-        elif pool.busy:
-            done.update(pool.receive())

@@ -17,7 +17,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from megagpt.data.clean import clean_pieces, signature, text_hash
+from megagpt.data.clean import signature, text_hash
+from megagpt.data.overlap import Hashes, clean_pieces
 from megagpt.data.shards import write_durably
 from megagpt.data.source import TRUNCATED, Unit
 from megagpt.data.unit import Item, LargeText, Problem, file_problem, unit_items
@@ -43,8 +44,8 @@ class Settings:
     """Whether documents are hashed for the search of duplicates."""
     minhashes: int = 0
     """Hashes of a MinHash signature; 0 makes none."""
-    grams: frozenset[int] = frozenset()
-    """13-grams to remove."""
+    grams: Hashes = field(default_factory=lambda: np.zeros(0, np.uint64))
+    """13-grams to remove, sorted."""
 
 
 @dataclass
@@ -85,6 +86,12 @@ def payload_digest(payload: Any) -> str:
     return blake2b(content, digest_size=16).hexdigest()
 
 
+def read_digest(path: Path) -> str:
+    """The digest in the first line of a unit's file."""
+    with path.open("rb") as file:
+        return str(json.loads(file.readline())["digest"])
+
+
 def read_part(path: Path) -> Part:
     """Read a `.doc` file."""
     content = path.read_bytes()
@@ -98,6 +105,42 @@ def read_part(path: Path) -> Part:
         place += arrays[name].nbytes
     signatures = np.frombuffer(raw, "<u4", count * hashes, place).reshape(count, hashes)
     return Part(**arrays, signatures=signatures, **head)
+
+
+@dataclass(frozen=True)
+class PartJob:
+    """Parts as what worker processes make; see megagpt.data.pool."""
+
+    settings: Settings
+    encoder: Encoder
+
+    @property
+    def folder(self) -> Path:
+        """Where parts go."""
+        return self.settings.folder
+
+    @property
+    def note(self) -> str:
+        """Why the encoder is not the fast one, if it is not."""
+        return self.encoder.note
+
+    def start(self) -> None:
+        """Check the fast encoder."""
+        self.encoder.check()
+
+    def run(self, unit: Unit) -> None:
+        """Make the part of one unit."""
+        write_part(unit, self.settings, self.encoder)
+
+
+def utf8(text: str) -> tuple[str, bytes]:
+    """A text that UTF-8 can say, and its bytes. As with tiktoken, a pair of surrogates becomes one
+    character and a lone one U+FFFD."""
+    try:
+        return text, text.encode()
+    except UnicodeEncodeError:
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return text, text.encode()
 
 
 def write_part(unit: Unit, settings: Settings, encoder: Encoder) -> None:
@@ -169,18 +212,14 @@ class _PartWriter:
 
     def _add(self, text: str) -> None:
         """One document: hash it, clean it, queue what stays of it."""
-        try:
-            content = text.encode()
-        except UnicodeEncodeError:
-            # As tiktoken does: a pair of surrogates is one character, a lone one U+FFFD.
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            content = text.encode()
-            self._notes["lone surrogates replaced by U+FFFD"] += 1
+        given = text
+        text, content = utf8(given)
+        self._notes["lone surrogates replaced by U+FFFD"] += text is not given
         if END_OF_DOCUMENT in text:
             self._notes[f"the literal {END_OF_DOCUMENT} kept as text"] += 1
         code = text_hash(content) if self._limit or self._settings.hashed else 0
         validation = code < self._limit
-        if self._settings.grams:
+        if len(self._settings.grams):
             stay = clean_pieces(text, self._settings.grams)
             if not stay:
                 self._left_out(Problem("evaluation text"))
@@ -229,7 +268,7 @@ class _PartWriter:
         self._flush()
         start = self._file.tell()
         try:
-            if self._settings.grams or self._settings.minhashes:
+            if len(self._settings.grams) or self._settings.minhashes:
                 self._add("".join(large.pieces()))
             else:
                 self._stream(large)

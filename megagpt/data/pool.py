@@ -1,4 +1,4 @@
-"""Worker processes that make parts of units; a dead one is noticed, none outlives its parent."""
+"""Worker processes that take units; a dead one is noticed, none outlives its parent."""
 
 from __future__ import annotations
 
@@ -10,16 +10,33 @@ import signal
 import sys
 import traceback
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
-from megagpt.data.part import Settings, write_part
 from megagpt.data.source import Unit
 from megagpt.errors import DamageError, MegagptError, UsageError
-from megagpt.tokenizer.encoder import Encoder
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 STOPS = {signal.SIGINT, signal.SIGTERM}
 PR_SET_PDEATHSIG = 1
+
+
+class Job(Protocol):
+    """What the workers do; each has its own copy."""
+
+    @property
+    def folder(self) -> Path:
+        """Where they write."""
+
+    @property
+    def note(self) -> str:
+        """What is to be told of the work, if anything."""
+
+    def start(self) -> None:
+        """Called once in each worker."""
+
+    def run(self, unit: Unit) -> None:
+        """Called for each unit."""
 
 
 class Pool:
@@ -29,8 +46,8 @@ class Pool:
     started threads before.
     """
 
-    def __init__(self, workers: int, settings: Settings, encoder: Encoder) -> None:
-        # Elsewhere fork is unsafe or missing, and the encoder travels by its tokenizer.
+    def __init__(self, workers: int, job: Job) -> None:
+        # Elsewhere fork is unsafe or missing, and the job is pickled.
         context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
         self._processes: list[Any] = []
         self._ends: list[Connection] = []
@@ -42,9 +59,7 @@ class Pool:
             for _ in range(workers):
                 ours, theirs = context.Pipe()
                 inherited = [*self._ends, ours] if sys.platform == "linux" else []
-                process = context.Process(
-                    target=_work, args=(theirs, inherited, settings, encoder), daemon=True
-                )
+                process = context.Process(target=_work, args=(theirs, inherited, job), daemon=True)
                 process.start()
                 theirs.close()
                 self._processes.append(process)
@@ -133,10 +148,8 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _work(
-    end: Connection, inherited: list[Connection], settings: Settings, encoder: Encoder
-) -> None:
-    """The life of a worker: units in, parts on the disk, numbers out."""
+def _work(end: Connection, inherited: list[Connection], job: Job) -> None:
+    """The life of a worker: units in, files on the disk, numbers out."""
     # Copies of the parent's ends would keep pipes open after the parent's death.
     for other in inherited:
         other.close()
@@ -145,10 +158,10 @@ def _work(
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
     _die_with_parent()
     try:
-        encoder.check()
+        job.start()
         while True:
-            write_part(end.recv(), settings, encoder)
-            end.send(("done", encoder.note))
+            job.run(end.recv())
+            end.send(("done", job.note))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass
     except MegagptError as error:
@@ -156,7 +169,7 @@ def _work(
         end.send((kind, str(error)))
     except OSError as error:
         if error.errno in FULL:
-            end.send(("failure", str(full_disk(error, settings.folder))))
+            end.send(("failure", str(full_disk(error, job.folder))))
         else:
             end.send(("crash", traceback.format_exc()))
     except BaseException:  # pyo3's panics are no Exceptions

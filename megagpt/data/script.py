@@ -37,7 +37,8 @@ def parser(description: str, output: str | None = None) -> argparse.ArgumentPars
     add("--hashes", type=int, default=128, metavar="N",
         help="MinHash hashes for --near-duplicates; GPT-3 used 10")  # fmt: skip
     add("--decontaminate", nargs="+", default=(), metavar="FILE",
-        help="evaluation files; text that shares 13 words in a row with them goes")  # fmt: skip
+        help="evaluation files; text that shares 13 words in a row with them goes, unless more "
+        "than 10 documents have it; the input is read twice")  # fmt: skip
     add("--strict", action="store_true", help="stop at the first document that would be left out")
     add("--backend", default="auto", choices=("auto", "fastokens", "tiktoken"),
         help="encoder; auto is fastokens when it gives tiktoken's ids")  # fmt: skip

@@ -16,7 +16,7 @@ import lzma
 import os
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -244,7 +244,7 @@ class _Frames(io.RawIOBase):
         super().close()
 
 
-def plan_units(sources: list[Source], unit_bytes: int = UNIT_BYTES) -> Iterator[Unit]:
+def plan_units(sources: Sequence[Source], unit_bytes: int = UNIT_BYTES) -> Iterator[Unit]:
     """The units of all sources in order. Sequential sources are read while iterating."""
     number = 0
     waiting: list[int] = []

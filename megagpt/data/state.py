@@ -1,7 +1,8 @@
 """What an unfinished preparation remembers, in `.preparation/` of its output folder.
 
 `plan.json` says what is being prepared, so that another corpus is refused; `state.json` how many
-units lie flushed in shards; `N.bin` and `N.doc` are parts of units (see part.py). One process at
+units lie flushed in shards; `N.bin` and `N.doc` are parts of units (see part.py),
+`N.grams` what counting.py saw in them. One process at
 a time holds `lock`.
 """
 
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megagpt.data.manifest import MANIFEST, Shard
-from megagpt.data.part import Part, part_path, payload_digest, read_part
+from megagpt.data.part import Part, part_path, payload_digest, read_digest, read_part
 from megagpt.data.shards import write_durably
 from megagpt.data.source import Source, Unit
 from megagpt.errors import UsageError
@@ -59,13 +60,17 @@ class State:
         while True:
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
+                break
             except OSError:
                 if time.monotonic() > deadline:
                     raise UsageError(
                         f"{output}: another process is preparing it; wait for it or stop it"
                     ) from None
             time.sleep(0.05)
+        if os.fstat(self._lock.fileno()).st_nlink == 0:
+            raise UsageError(
+                f"{output}: another process has just finished it; run the same command again"
+            )
 
     def _check_plan(self, output: Path, plan: dict[str, Any]) -> None:
         path = self.folder / "plan.json"
@@ -81,17 +86,21 @@ class State:
                 "it, or remove the folder to start again"
             )
 
-    def done(self, unit: Unit) -> bool:
-        """Whether the unit's part exists already. Raises UsageError when its input differs."""
-        path = part_path(self.folder, unit.number, "doc")
+    def done(self, unit: Unit, ending: str = "doc") -> bool:
+        """Whether a file of the unit exists already. Raises UsageError when its input differs."""
+        path = part_path(self.folder, unit.number, ending)
         if not path.exists():
             return False
-        if unit.payload is not None and read_part(path).digest != payload_digest(unit.payload):
-            raise UsageError(
-                f"{self.folder.parent}: its unfinished preparation had read other documents from "
-                "this input; give the same input again, or remove the folder to start again"
-            )
+        if unit.payload is not None and read_digest(path) != payload_digest(unit.payload):
+            raise self.other_input()
         return True
+
+    def other_input(self) -> UsageError:
+        """The error for an input that is read again and gives something else."""
+        return UsageError(
+            f"{self.folder.parent}: its unfinished preparation had read other documents from this "
+            "input; give the same input again, or remove the folder to start again"
+        )
 
     def part(self, number: int) -> Part:
         """What is known of a unit that is done."""
