@@ -11,13 +11,11 @@ character.
 import argparse
 import sys
 import zipfile
-from functools import partial
 from pathlib import Path
 
 from megagpt.data.download import fetch
-from megagpt.data.script import parser, prepare_with, run
-from megagpt.data.source import Documents
-from megagpt.errors import EXIT_OK, DamageError
+from megagpt.data.script import parser, prepare_by_place, run
+from megagpt.errors import DamageError
 
 URL = "http://mattmahoney.net/dc/text8.zip"
 
@@ -36,15 +34,7 @@ def read(path: Path) -> str:
 def work(args: argparse.Namespace) -> int:
     """Prepare the three splits."""
     path = args.file or fetch(URL, args.output.parent / "text8.zip")
-    text = read(path)
-    cuts = [0, len(text) * 90 // 100, len(text) * 95 // 100, len(text)]
-    for ending, start, end in zip(("", "-validation", "-test"), cuts, cuts[1:], strict=False):
-        part = text[start:end]
-        split = argparse.Namespace(**vars(args))
-        split.output = args.output.with_name(args.output.name + ending)
-        documents = Documents(f"text8[{start}:{end}]", partial(list, [part]))
-        prepare_with(split, [documents])
-    return EXIT_OK
+    return prepare_by_place(args, read(path), {"train": 90, "validation": 5, "test": 5})
 
 
 def main() -> int:
@@ -53,7 +43,6 @@ def main() -> int:
     options.add_argument("--file", type=Path, help="text8 or text8.zip")
     options.set_defaults(tokenizer="bytes")
     args = options.parse_args()
-    args.validation_fraction = 0.0  # the split is by place
     return run(lambda: work(args))
 
 

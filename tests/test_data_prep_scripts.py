@@ -113,10 +113,17 @@ def test_text8_and_tiny_shakespeare_split_by_place(tmp_path: Path) -> None:
     assert "".join(parts) == text
     assert [len(part) for part in parts] == [1800, 100, 100]
     assert read_manifest(out).tokenizer_name == "bytes"
+    splits = [read_manifest(out.with_name(out.name + name)).split for name in names]
+    assert [split.name for split in splits] == ["train", "validation", "test"]
+    assert splits[1].rule == "characters 1800 to 1900 of 2000"
+    again = script("text8", "--file", tmp_path / "text8", "--output", out)
+    assert again.returncode == 0 and again.stdout.count("finished already") == 3
     out = tmp_path / "shakespeare"
     result = script("tiny_shakespeare", "--file", tmp_path / "text8", "--output", out)
     assert result.returncode == 0, result.stderr
-    assert decoded(out)[0] + decoded(tmp_path / "shakespeare-validation")[0] == text
+    validation = tmp_path / "shakespeare-validation"
+    assert decoded(out)[0] + decoded(validation)[0] == text
+    assert read_manifest(validation).split.name == "validation"
     (tmp_path / "text8").write_bytes(b"\xff")
     result = script("text8", "--file", tmp_path / "text8", "--output", tmp_path / "z")
     assert result.returncode == 3 and "not text8" in result.stderr

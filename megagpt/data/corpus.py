@@ -71,6 +71,8 @@ class Options:
     """Processes; 0 means one for each core."""
     validation_fraction: float = 0.0
     """Share of documents that goes to validation, chosen by a hash of the text."""
+    split: Split | None = None
+    """What `output` holds, where the inputs have been split before."""
     shard_tokens: int = SHARD_TOKENS
     deduplicate: bool = False
     near_duplicates: float = 0.0
@@ -364,7 +366,8 @@ class _Job:
             end_of_document=end_of_document(self._encoding),
             fingerprint=self._recipe["tokenizer"],
             dtype=token_dtype(self._encoding.n_vocab),
-            split=Split(("train", "validation")[place], self._options.validation_fraction),
+            split=self._options.split
+            or Split(("train", "validation")[place], self._options.validation_fraction),
             shards=tuple(shards),
             sources=tuple(sources),
             totals=totals,

@@ -3,7 +3,7 @@
     {"format": 1,
      "tokenizer": {"name", "vocab_size", "end_of_document", "fingerprint"},
      "dtype": "uint16" | "int32",
-     "split": {"name": "train" | "validation", "validation_fraction", "rule"},
+     "split": {"name": "train" | "validation" | "test", "validation_fraction", "rule"},
      "shards": [{"name", "tokens", "documents", "bytes", "sha256", "index_sha256"}, ...],
      "sources": [{"path", "bytes", "sha256"}, ...],
      "totals": {"documents", "tokens", "text_bytes", ...},
@@ -28,8 +28,8 @@ from megagpt.errors import DamageError, UsageError
 FORMAT = 1
 MANIFEST = "manifest.json"
 SPLIT_RULE = (
-    "a document belongs to validation when the first 8 bytes of blake2b(UTF-8 text), read as a "
-    "little-endian integer, are below validation_fraction * 2^64"
+    "a document belongs to validation when blake2b(UTF-8 text) with a digest of 8 bytes, read as a "
+    "little-endian integer, is below validation_fraction * 2^64"
 )
 
 __all__ = [
@@ -66,7 +66,7 @@ class Split:
     """Which documents of the corpus the folder holds."""
 
     name: str = "train"
-    """train or validation."""
+    """train, validation or test."""
     validation_fraction: float = 0.0
     rule: str = SPLIT_RULE
 

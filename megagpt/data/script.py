@@ -7,9 +7,11 @@ import logging
 import signal
 import sys
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megagpt.data.manifest import Split
 from megagpt.data.source import FORMATS, Documents
 from megagpt.data.writer import SHARD_TOKENS
 from megagpt.errors import EXIT_OK, MegagptError
@@ -65,13 +67,38 @@ def run(work: Callable[[], int]) -> int:
         return error.exit_code
 
 
-def prepare_with(args: argparse.Namespace, inputs: Iterable[str | Path | Documents]) -> int:
-    """Prepare `inputs` with the parsed options and print the summary."""
+def prepare_with(
+    args: argparse.Namespace, inputs: Iterable[str | Path | Documents], **more: Any
+) -> int:
+    """Prepare `inputs` with the parsed options (and `more` of them) and print the summary."""
     from megagpt.data.corpus import Options, prepare
 
     known: dict[str, Any] = {
         key: value for key, value in vars(args).items() if key in Options.__dataclass_fields__
     }
     known["decontaminate"] = tuple(known["decontaminate"])
-    print(prepare(inputs, Options(**known)).text())
+    print(prepare(inputs, Options(**known | more)).text())
+    return EXIT_OK
+
+
+def prepare_by_place(args: argparse.Namespace, text: str, percent: dict[str, int]) -> int:
+    """Prepare one text that is split by place, as the old corpora are: `percent` of it for each
+    split, in order. Each is one document in a folder of its own, OUTPUT and OUTPUT-SPLIT."""
+    start = before = 0
+    for name, share in percent.items():
+        before += share
+        end = len(text) * before // 100
+        rule = f"characters {start} to {end} of {len(text)}"
+        output = (
+            args.output if name == "train" else args.output.with_name(f"{args.output.name}-{name}")
+        )
+        documents = Documents(f"{args.output.name}, {rule}", partial(list, [text[start:end]]))
+        prepare_with(
+            args,
+            [documents],
+            output=output,
+            validation_fraction=0.0,
+            split=Split(name, rule=rule),
+        )
+        start = end
     return EXIT_OK
