@@ -109,7 +109,6 @@ def alerts(run: "Run", now: float) -> list[str]:
     """What a person should look at, the worst first; `now` in seconds since 1970."""
     import numpy as np
 
-    from megagpt.log.series import spikes
     from megagpt.log.text import amount, duration
 
     found = []
@@ -118,10 +117,8 @@ def alerts(run: "Run", now: float) -> list[str]:
     quiet_s = now - max(line.get("time", now) for line in recent)
     if not finished(run) and quiet_s > max(_QUIET_S, _QUIET_STEPS * usual_s):
         found.append(f"no step for {duration(quiet_s)}; a step takes {usual_s:.2g} s")
-    loss = run.column("loss")[-_RECENT - 50 :]
-    for row in spikes(loss)[-3:]:
-        step = run.steps[len(run.steps) - len(loss) + row]
-        found.append(f"the loss leapt to {step['loss']:.3f} at step {step['step']}")
+    leaps = [spike for spike in run.spikes if spike.step >= recent[0]["step"]]
+    found += [f"spike at step {spike.step}: {spike.reason}" for spike in leaps[-3:]]
     skipped = [step.get("skipped_steps", 0) for step in recent]
     if skipped[-1] > skipped[0]:
         found.append(f"{skipped[-1] - skipped[0]} of the last {len(recent)} steps were skipped")

@@ -11,8 +11,10 @@ from megagpt import report
 from megagpt.errors import UsageError
 from megagpt.log import RunLog
 from megagpt.log.metrics import encode
-from megagpt.log.series import read_run, read_runs, smooth, spikes, thin
+from megagpt.log.series import read_facts, read_run, read_runs, smooth, thin
 from megagpt.log.text import scientific
+from megagpt.report.charts import charts
+from megagpt.report.table import facts
 
 CONFIG = """
 model = "gpt3-125m"
@@ -124,13 +126,35 @@ def test_thin_keeps_the_ends():
     assert (y == 2 * x).all()
 
 
-def test_spikes_are_found_once_each():
-    rng = np.random.default_rng(0)
-    losses = 3.0 + 0.02 * rng.standard_normal(500)
-    assert spikes(losses) == []
-    losses[200:206] += [0.5, 1.5, 1.0, 0.6, 0.4, 0.3]
-    losses[400] = math.nan
-    assert spikes(losses) == [201, 400]
+def test_spikes_are_what_the_run_recorded_and_losses_that_are_no_number(tmp_path):
+    def step(number: int, loss: float) -> dict:
+        return {"step": number, "tokens": 10 * number, "loss": loss}
+
+    spike = {"event": "spike", "reason": "loss 9 is 12 robust deviations above", "update": "made"}
+    lines = [
+        step(1, 3.0),
+        step(2, 9.0),
+        {**spike, "step": 2, "tokens": 20},
+        step(3, math.nan),
+        step(4, math.nan),
+        step(5, 3.0),
+        step(6, math.inf),
+        # The same step again, after a restart: its spike is told again.
+        {**spike, "step": 2, "tokens": 20},
+    ]
+    found = [(one.step, one.tokens, one.reason) for one in read_facts(tmp_path, lines).spikes]
+    assert found == [(2, 20, spike["reason"]), (3, 30, "loss nan"), (6, 60, "loss inf")]
+
+
+def test_a_rollback_is_told_from_a_restart(tmp_path):
+    place = {"step": 1, "tokens": 10, "time": 1.0}
+    events = ["start", "resume", "rollback", "resume", "checkpoint"]
+    lines = [{**place, "loss": 3.0}, *({**place, "event": kind} for kind in events)]
+    run = read_facts(tmp_path, lines)
+    assert [event["cause"] for event in run.restarts] == ["rollback", "restart"]
+    assert {mark["kind"] for mark in charts([run])[0]["marks"]} == {"rollback", "restart"}
+    told = dict(facts(run))
+    assert told["restarts"] == "1" and told["rollbacks"] == "1"
 
 
 def test_rates_are_printed_as_in_papers():

@@ -39,6 +39,7 @@ def test_the_page_holds_the_run(tmp_path):
     assert "https://" not in text and "src=" not in text.replace("http://www.w3.org", "")
     assert "<td>125M (85.1M without embeddings)</td>" in text
     assert "What the restarts cost" in text and "[data]" in text
+    assert "<td>data/web (100%)</td>" in text
     found = {chart["title"]: chart for chart in data_of(page)}
     loss = found["loss"]
     names = [line["name"] for line in loss["lines"]]
@@ -77,7 +78,9 @@ def test_where_the_wall_time_went(tmp_path):
         {"step": 1, "tokens": 10, "time": 103.0, **step},
         {"event": "resume", "step": 1, "tokens": 10, "time": 115.0}
         | {"lost_steps": 1, "lost_tokens": 10, "lost_s": 2.0, "down_s": 10.0},
-        {"step": 2, "tokens": 20, "time": 120.0, **step},
+        {"step": 2, "tokens": 20, "time": 118.0, **step},
+        {"step": 2, "tokens": 20, "time": 119.5, "validation_loss": 3.0, "evaluate_s": 1.5},
+        {"event": "checkpoint", "step": 2, "tokens": 20, "time": 120.0, "stall_s": 0.5},
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     run = read_run(folder)
@@ -86,9 +89,12 @@ def test_where_the_wall_time_went(tmp_path):
         ("useful steps", 4.0),
         ("steps done again", 2.0),
         ("down", 10.0),
-        ("evaluation, checkpoints, start-up", 4.0),
+        ("evaluation", 1.5),
+        ("checkpoints", 0.5),
+        ("the rest", 2.0),
     ]
-    expected = ["1970-01-01 00:01:55 UTC", "1", "10", "1", "2 s", "10 s"]
+    place = ["restart", "1970-01-01 00:01:55 UTC", "1", "10"]
+    expected = [*place, "1 (10 tokens)", "2 s", "10 s", "12 s"]
     assert restart_rows(run) == [expected]
     assert dict(facts(run))["goodput"] == "20.0%"
 
@@ -100,6 +106,19 @@ def test_two_runs_are_compared(tmp_path):
     assert found["loss"]["lines"][-1]["x"] == [20_000.0, 40_000.0]
     compute = [line["name"] for line in found["loss over compute"]["lines"]]
     assert compute[-1] == "GPT-3 frontier 2.57 C^-0.048"
+
+
+def test_runs_without_validation_are_named_by_their_training_loss(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        lines = ({"step": i, "tokens": 10 * i, "loss": 3.0 / i} for i in (1, 2))
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / name / "metrics.jsonl").write_text(text)
+    loss = charts(read_runs([tmp_path / "a", tmp_path / "b"]))[0]
+    assert [(line["name"], line["kind"]) for line in loss["lines"]] == [
+        ("a", "line"),
+        ("b", "line"),
+    ]
 
 
 def test_a_long_run_is_thinned(tmp_path):

@@ -93,8 +93,15 @@ def test_a_sound_run_has_no_alerts(tmp_path):
     ("lines", "now", "message"),
     [
         (steps(90), 1400.0, "no step for 5 min 55 s; a step takes 0.5 s"),
-        (steps(89) + steps(90, loss=9.0)[-1:], 1050.0, "the loss leapt to 9.000 at step 90"),
-        (steps(89) + steps(90, loss=math.nan)[-1:], 1050.0, "the loss leapt to nan at step 90"),
+        (
+            [
+                *steps(90),
+                {"event": "spike", "step": 90, "tokens": 90_000, "reason": "loss 9 is 12"},
+            ],
+            1050.0,
+            "spike at step 90: loss 9 is 12",
+        ),
+        (steps(89) + steps(90, loss=math.nan)[-1:], 1050.0, "spike at step 90: loss nan"),
         (
             steps(88, skipped_steps=1) + steps(90, skipped_steps=3)[-2:],
             1050.0,

@@ -20,6 +20,16 @@ PF_DAY = 1e15 * 86_400
 """FLOPs of a petaflop/s-day."""
 
 
+@dataclass(frozen=True, slots=True)
+class Spike:
+    """A step whose loss or gradient norm leapt."""
+
+    step: int
+    tokens: int
+    """Consumed after the step."""
+    reason: str
+
+
 @dataclass(frozen=True)
 class Run:
     """The record of one run folder."""
@@ -71,8 +81,33 @@ class Run:
 
     @property
     def restarts(self) -> list[dict[str, Any]]:
-        """The "resume" events."""
-        return [event for event in self.events if event["event"] == "resume"]
+        """The "resume" events, each with its cause: "restart" of the command, or "rollback" of the
+        run by itself."""
+        found = []
+        for event in self.events:
+            if event["event"] == "resume":
+                found.append(event | {"cause": "restart"})
+            elif event["event"] == "rollback" and found:
+                # The run resumed itself right before.
+                found[-1]["cause"] = "rollback"
+        return found
+
+    @property
+    def spikes(self) -> list[Spike]:
+        """The steps that the run recorded as spikes, and the first of any in a row whose loss is no
+        number, in order."""
+        found = {
+            event["step"]: Spike(event["step"], event["tokens"], event.get("reason", ""))
+            for event in self.events
+            if event["event"] == "spike"
+        }
+        sound = True
+        for step in self.steps:
+            before, sound = sound, math.isfinite(step["loss"])
+            if before and not sound:
+                reason = f"loss {step['loss']:g}"
+                found[step["step"]] = Spike(step["step"], step["tokens"], reason)
+        return [found[step] for step in sorted(found)]
 
     @property
     def wall_s(self) -> float:
@@ -199,33 +234,3 @@ def thin(x: Floats, *columns: Floats, points: int = 2000) -> tuple[Floats, ...]:
     if len(x):
         rows = np.unique(np.append(rows, len(x) - 1))
     return tuple(np.asarray(column)[rows] for column in (x, *columns))
-
-
-def spikes(losses: Floats, window: int = 50, sigmas: float = 6.0) -> list[int]:
-    """Rows where the loss leaps above what came before: more than `sigmas` robust standard
-    deviations (1.4826 times the median absolute deviation) and 2% over the median of the
-    `window` losses before it, or where it is no number. One row for each leap: its highest.
-    """
-    leaps = ~np.isfinite(losses)
-    filled = _filled(losses)
-    for start in range(window, len(losses), 10_000):
-        rows = np.arange(start, min(start + 10_000, len(losses)))
-        # A slice of all windows at a time: a run has up to a million steps.
-        part = filled[rows[0] - window : rows[-1]]
-        before = np.lib.stride_tricks.sliding_window_view(part, window)
-        median = np.median(before, axis=1)
-        spread = 1.4826 * np.median(np.abs(before - median[:, None]), axis=1)
-        leaps[rows] |= filled[rows] > median + np.maximum(sigmas * spread, 0.02 * np.abs(median))
-    found: list[int] = []
-    for row in np.flatnonzero(leaps).tolist():
-        if not found or row - found[-1] >= window // 2:
-            found.append(row)
-        elif not losses[row] <= losses[found[-1]] and np.isfinite(losses[found[-1]]):
-            found[-1] = row
-    return found
-
-
-def _filled(values: Floats) -> Floats:
-    """The values, each that is not finite replaced by the last finite one before it."""
-    rows = np.where(np.isfinite(values), np.arange(len(values)), 0)
-    return np.nan_to_num(values[np.maximum.accumulate(rows)])

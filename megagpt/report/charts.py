@@ -2,7 +2,7 @@
 
 A chart is a dict: title, x ("tokens" or "PF-days"), unit of y, xlog, ylog, lines and marks. A
 line is name, colour, x, y, kind ("line", "faint", "dots", "step" or "dash"); a mark is a vertical
-line at x with a text and a kind ("restart" or "spike").
+line at x with a text and a kind ("restart", "rollback" or "spike").
 """
 
 import math
@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from megagpt.log.series import PF_DAY, Floats, Run, smooth, spikes, thin
-from megagpt.report.picture import BATCH, COLOURS, RATE, TRAIN, VALIDATION, window
+from megagpt.log.series import PF_DAY, Floats, Run, smooth, thin
+from megagpt.report.look import ALARM, BATCH, COLOURS, GREY, RATE, TRAIN, VALIDATION, window
 from megagpt.report.reference import chinchilla, frontier, kaplan
 
 Chart = dict[str, Any]
-_GREY = "#8a94a0"
 
 
 def charts(runs: Sequence[Run]) -> list[Chart]:
@@ -37,11 +36,11 @@ def charts(runs: Sequence[Run]) -> list[Chart]:
             scale=100.0,
             smoothed=True,
         ),
-        _plain(runs, "grad_norm", "gradient norm, before clipping", "#c53030", ylog=True),
+        _plain(runs, "grad_norm", "gradient norm, before clipping", ALARM, ylog=True, marked=True),
         _parts(runs),
         _sources(runs),
         _plain(runs, "memory_bytes", "memory of rank 0", "#0987a0", unit="bytes"),
-        _plain(runs, "loss_scale", "loss scale", _GREY, kind="step", ylog=True),
+        _plain(runs, "loss_scale", "loss scale", GREY, kind="step", ylog=True),
     ]
     return [chart for chart in found if chart["lines"]]
 
@@ -69,20 +68,21 @@ def _coloured(runs: Sequence[Run]) -> list[tuple[Run, str]]:
 
 
 def _marks(run: Run) -> list[dict[str, Any]]:
-    """Restarts and spikes, on the axis of tokens."""
+    """Restarts, rollbacks and spikes, on the axis of tokens."""
     marks = [
         {
             "x": event["tokens"],
-            "kind": "restart",
-            "text": f"restart at step {event['step']}: {event.get('lost_steps', 0)} steps again",
+            "kind": event["cause"],
+            "text": f"{event['cause']} at step {event['step']}: "
+            f"{event.get('lost_steps', 0)} steps again",
         }
         for event in run.restarts
     ]
-    for row in spikes(run.column("loss")):
-        step = run.steps[row]
-        text = f"spike at step {step['step']}: loss {step['loss']:.3f}"
-        marks.append({"x": step["tokens"], "kind": "spike", "text": text})
-    return marks
+    spikes = [
+        {"x": spike.tokens, "kind": "spike", "text": f"spike at step {spike.step}: {spike.reason}"}
+        for spike in run.spikes
+    ]
+    return marks + spikes
 
 
 def _loss(runs: Sequence[Run]) -> Chart:
@@ -97,8 +97,10 @@ def _loss(runs: Sequence[Run]) -> Chart:
                 _line("training", TRAIN, run.tokens, mean),
             ]
             chart["marks"] = _marks(run)
-        else:
+        elif len(at):
             chart["lines"].append(_line(f"{run.name}, training", colour, run.tokens, mean, "faint"))
+        else:
+            chart["lines"].append(_line(run.name, colour, run.tokens, mean))
         if len(at):
             name = "validation" if single else run.name
             shade = VALIDATION if single else colour
@@ -140,7 +142,7 @@ def _compute(runs: Sequence[Run]) -> Chart:
     if reach:
         x = np.geomspace(min(reach), max(reach) * 2, 40)
         y = np.array([frontier(value) for value in x])
-        chart["lines"].append(_line("GPT-3 frontier 2.57 C^-0.048", _GREY, x, y, "dash"))
+        chart["lines"].append(_line("GPT-3 frontier 2.57 C^-0.048", GREY, x, y, "dash"))
     return chart
 
 
@@ -182,8 +184,10 @@ def _plain(
 ) -> Chart:
     """One figure of every run over tokens."""
     scale, kind = options.pop("scale", 1.0), options.pop("kind", "line")
-    smoothed = options.pop("smoothed", False)
+    smoothed, marked = options.pop("smoothed", False), options.pop("marked", False)
     chart = _chart(title, **options)
+    if marked and len(runs) == 1:
+        chart["marks"] = _marks(runs[0])
     for run, shade in _coloured(runs):
         values = scale * run.column(key)
         if not np.isfinite(values).any():

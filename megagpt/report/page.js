@@ -119,7 +119,7 @@ function draw(chart, state, box) {
   const plot = element(svg, "g", { "clip-path": `url(#${clip})` });
   for (const mark of chart.marks) {
     if (state.xlog && mark.x <= 0) continue;
-    const colour = mark.kind === "restart" ? "#8a94a0" : "#c53030";
+    const colour = mark.kind === "spike" ? "#c53030" : "#8a94a0";
     const line = element(plot, "line", { x1: sx(mark.x), x2: sx(mark.x), y1: TOP, y2: height - BOTTOM,
       stroke: colour, "stroke-dasharray": "4 4", "stroke-width": 1.3 });
     element(line, "title", {}, mark.text);

@@ -12,7 +12,7 @@ import numpy as np
 from megagpt.log.series import Run
 from megagpt.log.text import amount, duration
 from megagpt.report.charts import charts
-from megagpt.report.picture import COLOURS
+from megagpt.report.look import COLOURS
 from megagpt.report.table import facts, restart_rows, shares
 
 _HERE = Path(__file__).parent
@@ -20,7 +20,9 @@ _SHARE_COLOURS = {
     "useful steps": "#2f855a",
     "steps done again": "#dd6b20",
     "down": "#c53030",
-    "evaluation, checkpoints, start-up": "#a0aec0",
+    "evaluation": "#2b6cb0",
+    "checkpoints": "#6b46c1",
+    "the rest": "#a0aec0",
 }
 
 
@@ -135,7 +137,8 @@ def _restarts(runs: Sequence[Run]) -> str:
     rows = [[run.name, *row] for run in runs for row in restart_rows(run)]
     if not rows:
         return ""
-    head = ("run", "when", "at step", "at tokens", "steps again", "time of these", "time down")
+    head = ["run", "what", "when", "at step", "at tokens", "steps again", "their time"]
+    head += ["time down", "cost"]
     cells = "".join(f"<th>{name}</th>" for name in head)
     body = "".join(
         "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows

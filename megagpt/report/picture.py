@@ -1,17 +1,17 @@
-"""report.png: how the run went, in one picture that a README can show."""
+"""report.png: how the run went, in one picture that a README can show; the page's first charts."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megagpt.log.series import Floats, Run, smooth, thin
+from megagpt.log.series import Run
 from megagpt.log.text import amount, duration, scientific
+from megagpt.report.charts import Chart, charts
+from megagpt.report.look import ALARM, FAINT, GREY, GRID, INK
 
-INK, FAINT, GRID = "#1f2933", "#66727f", "#e6e9ed"
-TRAIN, VALIDATION, RATE, BATCH = "#2b6cb0", "#dd6b20", "#2f855a", "#6b46c1"
-COLOURS = (TRAIN, VALIDATION, RATE, BATCH, "#c53030", "#0987a0", "#b7791f", "#4a5568")
 _STYLE: dict[Any, Any] = {
     "font.size": 10,
     "text.color": INK,
@@ -32,38 +32,56 @@ _STYLE: dict[Any, Any] = {
     # Texts in a picture are as small as they look: no font file is needed beyond matplotlib's.
     "font.family": "DejaVu Sans",
 }
+_PANELS = (
+    ("loss", (0, slice(0, 6))),
+    ("loss over compute", (1, slice(0, 3))),
+    ("gradient norm, before clipping", (1, slice(3, 6))),
+    ("learning rate", (2, slice(0, 2))),
+    ("batch size", (2, slice(2, 4))),
+    ("throughput", (2, slice(4, 6))),
+)
+"""(title of a chart, its place in the grid of 3 rows and 6 columns)."""
+_LINES: dict[str, dict[str, Any]] = {
+    "line": {"linewidth": 1.8},
+    "step": {"linewidth": 1.8, "drawstyle": "steps-pre"},
+    "faint": {"linewidth": 0.8, "alpha": 0.25},
+    "dash": {"linewidth": 1.4, "linestyle": (0, (5, 3))},
+    "dots": {
+        "linewidth": 1.6,
+        "marker": "o",
+        "markersize": 4.5,
+        "markeredgecolor": "white",
+        "markeredgewidth": 0.8,
+        "zorder": 5,
+        "clip_on": False,
+    },
+}
+"""How each kind of a chart's lines is drawn."""
 
 
 def draw_runs(runs: Sequence[Run], path: Path) -> Path:
-    """Loss above; learning rate and batch size below; all over tokens. Returns `path`."""
+    """Loss above; compute, gradients, learning rate, batch and throughput below. Returns `path`."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    found = {chart["title"]: chart for chart in charts(runs)}
     with pyplot.rc_context(_STYLE):
-        figure = pyplot.figure(figsize=(10, 6.4), dpi=150)
-        grid = figure.add_gridspec(2, 2, height_ratios=(2.1, 1), hspace=0.34, wspace=0.2)
-        figure.subplots_adjust(left=0.07, right=0.975, top=0.85, bottom=0.075)
-        loss = figure.add_subplot(grid[0, :])
-        rate, batch = figure.add_subplot(grid[1, 0]), figure.add_subplot(grid[1, 1])
+        figure = pyplot.figure(figsize=(10, 9.2), dpi=150)
+        grid = figure.add_gridspec(3, 6, height_ratios=(2.1, 1.5, 1), hspace=0.4, wspace=1.1)
+        figure.subplots_adjust(left=0.07, right=0.975, top=0.89, bottom=0.055)
+        for title, (row, columns) in _PANELS:
+            if title in found:
+                _panel(figure.add_subplot(grid[row, columns]), found[title], len(runs))
+        title, facts = f"{len(runs)} runs", "light: training loss, dots: validation loss"
         if len(runs) == 1:
-            _one_loss(loss, runs[0])
-            _heading(figure, runs[0].name, _facts_line(runs[0]))
-        else:
-            _many_losses(loss, runs)
-            _heading(figure, f"{len(runs)} runs", "light: training loss, dots: validation loss")
-        _schedule(rate, batch, runs)
-        for axes in (loss, rate, batch):
-            _tokens_axis(axes, runs)
+            title, facts = runs[0].name, _facts_line(runs[0])
+        figure.text(0.07, 0.96, title, fontsize=15, fontweight="bold")
+        figure.text(0.07, 0.932, facts, fontsize=10, color=FAINT)
         figure.savefig(path, metadata={"Software": None})
         pyplot.close(figure)
     return path
-
-
-def _heading(figure: Any, title: str, facts: str) -> None:
-    figure.text(0.07, 0.95, title, fontsize=15, fontweight="bold")
-    figure.text(0.07, 0.913, facts, fontsize=10, color=FAINT)
 
 
 def _facts_line(run: Run) -> str:
@@ -73,110 +91,90 @@ def _facts_line(run: Run) -> str:
     parts.append(f"{amount(run.tokens[-1])} tokens in {amount(len(run.steps))} steps")
     if run.wall_s:
         parts.append(duration(run.wall_s))
-    speeds = run.column("tokens_per_s")
-    if np.isfinite(speeds).any():
-        parts.append(f"{amount(float(np.nanmedian(speeds)))} tokens/s")
-    if run.restarts:
-        n = len(run.restarts)
-        parts.append(f"{n} restart{'s' if n > 1 else ''}")
+    for key, unit in (("tokens_per_s", "{} tokens/s"), ("mfu", "MFU {}%")):
+        values = run.column(key)
+        if np.isfinite(values).any():
+            median = float(np.nanmedian(values))
+            parts.append(unit.format(f"{100 * median:.1f}" if key == "mfu" else amount(median)))
+    for cause in ("restart", "rollback"):
+        n = sum(event["cause"] == cause for event in run.restarts)
+        if n:
+            parts.append(f"{n} {cause}{'s' if n > 1 else ''}")
     return "   \N{MIDDLE DOT}   ".join(parts)
 
 
-def window(run: Run) -> int:
-    """Steps over which the curve of the training loss is averaged."""
-    n_steps = len(run.steps)
-    return min(100, max(5, n_steps // 60)) if n_steps >= 24 else 1
+def _panel(axes: Any, chart: Chart, n_runs: int) -> None:
+    """Draws a chart of the page."""
+    large = chart["title"] == "loss"
+    for line in chart["lines"]:
+        x, y = line["x"], line["y"]
+        if line["kind"] == "step":
+            # A step's value was in force from the end of the step before, the first one's from 0.
+            x, y = [0.0, *x], [y[0], *y]
+        label = line["name"]
+        if line["kind"] == "faint":
+            label = "_"
+        elif large:
+            label += f"  {y[-1]:.3f}"
+        axes.plot(x, y, color=line["colour"], label=label, **_LINES[line["kind"]])
+    _marks(axes, chart)
+    _scales(axes, chart)
+    unit = f" ({chart['unit']})" if chart["unit"] else ""
+    axes.set_title(chart["title"] + unit)
+    axes.set_xlabel(chart["x"], loc="right", fontsize=9)
+    if large or (chart["title"] == "loss over compute" and n_runs < 4):
+        axes.legend(loc="upper right" if large else "lower left", fontsize=10 if large else 8)
 
 
-def _one_loss(axes: Any, run: Run) -> None:
-    tokens, loss, mean = thin(
-        run.tokens, run.column("loss"), smooth(run.column("loss"), window(run))
-    )
-    axes.plot(tokens, loss, color=TRAIN, alpha=0.25, linewidth=0.8)
-    axes.plot(tokens, mean, color=TRAIN, linewidth=1.8, label=_named("training", mean))
-    at, validation = run.validation
-    if len(at):
-        axes.plot(
-            at,
-            validation,
-            color=VALIDATION,
-            linewidth=1.6,
-            marker="o",
-            markersize=4.5,
-            markeredgecolor="white",
-            markeredgewidth=0.8,
-            label=_named("validation", validation),
-            zorder=5,
-            clip_on=False,
-        )
-    for index, event in enumerate(run.restarts):
+def _marks(axes: Any, chart: Chart) -> None:
+    """Vertical lines, with each kind once in the legend."""
+    named: set[str] = set()
+    for mark in chart["marks"]:
+        kind = mark["kind"]
         axes.axvline(
-            event["tokens"],
-            color="#a0aec0",
+            mark["x"],
+            color=ALARM if kind == "spike" else GREY,
             linewidth=1,
             linestyle=(0, (3, 3)),
-            label=None if index else "restart",
+            label="_" if kind in named else kind,
             zorder=1,
         )
-    _loss_axis(axes, [loss, validation])
+        named.add(kind)
 
 
-def _many_losses(axes: Any, runs: Sequence[Run]) -> None:
-    shown: list[Floats] = []
-    for run, colour in zip(runs, COLOURS * len(runs), strict=False):
-        tokens, mean = thin(run.tokens, smooth(run.column("loss"), window(run)))
-        axes.plot(tokens, mean, color=colour, linewidth=1.4, alpha=0.45)
-        at, validation = run.validation
-        last = validation if len(validation) else mean
-        axes.plot(
-            at, validation, color=colour, linewidth=1.8, marker="o", markersize=4,
-            label=_named(run.name, last),
-        )  # fmt: skip
-        shown += [mean, validation]
-    _loss_axis(axes, shown)
+def _scales(axes: Any, chart: Chart) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+    number = scientific if chart["title"] == "learning rate" else _number
+    for axis, log, text in (
+        (axes.xaxis, chart["xlog"], amount if chart["x"] == "tokens" else _number),
+        (axes.yaxis, chart["ylog"], number),
+    ):
+        values = _values(chart, "x" if axis is axes.xaxis else "y", log)
+        if log:
+            (axes.set_xscale if axis is axes.xaxis else axes.set_yscale)("log")
+        wide = log and len(values) and values.max() > 30 * values.min()
+        nbins = MaxNLocator(nbins=7 if chart["title"] == "loss" else 5, steps=[1, 2, 2.5, 5, 10])
+        axis.set_major_locator(LogLocator(numticks=6) if wide else nbins)
+        axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter(FuncFormatter(lambda value, _, text=text: text(value)))
+    y = _values(chart, "y", chart["ylog"])
+    if len(y) and chart["ylog"]:
+        axes.set_ylim(y.min() * 0.95, np.quantile(y, 0.999) * 1.06)
+    elif len(y):
+        axes.set_ylim(bottom=0)
+    if not chart["xlog"]:
+        axes.set_xlim(0, _values(chart, "x", False).max() * 1.01)
 
 
-def _named(name: str, values: Floats) -> str:
-    known = values[np.isfinite(values)]
-    return f"{name}  {known[-1]:.3f}" if len(known) else name
+def _values(chart: Chart, axis: str, log: bool) -> Any:
+    values = np.concatenate([np.asarray(line[axis], float) for line in chart["lines"]])
+    return values[values > 0] if log else values
 
 
-def _loss_axis(axes: Any, shown: Sequence[Floats]) -> None:
-    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
-
-    values = np.concatenate([part[np.isfinite(part) & (part > 0)] for part in shown])
-    axes.set_title("loss (nats per token)")
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 2.5, 5, 10]))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    if len(values):
-        axes.set_ylim(values.min() * 0.95, np.quantile(values, 0.999) * 1.06)
-    axes.legend(loc="upper right", fontsize=10)
-
-
-def _schedule(rate: Any, batch: Any, runs: Sequence[Run]) -> None:
-    from matplotlib.ticker import FuncFormatter
-
-    rate.set_title("learning rate")
-    batch.set_title("batch size (tokens)")
-    single = len(runs) == 1
-    for run, colour in zip(runs, COLOURS * len(runs), strict=False):
-        tokens, lr, size = thin(run.tokens, run.column("lr"), run.column("batch_tokens"))
-        rate.plot(tokens, lr, color=RATE if single else colour, linewidth=1.8)
-        # A step's batch was in force from the end of the step before, the first one's from 0.
-        tokens, size = np.insert(tokens, 0, 0.0), np.insert(size, 0, size[0])
-        batch.step(tokens, size, where="pre", color=BATCH if single else colour, linewidth=1.8)
-    rate.set_ylim(bottom=0)
-    batch.set_ylim(bottom=0)
-    rate.yaxis.set_major_formatter(FuncFormatter(lambda value, _: scientific(value)))
-    batch.yaxis.set_major_formatter(FuncFormatter(lambda value, _: amount(value)))
-
-
-def _tokens_axis(axes: Any, runs: Sequence[Run]) -> None:
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 2.5, 5, 10]))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: amount(value)))
-    axes.set_xlim(0, max(float(run.tokens[-1]) for run in runs) * 1.01)
-    axes.set_xlabel("tokens", loc="right", fontsize=9)
+def _number(value: float) -> str:
+    if not value or not math.isfinite(value):
+        return "0"
+    if abs(value) < 1e-3:
+        return scientific(value)
+    return amount(value) if abs(value) >= 1000 else f"{value:g}"

@@ -8,7 +8,7 @@ import numpy as np
 
 from megagpt.log.series import Run, smooth
 from megagpt.log.text import amount, duration, scientific
-from megagpt.report.picture import window
+from megagpt.report.look import window
 
 Rows = list[tuple[str, str]]
 
@@ -25,6 +25,7 @@ def _configuration(run: Run) -> Rows:
     model, schedule, parallel = run.config.model, run.config.schedule, run.config.parallel
     total, inner = run.parameters or (0, 0)
     batch = amount(schedule.batch_tokens)
+    weights = sum(source.weight for source in run.config.data.train)
     if schedule.start_tokens != schedule.batch_tokens:
         batch = f"{amount(schedule.start_tokens)} to {batch} over {amount(schedule.ramp_tokens)}"
     return [
@@ -42,6 +43,8 @@ def _configuration(run: Run) -> Rows:
             f"floor {scientific(schedule.peak_lr * schedule.min_lr_ratio)}",
         ),
         ("carried by", f"{parallel.ds_config}, {parallel.dtype}"),
+        ("layout", str(run.facts.get("layout", ""))),
+        ("data", ", ".join(f"{s.path} ({s.weight / weights:.0%})" for s in run.config.data.train)),
         ("seed", str(run.config.seed)),
     ]
 
@@ -83,41 +86,45 @@ def _cost(run: Run) -> Rows:
         ("compute", f"{compute[-1]:.3g} PF-days" if compute is not None else ""),
         ("wall time", duration(run.wall_s) if run.wall_s else ""),
         ("goodput", f"{100 * run.goodput:.1f}%" if math.isfinite(run.goodput) else ""),
-        ("restarts", str(len(run.restarts))),
+        ("restarts", str(sum(event["cause"] == "restart" for event in run.restarts))),
+        ("rollbacks", str(sum(event["cause"] == "rollback" for event in run.restarts) or "")),
+        ("spikes", str(len(run.spikes) or "")),
         ("skipped steps", str(int(skipped)) if skipped else ""),
     ]
 
 
 def shares(run: Run) -> list[tuple[str, float]]:
     """Where the wall time went, as (name, seconds): steps that count, steps done again, time
-    without a process, and everything else (evaluations, checkpoints, start-up)."""
+    without a process (start-up after a restart included), evaluations, checkpoints that training
+    waited for, and everything else (texts, checks, closing)."""
     if not run.wall_s:
         return []
     useful = min(run.wall_s, float(np.nansum(run.step_s)))
-    lost = sum(event.get("lost_s", 0.0) for event in run.restarts)
-    down = sum(event.get("down_s", 0.0) for event in run.restarts)
-    rest = max(0.0, run.wall_s - useful - lost - down)
     named = [
         ("useful steps", useful),
-        ("steps done again", lost),
-        ("down", down),
-        ("evaluation, checkpoints, start-up", rest),
+        ("steps done again", sum(event.get("lost_s", 0.0) for event in run.restarts)),
+        ("down", sum(event.get("down_s", 0.0) for event in run.restarts)),
+        ("evaluation", sum(line.get("evaluate_s", 0.0) for line in run.evaluations)),
+        ("checkpoints", sum(event.get("stall_s", 0.0) for event in run.events)),
     ]
+    named.append(("the rest", run.wall_s - sum(seconds for _, seconds in named)))
     return [(name, seconds) for name, seconds in named if seconds > 0]
 
 
 def restart_rows(run: Run) -> list[list[str]]:
-    """One row a restart: when, where, and what it cost."""
+    """One row a restart or rollback: what, when, where, and what it cost."""
 
     def row(event: dict[str, Any]) -> list[str]:
-        when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(event["time"])) + " UTC"
+        again, down = event.get("lost_s", 0.0), event.get("down_s", 0.0)
         return [
-            when,
+            event["cause"],
+            time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(event["time"])) + " UTC",
             str(event["step"]),
             amount(event["tokens"]),
-            str(event.get("lost_steps", 0)),
-            duration(event.get("lost_s", 0.0)),
-            duration(event.get("down_s", 0.0)),
+            f"{event.get('lost_steps', 0)} ({amount(event.get('lost_tokens', 0))} tokens)",
+            duration(again),
+            duration(down),
+            duration(again + down),
         ]
 
     return [row(event) for event in run.restarts]
