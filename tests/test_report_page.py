@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_report import make_run, parse
+from test_report import CONFIG, make_run, parse
 
-from megagpt.log.series import read_run, read_runs
+from megagpt.log.series import read_facts, read_run, read_runs
 from megagpt.report.charts import charts
 from megagpt.report.page import write_page
 from megagpt.report.reference import chinchilla, frontier, kaplan
@@ -106,6 +106,25 @@ def test_two_runs_are_compared(tmp_path):
     assert found["loss"]["lines"][-1]["x"] == [20_000.0, 40_000.0]
     compute = [line["name"] for line in found["loss over compute"]["lines"]]
     assert compute[-1] == "GPT-3 frontier 2.57 C^-0.048"
+
+
+def test_a_large_run_has_the_laws_and_its_utilization(tmp_path):
+    (tmp_path / "config.toml").write_text(CONFIG)
+    step = {"loss": 3.0, "batch_tokens": 524_288, "tokens_per_s": 1e6, "mfu": 0.4}
+    run = read_facts(tmp_path, [{**step, "step": i, "tokens": i * 10**9} for i in (1, 100, 300)])
+    found = {chart["title"]: chart for chart in charts([run])}
+    [line] = [x for x in found["model FLOPs utilization"]["lines"] if x["kind"] == "line"]
+    assert line["y"] == pytest.approx([40.0] * 3)
+    compute = {line["name"]: line for line in found["loss over compute"]["lines"]}
+    ends = {
+        "Kaplan 2020 at this size": kaplan(85_056_000, 3e11),
+        "Chinchilla 2022 at this size": chinchilla(125_226_240, 3e11),
+        # Its line goes on to twice the run's compute.
+        "GPT-3 frontier 2.57 C^-0.048": frontier(2 * 6 * 85_056_000 * 3e11 / 8.64e19),
+    }
+    for name, loss in ends.items():
+        assert compute[name]["y"][-1] == pytest.approx(loss, rel=1e-4)
+    assert compute["training"]["x"][-1] == pytest.approx(6 * 85_056_000 * 3e11 / 8.64e19)
 
 
 def test_runs_without_validation_are_named_by_their_training_loss(tmp_path):

@@ -68,7 +68,7 @@ def _coloured(runs: Sequence[Run]) -> list[tuple[Run, str]]:
 
 
 def _marks(run: Run) -> list[dict[str, Any]]:
-    """Restarts, rollbacks and spikes, on the axis of tokens."""
+    """Restarts, rollbacks and spikes along the axis of tokens."""
     marks = [
         {
             "x": event["tokens"],
@@ -82,7 +82,7 @@ def _marks(run: Run) -> list[dict[str, Any]]:
         {"x": spike.tokens, "kind": "spike", "text": f"spike at step {spike.step}: {spike.reason}"}
         for spike in run.spikes
     ]
-    return marks + spikes
+    return sorted(marks + spikes, key=lambda mark: mark["x"])
 
 
 def _loss(runs: Sequence[Run]) -> Chart:

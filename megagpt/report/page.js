@@ -117,13 +117,17 @@ function draw(chart, state, box) {
   const hole = element(element(svg, "clipPath", { id: clip }), "rect",
     { x: LEFT - 5, y: TOP - 5, width: width - LEFT - RIGHT + 10, height: height - TOP - BOTTOM + 10 });
   const plot = element(svg, "g", { "clip-path": `url(#${clip})` });
+  let named = -Infinity;
   for (const mark of chart.marks) {
     if (state.xlog && mark.x <= 0) continue;
     const colour = mark.kind === "spike" ? "#c53030" : "#8a94a0";
     const line = element(plot, "line", { x1: sx(mark.x), x2: sx(mark.x), y1: TOP, y2: height - BOTTOM,
       stroke: colour, "stroke-dasharray": "4 4", "stroke-width": 1.3 });
     element(line, "title", {}, mark.text);
-    element(svg, "text", { x: sx(mark.x) + 4, y: TOP + 10, style: `fill:${colour}` }, mark.kind);
+    // Marks close together share the name of the first of them.
+    if (sx(mark.x) < named + 56) continue;
+    named = sx(mark.x);
+    element(svg, "text", { x: named + 4, y: TOP + 10, style: `fill:${colour}` }, mark.kind);
   }
   for (const line of shown) {
     element(plot, "path", { d: path(line, sx, sy, state.xlog, state.ylog), fill: "none", stroke: line.colour,

@@ -123,7 +123,7 @@ def _panel(axes: Any, chart: Chart, n_runs: int) -> None:
     axes.set_title(chart["title"] + unit)
     axes.set_xlabel(chart["x"], loc="right", fontsize=9)
     if large or (chart["title"] == "loss over compute" and n_runs < 4):
-        axes.legend(loc="upper right" if large else "lower left", fontsize=10 if large else 8)
+        axes.legend(loc="upper right" if large else "best", fontsize=10 if large else 8)
 
 
 def _marks(axes: Any, chart: Chart) -> None:
