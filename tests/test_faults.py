@@ -112,7 +112,7 @@ def test_a_flipped_byte_in_the_only_checkpoint_is_exit_code_3(begun, tmp_path):
 def test_another_run_leaves_the_folder_as_it_is(begun, tmp_path):
     done = launch(begun, 1, "schedule.peak_lr=1e-3", "seed=9", launcher="python")
     assert done.returncode == 2, done.stderr
-    for line in ("seed: 1 -> 9", "schedule.peak_lr: 0.003 -> 0.001", "data.train: other shards"):
+    for line in ("seed: 1 -> 9", "schedule.peak_lr: 0.003 -> 0.001", "data: other shards"):
         assert line in done.stderr
     assert not (tmp_path / "run" / "config.toml").exists()
 

@@ -1,6 +1,7 @@
 """Saving: every rank writes its slices while training goes on; one rename makes it count (L2).
 
-1) `begin` copies the slices to host memory (the only stall) and starts one thread a rank.
+1) `begin` asks whether the files of all ranks fit on the disk, copies the slices to host memory
+   (the only stall) and starts one thread a rank.
 2) The thread writes the rank's file, hashes and flushes it.
 3) Once all ranks are done, `finish` gathers the records; rank 0 writes the manifest last and
    renames the folder.
@@ -41,6 +42,7 @@ class Saver:
         self._writing: threading.Thread | None = None
         self._state: Manifest | None = None
         self._result: FileRecord | str = ""
+        """What this rank wrote, or what kept it from it."""
         self.stall_s = 0.0
         """Seconds that the last checkpoint kept training waiting."""
 
@@ -59,24 +61,23 @@ class Saver:
         self.finish()
         t0 = time.perf_counter()
         temporary = self._folder(state).with_suffix(manifests.TEMPORARY)
-        # The gathering is a barrier too: no rank writes before the folder is there. Where it
-        # cannot be made, the ranks' files fail and finish() says why.
-        self._on_rank_0(lambda: _make_anew(temporary))
-        held = [_copied(one) for one in self.engine.slices() if one.owned]
-        path = temporary / f"rank_{self.engine.ranks.rank:05d}.safetensors"
-        self._state, self._result = state, ""
-        self._writing = threading.Thread(target=self._write, args=(path, held), daemon=True)
-        self._writing.start()
-        if not self.config.checkpoint.background:
-            self._writing.join()
+        owned = [one for one in self.engine.slices() if one.owned]
+        own_bytes = 4 * len(KEYS) * sum(one.numel for one in owned)
+        needed = int(self.engine.total([own_bytes])[0])
+        # The gathering is a barrier too: no rank writes before the folder is there.
+        self._state = state
+        self._result = self._on_rank_0(lambda: _make_anew(temporary, needed))
+        if not self._result:
+            held = [_copied(one) for one in owned]
+            path = temporary / f"rank_{self.engine.ranks.rank:05d}.safetensors"
+            self._writing = threading.Thread(target=self._write, args=(path, held), daemon=True)
+            self._writing.start()
+            if not self.config.checkpoint.background:
+                self._writing.join()
         self.stall_s = time.perf_counter() - t0
 
     def _write(self, path: Path, held: list[Slice]) -> None:
         try:
-            needed = 4 * len(KEYS) * sum(one.numel for one in held)
-            free = shutil.disk_usage(path.parent).free
-            if free < needed:
-                raise OSError(f"{needed:,} bytes are needed and {free:,} are free")
             self._result = write_slices(path, held)
         except OSError as error:
             self._result = f"{path}: {error.strerror or error}"
@@ -94,11 +95,11 @@ class Saver:
         if self._state is None:
             return None
         t0 = time.perf_counter()
-        assert self._writing is not None
-        self._writing.join()
+        if self._writing is not None:
+            self._writing.join()
         state, self._state, self._writing = self._state, None, None
         results = self.engine.gather(self._result)
-        problems = [r for r in results if isinstance(r, str)]
+        problems = list(dict.fromkeys(r for r in results if isinstance(r, str)))
         folder = self._folder(state)
         if not problems:
             committed = self._on_rank_0(lambda: self._commit(folder, state, results))
@@ -159,10 +160,13 @@ def _copied(one: Slice) -> Slice:
     return dataclasses.replace(one, read=copies.__getitem__)
 
 
-def _make_anew(folder: Path) -> None:
-    """An empty folder, whatever was there."""
+def _make_anew(folder: Path, needed: int) -> None:
+    """An empty folder, whatever was there. Raises OSError, also where `needed` bytes do not fit."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(f"{needed:,} bytes are needed and {free:,} are free")
 
 
 def _reason(error: OSError | DamageError, place: Path) -> str:
