@@ -111,8 +111,15 @@ def test_two_runs_are_compared(tmp_path):
 def test_a_large_run_has_the_laws_and_its_utilization(tmp_path):
     (tmp_path / "config.toml").write_text(CONFIG)
     step = {"loss": 3.0, "batch_tokens": 524_288, "tokens_per_s": 1e6, "mfu": 0.4}
-    run = read_facts(tmp_path, [{**step, "step": i, "tokens": i * 10**9} for i in (1, 100, 300)])
+    step |= {"step_s": 0.5, "data_s": 0.1, "memory_peak_bytes": 7e9}
+    lines = [{**step, "step": i, "tokens": i * 10**9} for i in (1, 100, 300)]
+    lines.append({"tokens": 3e11, "validation_loss": 3.0, "validation_bits_per_byte": 0.97})
+    run = read_facts(tmp_path, lines)
+    assert dict(facts(run))["bits per byte"] == "0.9700" and dict(facts(run))["MFU"] == "40.0%"
     found = {chart["title"]: chart for chart in charts([run])}
+    assert [line["name"] for line in found["time of a step by part"]["lines"]] == ["data", "step"]
+    [memory] = found["memory of rank 0"]["lines"]
+    assert memory["name"] == "memory peak" and memory["y"] == pytest.approx([7e9] * 3)
     [line] = [x for x in found["model FLOPs utilization"]["lines"] if x["kind"] == "line"]
     assert line["y"] == pytest.approx([40.0] * 3)
     compute = {line["name"]: line for line in found["loss over compute"]["lines"]}

@@ -37,9 +37,9 @@ def charts(runs: Sequence[Run]) -> list[Chart]:
             smoothed=True,
         ),
         _plain(runs, "grad_norm", "gradient norm, before clipping", ALARM, ylog=True, marked=True),
-        _parts(runs),
+        _family(runs, "time of a step by part", "s", "_s"),
         _sources(runs),
-        _plain(runs, "memory_bytes", "memory of rank 0", "#0987a0", unit="bytes"),
+        _family(runs, "memory of rank 0", "bytes", "_bytes"),
         _plain(runs, "loss_scale", "loss scale", GREY, kind="step", ylog=True),
     ]
     return [chart for chart in found if chart["lines"]]
@@ -200,19 +200,20 @@ def _plain(
     return chart
 
 
-def _parts(runs: Sequence[Run]) -> Chart:
-    """Where the time of a step goes; of the first run only."""
+def _family(runs: Sequence[Run], title: str, unit: str, ending: str) -> Chart:
+    """Every figure whose name ends so, smoothed; of the first run only."""
     run = runs[0]
-    title = "time of a step by part" + (f" ({run.name})" if len(runs) > 1 else "")
-    chart = _chart(title, unit="s")
-    names = sorted({name for step in run.steps[:100] for name in step if name.endswith("_s")})
-    for name in names:
+    chart = _chart(title + (f" ({run.name})" if len(runs) > 1 else ""), unit=unit)
+    # Some figures are measured every hundred steps.
+    names = {name for step in run.steps[:200] for name in step if name.endswith(ending)}
+    for name in sorted(names):
         values = run.column(name)
         if name.endswith("_per_s") or not np.isfinite(values).any():
             continue
         colour = COLOURS[len(chart["lines"]) % len(COLOURS)]
         mean = smooth(values, window(run))
-        chart["lines"].append(_line(name.removesuffix("_s"), colour, run.tokens, mean))
+        shown = name.removesuffix(ending).replace("_", " ")
+        chart["lines"].append(_line(shown, colour, run.tokens, mean))
     return chart
 
 

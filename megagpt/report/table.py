@@ -69,6 +69,9 @@ def _result(run: Run) -> Rows:
             ("perplexity", f"{math.exp(min(last, 80)):.2f}"),
             ("best validation loss", f"{validation[best]:.4f} at {amount(at[best])} tokens"),
         ]
+    bits = [line.get("validation_bits_per_byte") for line in run.evaluations]
+    if bits and bits[-1] is not None:
+        rows.append(("bits per byte", f"{bits[-1]:.4f}"))
     return rows
 
 
