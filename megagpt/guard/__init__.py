@@ -2,8 +2,8 @@
 
     stop.py      signals and time limits        -> a joint save, exit code 75
     watchdog.py  hangs, and a launcher that died -> stacks in the run folder, the job ends
-    spike.py     loss and gradient spikes        -> told, or rolled back
-    journal.py   samples that a rollback skipped -> a resumed run skips them too
+    spike.py     loss and gradient spikes        -> told, the update left out, or rolled back
+    journal.py   what was skipped for a spike    -> a resumed run skips it too
     replicas.py  weights that should be equal    -> the rank that differs is named
 
 The table of docs/faults.md says which key governs what.
