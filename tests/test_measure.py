@@ -10,9 +10,10 @@ import torch
 
 from megagpt.config import RunConfig, load_run
 from megagpt.engine import Engine, Ranks, build_engine
+from megagpt.measure.activations import Activations
 from megagpt.measure.meter import Details
-from megagpt.measure.noise import unknowns
-from megagpt.measure.norms import layer_names, layer_of
+from megagpt.measure.noise import NoiseScale, sample, unknowns
+from megagpt.measure.norms import clip_factor, layer_names, layer_of
 from megagpt.model import GPT, decays, initialise
 from megagpt.plan.ds_config import read_ds_config, resolve
 from megagpt.plan.layout import Layout
@@ -123,3 +124,80 @@ def test_norms_and_noise_are_those_of_plain_torch(group, tmp_path, name, clippin
     signal, noise = unknowns(oracle.small, oracle.large, 64, 256)
     assert found["gradient_square"] == pytest.approx(signal, rel=1e-3)
     assert found["noise_trace"] == pytest.approx(noise, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["zero1", "zero3"])
+def test_activations_are_those_of_the_first_micro_batch(group, tmp_path, name):
+    # Recomputed blocks pass twice, and every micro-batch once.
+    config, engine = engine_for(tmp_path, name, "parallel.recompute=full")
+    oracle = GPT(config.model)
+    initialise(oracle.named_parameters(), config.model, config.seed)
+    outputs = {}
+    modules = {"wte": oracle.wte, "wpe": oracle.wpe, "h.0": oracle.h[0], "h.1": oracle.h[1]}
+    for layer, module in {**modules, "ln_f": oracle.ln_f}.items():
+        module.register_forward_hook(
+            lambda _m, _i, output, layer=layer: outputs.setdefault(layer, output.detach())
+        )
+    oracle(*batches(0)[0])
+    activations = Activations(engine, engine.layers(), layer_names(config))
+    engine.train_step(batches(0), LR, 0)
+    found = activations.collect()
+    engine.train_step(batches(1), LR, 1)
+    engine.close()
+    assert found["rms"] == pytest.approx(
+        {layer: float(x.square().mean().sqrt()) for layer, x in outputs.items()}, rel=1e-5
+    )
+    assert found["largest"] == pytest.approx(
+        {layer: float(x.abs().max()) for layer, x in outputs.items()}, rel=1e-5
+    )
+    assert set(found["zeros"].values()) == {0.0}
+
+
+def test_zeros_are_counted(group, tmp_path):
+    config, engine = engine_for(tmp_path, "zero1", "model.dropout=0.5")
+    activations = Activations(engine, engine.layers(), layer_names(config))
+    engine.train_step(batches(0), LR, 0)
+    engine.close()
+    # Half of the embeddings' sum is dropped: 2 x 32 x 32 elements.
+    assert activations.collect()["zeros"]["wpe"] == pytest.approx(0.5, abs=0.05)
+
+
+def test_a_step_that_is_not_applied_has_no_norms(group, tmp_path):
+    config, engine = engine_for(tmp_path, "zero1")
+    details = Details(config, engine)
+    result = engine.train_step(batches(0), LR, 0, lambda loss, norm: True)
+    found = details.end(result, 256, N_MICRO_BATCHES, LR)
+    engine.close()
+    assert not result.applied and list(found) == ["activations"]
+
+
+def test_the_noise_scale_of_a_gradient_that_is_known():
+    # Gradients of one token: mean (3, 4), independent noise of variance 2 in each of both numbers,
+    # so |G|^2 = 25 and tr(S) = 4.
+    draw = torch.Generator().manual_seed(1)
+    tokens = torch.tensor([3.0, 4.0]) + 2**0.5 * torch.randn(4000, 2, 64, 2, generator=draw).mean(2)
+    small = float(tokens.square().sum(-1).mean())
+    large = float(tokens.mean(1).square().sum(-1).mean())
+    signal, noise = unknowns(small, large, 64, 128)
+    assert signal == pytest.approx(25.0, rel=0.01) and noise == pytest.approx(4.0, rel=0.1)
+
+
+def test_the_mean_of_samples_is_the_ratio_of_means():
+    noise = NoiseScale()
+    assert noise.add({"loss": 1.0}) == {}
+    assert noise.add({"gradient_square": 2.0, "noise_trace": 8.0}) == {"noise_scale_tokens": 4.0}
+    # Signal and noise of both: (0.9 x 2 + 4) and (0.9 x 8 + 2) before a common factor.
+    assert noise.add({"gradient_square": 4.0, "noise_trace": 2.0}) == {
+        "noise_scale_tokens": pytest.approx((0.9 * 8 + 2) / (0.9 * 2 + 4))
+    }
+    assert noise.add({"gradient_square": -1e3, "noise_trace": 2.0}) == {}
+
+
+def test_clipping_as_deepspeed_does_it():
+    assert clip_factor(5.0, 0.0) == clip_factor(0.5, 1.0) == 1.0
+    assert clip_factor(5.0, 2.0) == pytest.approx(2.5)
+
+
+def test_a_step_of_one_micro_batch_tells_no_noise(tmp_path):
+    config = load_run(run_file(tmp_path))
+    assert sample(config, 1.0, {"wte": 1.0, "h.0": 2.0}, 2 * config.model.n_ctx) == {}

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megagpt.errors import UsageError
 from megagpt.log.board import Board
 from megagpt.log.console import Console, Silence, logger, open_console
 from megagpt.log.environment import environment
@@ -69,11 +70,21 @@ class RunLog:
             board = Board(self.folder / "tensorboard", resume_tokens=self.resume_tokens)
             self._boards.append(board)
         if self.wandb:
-            found = WandbBoard(self.folder, self.wandb, resume_tokens=self.resume_tokens)
-            self._boards.append(found)
+            self._open_wandb()
         self._console = open_console(self.console, self._eta, self.resume_tokens, self.every_steps)
         self.event(kind, **facts)
         self._describe()
+
+    def _open_wandb(self) -> None:
+        """Refuses a run that begins; one that goes on does not end because of a board."""
+        try:
+            found = WandbBoard(self.folder, self.wandb, resume_tokens=self.resume_tokens)
+        except UsageError as error:
+            if not self.resume_tokens:
+                raise
+            logger.warning("going on without wandb: %s", error)
+        else:
+            self._boards.append(found)
 
     def _describe(self) -> None:
         """Configuration and environment, as texts."""

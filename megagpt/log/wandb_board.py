@@ -65,4 +65,4 @@ class WandbBoard:
 
     def close(self) -> None:
         """Hand in what is not sent yet."""
-        self._run.finish(quiet=True)
+        self._run.finish()
