@@ -87,8 +87,9 @@ def run(args: argparse.Namespace) -> int:
 
     options = Options(batch_size=args.batch_size, stride=args.stride, max_tokens=args.max_tokens)
     device = _device(args.device)
-    model, encoding, facts = load_model(_checkpoint(args.folder, args.checkpoint), device=device)
-    model.to(getattr(torch, DTYPES[args.dtype]))
+    model, encoding, facts = load_model(_checkpoint(args.folder, args.checkpoint))
+    # Rounded before it moves: a device may hold a model in 16 bits that it could not in 32.
+    model.to(getattr(torch, DTYPES[args.dtype])).to(device)
     results = [evaluate(model, encoding, folder, options) for folder in args.data]
     checkpoint, step, tokens = facts["checkpoint"], facts["step"], facts["tokens"]
     if args.json:
