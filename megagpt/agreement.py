@@ -24,10 +24,15 @@ COMPUTING = ("torch", "deepspeed", "numpy")
 """Packages whose version decides what is computed."""
 
 
+def facts_of_code() -> dict[str, str]:
+    """What computes on this host, whatever the run."""
+    found = {"the code of megagpt": _short(code_digest()), "python": sys.version.split()[0]}
+    return found | {name: _version(name) for name in COMPUTING}
+
+
 def facts(config: RunConfig) -> dict[str, str]:
     """What holds on this host; of the shards only that they are there, with the right sizes."""
-    found = {"the code of megagpt": _short(code_digest()), "python": sys.version.split()[0]}
-    found |= {name: _version(name) for name in COMPUTING}
+    found = facts_of_code()
     found["the run file with its overrides"] = _short(_digest(dump_run(config).encode()))
     tree = json.dumps(read_ds_config(config.parallel.ds_config), sort_keys=True)
     found[f"DeepSpeed's {config.parallel.ds_config}"] = _short(_digest(tree.encode()))

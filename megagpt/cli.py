@@ -14,7 +14,12 @@ from megagpt import __version__
 from megagpt.errors import MegagptError
 
 COMMANDS = {
+    "doctor": (
+        "megagpt.doctor",
+        "will training work here: versions, GPUs, network, disks, hosts, shards",
+    ),
     "plan": ("megagpt.plan.command", "what a run will do: layout, batch ramp, steps"),
+    "launch": ("megagpt.launch", "write and submit a job of SLURM that is made for a run"),
     "data": (
         "megagpt.data.commands",
         "what is in the shards; are they whole; one step's documents",
@@ -56,7 +61,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code. Errors go to stderr as one message."""
     argv = sys.argv[1:] if argv is None else argv
     command = next((word for word in argv if not word.startswith("-")), None)
-    args = parser(command).parse_args(argv)
+    made = parser(command)
+    args, later = made.parse_known_args(argv)
+    # argparse takes overrides right behind the run file alone; they may follow options, too.
+    if later and (not hasattr(args, "overrides") or any(word.startswith("-") for word in later)):
+        made.error(f"unrecognized arguments: {' '.join(later)}")
+    if later:
+        args.overrides += later
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         return int(args.run(args))

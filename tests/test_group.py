@@ -18,7 +18,7 @@ from megagpt.errors import MegagptError
 rank, world, minutes = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
 said = ""
 try:
-    group._meet(Ranks(rank=rank, world=world), json.loads(sys.argv[4]), minutes)
+    group.meet(Ranks(rank=rank, world=world), json.loads(sys.argv[4]), minutes)
     code = 0
 except MegagptError as error:
     code, said = error.exit_code, str(error) if group.first_to_fail() else "(said by another)"

@@ -47,7 +47,7 @@ def join(ranks: Ranks, config: RunConfig | None = None) -> None:
         minutes = min(minutes, config.log.watchdog_minutes or minutes)
         # What ranks of one host read is the same.
         own = facts(config) if ranks.local_rank == 0 and ranks.local_world < ranks.world else {}
-    _meet(ranks, own, minutes)
+    meet(ranks, own, minutes)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
@@ -73,8 +73,8 @@ def join(ranks: Ranks, config: RunConfig | None = None) -> None:
 # --- the meeting --------------------------------------------------------------------------------
 
 
-def _meet(ranks: Ranks, facts: Mapping[str, str], minutes: float) -> None:
-    """Returns when all ranks are there and agree."""
+def meet(ranks: Ranks, facts: Mapping[str, str], minutes: float) -> Any:
+    """Returns the store when all ranks are there and agree. Raises what join does."""
     store = _store(ranks, minutes)
     _meetings.append((store, ranks))
     store.set(f"megagpt/here/{ranks.rank}", json.dumps([socket.gethostname(), dict(facts)]))
@@ -88,6 +88,7 @@ def _meet(ranks: Ranks, facts: Mapping[str, str], minutes: float) -> None:
         code, problem = EXIT_FAILURE, f"rank {ranks.rank}: rank 0 ended before all ranks had come"
     if problem:
         raise UsageError(problem) if code == EXIT_USAGE else MegagptError(problem)
+    return store
 
 
 def _store(ranks: Ranks, minutes: float) -> Any:

@@ -1,0 +1,254 @@
+"""The doctor over ranks and hosts: real processes, a host with a name and mounts of its own."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from megagpt.doctor import bandwidth
+from megagpt.doctor.check import OK, WARN
+from megagpt.doctor.examine import Order
+from megagpt.doctor.host import Place
+from megagpt.doctor.hostfile import command, deepspeed_environment, read_hostfile
+from megagpt.errors import UsageError
+from tests.corpus import run_file
+from tests.distributed import ROOT, environment, free_port, run_together, undisturbed
+
+OTHER = ["unshare", "--map-root-user", "--uts", "--mount", "bash", "-c"]
+"""A process that may have another host name, and mounts of its own."""
+
+
+def can_be_another_host():
+    try:
+        done = subprocess.run([*OTHER, "hostname other && mount -t tmpfs none /mnt"], timeout=10)
+    except OSError:
+        return False
+    return done.returncode == 0
+
+
+needs_hosts = pytest.mark.skipif(
+    not can_be_another_host(), reason="this kernel gives no other host name to a process (unshare)"
+)
+
+
+def failures(text):
+    return re.findall(r"(?m)^FAIL  (.+?)  +(.+)", text)
+
+
+# --- ranks --------------------------------------------------------------------------------------
+
+
+def test_two_ranks_of_one_host():
+    place = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+    run = ["-m", "megagpt.doctor", str(undisturbed() / "run.toml"), "--wait", "60"]
+    done = run_together([sys.executable, *place, *run])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"ok +layout +2 ranks = data 2\n", done.stdout)
+    assert re.search(r"ok +all-reduce +2 ranks sum 16 MiB in [\d.]+ ms: [\d.]+ GB/s", done.stdout)
+    assert re.search(r"ok +shared files +/", done.stdout)
+    assert not list(undisturbed().rglob(".megagpt-doctor-*"))
+
+
+def ranks(first, second, *arguments, **variables):
+    """Ends of rank 0 here and rank 1, begun by the words `second`, elsewhere."""
+    marks = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    marks |= {"LOCAL_RANK": "0", "LOCAL_SIZE": "1"} | variables
+    line = [sys.executable, "-m", "megagpt.doctor", *map(str, arguments), "--wait", "60"]
+    processes = [
+        subprocess.Popen(
+            [*how, *line],
+            cwd=ROOT,
+            env=environment() | marks | {"RANK": str(rank)} | more,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, (how, more) in enumerate([first, second])
+    ]
+    try:
+        outputs = [process.communicate(timeout=100) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [
+        subprocess.CompletedProcess(p.args, p.returncode, *texts)
+        for p, texts in zip(processes, outputs, strict=True)
+    ]
+
+
+@needs_hosts
+def test_a_host_with_other_code_without_shards_and_without_the_shared_folder(tmp_path):
+    path = run_file(tmp_path)
+    (tmp_path / "run").mkdir()
+    code = tmp_path / "older"
+    shutil.copytree(ROOT / "megagpt", code / "megagpt")
+    with (code / "megagpt" / "schedule.py").open("a") as file:
+        file.write("# an older copy\n")
+    (code / "ds_configs").symlink_to(ROOT / "ds_configs")
+    hide = " && ".join(f"mount -t tmpfs none {tmp_path}/{name}" for name in ("train", "run"))
+    other = [*OTHER, f'hostname other && {hide} && cd {code} && exec "$0" "$@"']
+    loopback = {"GLOO_SOCKET_IFNAME": "lo"}
+    here, there = ranks(([], {}), (other, {"PYTHONPATH": str(code)}), path, **loopback)
+    assert (here.returncode, there.returncode) == (2, 2), here.stderr + there.stderr
+    assert there.stdout == ""
+    found = failures(here.stdout)
+    assert [name for name, _ in found].count("same on all") == 2
+    text = "\n".join(detail for _, detail in found)
+    assert re.search(r"other: .*/run: a file that another host wrote there: No such file", text)
+    assert re.search(r"other: .*/train holds no manifest.json", text)
+    assert re.search(r"the code of megagpt is not the same on all hosts: sha256 \w+ on", text)
+    assert re.search(rf"{tmp_path}/train is not the same on all hosts: 3 shards .* on", text)
+    assert re.search(r"ok +clocks +within 0\.\d+ s", here.stdout)
+    assert re.search(r"ok +all-reduce +2 ranks", here.stdout)
+
+
+def test_an_all_reduce_that_cannot_begin():
+    # Rank 1 finds no interface; rank 0 would wait for it for half an hour.
+    broken = {"GLOO_SOCKET_IFNAME": "nosuch0"}
+    here, there = ranks(([], {}), ([], broken))
+    assert (here.returncode, there.returncode) == (2, 2)
+    (found,) = failures(here.stdout)
+    assert found[0] == "all-reduce"
+    assert "rank 0: waited for the others in vain" in here.stdout
+    assert re.search(r"rank 1: .*nosuch0", here.stdout)
+    assert "-> see the interface above; set GLOO_SOCKET_IFNAME" in here.stdout
+
+
+def test_a_rank_that_does_not_come():
+    marks = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    marks |= {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_SIZE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "megagpt.doctor", "--wait", "3"],
+        cwd=ROOT,
+        env=environment() | marks,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert re.search(r"megagpt: rank 1 of 2 did not come within 0.05 minutes", done.stderr)
+
+
+def test_speeds_that_differ():
+    quick = bandwidth.check_all_reduce(0.01, 256 * 2**20, 8, gpus=True)
+    assert quick.status == OK and "8 ranks sum 256 MiB in 10.0 ms: 47 GB/s" in quick.detail
+    slow = bandwidth.check_all_reduce(1.0, 256 * 2**20, 8, gpus=True)
+    assert slow.status == WARN and "NCCL_DEBUG=INFO" in slow.remedy
+    assert bandwidth.check_all_reduce(1.0, 16 * 2**20, 8, gpus=False).status == OK
+    one = bandwidth.check_speeds([6e14, 6e14, 4e14, 6.2e14], ["a", "a", "b", "b"])
+    assert (one.status, one.detail) == (
+        WARN,
+        "400 to 620 TFLOP/s of matrix products; slow: rank 2 on b",
+    )
+    assert bandwidth.check_speeds([6e14, 5.9e14], ["a", "b"]).status == OK
+
+
+# --- hostfile -----------------------------------------------------------------------------------
+
+
+def test_a_hostfile_as_deepspeed_reads_it(tmp_path):
+    from deepspeed.launcher.runner import fetch_hostfile
+
+    path = tmp_path / "hosts"
+    path.write_text("# a comment\nhost-a slots=8\n\nhost-b  slots=4\n")
+    assert read_hostfile(path) == dict(fetch_hostfile(str(path))) == {"host-a": 8, "host-b": 4}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, r"cannot read the hostfile \(No such file or directory\)"),
+        ("# nobody\n", "no host in it"),
+        ("a slots=1\na slots=2\n", "line 2: a stands there twice; add its slots up"),
+        ("a slots=0\nb\nc slot=3\n", r"(?s)line 1: 'a slots=0': must read.*line 2: 'b'.*line 3"),
+    ],
+)
+def test_hostfiles_that_are_wrong(tmp_path, text, message):
+    path = tmp_path / "hosts"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UsageError, match=message):
+        read_hostfile(path)
+
+
+def test_what_deepspeed_exports_reaches_the_hosts(tmp_path):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / ".deepspeed_env").write_text("A=1\nGLOO_SOCKET_IFNAME=eth0\n\n")
+    (tmp_path / ".deepspeed_env").write_text("A=2=3\nnonsense\n")
+    found = deepspeed_environment([tmp_path / "home", tmp_path])
+    assert found == {"A": "2=3", "GLOO_SOCKET_IFNAME": "eth0"}
+    order = Order(run="run file.toml", overrides=("seed=1",), full=True)
+    words = command(order, Place(), {"PYTHONPATH": "/x", "HOME": "/y", "NCCL_DEBUG": "INFO"})
+    assert words.startswith(f"cd {os.getcwd()} && env PYTHONPATH=/x NCCL_DEBUG=INFO ")
+    assert "'run file.toml' seed=1 --full --report" in words
+
+
+SSH = """#!/bin/bash
+# Takes the place of ssh, for want of a second machine: every host is this one, but for 127.0.0.2,
+# which does not answer, and 127.0.0.3, which has no Python.
+while [[ $1 == -o ]]; do shift 2; done
+host=$1; shift
+fail() { echo "$2" >&2; exit "$1"; }
+[[ $host != 127.0.0.2 ]] || fail 255 "ssh: connect to host $host port 22: No route to host"
+[[ $host != 127.0.0.3 || $* == date* ]] || fail 127 "bash: python: No such file or directory"
+exec bash -c "$*"
+"""
+
+
+@pytest.fixture
+def ssh(tmp_path):
+    """The environment in which `ssh` is ours, and every name in hosts resolves to this machine."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "ssh").write_text(SSH)
+    (folder / "ssh").chmod(0o755)
+    return environment() | {"PATH": f"{folder}:{os.environ['PATH']}"}
+
+
+def by_ssh(hosts, environ, *arguments, tmp_path):
+    (tmp_path / "hosts").write_text(hosts)
+    line = [sys.executable, "-m", "megagpt", "doctor", "--hostfile", str(tmp_path / "hosts")]
+    return subprocess.run(
+        [*line, *map(str, arguments)],
+        cwd=ROOT,
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+
+
+def test_the_hosts_of_a_hostfile(tmp_path, ssh):
+    path = run_file(tmp_path)
+    environ = ssh | {"DS_ENV_FILE": str(tmp_path / "env")}
+    (tmp_path / "env").write_text("GLOO_SOCKET_IFNAME=lo\n")
+    hosts = "localhost slots=1\n127.0.0.1 slots=1\n"
+    done = by_ssh(hosts, environ, path, tmp_path=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"ok +hostfile +.*hosts: 2 hosts, 2 ranks\n", done.stdout)
+    assert re.search(r"ok +layout +2 hosts: 2 ranks = data 2\n", done.stdout)
+    assert re.search(r"ok +interface +2 hosts: lo", done.stdout)
+    assert re.search(r"ok +same on all +.*the code of megagpt", done.stdout)
+
+
+def test_hosts_that_are_not_there(tmp_path, ssh):
+    hosts = "".join(f"{h} slots=1\n" for h in ("127.0.0.2", "127.0.0.3", "no.such.host.invalid"))
+    done = by_ssh(hosts, ssh, tmp_path=tmp_path)
+    assert done.returncode == 2
+    (down, bare, unknown) = (detail for name, detail in failures(done.stdout) if name == "reach")
+    assert down == "127.0.0.2: ssh: connect to host 127.0.0.2 port 22: No route to host"
+    assert "-> make `ssh 127.0.0.2 true` work without a password" in done.stdout
+    assert bare == "127.0.0.3: bash: python: No such file or directory"
+    assert f"-> install the same checkout and Python there: {sys.executable}" in done.stdout
+    assert unknown.startswith("no.such.host.invalid: ")
+    assert "-> correct the hostfile, or enter the host in DNS or /etc/hosts" in done.stdout
+
+
+def test_without_ssh(tmp_path):
+    environ = environment() | {"PATH": str(tmp_path)}
+    done = by_ssh("localhost slots=1\n", environ, tmp_path=tmp_path)
+    assert done.returncode == 2
+    assert failures(done.stdout) == [("reach", "ssh is not installed here")]
