@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from test_data_prep import content, decoded, jsonl
 
 from megagpt.data import overlap
+from megagpt.data import words as words_module
 from megagpt.data.corpus import Options, prepare
 from megagpt.data.overlap import (
     COMMON,
@@ -26,6 +27,7 @@ from megagpt.data.overlap import (
     sightings,
 )
 from megagpt.data.source import Documents
+from megagpt.data.words import word_hashes
 from megagpt.errors import Stopped, UsageError
 
 WORDS = [f"w{n}" for n in range(5000)]
@@ -194,6 +196,14 @@ def test_an_input_that_reads_differently_the_second_time_is_refused(tmp_path: Pa
         prepare([Documents("mine", lambda: once)], options)
     with pytest.raises(UsageError, match="reads the input twice, which standard input does not"):
         prepare(["-"], options)
+
+
+def test_word_hashes_do_not_depend_on_what_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = [*"abcab", "long" * 20, *"cba"]
+    expected = word_hashes(row)
+    assert len(set(expected.tolist())) == len(set(row))
+    monkeypatch.setattr(words_module, "_REMEMBERED", 2)
+    assert word_hashes(row).tolist() == word_hashes(row).tolist() == expected.tolist()
 
 
 def test_letters_that_grow_and_lone_surrogates() -> None:

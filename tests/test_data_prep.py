@@ -14,10 +14,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
+from datasketch import MinHash, MinHashLSH
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from megagpt.data.clean import Seen
+from megagpt.data.clean import Seen, Similar
 from megagpt.data.corpus import Options, prepare
 from megagpt.data.manifest import read_manifest
 from megagpt.data.source import Documents
@@ -271,6 +272,27 @@ def test_seen_is_a_set(batches: list[list[int]]) -> None:
             expected.append(number not in known)
             known.add(number)
         assert seen.first(np.array(batch, np.uint64)).tolist() == expected
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10**6), threshold=st.sampled_from([0.5, 0.8, 0.9]))
+def test_similar_is_datasketchs_index(seed: int, threshold: float) -> None:
+    """The same candidates as its MinHashLSH, whatever the batches."""
+    draw = np.random.default_rng(seed)
+    rows = draw.integers(0, 2**32, (6, 32), np.uint32)[draw.integers(0, 6, 60)]
+    changed = draw.random(rows.shape) < draw.choice([0, 0.1, 0.3], (60, 1))
+    rows = np.where(changed, draw.integers(0, 2**32, rows.shape, np.uint32), rows)
+    index, kept, expected = MinHashLSH(threshold=threshold, num_perm=32), [], []
+    for row in rows:
+        sketch = MinHash(num_perm=32, scheme="affine32", hashvalues=row)
+        near = [n for n in index.query(sketch) if np.mean(kept[n] == row) >= threshold]
+        expected.append(not near)
+        if not near:
+            index.insert(len(kept), sketch)
+            kept.append(row)
+    similar = Similar(threshold, 32)
+    parts = np.split(rows, sorted(draw.integers(0, 60, 3)))
+    assert [stays for part in parts for stays in similar.first(part)] == expected
 
 
 def test_near_duplicates_go(tmp_path: Path) -> None:

@@ -1,12 +1,19 @@
-"""Memory stays bounded on large input: a limit on every process (pytest -m slow)."""
+"""Memory stays bounded on large input: a limit on every process (pytest -m slow -s).
+
+MEGAGPT_TEST_GB=50 python -m pytest -m slow -s tests/test_data_prep_memory.py -k stdin
+"""
 
 import json
 import os
 import resource
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+import psutil
 import pytest
 
 from megagpt.data.manifest import read_manifest
@@ -14,8 +21,11 @@ from megagpt.data.manifest import read_manifest
 ROOT = Path(__file__).parent.parent
 ENV = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 GIGABYTES = float(os.environ.get("MEGAGPT_TEST_GB", "2"))
-"""Size of the generated input; 50 takes half an hour."""
+"""Size of the generated input. The shards take a bit less than half of it on the disk, and the
+file of the test `file` all of it as well."""
 LIMIT = 1 << 30
+DOCUMENTS = 5000
+"""In a block of the generated input."""
 
 
 def limited() -> None:
@@ -28,34 +38,65 @@ def command(*inputs: object, output: Path) -> list[str]:
     return [sys.executable, script, *map(str, inputs), "--output", str(output), "--workers", "2"]
 
 
+def blocks() -> Iterator[bytes]:
+    """Lines of JSON without end: documents of 1.6 kB with words that no other one has."""
+    words = "the quick brown fox jumps over the lazy dog and runs into a deep dark wood "
+    line = json.dumps({"text": "########## " * 5 + words * 20}) + "\n"
+    block = np.frombuffer((line * DOCUMENTS).encode(), np.uint8).copy()
+    places = np.flatnonzero(block == ord("#"))
+    draw = np.random.default_rng(0)
+    while True:
+        block[places] = draw.integers(97, 123, len(places), np.uint8)
+        yield block.tobytes()
+
+
+def watch(child: subprocess.Popen, peaks: dict[int, int]) -> None:
+    """The largest resident size of a process and each of its children, shared pages included."""
+    done = False
+    while not done:
+        done = child.poll() is not None
+        try:
+            parent = psutil.Process(child.pid)
+            for each in [parent, *parent.children(recursive=True)]:
+                peaks[each.pid] = max(peaks.get(each.pid, 0), each.memory_info().rss)
+        except psutil.Error:
+            pass
+        threading.Event().wait(0.2)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("place", ["file", "stdin"])
 def test_an_input_of_any_size_fits_into_a_gigabyte(tmp_path: Path, place: str) -> None:
-    words = "the quick brown fox jumps over the lazy dog and runs into a deep dark wood "
-    block = "".join(json.dumps({"text": f"{n} {words * 20}"}) + "\n" for n in range(5000)).encode()
-    blocks = int(GIGABYTES * 1e9 / len(block)) + 1
+    size = count = 0
     path = tmp_path / "in.jsonl"
     if place == "file":
         with path.open("wb") as file:
-            for _ in range(blocks):
-                file.write(block)
-        child = subprocess.Popen(
-            command(path, output=tmp_path / "out"), env=ENV, preexec_fn=limited
-        )
-    else:
-        child = subprocess.Popen(
-            command("-", output=tmp_path / "out"),
-            env=ENV,
-            stdin=subprocess.PIPE,
-            preexec_fn=limited,
-        )
-        assert child.stdin is not None
-        for _ in range(blocks):
-            child.stdin.write(block)
-        child.stdin.close()
+            for block in blocks():
+                size, count = size + file.write(block), count + DOCUMENTS
+                if size >= GIGABYTES * 1e9:
+                    break
+    child = subprocess.Popen(
+        command(path if place == "file" else "-", output=tmp_path / "out"),
+        env=ENV,
+        stdin=subprocess.PIPE,
+        preexec_fn=limited,
+    )
+    peaks: dict[int, int] = {}
+    watcher = threading.Thread(target=watch, args=(child, peaks))
+    watcher.start()
+    assert child.stdin is not None
+    if place == "stdin":
+        for block in blocks():
+            size, count = size + child.stdin.write(block), count + DOCUMENTS
+            if size >= GIGABYTES * 1e9:
+                break
+    child.stdin.close()
     assert child.wait() == 0
-    assert read_manifest(tmp_path / "out").documents == 5000 * blocks
+    watcher.join()
+    assert read_manifest(tmp_path / "out").documents == count
+    print(f"{place}: {size / 1e9:.1f} GB, peaks in MB {[round(p / 1e6) for p in peaks.values()]}")
+    assert len(peaks) == 3 and max(peaks.values()) < LIMIT
 
 
 @pytest.mark.slow

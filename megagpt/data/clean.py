@@ -9,11 +9,14 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from hashlib import blake2b
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+
+from megagpt.data.words import MULTIPLIER, row_hashes, word_hashes
 
 SHINGLE = 5
 SCHEME: Literal["affine32"] = "affine32"
@@ -51,44 +54,66 @@ class Seen:
         self._runs.append(run)
 
 
+@lru_cache(maxsize=1)
+def _permutations(hashes: int) -> Any:
+    """datasketch's, which it would draw again for each document."""
+    from datasketch import MinHash
+
+    return MinHash(num_perm=hashes, scheme=SCHEME).permutations
+
+
 def signature(text: str, hashes: int) -> npt.NDArray[np.uint32]:
     """(hashes,) MinHash over the 5-word shingles of a document."""
     from datasketch import MinHash
 
-    words = text.lower().split()
-    count = max(len(words) - SHINGLE + 1, 1)
-    shingles = {" ".join(words[place : place + SHINGLE]) for place in range(count)}
-    sketch = MinHash(num_perm=hashes, scheme=SCHEME, hashfunc=_shingle_hash)
-    sketch.update_batch(sorted(shingles))
+    words = word_hashes(text.lower().split())
+    shingles = np.unique(row_hashes(words, min(len(words), SHINGLE)) >> np.uint64(32))
+    sketch = MinHash(
+        num_perm=hashes, scheme=SCHEME, hashfunc=int, permutations=_permutations(hashes)
+    )
+    sketch.update_batch(shingles)
     return np.asarray(sketch.hashvalues, np.uint32)
 
 
-def _shingle_hash(shingle: str) -> int:
-    content = shingle.encode("utf-8", "surrogatepass")
-    return int.from_bytes(blake2b(content, digest_size=4).digest(), "little")
-
-
 class Similar:
-    """Which documents are near-copies of an earlier one that stayed."""
+    """Which documents are near-copies of an earlier one that stayed.
+
+    datasketch chooses the bands for the threshold; its index of them is spelled out here, for all
+    bands of a batch at once, because one process has to keep up with all workers.
+    """
 
     def __init__(self, threshold: float, hashes: int) -> None:
         from datasketch import MinHashLSH
 
-        self._threshold, self._hashes = threshold, hashes
-        self._index = MinHashLSH(threshold=threshold, num_perm=hashes)
+        chosen = MinHashLSH(threshold=threshold, num_perm=hashes)
+        self._threshold, self._bands, self._rows = threshold, chosen.b, chosen.r
+        self._index: dict[int, tuple[int, ...]] = {}
+        """Band to the places of the documents that have it."""
         self._kept: list[npt.NDArray[np.uint32]] = []
 
     def first(self, signatures: npt.NDArray[np.uint32]) -> npt.NDArray[np.bool_]:
         """(n,) whether each document stays, in order; `signatures` is (n, hashes)."""
-        return np.array([self._add(row) for row in signatures], bool)
+        bands = self._band_hashes(signatures).tolist()
+        rows = zip(signatures, bands, strict=True)
+        return np.array([self._add(row, own) for row, own in rows], bool)
 
-    def _add(self, row: npt.NDArray[np.uint32]) -> bool:
-        from datasketch import MinHash
+    def _band_hashes(self, signatures: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint64]:
+        """(n, bands) a hash of each band's rows, other ones for the same rows in another band."""
+        width = self._bands * self._rows
+        shape = (len(signatures), self._bands, self._rows)
+        parts = signatures[:, :width].reshape(shape).astype(np.uint64)
+        result = np.arange(self._bands, dtype=np.uint64) * np.ones((len(parts), 1), np.uint64)
+        for row in range(self._rows):
+            result = (result ^ parts[:, :, row]) * MULTIPLIER
+            result ^= result >> np.uint64(29)
+        return result
 
-        sketch = MinHash(num_perm=self._hashes, scheme=SCHEME, hashvalues=row)
-        for place in self._index.query(sketch):
+    def _add(self, row: npt.NDArray[np.uint32], bands: list[int]) -> bool:
+        for place in {place for band in bands for place in self._index.get(band, ())}:
             if np.mean(self._kept[place] == row) >= self._threshold:
                 return False
-        self._index.insert(len(self._kept), sketch)
+        place = len(self._kept)
+        for band in bands:
+            self._index[band] = (*self._index.get(band, ()), place)
         self._kept.append(row)
         return True

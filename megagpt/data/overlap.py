@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache
-from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +23,7 @@ import numpy.typing as npt
 
 from megagpt.data.source import find_sources, plan_units
 from megagpt.data.unit import LargeText, unit_items
+from megagpt.data.words import Hashes, row_hashes, word_hashes
 from megagpt.errors import UsageError
 
 GRAM = 13
@@ -35,35 +34,8 @@ COMMON = 10
 SLICE = 1 << 20
 """Characters of a document whose words are in memory at a time."""
 
-Hashes = npt.NDArray[np.uint64]
-
 _WORD = re.compile(r"\w+")
 _SPACE = re.compile(r"\s")
-_LONG_WORD = 40
-_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
-
-
-def _hash(word: str) -> int:
-    return int.from_bytes(
-        blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little"
-    )
-
-
-_remembered = lru_cache(maxsize=1 << 16)(_hash)
-
-
-def _hashes(words: Sequence[str]) -> Hashes:
-    codes = (_remembered(word) if len(word) < _LONG_WORD else _hash(word) for word in words)
-    return np.fromiter(codes, np.uint64, len(words))
-
-
-def _grams(words: Hashes) -> Hashes:
-    """(max(n - 12, 0),) the hash of each 13-gram of n words: a polynomial in their hashes."""
-    count = max(len(words) - GRAM + 1, 0)
-    grams = np.zeros(count, np.uint64)
-    for place in range(GRAM):
-        grams = grams * _MULTIPLIER + words[place : place + count]
-    return grams
 
 
 def _slices(text: str) -> Iterator[tuple[int, str]]:
@@ -83,8 +55,8 @@ def _text_grams(text: str) -> Iterator[Hashes]:
     """The 13-grams of a text in order, slice by slice."""
     words = np.zeros(0, np.uint64)
     for _, part in _slices(text):
-        words = np.concatenate((words[1 - GRAM :], _hashes(_WORD.findall(part))))
-        yield _grams(words)
+        words = np.concatenate((words[1 - GRAM :], word_hashes(_WORD.findall(part))))
+        yield row_hashes(words, GRAM)
 
 
 def _find(grams: Hashes, among: Hashes) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.bool_]]:
@@ -143,10 +115,12 @@ def _spans(text: str, grams: Hashes) -> Iterator[tuple[int, int]]:
     words, bounds = np.zeros(0, np.uint64), np.zeros((0, 2), np.int64)
     for start, part in _slices(text):
         matches = list(_WORD.finditer(part))
-        words = np.concatenate((words[1 - GRAM :], _hashes([match.group() for match in matches])))
+        words = np.concatenate(
+            (words[1 - GRAM :], word_hashes([match.group() for match in matches]))
+        )
         here = np.array([match.span() for match in matches], np.int64).reshape(-1, 2) + start
         bounds = np.concatenate((bounds[1 - GRAM :], here))
-        for place in np.flatnonzero(_find(_grams(words), grams)[1]).tolist():
+        for place in np.flatnonzero(_find(row_hashes(words, GRAM), grams)[1]).tolist():
             yield int(bounds[place, 0]), int(bounds[place + GRAM - 1, 1])
 
 

@@ -35,7 +35,7 @@ def parser(description: str, output: str | None = None) -> argparse.ArgumentPars
     add("--deduplicate", action="store_true", help="drop exact copies of earlier documents")
     add("--near-duplicates", type=float, default=0.0, nargs="?", const=0.8, metavar="J",
         help="drop documents whose 5-word shingles have this Jaccard similarity with an earlier "
-        "one's (0.8 when no value is given); keeps 0.5 kB of memory for each document")  # fmt: skip
+        "one's (0.8 when no value is given); keeps 1.6 kB of memory for each document")  # fmt: skip
     add("--hashes", type=int, default=128, metavar="N",
         help="MinHash hashes for --near-duplicates; GPT-3 used 10")  # fmt: skip
     add("--decontaminate", nargs="+", default=(), metavar="FILE",
