@@ -194,8 +194,10 @@ def test_an_input_that_reads_differently_the_second_time_is_refused(tmp_path: Pa
     options = Options(output=tmp_path / "out", decontaminate=(str(tmp_path / "eval.txt"),))
     with pytest.raises(UsageError, match="had read other documents from this input"):
         prepare([Documents("mine", lambda: once)], options)
-    with pytest.raises(UsageError, match="reads the input twice, which standard input does not"):
-        prepare(["-"], options)
+    standard = Options(output=tmp_path / "other", decontaminate=("-",))
+    for source, asked in (("-", options), (tmp_path / "eval.txt", standard)):
+        with pytest.raises(UsageError, match="reads its input twice, which standard input does"):
+            prepare([source], asked)
 
 
 def test_word_hashes_do_not_depend_on_what_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,6 +206,19 @@ def test_word_hashes_do_not_depend_on_what_is_remembered(monkeypatch: pytest.Mon
     assert len(set(expected.tolist())) == len(set(row))
     monkeypatch.setattr(words_module, "_REMEMBERED", 2)
     assert word_hashes(row).tolist() == word_hashes(row).tolist() == expected.tolist()
+
+
+def test_other_evaluation_text_is_another_corpus(tmp_path: Path) -> None:
+    (tmp_path / "evaluation").mkdir()
+    file = tmp_path / "evaluation/a.txt"
+    file.write_text(words(random.Random(1), 20))
+    path = jsonl(tmp_path / "in.jsonl", ["some text"])
+    options = Options(output=tmp_path / "out", decontaminate=(str(tmp_path / "evaluation"),))
+    prepare([path], options)
+    assert prepare([path], options).finished_before
+    file.write_text(words(random.Random(2), 20))
+    with pytest.raises(UsageError, match="already holds another corpus .decontaminate was"):
+        prepare([path], options)
 
 
 def test_letters_that_grow_and_lone_surrogates() -> None:

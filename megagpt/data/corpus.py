@@ -105,9 +105,10 @@ def prepare(inputs: Iterable[str | Path | Documents], options: Options) -> Summa
     found = find_sources(inputs, options.format)
     if not found.sources:
         raise UsageError("the inputs hold no file to tokenize; see --format for unusual endings")
-    if options.decontaminate and any(source.path == "-" for source in found.sources):
+    paths = [source.path for source in found.sources]
+    if options.decontaminate and "-" in (*paths, *options.decontaminate):
         raise UsageError(
-            "input -: decontamination reads the input twice, which standard input does not allow; "
+            "input -: decontamination reads its input twice, which standard input does not allow; "
             "write it to a file, which may be compressed, and give that"
         )
     recipe = _recipe(options, encoding)
@@ -145,8 +146,8 @@ def _recipe(options: Options, encoding: tiktoken.Encoding) -> dict[str, Any]:
         "near_duplicates": options.near_duplicates,
         "hashes": options.hashes if options.near_duplicates else 0,
         "decontaminate": [
-            [path, file_sha256(Path(path)) if os.path.isfile(path) else ""]
-            for path in options.decontaminate
+            [source.path, file_sha256(Path(source.path))]
+            for source in find_sources(options.decontaminate).sources
         ],
     }
 
