@@ -351,6 +351,15 @@ def test_shards_that_are_not_whole(tmp_path):
     assert shard_rows(path)[1].detail == f"{index}: No such file"
 
 
+def test_a_shard_that_cannot_be_read(tmp_path):
+    path = run_file(tmp_path)
+    index = next((tmp_path / "train").glob("*.idx"))
+    index.unlink()
+    index.mkdir()
+    found = shard_rows(path, full=True)[0]
+    assert found.status == FAIL and f"Is a directory: '{index}'" in found.detail
+
+
 def test_shards_of_another_vocabulary(tmp_path):
     found = shard_rows(run_file(tmp_path), "model.vocab_size=300")[0]
     assert found.detail == (

@@ -15,7 +15,7 @@ from megagpt.doctor.host import Gpu, Place
 from megagpt.doctor.shared import existing
 from megagpt.errors import MegagptError, UsageError
 from megagpt.plan.ds_config import read_ds_config, resolve
-from megagpt.plan.layout import layout_of
+from megagpt.plan.layout import crosses_hosts, layout_of
 from megagpt.plan.storage import checkpoint_bytes, checkpoints_kept
 
 
@@ -37,14 +37,9 @@ def check_layout(config: RunConfig, place: Place) -> Check:
         resolve(config, layout, read_ds_config(parallel.ds_config))
     except UsageError as error:
         return Check("layout", FAIL, str(error))
-    if place.ranks_here and place.ranks_here % parallel.tensor and layout.world > 1:
-        return Check(
-            "layout",
-            WARN,
-            f"{layout}: parallel.tensor = {parallel.tensor} does not divide the "
-            f"{place.ranks_here} ranks of a host, so layers are split across the network",
-            "choose parallel.tensor so that it divides the ranks of a host",
-        )
+    slow = crosses_hosts(layout, place.ranks_here) if place.ranks_here else ""
+    if slow:
+        return Check("layout", WARN, f"{layout}: {slow}")
     guess = "" if place.ranks else ", the fewest this run can have"
     return Check("layout", OK, f"{layout}{guess}")
 
@@ -61,11 +56,10 @@ def check_shards(config: RunConfig, full: bool) -> Iterator[Check]:
     for opener in openers:
         try:
             loader = opener()
-        except MegagptError as error:
-            yield Check("shards", FAIL, str(error))
-            continue
-        for store in loader.stores:
-            yield _check_vocabulary(config, store) or _check_folder(store, full)
+            checks = [_check_vocabulary(config, s) or _check_folder(s, full) for s in loader.stores]
+        except (MegagptError, OSError) as error:
+            checks = [Check("shards", FAIL, str(error))]
+        yield from checks
 
 
 def _check_vocabulary(config: RunConfig, store: TokenStore) -> Check | None:

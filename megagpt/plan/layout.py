@@ -105,3 +105,13 @@ def layout_problems(config: RunConfig, layout: Layout) -> Iterator[str]:
             f"model.family = {model.family!r}: pipeline and tensor parallel carry GPT-2 and GPT-3 "
             "only; use a zero*.json"
         )
+
+
+def crosses_hosts(layout: Layout, ranks_per_host: int) -> str:
+    """What is slow about this layout on such hosts; empty where nothing is."""
+    if layout.tensor == 1 or ranks_per_host % layout.tensor == 0:
+        return ""
+    return (
+        f"parallel.tensor = {layout.tensor} does not divide the {ranks_per_host} ranks of a host, "
+        "so every layer waits for the network between hosts; choose one that does"
+    )
