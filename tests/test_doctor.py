@@ -382,6 +382,15 @@ def test_what_hosts_found_alike_stands_once():
     ]
     assert merged(reports[:1]) == [good]
     assert merged(reports[:2])[0].detail == "2 hosts: 8"
+    # What is well may differ from host to host; several rows of a name stay several.
+    shards = [
+        Report(host=h, checks=[Check("shards", OK, f"train {n}"), Check("shards", OK, "rest")])
+        for h, n in (("a", 1), ("b", 2))
+    ]
+    assert [row.detail for row in merged(shards)] == [
+        "2 hosts, such as a: train 1",
+        "2 hosts: rest",
+    ]
 
 
 def test_a_report_travels_as_json():

@@ -1,6 +1,7 @@
 """What an examination found, and the table that says so (stdlib only)."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,19 +44,30 @@ def from_tree(tree: dict[str, Any]) -> Report:
 
 
 def merged(reports: Sequence[Report]) -> list[Check]:
-    """The checks of all hosts, in their order; what several hosts found alike stands once."""
-    found: dict[Check, list[str]] = {}
+    """The checks of all hosts, in their order; what several hosts found stands once.
+
+    What is well need not be quite alike: one host is named as an example.
+    """
+    if len(reports) == 1:
+        return list(reports[0].checks)
+    groups: dict[object, list[tuple[str, Check]]] = {}
     order: dict[str, int] = {}
     for report in reports:
+        count: Counter[str] = Counter()
         for check in report.checks:
             order.setdefault(check.name, len(order))
-            found.setdefault(check, []).append(report.host)
+            key = (check.name, count[check.name]) if check.status == OK else check
+            count[check.name] += 1
+            groups.setdefault(key, []).append((report.host, check))
     rows = []
-    for check, hosts in sorted(found.items(), key=lambda item: order[item[0].name]):
-        if len(reports) > 1:
-            some = f"{len(hosts)} hosts" if len(hosts) == len(reports) else names(hosts)
-            check = dataclasses.replace(check, detail=f"{some}: {check.detail}")
-        rows.append(check)
+    for group in sorted(groups.values(), key=lambda group: order[group[0][1].name]):
+        host, check = group[0]
+        some = names([host for host, _ in group])
+        if len(group) == len(reports):
+            some = f"{len(group)} hosts"
+        if any(other != check for _, other in group):
+            some += f", such as {host}"
+        rows.append(dataclasses.replace(check, detail=f"{some}: {check.detail}"))
     return rows
 
 

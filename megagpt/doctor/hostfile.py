@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from megagpt.doctor.check import FAIL, OK, Check, Report, as_text, failed, from_tree, merged
-from megagpt.doctor.compare import Clock, check_clocks, check_same, offset
+from megagpt.doctor.compare import Clock, check_clocks, check_same
 from megagpt.doctor.examine import Order, load
 from megagpt.doctor.host import Place
 from megagpt.doctor.shared import folder_of, nonce
@@ -22,6 +22,8 @@ from megagpt.errors import EXIT_OK, EXIT_USAGE, UsageError
 
 CONNECT_S = 10
 """Seconds for ssh to reach a host."""
+CLOSE_S = 0.5
+"""Seconds from a host's answer to the end of ssh, at most."""
 AT_ONCE = 64
 """Connections at a time."""
 
@@ -96,11 +98,11 @@ def visit(order: Order, host: str, place: Place) -> Visit:
         # ssh may know the name from its own configuration; the ranks will not.
         remedy = "correct the hostfile, or enter the host in DNS or /etc/hosts"
         return Visit(problem=Check("reach", FAIL, f"{host}: {error.args[-1]}", remedy))
-    asked = time.time()
     told = _ssh(host, "date +%s.%N")
     if isinstance(told, Check):
         return Visit(problem=told)
-    clock = offset(host, [(asked, float(told), time.time())])
+    # Making the connection takes long, its end does not.
+    clock = Clock(host, float(told) - time.time() + CLOSE_S / 2, CLOSE_S / 2)
     report = _ssh(host, command(order, place, os.environ))
     if isinstance(report, Check):
         return Visit(clock=clock, problem=report)
