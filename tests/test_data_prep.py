@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from megagpt.data.clean import Seen, Similar
 from megagpt.data.corpus import Options, prepare
 from megagpt.data.manifest import read_manifest
-from megagpt.data.source import Documents
+from megagpt.data.source import Documents, find_sources, plan_units
 from megagpt.data.verify import verify_shards
 from megagpt.errors import UsageError
 from megagpt.tokenizer import load_tokenizer
@@ -149,6 +149,21 @@ def test_every_format_and_compression(tmp_path: Path, ending: str) -> None:
     options = Options(output=tmp_path / "out", workers=2, unit_bytes=400)
     prepare(inputs, options)
     assert decoded(tmp_path / "out") == [*texts, *texts, *texts, texts[0]]
+
+
+@pytest.mark.parametrize("ending", [".gz", ".zst", ".parquet"])
+def test_progress_knows_how_far_a_file_is_read(tmp_path: Path, ending: str) -> None:
+    texts = [random.Random(n).randbytes(300).hex() for n in range(3000)]
+    path = jsonl(tmp_path / "in.jsonl", texts)
+    if ending == ".parquet":
+        path = tmp_path / "in.parquet"
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path, row_group_size=300)
+    else:
+        path = tmp_path / f"in.jsonl{ending}"
+        path.write_bytes(pack((tmp_path / "in.jsonl").read_bytes(), ending))
+    sizes = [unit.size for unit in plan_units(find_sources([path]).sources, 150_000)]
+    assert sum(sizes) == path.stat().st_size
+    assert len(sizes) >= 9 and max(sizes) < sum(sizes) / 2
 
 
 def test_parquet_row_groups_and_other_columns(tmp_path: Path) -> None:

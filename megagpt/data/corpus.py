@@ -26,10 +26,10 @@ import numpy as np
 from megagpt.data.assembly import Assembly, Digests, collapsed
 from megagpt.data.clean import Seen, Similar
 from megagpt.data.counting import rare_grams
-from megagpt.data.flow import flow, source_bytes
+from megagpt.data.flow import flow
 from megagpt.data.manifest import MANIFEST, Manifest, Shard, Split, read_manifest, write_manifest
 from megagpt.data.overlap import Hashes, evaluation_grams
-from megagpt.data.part import Part, PartJob, Settings
+from megagpt.data.part import PartJob, Settings
 from megagpt.data.pool import FULL, Pool, full_disk
 from megagpt.data.progress import Progress
 from megagpt.data.shards import file_sha256, token_dtype, write_durably
@@ -249,7 +249,8 @@ class _Job:
                 resumed = unit.number < self._state.units
                 part = assembly.take(unit)
                 count = unit.number + 1
-                size = self._size(unit, part)
+                # Of standard input and iterators only the text is known.
+                size = unit.size or int(part.bytes.sum())
                 if resumed:
                     progress.skip(size)
                 else:
@@ -264,12 +265,6 @@ class _Job:
         summary.backend = encoder.backend if not pool.notes else "tiktoken"
         summary.messages = sorted({*pool.notes, *([encoder.note] if encoder.note else [])})
         return summary
-
-    def _size(self, unit: Unit, part: Part) -> int:
-        """Bytes of progress; of standard input and iterators only the text is known."""
-        if self._found.sources[unit.sources[0]].bytes:
-            return source_bytes(unit, self._found.sources)
-        return int(part.bytes.sum())
 
     def _done(self, unit: Unit) -> bool:
         """Whether an earlier run has made the part; the unit is about to be worked on."""

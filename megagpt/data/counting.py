@@ -15,14 +15,15 @@ from pathlib import Path
 import numpy as np
 
 from megagpt.data.clean import text_hash
-from megagpt.data.flow import flow, source_bytes
+from megagpt.data.flow import flow
 from megagpt.data.overlap import Hashes, common, enough, shared_grams, sightings
 from megagpt.data.part import part_path, payload_digest, utf8
 from megagpt.data.pool import Pool
 from megagpt.data.progress import Progress
 from megagpt.data.shards import write_durably
-from megagpt.data.source import TRUNCATED, Source, Unit, plan_units
+from megagpt.data.source import Source, Unit, plan_units
 from megagpt.data.state import State
+from megagpt.data.stream import TRUNCATED
 from megagpt.data.unit import LargeText, unit_items
 
 RARE = "rare.grams"
@@ -83,7 +84,7 @@ def rare_grams(
             size += len(waiting[-1])
             if size > len(seen) + (1 << 20):
                 seen, waiting, size = enough(np.concatenate((seen, *waiting))), [], 0
-            progress.add(source_bytes(unit, sources))
+            progress.add(unit.size)
     finally:
         progress.close()
         pool.close()

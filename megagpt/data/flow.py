@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from megagpt.data.pool import Pool
-from megagpt.data.source import Source, Unit
+from megagpt.data.source import Unit
 
 AHEAD = 256
 """Units between the first that has not come out and the last that a worker may have."""
@@ -39,10 +39,3 @@ def flow(units: Iterator[Unit], pool: Pool, done: Callable[[Unit], bool]) -> Ite
             waiting.append(replace(unit, payload=None))
         elif pool.busy:
             finished.update(pool.receive())
-
-
-def source_bytes(unit: Unit, sources: Sequence[Source]) -> int:
-    """Bytes of the sources that the unit stands for; a sequential source counts at its end."""
-    if unit.kind == "range":
-        return unit.end - unit.start
-    return sum(sources[place].bytes for place in unit.sources) if unit.last else 0

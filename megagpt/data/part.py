@@ -20,7 +20,8 @@ import numpy.typing as npt
 from megagpt.data.clean import signature, text_hash
 from megagpt.data.overlap import Hashes, clean_pieces
 from megagpt.data.shards import write_durably
-from megagpt.data.source import TRUNCATED, Unit
+from megagpt.data.source import Unit
+from megagpt.data.stream import TRUNCATED
 from megagpt.data.unit import Item, LargeText, Problem, file_problem, unit_items
 from megagpt.tokenizer import END_OF_DOCUMENT, end_of_document
 from megagpt.tokenizer.encoder import Encoder, pieces

@@ -8,20 +8,16 @@ line ends), some text files, a row group of Parquet, or a block that had to be r
 
 from __future__ import annotations
 
-import bz2
 import glob
-import gzip
-import io
-import lzma
 import os
 import sys
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 from megagpt.data.array import array_elements
+from megagpt.data.stream import COMPRESSIONS, TRUNCATED, open_both, open_stream
 from megagpt.errors import UsageError
 
 UNIT_BYTES = 8 << 20
@@ -36,9 +32,6 @@ SUFFIXES = {
     ".json": "json",
     ".parquet": "parquet",
 }
-COMPRESSIONS = {".gz": "gz", ".zst": "zst", ".bz2": "bz2", ".xz": "xz"}
-TRUNCATED = (EOFError, lzma.LZMAError, zlib.error, OSError)
-"""What a cut or damaged compressed file raises (zstandard's own error is added when it loads)."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +69,8 @@ class Unit:
     """range: first byte; rows: the row group."""
     end: int = 0
     """range: byte after the last."""
+    size: int = 0
+    """Bytes of its sources that it stands for; 0 where that is not known."""
     last: bool = True
     """Whether its sources end with it."""
     payload: Any = None
@@ -180,70 +175,6 @@ def _first_byte(path: str, compression: str) -> bytes:
         return b""
 
 
-def open_stream(path: str, compression: str) -> Any:
-    """The decompressed bytes of a file, or of standard input."""
-    if path == "-":
-        return sys.stdin.buffer
-    if compression == "gz":
-        return gzip.open(path, "rb")
-    if compression == "bz2":
-        return bz2.open(path, "rb")
-    if compression == "xz":
-        return lzma.open(path, "rb")
-    if compression == "zst":
-        import zstandard
-
-        raw = open(path, "rb")  # noqa: SIM115 - closed with the reader
-        return io.BufferedReader(_Frames(zstandard.ZstdDecompressor(max_window_size=1 << 31), raw))
-    return open(path, "rb")
-
-
-class _Frames(io.RawIOBase):
-    """All frames of a .zst file; a cut one raises EOFError, which zstandard itself lets pass."""
-
-    def __init__(self, decompressor: Any, raw: IO[bytes]) -> None:
-        self._decompressor, self._raw = decompressor, raw
-        self._object: Any = None
-        self._left = b""
-        self._out = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._out:
-            if not self._decode():
-                return 0
-        size = min(len(buffer), len(self._out))
-        buffer[:size] = self._out[:size]
-        self._out = self._out[size:]
-        return size
-
-    def _decode(self) -> bool:
-        import zstandard
-
-        block = self._left or self._raw.read(1 << 17)
-        if not block:
-            if self._object is not None:
-                raise EOFError("the last frame is cut short")
-            return False
-        if self._object is None:
-            self._object = self._decompressor.decompressobj()
-        try:
-            self._out = memoryview(self._object.decompress(block))
-        except zstandard.ZstdError as error:
-            raise EOFError(str(error)) from None
-        self._left = b""
-        if self._object.eof:
-            self._left = self._object.unused_data
-            self._object = None
-        return True
-
-    def close(self) -> None:
-        self._raw.close()
-        super().close()
-
-
 def plan_units(sources: Sequence[Source], unit_bytes: int = UNIT_BYTES) -> Iterator[Unit]:
     """The units of all sources in order. Sequential sources are read while iterating."""
     number = 0
@@ -256,6 +187,7 @@ def plan_units(sources: Sequence[Source], unit_bytes: int = UNIT_BYTES) -> Itera
                 "files",
                 tuple(waiting),
                 tuple(sources[place].path for place in waiting),
+                size=size,
                 formats=tuple(sources[place].compression for place in waiting),
             )
             waiting.clear()
@@ -284,15 +216,23 @@ def plan_units(sources: Sequence[Source], unit_bytes: int = UNIT_BYTES) -> Itera
 def _source_units(source: Source, place: int, number: int, unit_bytes: int) -> Iterator[Unit]:
     if source.format == "documents":
         assert source.documents is not None
-        texts = ((text, "") for text in source.documents.texts())
-        yield from _text_units(texts, place, number, unit_bytes)
+        texts = ((text, "", 0) for text in source.documents.texts())
+        yield from _text_units(texts, source, place, number, unit_bytes)
     elif source.format == "json":
-        yield from _text_units(_elements(source), place, number, unit_bytes)
+        yield from _text_units(_elements(source), source, place, number, unit_bytes)
     elif source.format == "parquet":
         groups = _row_groups(source)
         for group in range(groups):
-            last = group == groups - 1
-            yield Unit(number + group, "rows", (place,), (source.path,), start=group, last=last)
+            size = source.bytes * (group + 1) // groups - source.bytes * group // groups
+            yield Unit(
+                number + group,
+                "rows",
+                (place,),
+                (source.path,),
+                start=group,
+                size=size,
+                last=group == groups - 1,
+            )
     elif source.format == "text":
         yield Unit(number, "texts", (place,), payload=[sys.stdin.buffer.read()])
     elif source.compression or source.path == "-":
@@ -300,8 +240,16 @@ def _source_units(source: Source, place: int, number: int, unit_bytes: int) -> I
     else:
         for start in range(0, source.bytes, unit_bytes):
             end = min(start + unit_bytes, source.bytes)
-            last = end == source.bytes
-            yield Unit(number, "range", (place,), (source.path,), start=start, end=end, last=last)
+            yield Unit(
+                number,
+                "range",
+                (place,),
+                (source.path,),
+                start=start,
+                end=end,
+                size=end - start,
+                last=end == source.bytes,
+            )
             number += 1
 
 
@@ -316,35 +264,38 @@ def _row_groups(source: Source) -> int:
         return 1
 
 
-def _elements(source: Source) -> Iterator[tuple[Any, str]]:
-    """(element, "") of a JSON array, and (None, problem) where reading had to stop."""
+def _elements(source: Source) -> Iterator[tuple[Any, str, int]]:
+    """(element, "", bytes read so far) of a JSON array, and (None, problem, 0) where reading had
+    to stop."""
     try:
-        with open_stream(source.path, source.compression) as file:
+        with open_both(source.path, source.compression) as (file, raw):
             for element in array_elements(file):
-                yield element, ""
+                yield element, "", raw.tell()
     except TRUNCATED as error:
-        yield None, f"cut short or damaged: {error}"
+        yield None, f"cut short or damaged: {error}", 0
     except ValueError as error:
-        yield None, str(error)
+        yield None, str(error), 0
 
 
 def _text_units(
-    texts: Iterable[tuple[Any, str]], place: int, number: int, unit_bytes: int
+    texts: Iterable[tuple[Any, str, int]], source: Source, place: int, number: int, unit_bytes: int
 ) -> Iterator[Unit]:
     batch: list[Any] = []
-    size = 0
+    size = before = 0
     problem = ""
-    for text, problem in texts:
+    for text, problem, read in texts:
         if problem:
             break
         if size >= unit_bytes:
-            yield Unit(number, "texts", (place,), payload=batch, last=False)
-            batch, size, number = [], 0, number + 1
+            own = read - before
+            yield Unit(number, "texts", (place,), payload=batch, size=own, last=False)
+            batch, size, number, before = [], 0, number + 1, read
         batch.append(text)
         if isinstance(text, dict):
             size += sum(len(value) for value in text.values() if isinstance(value, str))
         size += (len(text) if isinstance(text, str | bytes) else 0) + 1
-    yield Unit(number, "texts", (place,), payload=batch, problem=problem)
+    own = source.bytes - before
+    yield Unit(number, "texts", (place,), payload=batch, size=own, problem=problem)
 
 
 def _block(file: IO[bytes], size: int) -> bytes:
@@ -364,8 +315,9 @@ def _block_units(source: Source, place: int, number: int, unit_bytes: int) -> It
     """Blocks of whole lines from a stream that has to be read in sequence."""
     rest = b""
     problem = ""
+    before = 0
     try:
-        with open_stream(source.path, source.compression) as file:
+        with open_both(source.path, source.compression) as (file, raw):
             rest = file.read(len(BOM)).removeprefix(BOM)
             while block := _block(file, unit_bytes):
                 cut = block.rfind(b"\n") + 1
@@ -373,9 +325,12 @@ def _block_units(source: Source, place: int, number: int, unit_bytes: int) -> It
                     rest += block
                     continue
                 payload, rest = rest + block[:cut], block[cut:]
-                yield Unit(number, "block", (place,), payload=payload, last=False)
-                number += 1
+                read = raw.tell() if source.bytes else 0
+                own = read - before
+                yield Unit(number, "block", (place,), payload=payload, size=own, last=False)
+                number, before = number + 1, read
     except TRUNCATED as error:
         # The line that was being read is lost with the rest of the file.
         rest, problem = b"", f"cut short or damaged: {error}"
-    yield Unit(number, "block", (place,), payload=rest, problem=problem)
+    own = source.bytes - before
+    yield Unit(number, "block", (place,), payload=rest, size=own, problem=problem)

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from megagpt.data.source import BOM, TRUNCATED, Unit, open_stream
+from megagpt.data.source import BOM, Unit
+from megagpt.data.stream import TRUNCATED, open_stream
 
 LARGE_FILE = 8 << 20
 """Text files above this size are read and encoded in pieces."""
