@@ -7,6 +7,7 @@ signal would, and ends the process where none is done in time. A launcher that s
 stops the others.
 """
 
+import contextlib
 import faulthandler
 import os
 import signal
@@ -103,25 +104,38 @@ class Watchdog:
 
 
 def _say(text: str) -> None:
-    # Not through logging or print, whose locks the hung thread may hold.
-    os.write(2, f"megagpt: {text}\n".encode())
+    # The connection to the launcher's terminal may be gone with the launcher.
+    with contextlib.suppress(OSError):
+        # Not through logging or print, whose locks the hung thread may hold.
+        os.write(2, f"megagpt: {text}\n".encode())
 
 
 def launchers(launcher: str) -> dict[int, int]:
     """The chain of processes that must live: process id -> its parent's id, this one first.
 
-    Empty for plain python, which may outlive the shell that started it. The `deepspeed` command
-    starts another process that starts the ranks, and leaves both behind when it is killed; so it
-    is watched too, on the host where it runs.
+    Empty for plain python, which may outlive the shell that started it. The chain goes on above
+    the launcher where that is known to last as long as the run: to the `deepspeed` command, which
+    leaves launcher and ranks behind when it is killed, and on the other hosts to the connection
+    over which pdsh started the launcher; to SLURM's own process of the step.
     """
     if launcher == "python":
         return {}
     parent = os.getppid()
     chain = {os.getpid(): parent}
-    above = parent_of(parent)
-    if launcher == "deepspeed" and above is not None and _names_deepspeed(above):
-        chain[parent] = above
+    by_deepspeed = b"deepspeed.launcher.launch" in words_of(parent)
+    process, more = parent, {}
+    while (above := parent_of(process)) is not None:
+        more[process] = above
+        name = name_of(above)
+        if name == "slurmstepd" or by_deepspeed and _starts_launchers(above):
+            return chain | more
+        if name not in _SHELLS:
+            break
+        process = above
     return chain
+
+
+_SHELLS = ("sh", "bash", "dash", "zsh", "ksh", "csh", "tcsh")
 
 
 def orphaned(chain: dict[int, int]) -> bool:
@@ -140,10 +154,23 @@ def parent_of(process: int) -> int | None:
         return None
 
 
-def _names_deepspeed(process: int) -> bool:
-    """Whether the process is the `deepspeed` command."""
+def name_of(process: int) -> str:
+    """The name of the program, "" where it is not known."""
     try:
-        words = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
+        return Path(f"/proc/{process}/comm").read_text().strip()
     except OSError:
-        return False
-    return any(word.rpartition(b"/")[2] in (b"deepspeed", b"ds") for word in words[:3])
+        return ""
+
+
+def words_of(process: int) -> list[bytes]:
+    """The words of the command line, [] where they are not known."""
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return []
+
+
+def _starts_launchers(process: int) -> bool:
+    """Whether it is the `deepspeed` command, or sshd's process of a connection."""
+    named = any(word.rpartition(b"/")[2] in (b"deepspeed", b"ds") for word in words_of(process)[:3])
+    return named or name_of(process).startswith("sshd")

@@ -1,0 +1,91 @@
+# shellcheck shell=bash
+# What every launch needs and people forget. Sourced by the scripts beside it, after their
+# parameters; it reads PYTHON and INTERFACE.
+
+die() { echo "${0##*/}: $*" >&2; exit 2; }
+
+PYTHON=${PYTHON:-$PWD/.venv/bin/python}       # the same path on every host
+[ -x "$PYTHON" ] || PYTHON=$(command -v python3) || die "no python3; set PYTHON to the interpreter"
+BIN=$(dirname "$PYTHON")
+export PATH="$BIN:$PATH" PYTHONUNBUFFERED=1
+# Extensions that DeepSpeed compiles: hosts that share a home would write over each other's.
+export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-/tmp/torch_extensions_$(id -un)}
+
+ulimit -c 0                                   # no core file of a large model
+ulimit -n "$(ulimit -Hn)"                     # a socket to every peer, beside the shards
+ulimit -l unlimited 2>/dev/null || true       # InfiniBand pins memory
+
+# run_folder RUN.toml [section.key=value ...]: the run's folder; a run file that is wrong ends here.
+run_folder() {
+  "$PYTHON" - "$@" <<'PY'
+import sys
+from megagpt.config import load_run
+from megagpt.errors import MegagptError
+try:
+    print(load_run(sys.argv[1], [word for word in sys.argv[2:] if "=" in word]).output)
+except MegagptError as error:
+    sys.exit(f"megagpt: {error}")
+PY
+}
+
+# use_interface HOST...: the network between the hosts, for gloo and for NCCL's first contact.
+# Where a host name stands for 127.0.1.1 in /etc/hosts, gloo would not leave the host.
+use_interface() {
+  local host
+  for host in "$@"; do
+    [ -n "${INTERFACE:-}" ] && break
+    host=$(getent ahostsv4 "$host" | awk 'NR == 1 { print $1 }')
+    INTERFACE=$(ip -o route get "${host:-127.0.0.1}" | sed -n 's/.* dev \([^ ]*\).*/\1/p')
+    [ "$INTERFACE" != lo ] || INTERFACE=
+  done
+  [ -z "${INTERFACE:-}" ] && return
+  export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$INTERFACE}
+  export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$INTERFACE}
+}
+
+# deepspeed_env: what a .deepspeed_env holds. deepspeed hands the ranks of other hosts little else.
+deepspeed_env() {
+  local name
+  for name in $(compgen -e); do
+    case $name in
+      PATH | LD_LIBRARY_PATH | OMP_* | GLOO_* | NCCL_* | TORCH* | DS_ACCELERATOR)
+        printf '%s=%s\n' "$name" "${!name}" ;;
+    esac
+  done
+}
+
+# Inside a job of SLURM --------------------------------------------------------------------------
+
+slurm_hosts() { scontrol show hostnames "$SLURM_JOB_NODELIST"; }
+
+slurm_port() { echo $((20000 + SLURM_JOB_ID % 12000)); }
+
+newest_checkpoint() { find "$1/checkpoints" -maxdepth 1 -name 'step_*[0-9]' 2>/dev/null | sort | tail -n 1; }
+
+# train_in_job RUN_FOLDER COMMAND...: runs the command, whose first step of SLURM trains. Queues the
+# job again until the run is done; not when a new start would fail the same way.
+train_in_job() {
+  local folder=$1 before code=0 signalled
+  shift
+  before=$(newest_checkpoint "$folder")
+  # The shell that submitted the job may have left these.
+  unset RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT
+  # SLURM sends this before the end of the time, and where it is set up so, when it preempts.
+  trap 'signalled=1; scancel --signal=TERM "$SLURM_JOB_ID.0"' USR1
+  "$@" &
+  while :; do
+    signalled=
+    wait $!
+    code=$?
+    [ -n "$signalled" ] || break              # otherwise only the wait was over
+  done
+  echo "$(date "+%F %T") start $((${SLURM_RESTART_COUNT:-0} + 1)) ended with code $code"
+  case $code in
+    0 | 2 | 3) exit "$code" ;;                # done; wrong run file; damaged input
+    75) ;;                                    # stopped and saved
+    *) [ "$(newest_checkpoint "$folder")" != "$before" ] || exit "$code" ;;
+  esac
+  # In an array this task alone: the job id of its last task means all of them.
+  scontrol requeue "${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}" \
+    || exit "$code"                           # a site that allows no requeue, a job of a chain
+}

