@@ -8,6 +8,8 @@
 3) This process joins the parts in order into shards (assembly.py, writer.py), so the bytes are
    the same for any number of workers.
 4) The manifest comes last. A killed run continues: parts and flushed shards stay (state.py).
+
+A decontamination reads the inputs once before, to know common phrases (counting.py).
 """
 
 from __future__ import annotations
