@@ -1,13 +1,17 @@
-"""What the record of a run costs: time and bytes of a step, by part.
+"""What watching a run costs: its record, and what is measured around a step.
 
-    python benchmarks/monitoring.py [--steps 2000] [--sources 4]
+    python benchmarks/monitoring.py record [--steps 2000] [--sources 4] [--layers 12]
+    python benchmarks/monitoring.py meter [--steps 40] [--run RUN.toml] [section.key=value ...]
 
-Writes a run with the figures that the trainer reports to a temporary folder and prints a table:
-microseconds that a step waits for its record (median and 99th percentile), bytes written, and
-the shortest step of which the median is under 1%.
+record: writes a run with the figures that the trainer reports to a temporary folder; microseconds
+that a step waits for its record (median and 99th percentile), bytes written, and the shortest step
+of which the median is under 1%. meter: trains for real in one process, every second step with a
+closer look; what the meter takes of every step and what a closer look adds to one. It needs the
+run's data (make quickstart prepares data/python-stdlib).
 """
 
 import argparse
+import os
 import statistics
 import sys
 import tempfile
@@ -16,10 +20,12 @@ from pathlib import Path
 
 from megagpt.log import RunLog
 
+ROOT = Path(__file__).resolve().parents[1]
 
-def record(step: int, sources: int) -> dict:
-    """A step as rich as the trainer's."""
-    return {
+
+def record(step: int, sources: int, layers: int) -> dict:
+    """A step as rich as the trainer's; every hundredth with a closer look."""
+    plain = {
         "step": step,
         "tokens": step * 524_288,
         "samples": step * 256,
@@ -32,32 +38,41 @@ def record(step: int, sources: int) -> dict:
         "hfu": 0.43,
         "step_s": 0.524,
         "data_s": 0.001,
-        "forward_backward_s": 0.48,
+        "forward_s": 0.16,
+        "backward_s": 0.32,
         "communication_s": 0.02,
         "optimizer_s": 0.02,
-        "memory_bytes": 61_234_567_890,
+        "memory_allocated_bytes": 61_234_567_890,
+        "memory_peak_bytes": 71_234_567_890,
+        "memory_reserved_bytes": 72_234_567_890,
+        "host_memory_bytes": 5_234_567_890,
         "skipped_steps": 0,
         "loss_scale": 65_536.0,
-        "noise_scale_tokens": 1.2e6 + step,
         "sources": {
             f"source-{i}": {"tokens": step * 131_072, "epochs": step / 1e4} for i in range(sources)
         },
     }
+    if step % 100:
+        return plain
+    row = {f"h.{i}": 0.1 + i / step for i in range(layers)}
+    norms = {name: row for name in ("parameter", "gradient", "update", "ratio")}
+    activations = {name: row for name in ("rms", "largest", "zeros")}
+    return plain | {"norms": norms, "activations": activations, "noise_scale_tokens": 1.2e6 + step}
 
 
-def measure(folder: Path, n_steps: int, sources: int, **options: object) -> tuple[list[float], int]:
+def measure(folder: Path, args: argparse.Namespace, **options: object) -> tuple[list[float], int]:
     """(seconds of each call of step, bytes written)."""
     log = RunLog(
         folder,
-        total_tokens=n_steps * 524_288,
+        total_tokens=args.steps * 524_288,
         resume_tokens=0,
         resume_step=0,
         batch=lambda tokens: 524_288,
         **options,
     )
     elapsed_s = []
-    for step in range(1, n_steps + 1):
-        line = record(step, sources)
+    for step in range(1, args.steps + 1):
+        line = record(step, args.sources, args.layers)
         t0 = time.perf_counter()
         log.step(line)
         elapsed_s.append(time.perf_counter() - t0)
@@ -65,12 +80,8 @@ def measure(folder: Path, n_steps: int, sources: int, **options: object) -> tupl
     return elapsed_s, sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def main() -> int:
-    """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=2000, help="steps of each row")
-    parser.add_argument("--sources", type=int, default=4, help="sources of data in the record")
-    args = parser.parse_args()
+def records(args: argparse.Namespace) -> None:
+    """Prints what the record costs."""
     rows = [
         ("metrics.jsonl", {"tensorboard": False, "console": "off"}),
         ("and TensorBoard", {"console": "off"}),
@@ -82,7 +93,7 @@ def main() -> int:
     print("|---|---|---|---|---|")
     for name, options in rows:
         with tempfile.TemporaryDirectory() as folder:
-            elapsed_s, size = measure(Path(folder), args.steps, args.sources, **options)
+            elapsed_s, size = measure(Path(folder), args, **options)
         median = statistics.median(elapsed_s)
         worst = statistics.quantiles(elapsed_s, n=100)[98]
         print(
@@ -90,6 +101,84 @@ def main() -> int:
             f"| {1e5 * median:.1f} ms |",
             flush=True,
         )
+
+
+def meter(args: argparse.Namespace) -> None:
+    """Prints what the meter costs."""
+    os.chdir(ROOT)
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    from megagpt.config import load_run
+    from megagpt.engine.group import join, leave
+    from megagpt.engine.ranks import Ranks, prepare_environment
+    from megagpt.plan.ds_config import read_ds_config, resolve
+    from megagpt.plan.layout import Layout
+    from megagpt.train import Trainer
+
+    with tempfile.TemporaryDirectory() as folder:
+        # The largest batch from the start, so that all steps are alike.
+        changes = ["schedule.ramp_start_tokens=0", "log.details_every_steps=2"]
+        config = load_run(args.run, [f"output={folder}/run", *changes, *args.overrides])
+        tree = resolve(config, Layout(), read_ds_config(config.parallel.ds_config))
+        prepare_environment(Ranks(), os.environ)
+        join(Ranks())
+        Path(folder, "run").mkdir()
+        trainer = Trainer(config, Layout(), Ranks(), tree)
+        trainer.start(allow_changes=False)
+        inside = Stopwatch()
+        trainer.meter.begin = inside.around(trainer.meter.begin)
+        trainer.meter.end = inside.around(trainer.meter.end)
+        steps: dict[bool, list[float]] = {False: [], True: []}
+        own: list[float] = []
+        for number in range(2 * args.steps + 4):
+            inside.seconds, t0 = 0.0, time.perf_counter()
+            trainer.step()
+            closer = number % 2 == 1
+            if number >= 4:  # the first steps warm up
+                steps[closer].append(time.perf_counter() - t0)
+                own += [] if closer else [inside.seconds]
+        trainer.close()
+        leave()
+    plain_s = statistics.median(steps[False])
+    pairs = zip(steps[True], steps[False], strict=True)
+    look_s = statistics.median(a - b for a, b in pairs)
+    own_s = statistics.median(own)
+    print(f"step                        {1e3 * plain_s:8.2f} ms")
+    print(f"the meter, every step       {1e3 * own_s:8.2f} ms  {own_s / plain_s:.2%} of it")
+    print(f"a closer look               {1e3 * look_s:8.2f} ms  {look_s / plain_s:.1%} of a step")
+    print(f"one every 100 steps                      {look_s / plain_s / 100:.2%}")
+
+
+class Stopwatch:
+    """Adds up the time of the calls that go through it."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def around(self, function):
+        """The function, its calls timed."""
+
+        def call(*args, **kwargs):
+            t0 = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds += time.perf_counter() - t0
+
+        return call
+
+
+def main() -> int:
+    """Runs one of the two benchmarks."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=("record", "meter"))
+    parser.add_argument("--steps", type=int, help="steps of each row (2000; meter: 40)")
+    parser.add_argument("--sources", type=int, default=4, help="sources of data in the record")
+    parser.add_argument("--layers", type=int, default=12, help="layers of a closer look")
+    parser.add_argument("--run", default="launch/runs/quickstart.toml", help="run file to train")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of its keys")
+    args = parser.parse_intermixed_args()
+    args.steps = args.steps or {"record": 2000, "meter": 40}[args.what]
+    records(args) if args.what == "record" else meter(args)
     return 0
 
 

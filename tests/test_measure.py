@@ -106,7 +106,7 @@ def train(config: RunConfig, engine: Engine) -> dict[str, Any]:
     return details.end(result, tokens, N_MICRO_BATCHES, LR)
 
 
-@pytest.mark.parametrize("name", ["zero0", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("name", ["zero0", "zero1", "zero2", "zero3", "zero3_offload"])
 @pytest.mark.parametrize("clipping", [0.0, 0.3])
 def test_norms_and_noise_are_those_of_plain_torch(group, tmp_path, name, clipping):
     config, engine = engine_for(tmp_path, name, f"optimizer.gradient_clipping={clipping}")
@@ -124,6 +124,28 @@ def test_norms_and_noise_are_those_of_plain_torch(group, tmp_path, name, clippin
     signal, noise = unknowns(oracle.small, oracle.large, 64, 256)
     assert found["gradient_square"] == pytest.approx(signal, rel=1e-3)
     assert found["noise_trace"] == pytest.approx(noise, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3"])
+def test_the_loss_scale_of_fp16_is_taken_out(group, tmp_path, monkeypatch, name):
+    from deepspeed.accelerator import get_accelerator
+
+    from megagpt.engine.plain import PlainEngine
+
+    # DeepSpeed refuses fp16 on a CPU, which computes it well enough for this.
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
+    config = load_run(run_file(tmp_path), [f"parallel.ds_config={name}", "parallel.dtype=fp16"])
+    tree = resolve(config, Layout(), read_ds_config(name))
+    tree["fp16"]["initial_scale_power"] = 7
+    engine = PlainEngine(config, Layout(), Ranks(), tree)
+    assert engine.loss_scale == 128.0
+    found = train(config, engine)
+    engine.close()
+    oracle = Oracle(config)
+    assert found["norms"]["gradient"] == pytest.approx(oracle.norms["gradient"], rel=0.02)
+    signal, noise = unknowns(oracle.small, oracle.large, 64, 256)
+    assert found["gradient_square"] == pytest.approx(signal, rel=0.05)
+    assert found["noise_trace"] == pytest.approx(noise, rel=0.05)
 
 
 @pytest.mark.parametrize("name", ["zero1", "zero3"])

@@ -175,7 +175,8 @@ class Engine(ABC):
     @property
     def loss_scale(self) -> float | None:
         """What the loss is multiplied by under fp16; None elsewhere."""
-        return state.loss_scale(self.deepspeed.optimizer).get("cur_scale")
+        fp16 = self.config.parallel.dtype == "fp16"
+        return float(self.deepspeed.optimizer.loss_scale) if fp16 else None
 
     def optimizer_state(self) -> state.OptimizerState:
         """Updates applied so far, and the loss scale under fp16."""

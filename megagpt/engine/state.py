@@ -181,14 +181,13 @@ def read_state(zero: Any) -> OptimizerState:
     """Updates applied, and the loss scale where there is one."""
     adam = getattr(zero, "optimizer", zero)
     steps = [int(state["step"]) for state in adam.state.values() if "step" in state]
-    return OptimizerState(updates=max(steps, default=0), loss_scale=loss_scale(zero))
+    return OptimizerState(updates=max(steps, default=0), loss_scale=_loss_scale(zero))
 
 
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
-def loss_scale(zero: Any) -> dict[str, float]:
-    """DeepSpeed's dynamic loss scaler under fp16, empty otherwise; waits for no device."""
+def _loss_scale(zero: Any) -> dict[str, float]:
     scaler = getattr(zero, "loss_scaler", None)
     if not getattr(zero, "dynamic_loss_scale", False) or scaler is None:
         return {}

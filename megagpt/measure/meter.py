@@ -81,7 +81,8 @@ class Details:
         self, result: StepResult, batch_tokens: int, n_micro_batches: int, lr: float
     ) -> dict[str, Any]:
         """The figures; norms and noise only of a step that was applied."""
-        record: dict[str, Any] = {"activations": self.activations.collect()}
+        activations = self.activations.collect()
+        record: dict[str, Any] = {"activations": activations} if activations["rms"] else {}
         small = self.micro_batches.collect(n_micro_batches)
         if result.applied:
             norms = self.norms.after(lr, result.grad_norm)

@@ -34,12 +34,16 @@ def layer_names(config: RunConfig) -> list[str]:
 
 
 class Norms:
-    """Call `before` and `after` around a step, on all ranks."""
+    """Make one before a step and call `after` behind it, on all ranks."""
 
     def __init__(self, config: RunConfig, engine: Engine) -> None:
         self.config, self.engine = config, engine
         self.layers = layer_names(config)
-        self._squares = self._second_moments()
+        self._squares = self._zeros(1)[0]
+        """Sum of Adam's second moments before the step, over this rank's part of each layer."""
+        for layer, one in self._owned():
+            for part in one.read("exp_avg_sq").split(CHUNK):
+                self._squares[layer] += part.sum(dtype=torch.float64)
 
     def _owned(self) -> Iterator[tuple[int, Slice]]:
         """This rank's slices, each with the number of its layer."""
@@ -47,14 +51,6 @@ class Norms:
         for one in self.engine.slices():
             if one.owned:
                 yield numbers[layer_of(one.name)], one
-
-    def _second_moments(self) -> Tensor:
-        """Sum of Adam's second moments over this rank's part of each layer, float64."""
-        found = self._zeros(1)
-        for layer, one in self._owned():
-            for part in one.read("exp_avg_sq").split(CHUNK):
-                found[0, layer] += part.sum(dtype=torch.float64)
-        return found[0]
 
     def _zeros(self, rows: int) -> Tensor:
         return torch.zeros(rows, len(self.layers), dtype=torch.float64, device=self.engine.device)
@@ -67,11 +63,12 @@ class Norms:
         """
         adam, updates = self.config.optimizer, self.engine.optimizer_state().updates
         sums = self._zeros(3)
-        sums[1] = self._second_moments() - adam.betas[1] * self._squares
         for layer, one in self._owned():
-            for weight, update in _updates(one, adam, lr, updates):
+            for weight, second_moment, update in _updates(one, adam, lr, updates):
                 sums[0, layer] += _square(weight)
+                sums[1, layer] += second_moment.sum(dtype=torch.float64)
                 sums[2, layer] += _square(update)
+        sums[1] -= adam.betas[1] * self._squares
         sums[1] *= clip_factor(grad_norm, adam.gradient_clipping) ** 2 / (1.0 - adam.betas[1])
         # A difference of sums may fall below zero by its rounding.
         whole = (
@@ -96,8 +93,9 @@ def clip_factor(grad_norm: float, clipping: float) -> float:
 
 def _updates(
     one: Slice, adam: OptimizerConfig, lr: float, updates: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """(weights after the last update, what it added to them) of a slice, chunk by chunk.
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(weights and second moments after the last update, what it added to the weights) of a slice,
+    chunk by chunk.
 
     AdamW's update from its own moments (Loshchilov and Hutter 2019, algorithm 2): w = (1 - d) w'
     - s with d = lr x weight decay, so the weights before were w' = (w + s) / (1 - d).
@@ -108,7 +106,7 @@ def _updates(
     for w, m, v in zip(*reads, strict=True):
         root = (v / (1.0 - beta2**updates)).sqrt_().add_(adam.eps)
         step = (m * (lr / (1.0 - beta1**updates))).div_(root)
-        yield w, -step - (w + step) * (decay / (1.0 - decay))
+        yield w, v, -step - (w + step) * (decay / (1.0 - decay))
 
 
 def _square(values: Tensor) -> Tensor:
