@@ -325,7 +325,8 @@ def test_layout(tmp_path):
 def test_precision():
     assert inputs.check_precision("fp16", []).detail == "parallel.dtype = 'fp16' needs a GPU"
     v100 = Gpu(name="Tesla V100-SXM2-32GB", memory_mib=32768, errors=0)
-    assert "a V100 has no bf16" in inputs.check_precision("bf16", [v100]).detail
+    assert "Tesla V100-SXM2-32GB has no bf16" in inputs.check_precision("bf16", [v100]).detail
+    assert inputs.check_precision("bf16", [H100]).status == OK
     assert inputs.check_precision("fp16", [v100]).status == OK
 
 

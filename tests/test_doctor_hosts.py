@@ -13,7 +13,10 @@ from megagpt.doctor.check import OK, WARN
 from megagpt.doctor.examine import Order
 from megagpt.doctor.host import Place
 from megagpt.doctor.hostfile import command, deepspeed_environment, read_hostfile
-from megagpt.errors import UsageError
+from megagpt.doctor.meeting import Meeting
+from megagpt.engine import group
+from megagpt.engine.ranks import Ranks
+from megagpt.errors import MegagptError, UsageError
 from tests.corpus import run_file
 from tests.distributed import ROOT, environment, free_port, run_together, undisturbed
 
@@ -252,3 +255,13 @@ def test_without_ssh(tmp_path):
     done = by_ssh("localhost slots=1\n", environ, tmp_path=tmp_path)
     assert done.returncode == 2
     assert failures(done.stdout) == [("reach", "ssh is not installed here")]
+
+
+def test_what_is_never_said_is_not_waited_for_in_silence(monkeypatch):
+    monkeypatch.setattr(group, "_meetings", [])
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    meeting = Meeting(Ranks(), wait_s=10)
+    assert meeting.gather("host", "a") == ["a"]
+    with pytest.raises(MegagptError, match="rank 0 on .* waited for news: "):
+        meeting.get("news", wait_s=0.1)

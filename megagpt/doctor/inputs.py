@@ -18,6 +18,9 @@ from megagpt.plan.ds_config import read_ds_config, resolve
 from megagpt.plan.layout import crosses_hosts, layout_of
 from megagpt.plan.storage import checkpoint_bytes, checkpoints_kept
 
+WITHOUT_BF16 = ("P100", "V100", "T4", "RTX 20", "Quadro RTX")
+"""GPUs before the Ampere generation, by what is in their names."""
+
 
 def check_run(config: RunConfig, place: Place, cards: list[Gpu], full: bool) -> Iterator[Check]:
     """All checks of a run file. full: read every byte of every shard."""
@@ -102,13 +105,10 @@ def check_precision(dtype: str, cards: list[Gpu]) -> Check:
         return Check(
             "precision", FAIL, "parallel.dtype = 'fp16' needs a GPU", "use bf16 or fp32 on CPUs"
         )
-    if dtype == "bf16" and any("V100" in card.name for card in cards):
-        return Check(
-            "precision",
-            FAIL,
-            "parallel.dtype = 'bf16': a V100 has no bf16",
-            "set parallel.dtype = 'fp16'",
-        )
+    old = [card.name for card in cards if any(name in card.name for name in WITHOUT_BF16)]
+    if dtype == "bf16" and old:
+        detail = f"parallel.dtype = 'bf16': {old[0]} has no bf16"
+        return Check("precision", FAIL, detail, "set parallel.dtype = 'fp16'")
     return Check("precision", OK, dtype)
 
 

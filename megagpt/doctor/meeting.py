@@ -73,9 +73,8 @@ class Meeting:
                 exchanges.append((asked, float(there), time.time()))
             yield offset(host, exchanges)
 
-    def tell_time(self) -> None:
-        """Answers rank 0's questions for the time."""
+    def tell_time(self, wait_s: float) -> None:
+        """Answers rank 0's questions for the time; it asks one host after the other."""
         for turn in range(EXCHANGES):
-            # Rank 0 asks one host after the other.
-            self.get(f"time {turn} asked of {self.ranks.rank}", 10 * self.wait_s)
+            self.get(f"time {turn} asked of {self.ranks.rank}", wait_s)
             self.put(f"time {turn} of {self.ranks.rank}", time.time())

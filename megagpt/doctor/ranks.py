@@ -55,30 +55,29 @@ def _examine_hosts(order: Order, ranks: Ranks, meeting: Meeting, hosts: list[str
         ranks_here=hosts.count(own),
         master=os.environ["MASTER_ADDR"],
     )
-    with contextlib.ExitStack() as stack:
-        written = ("", "")
-        if ranks.rank == 0:
-            written = stack.enter_context(nonce(folder_of(load(order))))
+    first = ranks.rank == 0
+    shared = nonce(folder_of(load(order))) if first else contextlib.nullcontext(("", ""))
+    with shared as written:
         path, content = meeting.from_first("shared file", written)
-        place = dataclasses.replace(place, nonce=(path, content))
         if ranks.rank in leaders:
-            report = examine(order, place)
+            report = examine(order, dataclasses.replace(place, nonce=(path, content)))
             meeting.put(f"report of rank {ranks.rank}", as_tree(report))
-        reports = [
-            from_tree(meeting.get(f"report of rank {rank}", EXAMINATION_S))
-            for rank in leaders
-            if ranks.rank == 0
-        ]
-    if ranks.rank != 0:
-        if ranks.rank in leaders:
-            meeting.tell_time()
-        meeting.from_first("examined", None, EXAMINATION_S)
-        return []
+        checks = _compare(meeting, leaders) if first else []
+    if ranks.rank in leaders and not first:
+        meeting.tell_time(EXAMINATION_S)
+    # The all-reduce would otherwise wait for the slowest host.
+    meeting.from_first("examined", None, EXAMINATION_S)
+    return checks
+
+
+def _compare(meeting: Meeting, leaders: dict[int, str]) -> list[Check]:
+    """On rank 0 the checks of all hosts, and between them."""
+    trees = (meeting.get(f"report of rank {rank}", EXAMINATION_S) for rank in leaders)
+    reports = [from_tree(tree) for tree in trees]
     checks = merged(reports)
-    if len(leaders) > 1:
-        others = {rank: host for rank, host in leaders.items() if rank}
+    others = {rank: host for rank, host in leaders.items() if rank}
+    if others:
         checks += [*check_same(reports), check_clocks(list(meeting.clocks(others)))]
-    meeting.from_first("examined", None)
     return checks
 
 
