@@ -142,11 +142,20 @@ def test_the_windows_of_a_part_are_always_the_same(model, encoding, corpus):
     loader = TokenLoader([(corpus, 1.0)], N_CTX, seed=0)
     ids = torch.from_numpy(loader.samples(0, 5))
     loader.close()
-    assert part.loss.value == pytest.approx(float(model(ids[:, :-1], ids[:, 1:])), rel=2e-6)
+    assert part.loss.value == pytest.approx(model(ids[:, :-1], ids[:, 1:]).item(), rel=2e-6)
     everything = evaluate(model, encoding, corpus)
     assert values(evaluate(model, encoding, corpus, Options(max_tokens=10**9))) == values(
         everything
     )
+
+
+def test_progress_is_told_where_there_is_no_terminal(model, encoding, corpus, caplog, monkeypatch):
+    monkeypatch.setattr("megagpt.evaluate.score.LINE_EVERY_S", 0.0)
+    with caplog.at_level("INFO"):
+        found = evaluate(model, encoding, corpus)
+    lines = [record.message for record in caplog.records]
+    assert len(lines) == -(-found.tokens // (8 * N_CTX))
+    assert lines[-1].startswith(f"scoring {corpus}: 100%, ") and lines[-1].endswith(" left")
 
 
 # --- the interval -------------------------------------------------------------------------------

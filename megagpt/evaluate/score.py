@@ -1,6 +1,10 @@
 """A corpus, cut as in training and scored by a model (numpy, torch)."""
 
-from collections.abc import Iterator
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,6 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rich import progress
+from rich.console import Console
 
 from megagpt.data.loader import TokenLoader
 from megagpt.data.progress import Progress
@@ -15,12 +21,18 @@ from megagpt.data.store import TokenStore
 from megagpt.data.verify import verify_files
 from megagpt.errors import DamageError, UsageError
 from megagpt.evaluate.tally import Result, Tally
+from megagpt.log.text import duration
 from megagpt.tokenizer import fingerprint
 
 if TYPE_CHECKING:
     import tiktoken
 
     from megagpt.model import GPT
+
+log = logging.getLogger(__name__)
+
+LINE_EVERY_S = 30.0
+"""Between two lines about how far the scoring is, where stderr is no terminal."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,13 +72,12 @@ def evaluate(
         n_windows = min(n_windows, options.max_tokens // stride)
     tally = Tally(store, encoding)
     device = next(model.parameters()).device
-    progress = Progress(f"scoring {folder}", n_windows * stride * store.dtype.itemsize)
-    for targets in _targets(loader, n_windows, options.batch_size, n_ctx):
-        x, y = (torch.from_numpy(ids).to(device) for ids in (targets.x, targets.y))
-        losses = model.losses(x, y).double().cpu().numpy()
-        tally.add(targets.places, targets.y[targets.y >= 0], losses)
-        progress.add(losses.size * store.dtype.itemsize, losses.size)
-    progress.close()
+    with _bar(f"scoring {folder}", n_windows * stride) as done:
+        for targets in _targets(loader, n_windows, options.batch_size, n_ctx):
+            x, y = (torch.from_numpy(ids).to(device) for ids in (targets.x, targets.y))
+            losses = model.losses(x, y).double().cpu().numpy()
+            tally.add(targets.places, targets.y[targets.y >= 0], losses)
+            done(losses.size)
     loader.close()
     return tally.result()
 
@@ -99,6 +110,33 @@ def _targets(loader: TokenLoader, n_windows: int, size: int, n_ctx: int) -> Iter
         scored = (column >= start) & (column < start + stride)
         places = window[:, None] * stride + 1 + np.arange(stride)
         yield Targets(ids[:, :-1].copy(), np.where(scored, ids[:, 1:], -1), places.ravel())
+
+
+@contextmanager
+def _bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Shows how many of `total` tokens are done, as it is told: a bar on a terminal, lines of
+    logging elsewhere."""
+    bar = progress.Progress(
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.TextColumn("{task.completed:,.0f} of {task.total:,.0f} tokens"),
+        progress.TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        disable=not sys.stderr.isatty(),
+    )
+    task, shown = bar.add_task(label, total=total), time.monotonic()
+
+    def done(tokens: int) -> None:
+        nonlocal shown
+        bar.advance(task, tokens)
+        if bar.disable and time.monotonic() - shown >= LINE_EVERY_S:
+            shown = time.monotonic()
+            here = bar.tasks[0]
+            log.info("%s: %.0f%%, %s left", label, here.percentage, duration(here.time_remaining))
+
+    with bar:
+        yield done
 
 
 def _check_options(options: Options, n_ctx: int) -> None:
