@@ -91,7 +91,13 @@ def test_a_step_that_is_not_finite_changes_nothing(group, tmp_path, name, dtype)
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [("zero0", "fp32"), ("zero1", "bf16"), ("zero2", "bf16"), ("zero3", "fp32"), ("zero3", "bf16")],
+    [
+        ("zero0", "fp32"),
+        ("zero1", "bf16"),
+        ("zero2", "bf16"),
+        ("zero3", "bf16"),
+        ("zero3_offload", "bf16"),
+    ],
 )
 def test_an_update_that_is_refused_changes_nothing(group, tmp_path, name, dtype):
     engine, asked = engine_for(tmp_path, name, dtype), []
