@@ -18,7 +18,14 @@ from megagpt.engine import group
 from megagpt.engine.ranks import Ranks
 from megagpt.errors import MegagptError, UsageError
 from tests.corpus import run_file
-from tests.distributed import ROOT, environment, free_port, run_together, undisturbed
+from tests.distributed import (
+    ROOT,
+    environment,
+    free_port,
+    group_of_one,
+    run_together,
+    undisturbed,
+)
 
 OTHER = ["unshare", "--map-root-user", "--uts", "--mount", "bash", "-c"]
 """A process that may have another host name, and mounts of its own."""
@@ -133,6 +140,12 @@ def test_a_rank_that_does_not_come():
     )
     assert done.returncode == 1
     assert re.search(r"megagpt: rank 1 of 2 did not come within 0.05 minutes", done.stderr)
+
+
+def test_sums_that_are_wrong():
+    # A group of one that is told it is two gets half of the sum.
+    with group_of_one(), pytest.raises(MegagptError, match=r"4194304 of 4194304 sums are not 3"):
+        bandwidth.measure(rank=0, world=2)
 
 
 def test_speeds_that_differ():

@@ -1,5 +1,6 @@
 """Jobs of SLURM made for a run: what the script says, what is refused, what SLURM is told."""
 
+import json
 import os
 import re
 import shutil
@@ -212,6 +213,28 @@ def test_starts_that_a_run_needs():
     assert recent_steps(undisturbed() / "none") == [] and starts_needed(config, [], 1) == 0
 
 
+def test_a_chain_as_long_as_the_run_needs(tmp_path, capsys):
+    path = run_file(tmp_path)
+    shutil.copytree(undisturbed() / "run", tmp_path / "run")
+    assert main(["launch", "slurm", str(path), *SIZE, "--chain"]) == 2
+    assert f"--chain: the run in {tmp_path}/run is complete" in capsys.readouterr().err
+    # The same run at a thousandth of its speed, ten times as long.
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    slow = [
+        line | {"tokens_per_s": 0.5, "step_s": 10.0} if "loss" in line else line for line in lines
+    ]
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in slow))
+    longer = f"schedule.total_tokens={300 * 512}"
+    assert main(["launch", "slurm", str(path), longer, *SIZE, "--chain"]) == 0
+    told = capsys.readouterr().out
+    left = load_run(path, [longer]).schedule.end_tokens - 30 * 512
+    starts = -(-left // (0.5 * (3600 - 120)))
+    assert f"at the speed of the run's latest steps: {starts:.0f} starts of that time" in told
+    assert "told to save and stop 120 s before its end" in told
+    assert f"say --submit, which queues {starts:.0f} jobs" in told
+
+
 # --- what is refused ----------------------------------------------------------------------------
 
 
@@ -226,7 +249,7 @@ def test_starts_that_a_run_needs():
         (("--sweep", "seed"), "--sweep seed: must be section.key=value,value,..."),
         (("--sweep", "output=a,b"), "of a key other than output"),
         (("--sweep", "seed=1,2", "--chain", "3"), "--chain with --sweep"),
-        (("--chain",), "--chain: this run has no measured speed yet; say --chain N"),
+        (("--chain",), "/run has no measured speed yet; say --chain N"),
         (("--time", "3"), "told 180 s before its end to save in time, which is more than half"),
         (("--submit",), "sbatch is not there: --submit needs a host where SLURM's commands are"),
     ],

@@ -94,7 +94,8 @@ def run(args: argparse.Namespace) -> int:
     if args.chain is not None:
         count = args.chain or starts
         if count < 1:
-            raise UsageError("--chain: this run has no measured speed yet; say --chain N")
+            why = "is complete" if steps else "has no measured speed yet; say --chain N"
+            raise UsageError(f"--chain: the run in {config.output} {why}")
     path = Path(config.output) / "job.sbatch"
     # SLURM drops the log of a job whose folder is not there.
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -112,7 +113,8 @@ def run(args: argparse.Namespace) -> int:
         print("submitted: " + " ".join(submit(path, count)))
     else:
         test(path)
-        print(f"not submitted: say --submit, or sbatch {path}")
+        by_hand = f", or sbatch {path}" if count == 1 else f", which queues {count} jobs"
+        print(f"not submitted: say --submit{by_hand}")
     return EXIT_OK
 
 
