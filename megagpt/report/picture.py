@@ -153,9 +153,13 @@ def _scales(axes: Any, chart: Chart) -> None:
         values = _values(chart, "x" if axis is axes.xaxis else "y", log)
         if log:
             (axes.set_xscale if axis is axes.xaxis else axes.set_yscale)("log")
-        wide = log and len(values) and values.max() > 30 * values.min()
-        nbins = MaxNLocator(nbins=7 if chart["title"] == "loss" else 5, steps=[1, 2, 2.5, 5, 10])
-        axis.set_major_locator(LogLocator(numticks=6) if wide else nbins)
+        locator: Any = MaxNLocator(
+            nbins=7 if chart["title"] == "loss" else 5, steps=[1, 2, 2.5, 5, 10]
+        )
+        if log and len(values) and values.max() > 8 * values.min():
+            few = values.max() < 100 * values.min()
+            locator = LogLocator(subs=(1.0, 2.0, 5.0) if few else (1.0,), numticks=6)
+        axis.set_major_locator(locator)
         axis.set_minor_locator(NullLocator())
         axis.set_major_formatter(FuncFormatter(lambda value, _, text=text: text(value)))
     y = _values(chart, "y", chart["ylog"])
