@@ -58,7 +58,12 @@ def alone(file: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "layout", [("zero3", 1, 1), ("pipeline", 2, 1), ("pipeline", 1, 2)], ids=["zero3", "pp2", "tp2"]
+    "layout",
+    [
+        pytest.param(("zero3", 1, 1), id="zero3", marks=pytest.mark.slow),
+        pytest.param(("pipeline", 2, 1), id="pp2"),
+        pytest.param(("pipeline", 1, 2), id="tp2"),
+    ],
 )
 def test_spikes_end_the_same_under_any_split(file: Path, alone: Path, tmp_path: Path, layout):
     first = journal(alone / "skip")[0]["step"]
