@@ -11,7 +11,7 @@ RUN := runs/quickstart
 TOKENIZER := data/python-tokenizer.json
 STDLIB = $(shell $(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["stdlib"])')
 
-.PHONY: quickstart test lint test-slow clean
+.PHONY: quickstart test lint test-slow test-cluster clean
 
 # DeepSpeed's own build reads torch, so torch comes first and isolation is off for it.
 $(STAMP): requirements.txt setup.py
@@ -41,6 +41,10 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow --timeout 3600
+
+# Over virtual hosts with ssh and SLURM: docs/clusters.md says what they need.
+test-cluster: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster -rs --durations=0 tests/cluster
 
 lint: $(STAMP)
 	$(BIN)/ruff check
