@@ -6,8 +6,9 @@
 record: writes a run with the figures that the trainer reports to a temporary folder; microseconds
 that a step waits for its record (median and 99th percentile), bytes written, and the shortest step
 of which the median is under 1%. meter: trains for real in one process, every second step with a
-closer look; what the meter takes of every step and what a closer look adds to one. It needs the
-run's data (make quickstart prepares data/python-stdlib).
+closer look; what the meter takes of every step and what a closer look adds to one, in CPU time of
+the process, which other programs on the machine do not change. It needs the run's data (make
+quickstart prepares data/python-stdlib).
 """
 
 import argparse
@@ -130,11 +131,11 @@ def meter(args: argparse.Namespace) -> None:
         steps: dict[bool, list[float]] = {False: [], True: []}
         own: list[float] = []
         for number in range(2 * args.steps + 4):
-            inside.seconds, t0 = 0.0, time.perf_counter()
+            inside.seconds, t0 = 0.0, time.process_time()
             trainer.step()
             closer = number % 2 == 1
             if number >= 4:  # the first steps warm up
-                steps[closer].append(time.perf_counter() - t0)
+                steps[closer].append(time.process_time() - t0)
                 own += [] if closer else [inside.seconds]
         trainer.close()
         leave()
@@ -142,10 +143,10 @@ def meter(args: argparse.Namespace) -> None:
     pairs = zip(steps[True], steps[False], strict=True)
     look_s = statistics.median(a - b for a, b in pairs)
     own_s = statistics.median(own)
-    print(f"step                        {1e3 * plain_s:8.2f} ms")
-    print(f"the meter, every step       {1e3 * own_s:8.2f} ms  {own_s / plain_s:.2%} of it")
-    print(f"a closer look               {1e3 * look_s:8.2f} ms  {look_s / plain_s:.1%} of a step")
-    print(f"one every 100 steps                      {look_s / plain_s / 100:.2%}")
+    print(f"step                    {1e3 * plain_s:9.2f} ms of CPU time")
+    print(f"the meter, every step   {1e3 * own_s:9.2f} ms  {own_s / plain_s:.2%} of it")
+    print(f"a closer look           {1e3 * look_s:9.2f} ms  {look_s / plain_s:.1%} of a step")
+    print(f"one every 100 steps                   {look_s / plain_s / 100:.2%}")
 
 
 class Stopwatch:
@@ -158,11 +159,11 @@ class Stopwatch:
         """The function, its calls timed."""
 
         def call(*args, **kwargs):
-            t0 = time.perf_counter()
+            t0 = time.process_time()
             try:
                 return function(*args, **kwargs)
             finally:
-                self.seconds += time.perf_counter() - t0
+                self.seconds += time.process_time() - t0
 
         return call
 

@@ -182,7 +182,7 @@ class Trainer:
         if self.ranks.rank == 0:
             write_run_files(self.config, self.layout, self.ds_config)
         self.log = open_log(self.config, self.at.progress, writer=self.ranks.rank == 0)
-        self.meter.recall(self.log.records())
+        self.meter.recall(self.log.records("noise_trace"))
 
     def roll_back(self) -> bool:
         """Goes back to the newest checkpoint and on behind the step that spiked, recorded in the

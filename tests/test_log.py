@@ -42,9 +42,20 @@ def test_without_writer_nothing_is_written(tmp_path):
     log.text("a", "b", 1)
     log.samples(["a"])
     log.profile("table")
-    assert log.records() == []
+    assert log.records("loss") == []
     log.close()
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_goes_on_finds_its_own_records(tmp_path):
+    log = open_log(tmp_path)
+    for step in range(1, 5):
+        log.step(record(step) | ({"noise_trace": 2.0 * step} if step % 2 else {}))
+    log.event("spike", reason='"noise_trace":')
+    log.close()
+    log = open_log(tmp_path, 2)
+    assert [line["noise_trace"] for line in log.records("noise_trace")] == [2.0]
+    log.close()
 
 
 def test_tensorboard_can_be_switched_off(tmp_path):

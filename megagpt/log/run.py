@@ -12,7 +12,7 @@ from megagpt.log.console import Console, Silence, logger, open_console
 from megagpt.log.environment import environment
 from megagpt.log.eta import Eta
 from megagpt.log.layout import derived, tags
-from megagpt.log.metrics import NAME, MetricsFile, cut, decode, plain, read_metrics
+from megagpt.log.metrics import NAME, MetricsFile, cut, decode, plain
 from megagpt.log.wandb_board import WandbBoard
 
 _CONFIGURATION = ("config.toml", "ds_config.json", "run.json")
@@ -145,9 +145,14 @@ class RunLog:
             logger.info("%s", table)
             self.text("run/profile", _code(table), self._tokens)
 
-    def records(self) -> list[dict[str, Any]]:
-        """What metrics.jsonl holds; nothing where this rank is not the writer."""
-        return read_metrics(self.folder) if self._metrics is not None else []
+    def records(self, name: str) -> list[dict[str, Any]]:
+        """The records of metrics.jsonl that have the figure; none where this is not the writer."""
+        if self._metrics is None:
+            return []
+        # A long run has hundreds of thousands of lines: only those in question are read as JSON.
+        with (self.folder / NAME).open("rb") as file:
+            found = [decode(line) for line in file if f'"{name}":'.encode() in line]
+        return [record for record in found if name in record]
 
     def event(self, kind: str, **facts: Any) -> None:
         """Something that is no step: a checkpoint, a spike, a stop. A line in metrics.jsonl with

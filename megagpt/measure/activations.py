@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from megagpt.engine import Engine
-from megagpt.measure.norms import Figures
+from megagpt.measure.norms import Figures, square
 
 
 class Activations:
@@ -29,10 +29,9 @@ class Activations:
             if name in self._seen:
                 return
             with torch.no_grad():
-                x = output.detach().float()
-                square = torch.linalg.vector_norm(x, dtype=torch.float64) ** 2
+                x = output.detach()
                 zeros = (x == 0).sum(dtype=torch.float64)
-                self._seen[name] = torch.stack([square, zeros, x.abs().max().double()])
+                self._seen[name] = torch.stack([square(x), zeros, x.abs().max().double()])
                 self._count = x.numel()
 
         return look
@@ -45,15 +44,15 @@ class Activations:
         sums, peaks = [], []
         for name in self.names:
             seen = self._seen.get(name)
-            square, zeros, peak = (0.0, 0.0, 0.0) if seen is None else seen.tolist()
-            sums += [square, zeros, 0.0 if seen is None else float(self._count)]
+            squares, zeros, peak = (0.0, 0.0, 0.0) if seen is None else seen.tolist()
+            sums += [squares, zeros, 0.0 if seen is None else float(self._count)]
             peaks.append(peak)
         whole, largest = self.engine.total(sums), self.engine.largest(peaks)
         found: Figures = {"rms": {}, "largest": {}, "zeros": {}}
         for row, name in enumerate(self.names):
-            square, zeros, count = whole[3 * row : 3 * row + 3]
+            squares, zeros, count = whole[3 * row : 3 * row + 3]
             if count:
-                found["rms"][name] = (square / count) ** 0.5
+                found["rms"][name] = (squares / count) ** 0.5
                 found["largest"][name] = largest[row]
                 found["zeros"][name] = zeros / count
         return found

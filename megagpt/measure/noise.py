@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megagpt.config import RunConfig
 from megagpt.engine import Engine
-from megagpt.measure.norms import layer_of
+from megagpt.measure.norms import layer_of, square
 
 LEFT_OUT = "wte"
 MEMORY = 0.9
@@ -41,7 +41,7 @@ class MicroBatchNorms:
         ]
 
     def _add(self, grad: Tensor) -> None:
-        self._squares += torch.linalg.vector_norm(grad, dtype=torch.float64) ** 2
+        self._squares += square(grad)
 
     def collect(self, n_micro_batches: int) -> float:
         """Ends watching; mean of |g|^2 over the step's micro-batches, so many on each rank."""

@@ -16,8 +16,10 @@ from megagpt.engine import Engine
 from megagpt.engine.state import Slice
 from megagpt.model import decays, layers
 
-CHUNK = 1 << 24
+CHUNK = 1 << 22
 """Elements that are worked on at a time."""
+ROW = 1 << 12
+"""Elements that are added up in float32; their sums are added up in float64, which is slow."""
 Figures = dict[str, dict[str, float]]
 """figure -> layer -> value."""
 
@@ -43,7 +45,7 @@ class Norms:
         """Sum of Adam's second moments before the step, over this rank's part of each layer."""
         for layer, one in self._owned():
             for part in one.read("exp_avg_sq").split(CHUNK):
-                self._squares[layer] += part.sum(dtype=torch.float64)
+                self._squares[layer] += total(part)
 
     def _owned(self) -> Iterator[tuple[int, Slice]]:
         """This rank's slices, each with the number of its layer."""
@@ -65,9 +67,9 @@ class Norms:
         sums = self._zeros(3)
         for layer, one in self._owned():
             for weight, second_moment, update in _updates(one, adam, lr, updates):
-                sums[0, layer] += _square(weight)
-                sums[1, layer] += second_moment.sum(dtype=torch.float64)
-                sums[2, layer] += _square(update)
+                sums[0, layer] += square(weight)
+                sums[1, layer] += total(second_moment)
+                sums[2, layer] += square(update)
         sums[1] -= adam.betas[1] * self._squares
         sums[1] *= clip_factor(grad_norm, adam.gradient_clipping) ** 2 / (1.0 - adam.betas[1])
         # A difference of sums may fall below zero by its rounding.
@@ -109,5 +111,22 @@ def _updates(
         yield w, v, -step - (w + step) * (decay / (1.0 - decay))
 
 
-def _square(values: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(values, dtype=torch.float64) ** 2
+def total(values: Tensor) -> Tensor:
+    """Sum of all elements, float64 scalar."""
+    return sum((rows.sum(1).sum(dtype=torch.float64) for rows in _rows(values)), _ZERO)
+
+
+def square(values: Tensor) -> Tensor:
+    """Squared norm of all elements, float64 scalar."""
+    norms = (torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32) for rows in _rows(values))
+    return sum((norm.double().square().sum() for norm in norms), _ZERO)
+
+
+_ZERO = torch.zeros((), dtype=torch.float64)
+
+
+def _rows(values: Tensor) -> tuple[Tensor, Tensor]:
+    """All elements: rows of ROW, and one row of what is left."""
+    flat = values.reshape(-1)
+    whole = flat.numel() - flat.numel() % ROW
+    return flat[:whole].view(-1, ROW), flat[whole:].view(1, -1)
