@@ -97,6 +97,14 @@ def test_spikes_end_the_same_under_any_split(file: Path, alone: Path, tmp_path: 
     assert journal(tmp_path / "resumed") == journal(tmp_path / "skip")
 
 
+def test_one_rank_that_refuses_an_update_speaks_for_all(tmp_path: Path):
+    file = run_file(tmp_path)
+    place = ["--nproc-per-node=2", f"--master-port={free_port()}", "-m", "tests.vote", str(file)]
+    done = run_together([sys.executable, "-m", "torch.distributed.run", *place])
+    assert done.returncode == 0, done.stderr
+    assert "[(True, True, 0), (True, True, 0)]" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("pipeline", "tensor", "rank", "name", "other"),
     [
