@@ -1,7 +1,6 @@
 """The evaluation within a run: loss on every validation set, and texts, under any layout (L3)."""
 
 import math
-import time
 from collections.abc import Sequence
 
 from megagpt.config import RunConfig
@@ -31,7 +30,6 @@ class Evaluation:
 
         bits per byte: loss / ln 2 x tokens / bytes, those of the whole set, where it tells them.
         """
-        t0 = time.perf_counter()
         sources = self.config.data.validation
         if not sources:
             return {}
@@ -44,7 +42,7 @@ class Evaluation:
         if all(density):
             bits = [x / math.log(2) / b for x, b in zip(losses, density, strict=True)]
             found["validation_bits_per_byte"] = self._mean(bits)
-        return found | {"evaluate_s": time.perf_counter() - t0}
+        return found
 
     def _mean(self, values: Sequence[float]) -> float:
         """Mean over the validation sets by their weights."""

@@ -13,6 +13,7 @@ import errno
 import logging
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -153,9 +154,12 @@ class Trainer:
         """The loss on every validation set and the texts, recorded."""
         progress = self.at.progress
         self.watchdog.begin("evaluation")
-        if record := self.evaluation.losses():
-            self.log.evaluation({"step": progress.step, "tokens": progress.tokens, **record})
-        self.log.samples(self.evaluation.texts())
+        t0 = time.perf_counter()
+        record, texts = self.evaluation.losses(), self.evaluation.texts()
+        if record:
+            place = {"step": progress.step, "tokens": progress.tokens}
+            self.log.evaluation(place | record | {"evaluate_s": time.perf_counter() - t0})
+        self.log.samples(texts)
 
     def agree(self, stop: StopRequest) -> tuple[bool, bool, bool]:
         """(does any rank have to stop, is a checkpoint written by all, did the step spike)."""
