@@ -7,6 +7,7 @@ needed there, so a rank that never comes is named instead of waited for without 
 import json
 import logging
 import os
+import signal
 import socket
 import time
 import warnings
@@ -204,8 +205,11 @@ def leave(clean: bool = True, wait_s: float = 5.0) -> None:
 
     if clean:
         dist.barrier()
-    elif not _all_left(*_meetings[-1], wait_s):
-        return
+    else:
+        # A launcher that sees the first rank end signals the others, which would lose their codes.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if not _all_left(*_meetings[-1], wait_s):
+            return
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -109,19 +109,20 @@ class Host:
 
     def lose_power(self) -> None:
         """From one instant to the next, without a word to the others."""
-        self.unplug()
+        self.cluster.at_switch(f"ip link set {self.cable} down")
         os.kill(self.init, signal.SIGKILL)
         self._process.wait()
         # Connections that wait for an answer would keep the dead host's network, and its cable.
         self.cluster.at_switch(f"ip link del {self.cable}")
 
-    def unplug(self) -> None:
-        """Cuts the host off the network."""
+    @contextlib.contextmanager
+    def unplugged(self) -> Iterator[None]:
+        """Cut off from the network."""
         self.cluster.at_switch(f"ip link set {self.cable} down")
-
-    def plug_in(self) -> None:
-        """Ends unplug()."""
-        self.cluster.at_switch(f"ip link set {self.cable} up")
+        try:
+            yield
+        finally:
+            self.cluster.at_switch(f"ip link set {self.cable} up")
 
     def start(
         self, *command: str, environ: dict[str, str] | None = None, **how: object

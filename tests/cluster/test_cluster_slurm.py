@@ -120,8 +120,10 @@ def test_preempted_twice_out_of_time_a_dead_rank_and_a_lost_host(cluster, slurm,
     assert ended["JobState"] == "COMPLETED", job.said(str(ended))
     log = job.log.read_text()
     codes = [line.split()[-1] for line in log.splitlines() if " ended with code " in line]
-    # A killed rank shows as 128 + 9; at the loss of a host nobody was left to tell.
-    assert codes == ["75", "75", "75", "137", "0"], log
+    # At the loss of a host nobody was left to tell.
+    assert len(codes) == 5 and codes[:3] == ["75"] * 3 and codes[4] == "0", log
+    # The rank that was killed, or one that srun ended for it.
+    assert codes[3] in ("137", "143", "1"), log
     assert log.count("run complete") == 1
     is_the_calm_run(job.run)
     assert job.starts == 5 and slurm.queue() == ""
@@ -135,16 +137,14 @@ def test_a_cut_network(cluster, slurm, file, tmp_path):
     os.symlink(file.parent / "calm", tmp_path / "calm")
     job = Job(cluster, slurm, own, "log.watchdog_minutes=0.25")
     job.trains()
-    host = cluster["host-b"]
-    host.unplug()
-    stacks = [job.run / "stacks" / f"rank_0000{rank}.txt" for rank in range(2)]
-    wait_until(lambda: all(path.exists() for path in stacks), "both ranks write stacks", 90)
+    with cluster["host-b"].unplugged():
+        stacks = [job.run / "stacks" / f"rank_0000{rank}.txt" for rank in range(2)]
+        wait_until(lambda: all(path.exists() for path in stacks), "both ranks write stacks", 90)
+        wait_until(lambda: not any(host.ranks() for host in slurm.nodes), "both ranks end", 30)
+        wait_until(lambda: job.starts == 1, "SLURM queues the job again", 120)
     for path in stacks:
         assert "no end of this step within 0.25 minutes" in path.read_text()
-        assert "train_step" in path.read_text()
-    wait_until(lambda: not cluster.ranks().get("host-b"), "the rank that was cut off ends", 30)
-    wait_until(lambda: job.starts == 1, "SLURM queues the job again", 120)
-    host.plug_in()
+        assert "in train_step" in path.read_text()
     assert slurm.end(job.number, 180)["JobState"] == "COMPLETED", job.said("not completed")
     is_the_calm_run(job.run)
 
