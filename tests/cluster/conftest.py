@@ -1,6 +1,8 @@
 """One cluster for all tests here: a login host and two compute hosts, with SLURM."""
 
+import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,4 +39,8 @@ def nothing_is_left(cluster: Cluster, request: pytest.FixtureRequest) -> Iterato
     if "slurm" in request.fixturenames:
         # After a test that failed; the others left an empty queue.
         request.getfixturevalue("slurm").login.check("scancel --user=root")
-    wait_until(lambda: not cluster.ranks(), "all ranks and launchers have ended", 30)
+    try:
+        wait_until(lambda: not cluster.ranks(), "all ranks and launchers have ended", 30)
+    finally:
+        for process in sum(cluster.ranks().values(), []):
+            os.kill(process, signal.SIGKILL)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megagpt.checkpoint import list_checkpoints, verify
-from tests.cluster.hosts import ROOT, Cluster, Host, program, wait_until
+from tests.cluster.hosts import ROOT, Cluster, Host, wait_until
 from tests.corpus import run_file
 from tests.distributed import wait_for_step
 
@@ -166,8 +166,7 @@ def test_in_a_job_ranks_outlive_no_launcher(cluster, slurm, file, word):
 def test_term_to_the_script_saves(cluster, file, hostfile):
     script = start(cluster, "launch/multinode.sh", str(file), *ENDLESS, HOSTFILE=str(hostfile))
     wait_for_step(file.parent / "run", 3)
-    scripts = cluster["login"].processes("launch/multinode.sh")
-    (own,) = [process for process in scripts if program(process) == "multinode.sh"]
+    (own,) = cluster["login"].processes("bash launch/multinode.sh")
     os.kill(own, signal.SIGTERM)
     ends_saved(cluster, file)
     script.communicate(timeout=30)
