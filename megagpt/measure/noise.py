@@ -82,9 +82,10 @@ class NoiseScale:
 def sample(
     config: RunConfig, small: float, gradients: Mapping[str, float], batch_tokens: int
 ) -> dict[str, float]:
-    """What is recorded of a step: gradient_square |G|^2 and noise_trace tr(S), nats^2 a token^2...
+    """What is recorded of a step: gradient_square is |G|^2, and noise_trace tr(S), in tokens times
+    the unit of the first. Nothing where the step is one micro-batch.
 
-    Nothing where the step is one micro-batch.
+    `small` is the mean of |g|^2 over the micro-batches, `gradients` the norm of each layer's.
     """
     small_tokens = config.parallel.micro_batch * config.model.n_ctx
     if batch_tokens <= small_tokens:
