@@ -12,7 +12,7 @@ export PATH="$BIN:$PATH" PYTHONUNBUFFERED=1
 export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-/tmp/torch_extensions_$(id -un)}
 
 ulimit -c 0                                   # no core file of a large model
-ulimit -n "$(ulimit -Hn)"                     # a socket to every peer, beside the shards
+ulimit -n "$(ulimit -Hn)" 2>/dev/null || true # a socket to every peer, beside the shards
 ulimit -l unlimited 2>/dev/null || true       # InfiniBand pins memory
 
 # run_folder RUN.toml [section.key=value ...]: the run's folder; a run file that is wrong ends here.
@@ -34,8 +34,8 @@ use_interface() {
   local host
   for host in "$@"; do
     [ -n "${INTERFACE:-}" ] && break
-    host=$(getent ahostsv4 "$host" | awk 'NR == 1 { print $1 }')
-    INTERFACE=$(ip -o route get "${host:-127.0.0.1}" | sed -n 's/.* dev \([^ ]*\).*/\1/p')
+    host=$(getent ahostsv4 "$host" | awk 'NR == 1 { print $1 }' || true)
+    INTERFACE=$(ip -o route get "${host:-127.0.0.1}" | sed -n 's/.* dev \([^ ]*\).*/\1/p' || true)
     [ "$INTERFACE" != lo ] || INTERFACE=
   done
   [ -z "${INTERFACE:-}" ] && return
