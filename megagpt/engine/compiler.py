@@ -4,8 +4,10 @@ import importlib.util
 import logging
 import os
 import shutil
+from collections.abc import Sequence
 
 import torch
+from torch import nn
 
 log = logging.getLogger(__name__)
 
@@ -18,8 +20,8 @@ def missing_compiler(device: str) -> str:
     return "" if any(map(shutil.which, names)) else f"a C++ compiler ({' or '.join(names)})"
 
 
-def compile_module(module: torch.nn.Module, device: torch.device, first: bool) -> None:
-    """Compiles the module in place, so that its parameters keep their names.
+def compile_modules(modules: Sequence[nn.Module], device: torch.device, first: bool) -> None:
+    """Compiles each module in place, so that its parameters keep their names.
 
     `first` is true on the rank that warns. Nothing is compiled before the first batch.
     """
@@ -32,4 +34,5 @@ def compile_module(module: torch.nn.Module, device: torch.device, first: bool) -
                 lacking,
             )
         return
-    module.compile()
+    for module in modules:
+        module.compile()

@@ -10,7 +10,7 @@ from torch import nn
 
 from megagpt.config import RunConfig
 from megagpt.engine import state
-from megagpt.engine.compiler import compile_module
+from megagpt.engine.compiler import compile_modules
 from megagpt.engine.front import Engine, LeaveOut, MicroBatch, StepResult
 from megagpt.engine.optimizer import build_optimizer
 from megagpt.engine.ranks import Ranks
@@ -39,7 +39,11 @@ class PlainEngine(Engine):
         if self.stage > 0:
             self._watch_updates()
         if config.parallel.compile:
-            compile_module(self.deepspeed.module, self.device, ranks.rank == 0)
+            # Under ZeRO-3 block by block: the head's weight is the embedding's, and compiled code
+            # would not see that DeepSpeed has to gather it there.
+            model = self.deepspeed.module
+            parts = list(model.h) if self.stage == 3 else [model]
+            compile_modules(parts, self.device, ranks.rank == 0)
 
     def _build_model(self, ds_config: dict[str, Any]) -> GPT:
         """The model with its initial weights; under ZeRO-3 no rank ever holds it whole."""

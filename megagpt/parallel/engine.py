@@ -11,7 +11,7 @@ from torch import nn
 from megagpt.config import RunConfig
 from megagpt.engine import state
 from megagpt.engine.clock import COMMUNICATION
-from megagpt.engine.compiler import compile_module
+from megagpt.engine.compiler import compile_modules
 from megagpt.engine.front import Engine, LeaveOut, MicroBatch, StepResult
 from megagpt.engine.optimizer import build_optimizer
 from megagpt.engine.ranks import Ranks
@@ -45,7 +45,7 @@ class PipelineEngine(Engine):
         state.create_moments(self.deepspeed.optimizer)
         self._watch_updates()
         if config.parallel.compile:
-            compile_module(self.deepspeed.module, self.device, ranks.rank == 0)
+            compile_modules([self.deepspeed.module], self.device, ranks.rank == 0)
 
     def _tensor_group(self) -> TensorGroup:
         """The ranks that share this rank's layers; every rank takes part in making every group."""
