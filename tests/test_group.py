@@ -86,3 +86,21 @@ def test_a_port_that_is_taken():
 )
 def test_spans(numbers, text):
     assert _spans(numbers) == text
+
+
+def test_ranks_of_another_run_at_the_same_port_are_not_met():
+    """The store of a run whose rank 0 waits; a rank of another run that is led to it."""
+    environ = environment() | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    named = MEET.replace("minutes)", "minutes, sys.argv[5])")
+    ends = [
+        subprocess.Popen(
+            [sys.executable, "-c", named, str(rank), "2", "0.1", "{}", run],
+            env=environ | {"RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank, run in enumerate(("runs/a", "runs/b"))
+    ]
+    said = [json.loads(process.communicate(timeout=90)[0])[1] for process in ends]
+    assert said[0].startswith("rank 1 of 2 did not come within 0.1 minutes")
+    assert said[1] == "rank 1: rank 0 ended before all ranks had come"

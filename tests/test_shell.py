@@ -68,7 +68,7 @@ def test_a_wrong_hostfile_is_one_sentence(text, message, tmp_path):
 
 
 def test_one_machine_trains(tmp_path):
-    file = run_file(tmp_path, schedule={"total_tokens": 1024}, log={"tensorboard": False})
+    file = run_file(tmp_path, schedule={"total_tokens": 4096}, log={"tensorboard": False})
     done = run("launch/local.sh", file, GPUS="1", PORT="0", BIND="0", OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     assert "run complete" in done.stdout

@@ -48,7 +48,7 @@ def join(ranks: Ranks, config: RunConfig | None = None) -> None:
         minutes = min(minutes, config.log.watchdog_minutes or minutes)
         # What ranks of one host read is the same.
         own = facts(config) if ranks.local_rank == 0 and ranks.local_world < ranks.world else {}
-    meet(ranks, own, minutes)
+    meet(ranks, own, minutes, config.output if config else "")
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
@@ -74,17 +74,23 @@ def join(ranks: Ranks, config: RunConfig | None = None) -> None:
 # --- the meeting --------------------------------------------------------------------------------
 
 
-def meet(ranks: Ranks, facts: Mapping[str, str], minutes: float) -> Any:
-    """Returns the store when all ranks are there and agree. Raises what join does."""
-    store = _store(ranks, minutes)
+def meet(ranks: Ranks, facts: Mapping[str, str], minutes: float, run: str = "") -> Any:
+    """Returns the store when all ranks are there and agree. Raises what join does.
+
+    run: the run's name. Where another run holds the port, the ranks that are led to its store must
+    not be taken for its own.
+    """
+    from torch.distributed import PrefixStore
+
+    store = PrefixStore(f"megagpt/{run}", _store(ranks, minutes))
     _meetings.append((store, ranks))
-    store.set(f"megagpt/here/{ranks.rank}", json.dumps([socket.gethostname(), dict(facts)]))
+    store.set(f"here/{ranks.rank}", json.dumps([socket.gethostname(), dict(facts)]))
     if ranks.rank == 0:
-        store.set("megagpt/verdict", json.dumps(_verdict(store, ranks.world, minutes)))
+        store.set("verdict", json.dumps(_verdict(store, ranks.world, minutes)))
     try:
         # Rank 0 may have come just in time to wait `minutes` itself.
-        store.wait(["megagpt/verdict"], timedelta(minutes=2 * minutes))
-        code, problem = json.loads(store.get("megagpt/verdict"))
+        store.wait(["verdict"], timedelta(minutes=2 * minutes))
+        code, problem = json.loads(store.get("verdict"))
     except RuntimeError:
         code, problem = EXIT_FAILURE, f"rank {ranks.rank}: rank 0 ended before all ranks had come"
     if problem:
@@ -124,7 +130,7 @@ def _store(ranks: Ranks, minutes: float) -> Any:
 
 def _verdict(store: Any, world: int, minutes: float) -> tuple[int, str]:
     """(exit code, problem) after all ranks have come or not; (0, "") when they agree."""
-    names = [f"megagpt/here/{rank}" for rank in range(world)]
+    names = [f"here/{rank}" for rank in range(world)]
     try:
         store.wait(names, timedelta(minutes=minutes))
     except RuntimeError:
@@ -187,7 +193,7 @@ def first_to_fail(wait_s: float = 10.0) -> bool:
             time.sleep(wait_s)
         return True
     try:
-        return bool(_meetings[-1][0].add("megagpt/failed", 1) == 1)
+        return bool(_meetings[-1][0].add("failed", 1) == 1)
     except RuntimeError:
         # The rank that kept the store is gone; better said twice than never.
         return True
@@ -217,8 +223,8 @@ def leave(clean: bool = True, wait_s: float = 5.0) -> None:
 def _all_left(store: Any, ranks: Ranks, wait_s: float) -> bool:
     """Whether every rank calls this within `wait_s` seconds."""
     try:
-        store.set(f"megagpt/left/{ranks.rank}", "")
-        names = [f"megagpt/left/{rank}" for rank in range(ranks.world)]
+        store.set(f"left/{ranks.rank}", "")
+        names = [f"left/{rank}" for rank in range(ranks.world)]
         store.wait(names, timedelta(seconds=wait_s))
     except RuntimeError:
         return False
