@@ -38,6 +38,11 @@ touch "run/$1.ready"
 # Process 1 of a host takes in what others leave, which bash does while it waits.
 while :; do sleep 3600 & wait $!; done
 """
+PROBE = """
+ip link add bridge type bridge
+ip link add one type veth peer name other
+mount -t tmpfs probe /run
+"""
 SSH_CONFIG = """Host *
   IdentityFile /etc/ssh/id
   StrictHostKeyChecking no
@@ -62,9 +67,10 @@ def missing() -> str:
     lacking = [name for name in PROGRAMS.split() if shutil.which(name, path=path) is None]
     if lacking:
         return f"no {', '.join(lacking)}: apt-get install --no-install-recommends {PACKAGES}"
-    namespaces = ["unshare", "--net", "--uts", "--pid", "--mount", "--ipc", "--fork", "true"]
-    if subprocess.run(namespaces, capture_output=True).returncode != 0:
-        return "this machine lets root make no namespaces"
+    spaces = ["--net", "--uts", "--pid", "--mount", "--ipc", "--mount-proc", "--fork"]
+    tried = subprocess.run(["unshare", *spaces, "sh", "-ec", PROBE], capture_output=True, text=True)
+    if tried.returncode != 0:
+        return f"this machine lets root make no virtual hosts: {tried.stderr.strip()}"
     return ""
 
 
