@@ -62,6 +62,9 @@ def show(args: argparse.Namespace) -> int:
         except DamageError as error:
             print(f"{folder.name}  damaged: {error}")
             continue
+        except UsageError as error:
+            print(f"{folder.name}  {error}")
+            continue
         size = sum(f.bytes for f in state.files)
         split = ", ".join(f"{k} {v}" for k, v in state.layout.items())
         kept = "  milestone" if state.milestone else ""

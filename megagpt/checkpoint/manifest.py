@@ -18,7 +18,7 @@ from typing import Any
 
 from megagpt.checkpoint.files import FileRecord
 from megagpt.data.shards import file_sha256, write_durably
-from megagpt.errors import DamageError
+from megagpt.errors import DamageError, UsageError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -52,7 +52,7 @@ class Manifest:
     recent: tuple[tuple[float, float], ...] = ()
     """(loss, gradient norm) of the latest steps, by which spikes are told."""
     rollbacks: tuple[tuple[int, int | None], ...] = ()
-    """The entries of the run's journal so far."""
+    """The entries of the run's journal so far: what it read anew or skipped, and why."""
     format: int = FORMAT
 
 
@@ -83,7 +83,8 @@ def write_file(path: Path, text: str) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a checkpoint. Raises DamageError when it is missing or not readable."""
+    """The manifest of a checkpoint. Raises DamageError when it is missing or not readable,
+    UsageError when another version of megagpt wrote it, which is no damage."""
     path = folder / MANIFEST
     try:
         text = path.read_text(encoding="utf-8")
@@ -93,7 +94,7 @@ def read_manifest(folder: Path) -> Manifest:
         if text != _text(tree):
             raise ValueError("its checksum is not that of its content; the file is damaged")
         if tree["format"] != FORMAT:
-            raise DamageError(
+            raise UsageError(
                 f"{path}: format {tree['format']}, but this megagpt reads format {FORMAT}; use "
                 "the version that wrote it"
             )
@@ -178,5 +179,5 @@ def retire(run: Path, keep_last: int) -> list[Path]:
 def _replaceable(folder: Path) -> bool:
     try:
         return not read_manifest(folder).milestone
-    except DamageError:
+    except (DamageError, UsageError):
         return False
