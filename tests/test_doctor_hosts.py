@@ -202,28 +202,6 @@ def test_what_deepspeed_exports_reaches_the_hosts(tmp_path):
     assert "'run file.toml' seed=1 --full --report" in words
 
 
-SSH = """#!/bin/bash
-# Takes the place of ssh, for want of a second machine: every host is this one, but for 127.0.0.2,
-# which does not answer, and 127.0.0.3, which has no Python.
-while [[ $1 == -o ]]; do shift 2; done
-host=$1; shift
-fail() { echo "$2" >&2; exit "$1"; }
-[[ $host != 127.0.0.2 ]] || fail 255 "ssh: connect to host $host port 22: No route to host"
-[[ $host != 127.0.0.3 || $* == date* ]] || fail 127 "bash: python: No such file or directory"
-exec bash -c "$*"
-"""
-
-
-@pytest.fixture
-def ssh(tmp_path):
-    """The environment in which `ssh` is ours, and every name in hosts resolves to this machine."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    (folder / "ssh").write_text(SSH)
-    (folder / "ssh").chmod(0o755)
-    return environment() | {"PATH": f"{folder}:{os.environ['PATH']}"}
-
-
 def by_ssh(hosts, environ, *arguments, tmp_path):
     (tmp_path / "hosts").write_text(hosts)
     line = [sys.executable, "-m", "megagpt", "doctor", "--hostfile", str(tmp_path / "hosts")]
@@ -235,32 +213,6 @@ def by_ssh(hosts, environ, *arguments, tmp_path):
         text=True,
         timeout=100,
     )
-
-
-def test_the_hosts_of_a_hostfile(tmp_path, ssh):
-    path = run_file(tmp_path)
-    environ = ssh | {"DS_ENV_FILE": str(tmp_path / "env")}
-    (tmp_path / "env").write_text("GLOO_SOCKET_IFNAME=lo\n")
-    hosts = "localhost slots=1\n127.0.0.1 slots=1\n"
-    done = by_ssh(hosts, environ, path, tmp_path=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"ok +hostfile +.*hosts: 2 hosts, 2 ranks\n", done.stdout)
-    assert re.search(r"ok +layout +2 hosts: 2 ranks = data 2\n", done.stdout)
-    assert re.search(r"ok +interface +2 hosts: lo", done.stdout)
-    assert re.search(r"ok +same on all +.*the code of megagpt", done.stdout)
-
-
-def test_hosts_that_are_not_there(tmp_path, ssh):
-    hosts = "".join(f"{h} slots=1\n" for h in ("127.0.0.2", "127.0.0.3", "no.such.host.invalid"))
-    done = by_ssh(hosts, ssh, tmp_path=tmp_path)
-    assert done.returncode == 2
-    (down, bare, unknown) = (detail for name, detail in failures(done.stdout) if name == "reach")
-    assert down == "127.0.0.2: ssh: connect to host 127.0.0.2 port 22: No route to host"
-    assert "-> make `ssh 127.0.0.2 true` work without a password" in done.stdout
-    assert bare == "127.0.0.3: bash: python: No such file or directory"
-    assert f"-> install the same checkout and Python there: {sys.executable}" in done.stdout
-    assert unknown.startswith("no.such.host.invalid: ")
-    assert "-> correct the hostfile, or enter the host in DNS or /etc/hosts" in done.stdout
 
 
 def test_without_ssh(tmp_path):

@@ -13,7 +13,7 @@ import pytest
 from megagpt.cli import main
 from megagpt.config import load_run
 from megagpt.errors import UsageError
-from megagpt.launch import TEMPLATE, recent_steps, starts_needed, submit
+from megagpt.launch import TEMPLATE, recent_steps, starts_needed
 from megagpt.launch.job import Job, directives, lead_s, script, seconds_of, sweep_of, time_of
 from megagpt.plan.storage import checkpoint_bytes
 from tests.corpus import run_file
@@ -275,41 +275,10 @@ def test_an_option_that_is_none_is_no_override(tmp_path, capsys):
     assert "unrecognized arguments: --hosts" in capsys.readouterr().err
 
 
-# --- SLURM's commands ---------------------------------------------------------------------------
-
-SBATCH = """#!/bin/bash
-echo "$@" >> "$CALLS"
-[[ $* != *refused* ]] || { echo "sbatch: error: invalid partition specified: refused" >&2; exit 1; }
-echo "$(wc -l < "$CALLS");cluster"
-"""
-
-
-@pytest.fixture
-def calls(tmp_path, monkeypatch):
-    """The calls of an `sbatch` that takes SLURM's place and counts jobs from 1."""
-    (tmp_path / "sbatch").write_text(SBATCH)
-    (tmp_path / "sbatch").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.defpath}")
-    monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
-    return tmp_path / "calls"
-
-
-def test_a_chain_ends_with_the_job_that_finishes_the_run(tmp_path, calls, capsys):
-    path = run_file(tmp_path)
-    text = launched(path, *SIZE, "--chain", "3", "--submit")
+def test_a_job_of_a_chain_is_not_queued_again(tmp_path, capsys):
+    text = launched(run_file(tmp_path), *SIZE, "--chain", "3")
     assert "requeue" not in options(text) and "no-requeue" in options(text)
-    script_path = f"{tmp_path}/run/job.sbatch"
-    assert calls.read_text().splitlines() == [
-        f"--parsable {script_path}",
-        f"--parsable --dependency=afternotok:1 --kill-on-invalid-dep=yes {script_path}",
-        f"--parsable --dependency=afternotok:1:2 --kill-on-invalid-dep=yes {script_path}",
-    ]
-    assert "submitted: 1 2 3" in capsys.readouterr().out
-
-
-def test_what_slurm_says_against_a_job(calls):
-    with pytest.raises(UsageError, match="SLURM refuses refused.sbatch: .*invalid partition"):
-        submit(Path("refused.sbatch"), 1)
+    assert "which queues 3 jobs" in capsys.readouterr().out
 
 
 def test_the_template_is_where_the_script_expects_it():

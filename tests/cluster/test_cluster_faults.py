@@ -2,8 +2,10 @@
 
 import contextlib
 import os
+import re
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,14 +36,14 @@ def hostfile(tmp_path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def another(host: Host, folder: Path, copy: Path) -> Iterator[Path]:
-    """On this host alone, a copy lies in place of a folder."""
+def another(host: Host, folder: Path, copy: Path, at: Path | None = None) -> Iterator[Path]:
+    """On this host alone, a copy of a folder lies in its place, or in that of `at`."""
     shutil.copytree(folder, copy)
-    host.check(f"mount --bind {copy} {folder}")
+    host.check(f"mount --bind {copy} {at or folder}")
     try:
         yield copy
     finally:
-        host.check(f"umount {folder}")
+        host.check(f"umount {at or folder}")
 
 
 # --- hosts that do not go together --------------------------------------------------------------
@@ -53,8 +55,35 @@ def doctor(cluster: Cluster, file: Path, hostfile: Path) -> tuple[int, list[str]
     return code, [line for line in said.splitlines() if line.startswith(("FAIL", "megagpt: "))]
 
 
-def test_hosts_that_are_well(cluster, file, hostfile):
-    assert doctor(cluster, file, hostfile) == (0, [])
+def test_hosts_that_are_well(cluster, file, hostfile, tmp_path):
+    (tmp_path / "env").write_text("GLOO_SOCKET_IFNAME=eth0\n")
+    words = ("megagpt", "doctor", str(file), "--hostfile", str(hostfile))
+    code, said = cluster["login"].run(*words, environ={"DS_ENV_FILE": str(tmp_path / "env")})
+    assert code == 0 and "FAIL" not in said, said
+    assert re.search(r"ok +hostfile +.*hosts: 2 hosts, 2 ranks\n", said)
+    assert re.search(r"ok +layout +2 hosts: 2 ranks = data 2\n", said)
+    assert re.search(r"ok +interface +2 hosts, such as host-a: eth0", said)
+    assert re.search(r"ok +same on all +.*the code of megagpt", said)
+
+
+def test_hosts_that_the_doctor_does_not_reach(cluster, hostfile, tmp_path):
+    names = ("10.77.0.99", "host-b", "no.such.host.invalid")
+    hostfile.write_text("".join(f"{name} slots=1\n" for name in names))
+    # host-b has no Python at the place of this one.
+    binaries = Path(sys.executable).parent
+    (tmp_path / "empty").mkdir()
+    with another(cluster["host-b"], tmp_path / "empty", tmp_path / "copy", at=binaries):
+        words = ("megagpt", "doctor", "--hostfile", str(hostfile))
+        code, said = cluster["login"].run(*words)
+    assert code == 2
+    rows = re.findall(r"(?m)^FAIL +reach +(.*)$", said)
+    assert len(rows) == 3, said
+    assert rows[0].startswith("10.77.0.99: ssh: connect to host 10.77.0.99 port 22: No route to ho")
+    assert "-> make `ssh 10.77.0.99 true` work without a password" in said
+    assert rows[1].startswith("host-b: ") and "No such file or directory" in rows[1]
+    assert f"-> install the same checkout and Python there: {sys.executable}" in said
+    assert rows[2].startswith("no.such.host.invalid: ")
+    assert "-> correct the hostfile, or enter the host in DNS or /etc/hosts" in said
 
 
 def test_a_host_of_the_hostfile_that_is_not_there(cluster, file, hostfile):
