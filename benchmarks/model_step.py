@@ -1,17 +1,19 @@
 """Training steps of this model beside nanoGPT's, transformers' and bare matrix products.
 
     python benchmarks/model_step.py --nanogpt ~/nanoGPT --model 125m --dtype bf16
-    python benchmarks/model_step.py --model 125m --device cuda --n-ctx 2048 --compile
+    python benchmarks/model_step.py --model 125m --device cuda --contenders ours,ours+compile
 
 A step is forward, backward, clipping to norm 1 and AdamW. Every contender runs in a process of
 its own, which also gives its peak memory, and takes one step at a time in turn with the others;
 so a machine that is busy with something else is busy for all. Figures are medians over rounds,
 ratios the median of the ratios within a round. In bf16 ours has bf16 weights with fp32 masters, as
-the training engine has; the others run under autocast, as their own scripts do.
+the training engine has; the others run under autocast, as their own scripts do. On a CPU ours
+keeps the memory that a step frees, as the engine does (megagpt.engine.malloc).
 
-`matmul` multiplies the matrices of the same step (every linear layer and the head; forward, and
-both gradients) and does nothing else: the limit of the machine. FLOPs are model FLOPs with causal
-attention counted in full (megagpt.flops).
+A contender's name may be followed by `+compile`, for torch.compile, and by `+keep`, for memory
+kept as ours keeps it. `matmul` multiplies the matrices of the same step (every linear layer and the
+head; forward, and both gradients) and does nothing else: the limit of the machine. FLOPs are model
+FLOPs with causal attention counted in full (megagpt.flops).
 """
 
 import argparse
@@ -39,12 +41,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--attention", default="dense", help="pattern, such as dense,banded")
     parser.add_argument("--recompute-every", type=int, default=0)
-    parser.add_argument("--compile", action="store_true", help="torch.compile every model")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each contender")
     parser.add_argument("--nanogpt", help="folder with nanoGPT's model.py")
-    parser.add_argument("--contenders", default="ours,nanogpt,transformers,matmul")
+    parser.add_argument(
+        "--contenders",
+        default="ours,ours+compile,nanogpt,nanogpt+compile,transformers,transformers+compile,matmul",
+        help="what to time, the first one being what the others are set beside",
+    )
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -71,6 +76,7 @@ def shape(options: argparse.Namespace) -> ModelConfig:
 def ours(options: argparse.Namespace) -> Callable[[], float]:
     import torch
 
+    from megagpt.engine.compiler import compile_modules
     from megagpt.model import GPT, decays, initialise
 
     config = shape(options)
@@ -88,11 +94,12 @@ def ours(options: argparse.Namespace) -> Callable[[], float]:
     ]
     optimizer = torch.optim.AdamW(groups, lr=6e-4, betas=(0.9, 0.95), fused=True)
     x, y = batch(options)
-    run = torch.compile(model) if options.compile else model
+    if options.compiles:
+        compile_modules([model], torch.device(options.device), first=True)
     names = dict(model.named_parameters())
 
     def step() -> float:
-        loss = run(x, y)
+        loss = model(x, y)
         loss.backward()
         for name, master in masters.items():
             grad = names[name].grad
@@ -120,7 +127,7 @@ def autocast_step(options, model, loss_of):  # type: ignore[no-untyped-def]
     ]
     optimizer = torch.optim.AdamW(groups, lr=6e-4, betas=(0.9, 0.95), fused=True)
     x, y = batch(options)
-    run = torch.compile(model) if options.compile else model
+    run = torch.compile(model) if options.compiles else model
     kind, half = torch.device(options.device).type, options.dtype == "bf16"
 
     def step() -> float:
@@ -207,9 +214,15 @@ def contend(options: argparse.Namespace) -> None:
     """A contender's process: two steps to warm up, then one for each line on stdin."""
     import torch
 
+    from megagpt.engine.malloc import keep_freed_memory
+
     torch.set_num_threads(options.threads)
     cuda = options.device.startswith("cuda")
-    step = CONTENDERS[options.contender](options)
+    name, *suffixes = options.contender.split("+")
+    options.compiles = "compile" in suffixes
+    if not cuda and (name == "ours" or "keep" in suffixes):
+        keep_freed_memory()
+    step = CONTENDERS[name](options)
     step(), step()
     print(json.dumps({"ready": True}), flush=True)
     for _ in sys.stdin:
@@ -253,7 +266,9 @@ def main() -> None:
     if options.contender:
         contend(options)
         return
-    names = [n for n in options.contenders.split(",") if n != "nanogpt" or options.nanogpt]
+    names = [
+        n for n in options.contenders.split(",") if not n.startswith("nanogpt") or options.nanogpt
+    ]
     children = {name: start(name) for name in names}
     rounds = []
     for _ in range(options.rounds):
@@ -269,8 +284,7 @@ def report(options: argparse.Namespace, names: list[str], rounds: list[dict]) ->
     flops = flops_per_token(config) * tokens
     print(
         f"{options.model} ({parameters(config):,} parameters), n_ctx {options.n_ctx}, batch "
-        f"{options.batch}, {options.dtype}, {options.attention}, "
-        f"{'compiled' if options.compile else 'eager'}, {options.device}, "
+        f"{options.batch}, {options.dtype}, {options.attention}, {options.device}, "
         f"{options.threads} threads, {options.rounds} rounds, {rounds[0][names[0]]['card']}"
     )
     print("| | tokens/s | GFLOP/s | s a step | CPU s | peak GB | time / ours | CPU / ours |")

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Sequence
 
 import torch
+import torch._functorch.config as functorch
 from torch import nn
 
 log = logging.getLogger(__name__)
@@ -34,5 +35,10 @@ def compile_modules(modules: Sequence[nn.Module], device: torch.device, first: b
                 lacking,
             )
         return
+    if device.type == "cpu":
+        # Norms and GELU are computed again in the backward pass, where they fuse with what is
+        # computed there anyway, and their results are not kept: a tenth of the memory of a step
+        # at 125M and no time (docs/benchmarks/model_step.md). Not measured on a GPU.
+        functorch.ban_recompute_materialized_backward = False
     for module in modules:
         module.compile()

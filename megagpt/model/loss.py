@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-CHUNK = 1 << 27
-"""Logits held at a time at most (256 MiB in bf16): 2,668 positions of GPT-2's vocabulary."""
+CHUNK = 1 << 26
+"""Logits held at a time at most (128 MiB in bf16): 1,334 positions of GPT-2's vocabulary."""
 SLICE = 1 << 20
 """Logits normalised at a time in fp32 (4 MiB), small enough to stay in a CPU's cache."""
 

@@ -30,7 +30,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, band: int) -> Tensor:
     # (B, T, H, E) in memory, so that the heads are joined again without a copy.
     b, h, t, e = q.shape
     out = q.new_empty(b, t, h, e).transpose(1, 2)
-    q, k, v = _flat(q) * (1.0 / math.sqrt(e)), _flat(k), _flat(v)
+    q, k, v = _flat(q) * (1.0 / math.sqrt(e)), _turned(k), _flat(v)
     for low, first, last in _tiles(t, band):
         weights = _weights(q, k, low, first, last, band)
         out[:, :, first:last] = torch.bmm(weights, v[:, low:last]).view(b, h, last - first, e)
@@ -43,15 +43,15 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     b, h, t, e = q.shape
     scale = 1.0 / math.sqrt(e)
-    q, k, v, grad = _flat(q) * scale, _flat(k), _flat(v), _flat(grad)
+    q, k, grad, k_turned, v_turned = _flat(q) * scale, _flat(k), _flat(grad), _turned(k), _turned(v)
     # sum_j weight_ij dweight_ij = grad_i . out_i (Dao et al. 2022, appendix B.2)
     inner = (grad * _flat(out)).sum(2, keepdim=True)
-    grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(k)
     for low, first, last in _tiles(t, band):
-        weights = _weights(q, k, low, first, last, band)
+        weights = _weights(q, k_turned, low, first, last, band)
         some_q, some_grad = q[:, first:last], grad[:, first:last]
         grad_v[:, low:last].baddbmm_(weights.transpose(1, 2), some_grad)
-        scores = torch.bmm(some_grad, v[:, low:last].transpose(1, 2))
+        scores = torch.bmm(some_grad, v_turned[:, :, low:last])
         scores.sub_(inner[:, first:last]).mul_(weights)
         grad_q[:, first:last] = torch.bmm(scores, k[:, low:last])
         grad_k[:, low:last].baddbmm_(scores.transpose(1, 2), some_q)
@@ -64,6 +64,11 @@ def _flat(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[2], x.shape[3])
 
 
+def _turned(x: Tensor) -> Tensor:
+    """(B, H, T, E) -> (N, E, T), contiguous: a slice of its positions multiplies without a copy."""
+    return x.transpose(2, 3).flatten(0, 1).contiguous()
+
+
 def _tiles(t: int, band: int) -> Iterator[tuple[int, int, int]]:
     """(first key, first query, end of both) of each tile."""
     for first in range(0, t, TILE):
@@ -71,12 +76,14 @@ def _tiles(t: int, band: int) -> Iterator[tuple[int, int, int]]:
 
 
 def _weights(q: Tensor, k: Tensor, low: int, first: int, last: int, band: int) -> Tensor:
-    """Softmax of the scores of queries first..last on keys low..last: (N, queries, keys)."""
-    scores = torch.bmm(q[:, first:last], k[:, low:last].transpose(1, 2))
+    """Softmax of the scores of queries first..last on keys low..last: (N, queries, keys).
+
+    q (N, T, E), k (N, E, T).
+    """
+    scores = torch.bmm(q[:, first:last], k[:, :, low:last])
     # Only the last keys can lie in a query's future, and only the first ones behind its band.
     n = last - first
-    hidden = torch.ones(n, n, dtype=torch.bool, device=q.device)
-    scores[:, :, first - low :].masked_fill_(hidden.triu(1), float("-inf"))
+    scores[:, :, first - low :].add_(q.new_full((n, n), float("-inf")).triu_(1))
     if last - low > band:
         behind = last - low - band
         rows = torch.arange(first, last, device=q.device)[:, None]

@@ -1,0 +1,40 @@
+"""Memory that a step frees and the next one takes again, as the kernel counts its page faults."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+from megagpt.engine.malloc import keep_freed_memory
+
+FAULTS = """
+import resource, torch
+from megagpt.engine.malloc import keep_freed_memory
+assert not {keep} or keep_freed_memory()
+def step():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    large, small = torch.ones(1 << 24), [torch.ones(1 << 16) for _ in range(256)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+step()
+print(step())
+"""
+PAGES = 2 * (1 << 24) * 4 // 4096
+
+
+def faults(keep: bool) -> int:
+    """Page faults of a second allocation of 128 MiB."""
+    code = FAULTS.format(keep=keep)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_freed_memory_is_taken_again_without_page_faults():
+    assert faults(keep=False) > PAGES // 4
+    assert faults(keep=True) < PAGES // 100
+
+
+def test_another_c_library_is_left_alone(monkeypatch):
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
+    assert keep_freed_memory() is False
