@@ -15,7 +15,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 def keep_freed_memory() -> bool:
     """Lets this process keep what it frees for its next allocations; False without glibc.
 
-    The highest memory of the process stays within a few percent of what it was.
+    The highest memory of a training process stays within a few percent of what it was.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
