@@ -19,7 +19,7 @@ def step():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 print([step() for _ in range(6)])
 """
-PAGES = 2 * (1 << 24) * 4 // 4096
+HUGE_PAGES = 32
 
 
 def faults(keep: bool) -> list[int]:
@@ -31,10 +31,11 @@ def faults(keep: bool) -> list[int]:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_freed_memory_is_taken_again_without_page_faults():
-    assert faults(keep=False)[1] > PAGES // 4
+    # Thousands of 4 KiB, or these of 2 MiB from a kernel that gives huge pages to all.
+    assert faults(keep=False)[1] >= HUGE_PAGES
     # The first ones make room for all sizes.
     first, *_, last = faults(keep=True)
-    assert first > PAGES // 2 and last < PAGES // 100
+    assert first >= HUGE_PAGES > 2 * last
 
 
 def test_another_c_library_is_left_alone(monkeypatch):
