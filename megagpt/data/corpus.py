@@ -98,9 +98,18 @@ def prepare(inputs: Iterable[str | Path | Documents], options: Options) -> Summa
     """Tokenize `inputs` into shards in `options.output`.
 
     Continues a killed run; does nothing when the output is finished. Raises UsageError for wrong
-    options, inputs or an output that holds something else, DamageError in strict mode, and
-    MegagptError when the disk is full or a worker died.
+    options, inputs or an output that holds something else, DamageError in strict mode, Stopped for
+    SIGINT, and MegagptError when the disk is full or a worker died.
     """
+    try:
+        return _prepare(inputs, options)
+    except KeyboardInterrupt:
+        raise Stopped(
+            f"{options.output}: stopped; run the same command again to continue"
+        ) from None
+
+
+def _prepare(inputs: Iterable[str | Path | Documents], options: Options) -> Summary:
     t0 = time.monotonic()
     _check_options(options)
     encoding = load_tokenizer(options.tokenizer)
@@ -227,10 +236,6 @@ class _Job:
             if error.errno in FULL:
                 raise full_disk(error, self._options.output) from None
             raise
-        except KeyboardInterrupt:
-            raise Stopped(
-                f"{self._options.output}: stopped; run the same command again to continue"
-            ) from None
         finally:
             self._state.release()
 

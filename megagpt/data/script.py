@@ -14,7 +14,7 @@ from typing import Any
 from megagpt.data.manifest import Split
 from megagpt.data.source import FORMATS, Documents
 from megagpt.data.writer import SHARD_TOKENS
-from megagpt.errors import EXIT_OK, MegagptError
+from megagpt.errors import EXIT_OK, EXIT_STOPPED, MegagptError
 
 
 def parser(description: str, output: str | None = None) -> argparse.ArgumentParser:
@@ -65,6 +65,10 @@ def run(work: Callable[[], int]) -> int:
     except MegagptError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        # Between one preparation and the next, or before the first.
+        print("error: stopped; run the same command again to continue", file=sys.stderr)
+        return EXIT_STOPPED
 
 
 def prepare_with(
