@@ -8,7 +8,7 @@ its own, which also gives its peak memory, and takes one step at a time in turn 
 so a machine that is busy with something else is busy for all. Figures are medians over rounds,
 ratios the median of the ratios within a round. In bf16 ours has bf16 weights with fp32 masters, as
 the training engine has; the others run under autocast, as their own scripts do. On a CPU ours
-keeps the memory that a step frees, as the engine does (megagpt.engine.malloc).
+keeps the memory that a step frees, as the trainer does (megagpt.engine.malloc).
 
 A contender's name may be followed by `+compile`, for torch.compile, and by `+keep`, for memory
 kept as ours keeps it. `matmul` multiplies the matrices of the same step (every linear layer and the
@@ -47,7 +47,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--nanogpt", help="folder with nanoGPT's model.py")
     parser.add_argument(
         "--contenders",
-        default="ours,ours+compile,nanogpt,nanogpt+compile,transformers,transformers+compile,matmul",
+        default="ours,ours+compile,nanogpt,nanogpt+compile,matmul",
         help="what to time, the first one being what the others are set beside",
     )
     parser.add_argument("--contender", help=argparse.SUPPRESS)

@@ -33,7 +33,8 @@ def resume(
     `fingerprint` names the order of so many samples, as TokenLoader's does.
 
     Damaged ones are named, set aside and passed over. Raises DamageError when all that are there
-    are damaged (they are left as they are), UsageError when the run is not the one that was saved.
+    are damaged (they are left as they are), UsageError when the run is not the one that was saved
+    or another version of megagpt saved it.
     """
     first = engine.ranks.rank == 0
     if first:

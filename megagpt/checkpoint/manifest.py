@@ -52,7 +52,7 @@ class Manifest:
     recent: tuple[tuple[float, float], ...] = ()
     """(loss, gradient norm) of the latest steps, by which spikes are told."""
     rollbacks: tuple[tuple[int, int | None], ...] = ()
-    """The entries of the run's journal so far: what it read anew or skipped, and why."""
+    """The entries of the run's journal so far: where it went back and what it left out."""
     format: int = FORMAT
 
 

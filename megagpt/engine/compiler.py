@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Sequence
 
 import torch
-import torch._functorch.config as functorch
 from torch import nn
 
 log = logging.getLogger(__name__)
@@ -36,6 +35,8 @@ def compile_modules(modules: Sequence[nn.Module], device: torch.device, first: b
             )
         return
     if device.type == "cpu":
+        import torch._functorch.config as functorch
+
         # Norms and GELU are computed again in the backward pass, where they fuse with what is
         # computed there anyway, and their results are not kept: a tenth of the memory of a step
         # at 125M and no time (docs/benchmarks/model_step.md). Not measured on a GPU.

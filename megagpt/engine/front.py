@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from megagpt.config import RunConfig
 from megagpt.engine import state
 from megagpt.engine.clock import COMMUNICATION, Clock, time_collectives
-from megagpt.engine.malloc import keep_freed_memory
 from megagpt.engine.optimizer import ask_before_update
 from megagpt.engine.ranks import Ranks
 from megagpt.plan.hardware import peak_tflops
@@ -59,7 +58,6 @@ class Engine(ABC):
             self.device = torch.device("cuda", torch.cuda.current_device())
         else:
             self.device = torch.device("cpu")
-            keep_freed_memory()
         cuda = self.device.type == "cuda"
         self.peak_tflops = peak_tflops(torch.cuda.get_device_name()) if cuda else None
         """Peak of this rank's device in bf16, 10^12 FLOP/s; None where it is not known."""

@@ -18,6 +18,7 @@ from typing import Any
 
 from megagpt.agreement import disagreements, facts
 from megagpt.config import RunConfig
+from megagpt.engine.malloc import keep_freed_memory
 from megagpt.engine.ranks import Ranks
 from megagpt.errors import EXIT_FAILURE, EXIT_USAGE, MegagptError, UsageError
 
@@ -51,6 +52,7 @@ def join(ranks: Ranks, config: RunConfig | None = None) -> None:
     meet(ranks, own, minutes, config.output if config else "")
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        keep_freed_memory()
     import deepspeed
     from deepspeed.utils import logger
 

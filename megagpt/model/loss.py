@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 from torch.autograd.function import once_differentiable
 
 CHUNK = 1 << 26
@@ -124,7 +124,7 @@ def _loss_and_gradients(
     return total, grad_hidden, weight.new_empty(0) if grad_weight is None else grad_weight.total
 
 
-@torch.library.custom_op("megagpt::loss_and_gradients", mutates_args=())
+@library.custom_op("megagpt::loss_and_gradients", mutates_args=())
 def _operator(
     hidden: Tensor,
     weight: Tensor,

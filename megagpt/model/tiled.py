@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 TILE = 128
 """Queries at a time: 64 to 512 were tried, 128 was fastest."""
@@ -25,7 +25,7 @@ def attend_tiled(q: Tensor, k: Tensor, v: Tensor, band: int | None) -> Tensor:
     return _forward(q, k, v, q.shape[2] if band is None else band)
 
 
-@torch.library.custom_op("megagpt::tiled_attention", mutates_args=())
+@library.custom_op("megagpt::tiled_attention", mutates_args=())
 def _forward(q: Tensor, k: Tensor, v: Tensor, band: int) -> Tensor:
     # (B, T, H, E) in memory, so that the heads are joined again without a copy.
     b, h, t, e = q.shape
@@ -37,13 +37,14 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, band: int) -> Tensor:
     return out
 
 
-@torch.library.custom_op("megagpt::tiled_attention_backward", mutates_args=())
+@library.custom_op("megagpt::tiled_attention_backward", mutates_args=())
 def _backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, grad: Tensor, band: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     b, h, t, e = q.shape
     scale = 1.0 / math.sqrt(e)
-    q, k, grad, k_turned, v_turned = _flat(q) * scale, _flat(k), _flat(grad), _turned(k), _turned(v)
+    q, k_turned, v_turned = _flat(q) * scale, _turned(k), _turned(v)
+    k, grad = _flat(k), _flat(grad)
     # sum_j weight_ij dweight_ij = grad_i . out_i (Dao et al. 2022, appendix B.2)
     inner = (grad * _flat(out)).sum(2, keepdim=True)
     grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(k)
