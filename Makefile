@@ -44,7 +44,7 @@ test-slow: $(STAMP)
 
 # Over virtual hosts with ssh and SLURM: docs/clusters.md says what they need.
 test-cluster: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster -rs tests/cluster
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster -rs tests/virtual
 
 lint: $(STAMP)
 	$(BIN)/ruff check

@@ -25,10 +25,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 
-from megagpt.data.loader import TokenLoader
-from megagpt.data.manifest import Manifest, Shard, write_manifest
-from megagpt.data.mixture import Mixture
-from megagpt.data.order import Permutation
+from megagpt.corpus.manifest import Manifest, Shard, write_manifest
+from megagpt.order.loader import TokenLoader
+from megagpt.order.mixture import Mixture
+from megagpt.order.permutation import Permutation
 
 N_CTX = 2048
 BATCH = 256
@@ -44,7 +44,7 @@ def peak_mb():
 
 t0 = time.perf_counter()
 from pathlib import Path
-from megagpt.data.loader import TokenLoader
+from megagpt.order.loader import TokenLoader
 imported_s = time.perf_counter() - t0
 idle = peak_mb()
 t0 = time.perf_counter()

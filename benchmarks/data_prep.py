@@ -119,8 +119,8 @@ def commands(args: argparse.Namespace, path: Path, work: Path) -> dict[str, list
 def write_vocabulary(work: Path) -> Path:
     """GPT-2's tokenizer as a folder that transformers opens without a network."""
     from megagpt.tokenizer import END_OF_DOCUMENT
-    from megagpt.tokenizer.bpe import gpt2_merges
-    from megagpt.tokenizer.file import write_tokenizer_file
+    from megagpt.tokenizer.gpt2 import gpt2_merges
+    from megagpt.tokenizer.json import write_tokenizer_file
 
     folder = work / "gpt2"
     folder.mkdir()

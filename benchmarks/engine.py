@@ -45,9 +45,9 @@ def main() -> None:
 
 def build(output: str, *overrides: str):
     """A Trainer of the quickstart on this rank, and the phases of its start in seconds."""
+    from megagpt.cluster.meeting import join
+    from megagpt.cluster.ranks import discover, prepare_environment
     from megagpt.config import load_run
-    from megagpt.engine.group import join
-    from megagpt.engine.ranks import discover, prepare_environment
     from megagpt.plan.ds_config import read_ds_config, resolve
     from megagpt.plan.layout import layout_of
 
@@ -85,7 +85,7 @@ def rank(output: str) -> None:
         total = time.time() - float(os.environ[LAUNCHED])
         print("PHASES " + json.dumps({"launcher": began, **phases, "total": total}), flush=True)
     trainer.close()
-    from megagpt.engine.group import leave
+    from megagpt.cluster.meeting import leave
 
     leave()
 

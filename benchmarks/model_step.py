@@ -13,7 +13,7 @@ keeps the memory that a step frees, as the trainer does (megagpt.engine.malloc).
 A contender's name may be followed by `+compile`, for torch.compile, and by `+keep`, for memory
 kept as ours keeps it. `matmul` multiplies the matrices of the same step (every linear layer and the
 head; forward, and both gradients) and does nothing else: the limit of the machine. FLOPs are model
-FLOPs with causal attention counted in full (megagpt.flops).
+FLOPs with causal attention counted in full (megagpt.config.flops).
 """
 
 import argparse
@@ -26,8 +26,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from megagpt.flops import flops_per_token, parameters
-from megagpt.presets import PRESETS, ModelConfig
+from megagpt.config.flops import flops_per_token, parameters
+from megagpt.config.presets import PRESETS, ModelConfig
 
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0}
 """Dense bf16 peak by the card's name, for MFU."""

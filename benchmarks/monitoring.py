@@ -108,9 +108,9 @@ def meter(args: argparse.Namespace) -> None:
     """Prints what the meter costs."""
     os.chdir(ROOT)
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    from megagpt.cluster.meeting import join, leave
+    from megagpt.cluster.ranks import Ranks, prepare_environment
     from megagpt.config import load_run
-    from megagpt.engine.group import join, leave
-    from megagpt.engine.ranks import Ranks, prepare_environment
     from megagpt.plan.ds_config import read_ds_config, resolve
     from megagpt.plan.layout import Layout
     from megagpt.train import Trainer

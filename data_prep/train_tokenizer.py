@@ -11,13 +11,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from megagpt.data.script import file_options, run
+from megagpt.corpus.script import file_options, run
 from megagpt.errors import EXIT_OK
 
 
 def work(args: argparse.Namespace) -> int:
     """Train, store, check."""
-    from megagpt.data.vocabulary import train_tokenizer
+    from megagpt.corpus.vocabulary import train_tokenizer
 
     print(train_tokenizer(args.inputs, args))
     return EXIT_OK

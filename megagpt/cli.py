@@ -15,25 +15,28 @@ from megagpt.errors import MegagptError
 
 COMMANDS = {
     "doctor": (
-        "megagpt.doctor",
+        "megagpt.check.doctor",
         "will training work here: versions, GPUs, network, disks, hosts, shards",
     ),
     "plan": ("megagpt.plan.command", "what a run will do: layout, batch ramp, steps"),
-    "launch": ("megagpt.launch", "write and submit a job of SLURM that is made for a run"),
+    "launch": ("megagpt.cluster.launch", "write and submit a job of SLURM that is made for a run"),
     "data": (
-        "megagpt.data.commands",
+        "megagpt.corpus.command",
         "what is in the shards; are they whole; one step's documents",
     ),
     "checkpoint": (
         "megagpt.checkpoint.command",
         "list, verify, reshape and consolidate checkpoints",
     ),
-    "generate": ("megagpt.generate", "text from a trained model"),
-    "evaluate": ("megagpt.evaluate", "loss and bits per byte of a trained model on a corpus"),
+    "generate": ("megagpt.use.generate", "text from a trained model"),
+    "evaluate": ("megagpt.use.evaluate", "loss and bits per byte of a trained model on a corpus"),
     "report": ("megagpt.report", "curves of one or several runs as a picture and a page"),
-    "watch": ("megagpt.watch", "follow a run in the terminal"),
-    "parity": ("megagpt.parity", "train a run file under every layout and compare the losses"),
-    "verify-resume": ("megagpt.verify_resume", "train with and without a restart, compare bits"),
+    "watch": ("megagpt.report.watch", "follow a run in the terminal"),
+    "parity": (
+        "megagpt.check.parity",
+        "train a run file under every layout and compare the losses",
+    ),
+    "verify-resume": ("megagpt.check.resume", "train with and without a restart, compare bits"),
 }
 """Command -> (module, help)."""
 

@@ -18,15 +18,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megagpt.cluster.meeting import first_to_fail, join, leave
+from megagpt.cluster.ranks import Ranks, discover, prepare_environment
+from megagpt.cluster.stop import StopRequest
+from megagpt.cluster.watchdog import Watchdog
 from megagpt.config import RunConfig, load_run
-from megagpt.engine.group import first_to_fail, join, leave
-from megagpt.engine.ranks import Ranks, discover, prepare_environment
 from megagpt.errors import EXIT_DAMAGE, EXIT_FAILURE, EXIT_OK, MegagptError, Stopped
-from megagpt.guard import StopRequest, Watchdog, check_replicas
+from megagpt.health.replicas import check_replicas
 from megagpt.plan.ds_config import read_ds_config, resolve
 from megagpt.plan.layout import Layout, layout_of
-from megagpt.progress import crossed
-from megagpt.record import make_run_folder, summary, write_run_files
+from megagpt.run.folder import make_run_folder, summary, write_run_files
+from megagpt.run.state import crossed
 
 if TYPE_CHECKING:
     from megagpt.engine import StepResult
@@ -47,12 +49,12 @@ class Trainer:
         ds_config: dict[str, object],
         watchdog: Watchdog | None = None,
     ) -> None:
-        from megagpt.data.loader import TokenLoader, training_loader
         from megagpt.engine import build_engine
-        from megagpt.evaluation import Evaluation
-        from megagpt.intake import check_vocabulary
-        from megagpt.measure import Meter
-        from megagpt.position import Position
+        from megagpt.health.meter import Meter
+        from megagpt.order.loader import TokenLoader, training_loader
+        from megagpt.run.evaluation import Evaluation
+        from megagpt.run.inputs import check_vocabulary
+        from megagpt.run.position import Position
 
         self.config, self.layout, self.ranks = config, layout, ranks
         self.ds_config = ds_config
@@ -174,8 +176,8 @@ class Trainer:
 
     def start(self, allow_changes: bool) -> None:
         """Checks what will be read, resumes from the newest whole checkpoint, opens the log."""
-        from megagpt.intake import check_data
-        from megagpt.record import open_log
+        from megagpt.run.folder import open_log
+        from megagpt.run.inputs import check_data
 
         self.watchdog.begin("start")
         if self.config.data.verify:

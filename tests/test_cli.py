@@ -7,7 +7,7 @@ import pytest
 
 from megagpt import __version__, errors
 from megagpt.cli import COMMANDS, main, parser
-from tests.distributed import ROOT
+from tests.lib.distributed import ROOT
 
 
 def test_help_names_every_command(capsys):

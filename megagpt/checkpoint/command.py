@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from megagpt.checkpoint import manifest as manifests
+from megagpt.checkpoint import record as manifests
 from megagpt.checkpoint.consolidate import consolidate
 from megagpt.checkpoint.reshape import reshape
 from megagpt.errors import EXIT_DAMAGE, EXIT_OK, DamageError, UsageError

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megagpt.checkpoint import manifest as manifests
-from megagpt.checkpoint.files import SliceReader, fit_rows
+from megagpt.checkpoint import record as manifests
 from megagpt.checkpoint.model import INDEX, newest
+from megagpt.checkpoint.slice_file import SliceReader, fit_rows
 from megagpt.config import dump_run, load_run
 from megagpt.errors import UsageError
 

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from megagpt.checkpoint import manifest as manifests
-from megagpt.checkpoint.files import SliceReader
-from megagpt.checkpoint.manifest import Manifest
+from megagpt.checkpoint import record as manifests
+from megagpt.checkpoint.record import Manifest
+from megagpt.checkpoint.slice_file import SliceReader
 from megagpt.config import RunConfig, load_run
-from megagpt.engine.front import Engine
-from megagpt.engine.state import KEYS, OptimizerState
+from megagpt.engine.engine import Engine
+from megagpt.engine.slices import KEYS, OptimizerState
 from megagpt.errors import DamageError, UsageError
 
 log = logging.getLogger(__name__)

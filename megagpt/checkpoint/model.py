@@ -9,8 +9,8 @@ import tiktoken
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megagpt.checkpoint import manifest as manifests
-from megagpt.checkpoint.files import SliceReader, fit_rows
+from megagpt.checkpoint import record as manifests
+from megagpt.checkpoint.slice_file import SliceReader, fit_rows
 from megagpt.config import load_run
 from megagpt.errors import DamageError, UsageError
 from megagpt.model import GPT

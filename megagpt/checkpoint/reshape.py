@@ -10,12 +10,12 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from megagpt.checkpoint import manifest as manifests
-from megagpt.checkpoint.files import SliceReader, write_slices
+from megagpt.checkpoint import record as manifests
 from megagpt.checkpoint.model import newest
-from megagpt.data.shards import sync_folder
-from megagpt.engine.state import Slice
+from megagpt.checkpoint.slice_file import SliceReader, write_slices
+from megagpt.engine.slices import Slice
 from megagpt.errors import UsageError
+from megagpt.files import sync_folder
 
 
 def reshape(run: Path, output: Path, ranks: int = 1) -> Path:

@@ -20,14 +20,14 @@ from pathlib import Path
 
 import torch
 
-from megagpt.checkpoint import manifest as manifests
-from megagpt.checkpoint.files import FileRecord, write_slices
-from megagpt.checkpoint.manifest import Manifest
+from megagpt.checkpoint import record as manifests
+from megagpt.checkpoint.record import Manifest
+from megagpt.checkpoint.slice_file import FileRecord, write_slices
 from megagpt.config import RunConfig, dump_run
-from megagpt.data.shards import sync_folder
-from megagpt.engine.front import Engine
-from megagpt.engine.state import KEYS, Slice
+from megagpt.engine.engine import Engine
+from megagpt.engine.slices import KEYS, Slice
 from megagpt.errors import DamageError
+from megagpt.files import sync_folder
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,8 @@ TOML allows no key `model` beside a table `[model]`, which is how a run file rea
 also be written so.
 """
 
-from megagpt.config.reading import load_run, parse_run
+from megagpt.config.presets import ModelConfig
+from megagpt.config.read import load_run, parse_run
 from megagpt.config.sections import (
     CheckpointConfig,
     DataConfig,
@@ -25,7 +26,6 @@ from megagpt.config.sections import (
     RunConfig,
 )
 from megagpt.config.writing import dump_run
-from megagpt.presets import ModelConfig
 
 __all__ = [
     "CheckpointConfig",

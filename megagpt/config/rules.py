@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 
+from megagpt.config.presets import ModelConfig
+from megagpt.config.schedule import Schedule
 from megagpt.config.sections import DataConfig, RunConfig
-from megagpt.presets import ModelConfig
-from megagpt.schedule import Schedule
 
 
 def problems_of(config: RunConfig) -> Iterator[str]:

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from megagpt.presets import ModelConfig
-from megagpt.schedule import Schedule
+from megagpt.config.presets import ModelConfig
+from megagpt.config.schedule import Schedule
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from megagpt.cluster.ranks import Ranks
 from megagpt.config import RunConfig
-from megagpt.engine.front import Engine, LeaveOut, StepResult
-from megagpt.engine.ranks import Ranks
+from megagpt.engine.engine import Engine, LeaveOut, StepResult
 from megagpt.errors import UsageError
 from megagpt.plan.layout import Layout
 
@@ -32,10 +32,10 @@ def build_engine(
     # DeepSpeed prints what memory it takes, and stdout is for results.
     with contextlib.redirect_stdout(_Debug()):
         if layout.pipelined:
-            from megagpt.parallel.engine import PipelineEngine
+            from megagpt.engine.pipelined import PipelineEngine
 
             return PipelineEngine(config, layout, ranks, ds_config)
-        from megagpt.engine.plain import PlainEngine
+        from megagpt.engine.zero import PlainEngine
 
         return PlainEngine(config, layout, ranks, ds_config)
 

@@ -6,9 +6,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megagpt.engine.front import Engine
-from megagpt.engine.state import Slice
-from megagpt.parallel import split
+from megagpt.engine import split
+from megagpt.engine.engine import Engine
+from megagpt.engine.slices import Slice
 
 
 def whole_weights(engine: Engine) -> Iterator[tuple[str, Tensor | None]]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from megagpt.log.eta import Eta
-from megagpt.log.text import amount, duration
+from megagpt.log.units import amount, duration
 
 KINDS = ("auto", "bar", "plain", "off")
 logger = logging.getLogger("megagpt.log")

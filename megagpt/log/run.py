@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from megagpt.errors import UsageError
-from megagpt.log.board import Board
 from megagpt.log.console import Console, Silence, logger, open_console
 from megagpt.log.environment import environment
 from megagpt.log.eta import Eta
-from megagpt.log.layout import derived, tags
 from megagpt.log.metrics import NAME, MetricsFile, cut, decode, plain
-from megagpt.log.wandb_board import WandbBoard
+from megagpt.log.tags import derived, tags
+from megagpt.log.tensorboard import Board
+from megagpt.log.wandb import WandbBoard
 
 _CONFIGURATION = ("config.toml", "ds_config.json", "run.json")
 """Files of the run folder that go to TensorBoard as text, where they are there."""

@@ -1,9 +1,9 @@
 """The model family: what a GPT computes (L1: torch; knows no rank, group, engine or path)."""
 
 from megagpt.model.gpt import GPT, Cache
-from megagpt.model.initial import decays, initial_value, initialise
+from megagpt.model.initialise import decays, initial_value, initialise
+from megagpt.model.kernels.loss import head_logits, head_loss
 from megagpt.model.layers import Layer, Parts, layers
-from megagpt.model.loss import head_logits, head_loss
 
 __all__ = [
     "GPT",

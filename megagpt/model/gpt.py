@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from megagpt.config.presets import ModelConfig
 from megagpt.model.layers import KeyValues, Parts, layers
-from megagpt.presets import ModelConfig
 
 SCORED_LOGITS = 1 << 25
 """Logits that `GPT.losses` holds at a time (128 MiB in fp32)."""

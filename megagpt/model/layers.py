@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megagpt.config.presets import ModelConfig
 from megagpt.errors import UsageError
-from megagpt.model.attention import attend
-from megagpt.model.loss import head_logits, head_loss
-from megagpt.presets import ModelConfig
+from megagpt.model.kernels.attention import attend
+from megagpt.model.kernels.loss import head_logits, head_loss
 
 
 class Linear(nn.Linear):

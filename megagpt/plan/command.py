@@ -3,7 +3,7 @@
 import argparse
 
 from megagpt.config import load_run
-from megagpt.flops import flops_per_token, parameters
+from megagpt.config.flops import flops_per_token, parameters
 from megagpt.plan.ds_config import read_ds_config, resolve
 from megagpt.plan.layout import Layout, layout_of
 from megagpt.plan.table import as_text, ramp, stages_as_text

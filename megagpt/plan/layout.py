@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megagpt.config import RunConfig
-from megagpt.presets import ModelConfig
+from megagpt.config.presets import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

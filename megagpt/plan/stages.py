@@ -8,8 +8,8 @@ would leave the last stage far behind the others.
 from collections.abc import Sequence
 from itertools import pairwise
 
-from megagpt.flops import head_flops, layer_flops
-from megagpt.presets import ModelConfig
+from megagpt.config.flops import head_flops, layer_flops
+from megagpt.config.presets import ModelConfig
 
 
 def layer_costs(config: ModelConfig) -> list[float]:

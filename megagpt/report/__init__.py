@@ -12,8 +12,8 @@ def draw(folder: str | Path) -> Path:
 
     Raises UsageError when the folder records no step, DamageError for a damaged metrics.jsonl.
     """
-    from megagpt.log.series import read_run
     from megagpt.report.picture import draw_runs
+    from megagpt.report.series import read_run
 
     folder = Path(folder)
     return draw_runs([read_run(folder)], folder / NAME)
@@ -39,9 +39,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(args: argparse.Namespace) -> int:
     """Writes the files and prints their paths."""
-    from megagpt.log.series import read_runs
     from megagpt.report.page import write_page
     from megagpt.report.picture import draw_runs
+    from megagpt.report.series import read_runs
 
     runs = read_runs(args.folders)
     folder: Path = args.output or args.folders[0]

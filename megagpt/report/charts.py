@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from megagpt.log.series import PF_DAY, Floats, Run, smooth, thin
 from megagpt.report.look import ALARM, BATCH, COLOURS, GREY, RATE, TRAIN, VALIDATION, window
 from megagpt.report.reference import chinchilla, frontier, kaplan
+from megagpt.report.series import PF_DAY, Floats, Run, smooth, thin
 
 Chart = dict[str, Any]
 

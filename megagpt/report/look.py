@@ -1,6 +1,6 @@
 """What the picture and the page share: colours, and over how many steps a curve is averaged."""
 
-from megagpt.log.series import Run
+from megagpt.report.series import Run
 
 INK, FAINT, GRID, GREY = "#1f2933", "#66727f", "#e6e9ed", "#8a94a0"
 TRAIN, VALIDATION, RATE, BATCH, ALARM = "#2b6cb0", "#dd6b20", "#2f855a", "#6b46c1", "#c53030"

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from megagpt.log.series import Run
-from megagpt.log.text import amount, duration
+from megagpt.log.units import amount, duration
 from megagpt.report.charts import charts
 from megagpt.report.look import COLOURS
+from megagpt.report.series import Run
 from megagpt.report.table import facts, restart_rows, shares
 
 _HERE = Path(__file__).parent

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from megagpt.log.series import Run
-from megagpt.log.text import amount, duration, scientific
+from megagpt.log.units import amount, duration, scientific
 from megagpt.report.charts import Chart, charts
 from megagpt.report.look import ALARM, FAINT, GREY, GRID, INK
+from megagpt.report.series import Run
 
 _STYLE: dict[Any, Any] = {
     "font.size": 10,

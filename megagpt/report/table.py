@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from megagpt.log.series import Run, smooth
-from megagpt.log.text import amount, duration, scientific
+from megagpt.log.units import amount, duration, scientific
 from megagpt.report.look import window
+from megagpt.report.series import Run, smooth
 
 Rows = list[tuple[str, str]]
 

@@ -40,8 +40,8 @@ def load_tokenizer(name: str | Path) -> tiktoken.Encoding:
     tokenizer tiktoken cannot reproduce, or an encoding without END-OF-DOCUMENT; DamageError when
     the packaged merge list or a tokenizer file is not what it should be.
     """
-    from megagpt.tokenizer.bpe import bytes_encoding, gpt2_encoding
-    from megagpt.tokenizer.file import read_tokenizer_file
+    from megagpt.tokenizer.gpt2 import bytes_encoding, gpt2_encoding
+    from megagpt.tokenizer.json import read_tokenizer_file
 
     text = str(name)
     if text == "gpt2":

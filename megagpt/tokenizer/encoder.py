@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from megagpt.data.shards import token_dtype
+from megagpt.corpus.shards import token_dtype
 from megagpt.errors import DamageError, UsageError
 from megagpt.tokenizer import end_of_document
-from megagpt.tokenizer.bpe import GPT2_PATTERN
-from megagpt.tokenizer.file import encoding_merges, tokenizer_json
+from megagpt.tokenizer.gpt2 import GPT2_PATTERN
+from megagpt.tokenizer.json import encoding_merges, tokenizer_json
 
 if TYPE_CHECKING:
     import tiktoken

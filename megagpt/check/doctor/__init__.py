@@ -1,0 +1,87 @@
+"""`megagpt doctor [RUN.toml]`: will training work here? A table, with a remedy for each failure.
+
+    megagpt doctor                                          this machine alone
+    megagpt doctor RUN.toml --hostfile hosts                every host of a hostfile, by ssh
+    deepspeed --hostfile hosts --module megagpt.doctor RUN.toml    the ranks themselves, and the
+    srun python -m megagpt.doctor RUN.toml                         network between them
+
+Exit code 0: training can begin; 2: it would fail, or go wrong.
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+from megagpt.errors import EXIT_OK, EXIT_USAGE, UsageError
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Adds the command to the command line."""
+    add_arguments(
+        commands.add_parser(
+            "doctor",
+            help="will training work here: versions, GPUs, network, disks, hosts, shards",
+            description=DESCRIPTION,
+        )
+    )
+
+
+LAUNCHED = ("RANK", "SLURM_STEP_NUM_TASKS")
+"""Variables of which a launcher sets one at least: only then are ranks, and torch, asked for."""
+DESCRIPTION = (
+    "Examines this machine, or every host that it is launched on: deepspeed --module "
+    "megagpt.doctor RUN.toml, torchrun -m megagpt.doctor, srun python -m megagpt.doctor."
+)
+
+
+def add_arguments(made: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    made.add_argument("run_file", nargs="?", metavar="RUN.toml", help="run file to prepare for")
+    made.add_argument("overrides", nargs="*", metavar="section.key=value", help="override of a key")
+    made.add_argument(
+        "--hostfile", type=Path, metavar="FILE", help="examine its hosts by ssh, before a launch"
+    )
+    made.add_argument("--full", action="store_true", help="read every byte of the shards")
+    made.add_argument(
+        "--wait",
+        type=float,
+        default=120.0,
+        metavar="SECONDS",
+        help="for the ranks to meet, and for the all-reduce (default: %(default)g)",
+    )
+    # The deepspeed launcher adds the first; a host that is asked by ssh is given the second.
+    made.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    made.add_argument("--report", metavar="PLACE", help=argparse.SUPPRESS)
+    made.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Examines and prints. Raises UsageError for options that do not go together."""
+    from megagpt.check.doctor.check import as_text, as_tree, failed, merged
+    from megagpt.check.doctor.examine import Order, examine
+    from megagpt.check.doctor.host import Place
+
+    order = Order(run=args.run_file or "", overrides=tuple(args.overrides), full=args.full)
+    if args.report:
+        print(json.dumps(as_tree(examine(order, Place(**json.loads(args.report))))))
+        return EXIT_OK
+    if any(name in os.environ for name in LAUNCHED):
+        from megagpt.check.doctor.ranks import examine_together
+        from megagpt.cluster.ranks import discover
+
+        ranks = discover(os.environ)
+        if ranks.world > 1 and args.hostfile:
+            raise UsageError(
+                f"--hostfile {args.hostfile} with {ranks.world} ranks: give it to the launcher, "
+                "deepspeed --hostfile FILE --module megagpt.doctor; or run megagpt doctor alone"
+            )
+        if ranks.world > 1:
+            return examine_together(order, ranks, args.wait)
+    if args.hostfile:
+        from megagpt.check.doctor.hostfile import examine_by_ssh
+
+        return examine_by_ssh(order, args.hostfile)
+    checks = merged([examine(order, Place())])
+    print(as_text(checks))
+    return EXIT_USAGE if failed(checks) else EXIT_OK

@@ -1,0 +1,180 @@
+"""Who am I among the ranks: found in the environment that the launcher left (L2, no torch).
+
+`deepspeed` and `torchrun` set RANK and WORLD_SIZE; `srun` and `deepspeed --launcher slurm` leave
+only SLURM's variables, which say where rank 0 is too; plain `python -m megagpt.train` leaves none
+and is a world of one.
+"""
+
+import os
+import socket
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+
+from megagpt.cluster.slurm import expand_counts, expand_hosts
+from megagpt.errors import UsageError
+
+MASTER = ("MASTER_ADDR", "MASTER_PORT")
+"""Host name of rank 0 and the TCP port there at which the ranks find each other."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ranks:
+    """One process's place: global rank of `world`, and its place on its own host."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    local_world: int = 1
+    launcher: str = "python"
+
+
+def discover(environ: Mapping[str, str]) -> Ranks:
+    """The place that the launcher gave this process.
+
+    Raises UsageError when variables are missing, are not what their launcher would set, or
+    contradict each other.
+    """
+    tasks = _step_tasks(environ)
+    if "RANK" in environ:
+        ranks = _from_variables(environ, "srun" if tasks > 1 else "deepspeed")
+    elif tasks > 1:
+        ranks = _from_slurm(environ)
+    elif environ.get("WORLD_SIZE", "1") not in ("", "1"):
+        raise UsageError(
+            f"environment: WORLD_SIZE = {environ['WORLD_SIZE']} is set, but not RANK; start with "
+            "deepspeed, torchrun or srun, or unset WORLD_SIZE for a single process"
+        )
+    else:
+        return Ranks()
+    if not ranks.rank < ranks.world or not ranks.local_rank < ranks.local_world:
+        raise UsageError(
+            f"environment: rank {ranks.rank} of {ranks.world}, rank {ranks.local_rank} of "
+            f"{ranks.local_world} on this host (by {ranks.launcher}): a rank must be less than the "
+            "number of ranks; two launchers may have been mixed"
+        )
+    if tasks > 1:
+        _check_against_slurm(ranks, environ)
+    missing = [name for name in MASTER if ranks.world > 1 and not environ.get(name)]
+    if missing and ranks.launcher != "srun":
+        raise UsageError(
+            f"environment: {' and '.join(missing)} not set: the {ranks.world} ranks need the host "
+            "name of rank 0 and a free port on it to find each other; export both before the launch"
+        )
+    return ranks
+
+
+def _from_variables(environ: Mapping[str, str], launcher: str) -> Ranks:
+    """The place by RANK and its like; `launcher` where no launcher left its own mark."""
+    missing = [k for k in ("WORLD_SIZE", "LOCAL_RANK") if k not in environ]
+    if missing:
+        raise UsageError(
+            f"environment: RANK is set, but not {' and '.join(missing)}; start with "
+            "deepspeed, torchrun or srun, or unset RANK for a single process"
+        )
+    for mark, name in _MARKS.items():
+        launcher = name if mark in environ else launcher
+    on_host = "LOCAL_SIZE" if launcher == "deepspeed" else "LOCAL_WORLD_SIZE"
+    world, local_rank = _number(environ, "WORLD_SIZE"), _number(environ, "LOCAL_RANK")
+    local_world = _number(environ, on_host) if environ.get(on_host) else min(world, local_rank + 1)
+    return Ranks(
+        rank=_number(environ, "RANK"),
+        world=world,
+        local_rank=local_rank,
+        local_world=local_world,
+        launcher=launcher,
+    )
+
+
+_MARKS = {"CROSS_SIZE": "deepspeed", "GROUP_WORLD_SIZE": "torchrun"}
+"""Hosts of the run, as each launcher calls them -> the launcher."""
+
+
+def _from_slurm(environ: Mapping[str, str]) -> Ranks:
+    """The place by the variables of SLURM's step."""
+    world, local_rank = _step_tasks(environ), _number(environ, "SLURM_LOCALID")
+    local_world = min(world, local_rank + 1)
+    if environ.get("SLURM_STEP_TASKS_PER_NODE"):
+        counts = expand_counts(environ["SLURM_STEP_TASKS_PER_NODE"])
+        local_world = counts[min(_number(environ, "SLURM_NODEID"), len(counts) - 1)]
+    return Ranks(
+        rank=_number(environ, "SLURM_PROCID"),
+        world=world,
+        local_rank=local_rank,
+        local_world=local_world,
+        launcher="srun",
+    )
+
+
+def _check_against_slurm(ranks: Ranks, environ: Mapping[str, str]) -> None:
+    """Raises UsageError where the place is not one that fits the step of SLURM it runs in."""
+    tasks = _step_tasks(environ)
+    for mark, launcher in _MARKS.items():
+        if ranks.launcher == launcher and environ.get(mark, str(tasks)) != str(tasks):
+            raise UsageError(
+                f"environment: srun started {tasks} tasks, but {launcher} counts {environ[mark]} "
+                f"({mark}); srun must start {launcher} once on each host (--ntasks-per-node=1) "
+                "and give all of them the same number of hosts and the same address to meet at"
+            )
+    if ranks.launcher != "srun":
+        return
+    pairs = (("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"))
+    for name, by_slurm in pairs:
+        if environ.get(name) and _number(environ, name) != _number(environ, by_slurm):
+            raise UsageError(
+                f"environment: {name} = {environ[name]}, but {by_slurm} = {environ[by_slurm]}; "
+                f"srun gives each task its place by itself: unset {name} before srun"
+            )
+
+
+def _step_tasks(environ: Mapping[str, str]) -> int:
+    """Processes that srun started together; 1 outside srun.
+
+    A batch script has SLURM_NTASKS and SLURM_PROCID too, yet what it starts by itself is one
+    process; only srun sets the step's own variables.
+    """
+    return _number(environ, "SLURM_STEP_NUM_TASKS") if "SLURM_STEP_NUM_TASKS" in environ else 1
+
+
+def _number(environ: Mapping[str, str], name: str) -> int:
+    value = environ.get(name, "")
+    if not value.isdigit():
+        raise UsageError(f"environment: {name} = {value!r}: must be a whole number, 0 or more")
+    return int(value)
+
+
+def slurm_meeting_place(environ: Mapping[str, str]) -> tuple[str, str]:
+    """(host, port) where the ranks of a step meet: its first host, where SLURM puts rank 0.
+
+    The port follows from job and step, so that two steps on one host do not meet each other; it
+    lies below 32768, from where on Linux hands ports out.
+    """
+    hosts = expand_hosts(environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_NODELIST", ""))
+    job, step = _number(environ, "SLURM_JOB_ID"), _number(environ, "SLURM_STEP_ID")
+    return hosts[0], str(20000 + (8 * job + step) % 12000)
+
+
+def prepare_environment(ranks: Ranks, environ: MutableMapping[str, str]) -> None:
+    """Sets what torch and DeepSpeed read from the environment; call before importing either."""
+    environ["RANK"], environ["WORLD_SIZE"] = str(ranks.rank), str(ranks.world)
+    environ["LOCAL_RANK"] = str(ranks.local_rank)
+    if ranks.launcher == "srun":
+        # What was exported stays: another name of that host may be the faster network.
+        for name, found in zip(MASTER, slurm_meeting_place(environ), strict=True):
+            environ[name] = environ.get(name) or found
+    # torchrun serves its own store at the port it gives, to a single rank too.
+    elif ranks.launcher == "python" or not environ.get("MASTER_PORT"):
+        environ["MASTER_ADDR"], environ["MASTER_PORT"] = "127.0.0.1", str(_free_port())
+    # Idle threads that spin would starve the other ranks of a shared CPU.
+    environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // max(1, ranks.local_world))))
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

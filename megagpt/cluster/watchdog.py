@@ -1,0 +1,176 @@
+"""A hung step, and ranks whose launcher has died, end the job instead of burning its hours (L2).
+
+A thread on every rank watches for two things. When the present phase lasts beyond its limit, it
+writes the Python stacks of all threads to RUN/stacks/rank_00000.txt and ends the process: a
+collective that hangs cannot be unwound. When the launcher is gone, it asks for a joint save as a
+signal would, and ends the process where none is done in time. A launcher that sees one rank end
+stops the others.
+"""
+
+import contextlib
+import faulthandler
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+from megagpt.cluster.ranks import Ranks
+from megagpt.errors import EXIT_FAILURE
+
+FACTORS = {"start": 4.0, "first step": 4.0, "step": 1.0, "evaluation": 4.0, "saving": 4.0}
+"""Phase -> its limit as a multiple of log.watchdog_minutes. The start reads checksums and a
+checkpoint, the first step compiles."""
+GRACE_S = 5.0
+"""Seconds between the stacks and the end, so that the other ranks can write theirs."""
+ORPHAN_S = 20.0
+"""Seconds that a rank without its launcher has for a save; hung beside dead ranks it has none."""
+LOOK_S = 0.5
+"""Seconds between two looks."""
+FOLDER = "stacks"
+
+
+class Watchdog:
+    """Watches one rank, as a context; does nothing before it is entered."""
+
+    def __init__(self, run: Path, ranks: Ranks, minutes: float) -> None:
+        """minutes: limit of a step, 0 for none; the launcher is watched in any case."""
+        self.path = run / FOLDER / f"rank_{ranks.rank:05d}.txt"
+        self.rank = ranks.rank
+        self.limit_s = 60 * minutes
+        self.launchers = launchers(ranks.launcher)
+        self._stepped = False
+        self._phase: tuple[str, float, float] = ("start", time.monotonic(), 0.0)
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="megagpt-watchdog", daemon=True)
+
+    def __enter__(self) -> "Watchdog":
+        self.begin("start")
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+        faulthandler.cancel_dump_traceback_later()
+
+    def begin(self, phase: str) -> None:
+        """A phase of FACTORS begins, and with it its time; beginning it again is a sign of life."""
+        if phase == "step" and not self._stepped:
+            self._stepped, phase = True, "first step"
+        limit_s = FACTORS[phase] * self.limit_s
+        # One assignment, so that the thread never sees half of it.
+        self._phase = (phase, time.monotonic(), limit_s)
+        if limit_s > 0:
+            # Should the thread not run because something holds Python's lock, this still does.
+            faulthandler.dump_traceback_later(limit_s + 3 * GRACE_S, exit=True)
+
+    def alive(self) -> None:
+        """A sign of life within a phase, as often as one likes."""
+        if time.monotonic() - self._phase[1] > 1:
+            self.begin(self._phase[0])
+
+    def _watch(self) -> None:
+        end = float("inf")
+        while not self._over.wait(LOOK_S):
+            phase, since, limit_s = self._phase
+            if 0 < limit_s < time.monotonic() - since:
+                self._tell(phase, limit_s)
+                time.sleep(GRACE_S)
+                os._exit(EXIT_FAILURE)
+            if time.monotonic() > end:
+                _say(f"rank {self.rank}: no save within {ORPHAN_S:g} s; ending without")
+                os._exit(EXIT_FAILURE)
+            if end == float("inf") and orphaned(self.launchers):
+                end = time.monotonic() + ORPHAN_S
+                _say(f"rank {self.rank}: the launcher is gone; saving and ending")
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    def _tell(self, phase: str, limit_s: float) -> None:
+        """Writes the stacks, and to stderr where they are."""
+        head = f"rank {self.rank}: no end of this {phase} within {limit_s / 60:g} minutes"
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {head}\n")
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+            where = str(self.path)
+        except OSError as error:
+            faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
+            where = f"above ({self.path}: {error.strerror})"
+        _say(f"{head} (log.watchdog_minutes); its stacks: {where}; ending without saving")
+
+
+def _say(text: str) -> None:
+    # The connection to the launcher's terminal may be gone with the launcher.
+    with contextlib.suppress(OSError):
+        # Not through logging or print, whose locks the hung thread may hold.
+        os.write(2, f"megagpt: {text}\n".encode())
+
+
+def launchers(launcher: str) -> dict[int, int]:
+    """The chain of processes that must live: process id -> its parent's id, this one first.
+
+    Empty for plain python, which may outlive the shell that started it. The chain goes on above
+    the launcher where that is known to last as long as the run: to the `deepspeed` command, which
+    leaves launcher and ranks behind when it is killed, and on the other hosts to the connection
+    over which pdsh started the launcher; to SLURM's own process of the step.
+    """
+    if launcher == "python":
+        return {}
+    parent = os.getppid()
+    chain = {os.getpid(): parent}
+    by_deepspeed = b"deepspeed.launcher.launch" in words_of(parent)
+    process, more = parent, {}
+    while (above := parent_of(process)) is not None:
+        more[process] = above
+        name = name_of(above)
+        if name == "slurmstepd" or by_deepspeed and _starts_launchers(above):
+            return chain | more
+        if name not in _SHELLS:
+            break
+        process = above
+    return chain
+
+
+_SHELLS = ("sh", "bash", "dash", "zsh", "ksh", "csh", "tcsh")
+
+
+def orphaned(chain: dict[int, int]) -> bool:
+    """Whether a process of the chain has another parent than it had."""
+    return any(parent_of(process) != parent for process, parent in chain.items())
+
+
+def parent_of(process: int) -> int | None:
+    """The parent's id, None where it is not known: the process is gone, or there is no /proc."""
+    if process == os.getpid():
+        return os.getppid()
+    try:
+        # The second field is the name in brackets, which may hold blanks and brackets itself.
+        return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def name_of(process: int) -> str:
+    """The name of the program, "" where it is not known."""
+    try:
+        return Path(f"/proc/{process}/comm").read_text().strip()
+    except OSError:
+        return ""
+
+
+def words_of(process: int) -> list[bytes]:
+    """The words of the command line, [] where they are not known."""
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return []
+
+
+def _starts_launchers(process: int) -> bool:
+    """Whether it is the `deepspeed` command, or sshd's process of a connection."""
+    named = any(word.rpartition(b"/")[2] in (b"deepspeed", b"ds") for word in words_of(process)[:3])
+    return named or name_of(process).startswith("sshd")

@@ -1,0 +1,163 @@
+"""Text that a corpus shares with evaluation files, as in appendix C of the GPT-3 paper (numpy).
+
+Brown et al. 2020: what counts are 13-grams of words in lower case without punctuation. A 13-gram
+of the evaluation files that occurs in more than 10 documents of the corpus is a common phrase and
+stays. Any other goes, with 200 characters on either side; of the pieces between, those below 200
+characters go; and a document that falls into more than 10 pieces goes whole.
+
+A word is a run of letters, digits and underscores, so that "don't" is two. Copies of a document
+count once: the paper's corpora had been deduplicated before, and a leaked page that was copied
+eleven times would pass for a common phrase.
+
+Sets of 13-grams are sorted arrays of 64-bit hashes, which worker processes share.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from megagpt.corpus.source import find_sources, plan_units
+from megagpt.corpus.unit import LargeText, unit_items
+from megagpt.corpus.words import Hashes, row_hashes, word_hashes
+from megagpt.errors import UsageError
+
+GRAM = 13
+WINDOW = 200
+PIECES = 10
+COMMON = 10
+"""Documents that a 13-gram may occur in before it is a common phrase."""
+SLICE = 1 << 20
+"""Characters of a document whose words are in memory at a time."""
+
+_WORD = re.compile(r"\w+")
+_SPACE = re.compile(r"\s")
+
+
+def _slices(text: str) -> Iterator[tuple[int, str]]:
+    """(place, part in lower case) of parts that are cut at white space."""
+    start = 0
+    while start < len(text):
+        space = _SPACE.search(text, start + SLICE)
+        end = space.start() if space else len(text)
+        part = text[start:end].lower()
+        if len(part) != end - start:  # a few capitals grow; offsets would not fit
+            part = "".join(c.lower() if len(c.lower()) == 1 else c for c in text[start:end])
+        yield start, part
+        start = end
+
+
+def _text_grams(text: str) -> Iterator[Hashes]:
+    """The 13-grams of a text in order, slice by slice."""
+    words = np.zeros(0, np.uint64)
+    for _, part in _slices(text):
+        words = np.concatenate((words[1 - GRAM :], word_hashes(_WORD.findall(part))))
+        yield row_hashes(words, GRAM)
+
+
+def _find(grams: Hashes, among: Hashes) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.bool_]]:
+    """Where each of `grams` stands in the sorted `among`, and whether it does."""
+    places = np.searchsorted(among, grams)
+    places[places == len(among)] = 0
+    return places, among[places] == grams
+
+
+def evaluation_grams(paths: Sequence[str], text_field: str) -> Hashes:
+    """All 13-grams of evaluation files of any input format, sorted.
+
+    Raises UsageError when the files hold no 13-gram at all.
+    """
+    texts = evaluation_texts(paths, text_field)
+    parts = [np.unique(part) for text in texts for part in _text_grams(text)]
+    grams = np.unique(np.concatenate(parts)) if parts else np.zeros(0, np.uint64)
+    if not len(grams):
+        raise UsageError(
+            f"decontamination files {', '.join(paths)}: no text of {GRAM} words in them; give "
+            "text files or JSON lines with the text field"
+        )
+    return grams
+
+
+def evaluation_texts(paths: Sequence[str], text_field: str) -> Iterator[str]:
+    """The documents of evaluation files, damaged ones left out."""
+    for unit in plan_units(find_sources([Path(path) for path in paths]).sources):
+        for item in unit_items(unit, text_field):
+            if isinstance(item, LargeText):
+                yield "".join(item.pieces())
+            elif isinstance(item, str):
+                yield item
+
+
+def shared_grams(text: str, grams: Hashes) -> npt.NDArray[np.intp]:
+    """The places in `grams` (sorted, not empty) of those that occur in the text, each once."""
+    found = [places[here] for places, here in (_find(g, grams) for g in _text_grams(text))]
+    return np.unique(np.concatenate(found)) if found else np.zeros(0, np.intp)
+
+
+def clean_pieces(text: str, grams: Hashes) -> list[str]:
+    """What stays of a document without `grams`: itself, some pieces, or nothing."""
+    if not len(shared_grams(text, grams)):
+        return [text]
+    pieces, start = [], 0
+    for first, last in _merged(_spans(text, grams)):
+        pieces.append(text[start:first])
+        start = last
+    pieces.append(text[start:])
+    return [piece for piece in pieces if len(piece) >= WINDOW] if len(pieces) <= PIECES else []
+
+
+def _spans(text: str, grams: Hashes) -> Iterator[tuple[int, int]]:
+    """First character and end of each 13-gram of the text that is one of `grams`, in order."""
+    words, bounds = np.zeros(0, np.uint64), np.zeros((0, 2), np.int64)
+    for start, part in _slices(text):
+        matches = list(_WORD.finditer(part))
+        words = np.concatenate(
+            (words[1 - GRAM :], word_hashes([match.group() for match in matches]))
+        )
+        here = np.array([match.span() for match in matches], np.int64).reshape(-1, 2) + start
+        bounds = np.concatenate((bounds[1 - GRAM :], here))
+        for place in np.flatnonzero(_find(row_hashes(words, GRAM), grams)[1]).tolist():
+            yield int(bounds[place, 0]), int(bounds[place + GRAM - 1, 1])
+
+
+def _merged(spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Spans with their windows, overlapping ones joined."""
+    first, last = -1, -1
+    for start, end in spans:
+        start, end = max(start - WINDOW, 0), end + WINDOW
+        if last < 0:
+            first, last = start, end
+        elif start <= last:
+            last = max(last, end)
+        else:
+            yield first, last
+            first, last = start, end
+    if last >= 0:
+        yield first, last
+
+
+# --- common phrases -----------------------------------------------------------------------------
+
+
+def sightings(places: npt.NDArray[np.intp], document: int) -> Hashes:
+    """One number for each 13-gram (by its place) that was seen in a document (by its hash)."""
+    return (places.astype(np.uint64) << np.uint64(32)) | np.uint64(document & 0xFFFFFFFF)
+
+
+def enough(seen: Hashes) -> Hashes:
+    """Sorted sightings without doubles, and of each 13-gram no more than tell that it is common:
+    what is left does not depend on the order, nor on how the sightings were put together."""
+    seen = np.unique(seen)
+    places = seen >> np.uint64(32)
+    earlier = np.arange(len(seen)) - np.searchsorted(places, places)
+    return seen[earlier <= COMMON]
+
+
+def common(seen: Hashes) -> npt.NDArray[np.intp]:
+    """Places of the 13-grams that were seen in more than COMMON documents."""
+    places, counts = np.unique(enough(seen) >> np.uint64(32), return_counts=True)
+    return places[counts > COMMON].astype(np.intp)

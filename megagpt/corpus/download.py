@@ -1,0 +1,41 @@
+"""Fetches a file over HTTP once: checksum, temporary name, a clear message without a network."""
+
+from __future__ import annotations
+
+import logging
+import urllib.request
+from pathlib import Path
+
+from megagpt.errors import DamageError, UsageError
+from megagpt.files import file_sha256
+
+log = logging.getLogger("megagpt.data")
+TIMEOUT_S = 60
+
+
+def fetch(url: str, path: Path, sha256: str | None = None) -> Path:
+    """`path`, downloaded from `url` unless it is there already.
+
+    Raises UsageError when the download fails, DamageError when the content has another sha256.
+    """
+    if not path.exists():
+        log.info("downloading %s", url)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")
+        try:
+            with urllib.request.urlopen(url, timeout=TIMEOUT_S) as answer:
+                with temporary.open("wb") as file:
+                    while block := answer.read(1 << 20):
+                        file.write(block)
+        except OSError as error:
+            raise UsageError(
+                f"{url} cannot be downloaded ({error}); download it elsewhere and put it at {path}"
+            ) from None
+        temporary.replace(path)
+    found = file_sha256(path)
+    if sha256 and found != sha256:
+        raise DamageError(
+            f"{path}: sha256 {found[:12]}..., expected {sha256[:12]}...; remove it to "
+            "download again"
+        )
+    return path

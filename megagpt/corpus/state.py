@@ -1,0 +1,154 @@
+"""What an unfinished preparation remembers, in `.preparation/` of its output folder.
+
+`plan.json` says what is being prepared, so that another corpus is refused; `state.json` how many
+units lie flushed in shards; `N.bin` and `N.doc` are parts of units (see part.py),
+`N.grams` what counting.py saw in them. One process at
+a time holds `lock`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megagpt.corpus.manifest import MANIFEST, Shard
+from megagpt.corpus.part import Part, part_path, payload_digest, read_digest, read_part
+from megagpt.corpus.source import Source, Unit
+from megagpt.errors import UsageError
+from megagpt.files import write_durably
+
+FOLDER = ".preparation"
+LOCK_WAIT_S = 10.0
+
+
+class State:
+    """The state of one preparation; `folders` are train and validation. Opening it takes the lock.
+
+    Raises UsageError when another process works there or another corpus is in the folders.
+    """
+
+    def __init__(self, folders: Sequence[Path], plan: dict[str, Any]) -> None:
+        self.folder = folders[0] / FOLDER
+        if not self.folder.is_dir():
+            for folder in folders:
+                _refuse_strangers(folder)
+            self.folder.mkdir(parents=True)
+        self._lock = (self.folder / "lock").open("w")
+        self._wait_for_lock(folders[0])
+        self._check_plan(folders[0], plan)
+        self.units = 0
+        """Units whose documents lie flushed in shards."""
+        self.finished: list[list[Shard]] = [[] for _ in folders]
+        path = self.folder / "state.json"
+        if path.exists():
+            data = json.loads(path.read_bytes())
+            self.units = data["units"]
+            self.finished = [[Shard(**shard) for shard in shards] for shards in data["finished"]]
+        for stale in self.folder.glob("*.tmp"):
+            stale.unlink()
+
+    def _wait_for_lock(self, output: Path) -> None:
+        """Take the lock; workers of a killed run hold it for a moment longer than their parent."""
+        deadline = time.monotonic() + LOCK_WAIT_S
+        while True:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise UsageError(
+                        f"{output}: another process is preparing it; wait for it or stop it"
+                    ) from None
+            time.sleep(0.05)
+        if os.fstat(self._lock.fileno()).st_nlink == 0:
+            raise UsageError(
+                f"{output}: another process has just finished it; run the same command again"
+            )
+
+    def _check_plan(self, output: Path, plan: dict[str, Any]) -> None:
+        path = self.folder / "plan.json"
+        if not path.exists():
+            write_durably(path, json.dumps(plan).encode())
+            return
+        before = json.loads(path.read_bytes())
+        now = json.loads(json.dumps(plan))
+        if before != now:
+            raise UsageError(
+                f"{output} holds an unfinished preparation of something else "
+                f"({plan_difference(before, now)}); give the same inputs and options to continue "
+                "it, or remove the folder to start again"
+            )
+
+    def done(self, unit: Unit, ending: str = "doc") -> bool:
+        """Whether a file of the unit exists already. Raises UsageError when its input differs."""
+        path = part_path(self.folder, unit.number, ending)
+        if not path.exists():
+            return False
+        if unit.payload is not None and read_digest(path) != payload_digest(unit.payload):
+            raise self.other_input()
+        return True
+
+    def other_input(self) -> UsageError:
+        """The error for an input that is read again and gives something else."""
+        return UsageError(
+            f"{self.folder.parent}: its unfinished preparation had read other documents from this "
+            "input; give the same input again, or remove the folder to start again"
+        )
+
+    def part(self, number: int) -> Part:
+        """What is known of a unit that is done."""
+        return read_part(part_path(self.folder, number, "doc"))
+
+    def save(self, units: int, finished: list[list[Shard]]) -> None:
+        """Remember that `units` lie flushed in shards, and drop their tokens."""
+        data = {
+            "units": units,
+            "finished": [[asdict(shard) for shard in shards] for shards in finished],
+        }
+        write_durably(self.folder / "state.json", json.dumps(data).encode())
+        for number in range(self.units, units):
+            part_path(self.folder, number, "bin").unlink(missing_ok=True)
+        self.units = units
+
+    def release(self) -> None:
+        """Let another process work here."""
+        self._lock.close()
+
+    def remove(self) -> None:
+        """Everything is in shards and manifests now."""
+        shutil.rmtree(self.folder)
+        self.release()
+
+
+def plan_difference(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """In words, the first thing in which two plans differ."""
+    for key in {**before, **now}:
+        if before.get(key) != now.get(key):
+            if key == "sources":
+                return "the input files differ or have changed"
+            return f"{key} was {before.get(key)!r}, now it is {now.get(key)!r}"
+    return "nothing"
+
+
+def source_plan(sources: Sequence[Source]) -> list[list[Any]]:
+    """What identifies the sources between two runs."""
+    return [[source.path, source.format, source.bytes, source.mtime_ns] for source in sources]
+
+
+def _refuse_strangers(folder: Path) -> None:
+    if not folder.is_dir():
+        return
+    names = [path.name for path in folder.iterdir()]
+    strangers = [name for name in names if name == MANIFEST or name.endswith((".bin", ".idx"))]
+    if strangers:
+        raise UsageError(
+            f"{folder} already holds another corpus ({sorted(strangers)[0]}); choose another "
+            f"--output, or remove {os.fspath(folder)} first"
+        )

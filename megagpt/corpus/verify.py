@@ -1,0 +1,153 @@
+"""Are the shards whole? Checksums, index against data, END-OF-DOCUMENT, ids in the vocabulary.
+
+`verify_files` hashes and nothing else: training runs it over the shards that it is going to read.
+`verify_shards` reads every token as well. Both return a list of problems, empty when all is well.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+
+from megagpt.corpus.manifest import Manifest, Shard, read_manifest
+from megagpt.corpus.shards import BLOCK, Index, read_index
+from megagpt.errors import DamageError
+from megagpt.files import file_sha256
+
+Progress = Callable[[int], None]
+"""Told the bytes that have been read since the last call."""
+
+
+def verify_files(
+    manifest: Manifest, shard_names: Iterable[str] | None = None, progress: Progress | None = None
+) -> list[str]:
+    """Compare size and sha256 of `.bin` and `.idx` with the manifest; `shard_names` limits it."""
+    wanted = None if shard_names is None else set(shard_names)
+    problems = []
+    for shard in manifest.shards:
+        if wanted is None or shard.name in wanted:
+            problems += _check_size(manifest, shard) or [
+                *_check_digest(manifest.bin_path(shard), shard.sha256, progress),
+                *_check_digest(manifest.index_path(shard), shard.index_sha256, progress),
+            ]
+    return problems
+
+
+def verify_shards(folder: Path | str, progress: Progress | None = None) -> list[str]:
+    """Check everything about the shards in `folder`, reading each byte once.
+
+    Raises UsageError or DamageError when there is no manifest to compare with.
+    """
+    manifest = read_manifest(folder)
+    problems = _check_strangers(manifest)
+    for shard in manifest.shards:
+        problems += _check_size(manifest, shard) or _check_shard(manifest, shard, progress)
+    return problems
+
+
+def _check_size(manifest: Manifest, shard: Shard) -> list[str]:
+    path = manifest.bin_path(shard)
+    try:
+        size = path.stat().st_size
+        manifest.index_path(shard).stat()
+    except OSError as error:
+        return [f"{error.filename}: {error.strerror}"]
+    if size != shard.bytes:
+        return [f"{path}: {size} bytes, the manifest says {shard.bytes}"]
+    return []
+
+
+def _check_digest(path: Path, expected: str, progress: Progress | None) -> list[str]:
+    found = file_sha256(path, progress)
+    return [] if found == expected else [_wrong_digest(path, found, expected)]
+
+
+def _wrong_digest(path: Path, found: str, expected: str) -> str:
+    return f"{path}: sha256 {found[:12]}..., the manifest says {expected[:12]}...: damaged"
+
+
+def _check_strangers(manifest: Manifest) -> list[str]:
+    """Files that look like shards and that the manifest does not know."""
+    known = {shard.name for shard in manifest.shards}
+    strangers = [path for path in manifest.folder.glob("*.bin") if path.stem not in known]
+    return [f"{path}: not in the manifest" for path in sorted(strangers)]
+
+
+def _check_shard(manifest: Manifest, shard: Shard, progress: Progress | None) -> list[str]:
+    path = manifest.bin_path(shard)
+    index_path = manifest.index_path(shard)
+    problems = _check_digest(index_path, shard.index_sha256, progress)
+    index = None
+    try:
+        index = read_index(index_path)
+        problems += _check_index(manifest, shard, index)
+    except DamageError as error:
+        problems.append(str(error))
+    digest, ends, strays = hashlib.sha256(), 0, 0
+    first_stray = -1
+    with path.open("rb", buffering=0) as file:
+        done = 0
+        while block := file.read(BLOCK):
+            digest.update(block)
+            tokens = np.frombuffer(block, manifest.dtype)
+            ends += int(np.count_nonzero(tokens == manifest.end_of_document))
+            wrong = tokens >= manifest.vocab_size
+            if manifest.dtype.kind == "i":
+                wrong |= tokens < 0
+            if wrong.any():
+                strays += int(np.count_nonzero(wrong))
+                if first_stray < 0:
+                    first_stray = done + int(np.argmax(wrong))
+            done += len(tokens)
+            if progress:
+                progress(len(block))
+    if digest.hexdigest() != shard.sha256:
+        problems.append(_wrong_digest(path, digest.hexdigest(), shard.sha256))
+    if strays:
+        problems.append(
+            f"{path}: {strays} tokens outside the vocabulary of {manifest.vocab_size}, the first "
+            f"at token {first_stray}"
+        )
+    if index is not None and not problems:
+        problems += _check_ends(manifest, shard, index, ends)
+    return problems
+
+
+def _check_index(manifest: Manifest, shard: Shard, index: Index) -> list[str]:
+    """The index alone: type, counts, and offsets that follow from the lengths."""
+    path = manifest.index_path(shard)
+    if index.dtype != manifest.dtype:
+        return [f"{path}: dtype {index.dtype}, the manifest says {manifest.dtype}"]
+    documents = len(index.documents) - 1
+    if documents != shard.documents:
+        return [f"{path}: {documents} documents, the manifest says {shard.documents}"]
+    sizes = np.asarray(index.sizes, np.int64)
+    ends = np.cumsum(sizes)
+    if (int(ends[-1]) if len(ends) else 0) != shard.tokens:
+        return [f"{path}: its lengths do not add up to {shard.tokens} tokens"]
+    if not np.array_equal(index.pointers, (ends - sizes) * manifest.dtype.itemsize):
+        return [f"{path}: its byte offsets do not follow from its lengths"]
+    starts = np.asarray(index.documents)
+    if len(starts) and (starts[0] != 0 or starts[-1] != len(sizes) or np.any(np.diff(starts) < 1)):
+        return [f"{path}: its document boundaries do not cover its sequences"]
+    return []
+
+
+def _check_ends(manifest: Manifest, shard: Shard, index: Index, ends: int) -> list[str]:
+    """Every document ends with END-OF-DOCUMENT, and the token stands nowhere else."""
+    path = manifest.bin_path(shard)
+    tokens = np.memmap(path, dtype=manifest.dtype, mode="r")
+    bounds = np.cumsum(np.asarray(index.sizes, np.int64))
+    lasts = bounds[np.asarray(index.documents[1:]) - 1] - 1
+    missing = np.flatnonzero(tokens[lasts] != manifest.end_of_document)
+    if len(missing):
+        return [
+            f"{path}: {len(missing)} documents do not end with END-OF-DOCUMENT "
+            f"({manifest.end_of_document}), the first is document {int(missing[0])}"
+        ]
+    if ends != shard.documents:
+        return [f"{path}: {ends} END-OF-DOCUMENT tokens for {shard.documents} documents"]
+    return []

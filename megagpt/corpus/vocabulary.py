@@ -1,0 +1,107 @@
+"""Trains a byte-level BPE with Hugging Face tokenizers and stores it for tiktoken."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections.abc import Iterable, Iterator, Sequence
+
+from megagpt.corpus.huggingface import hub_documents
+from megagpt.corpus.source import find_sources, plan_units
+from megagpt.corpus.unit import LargeText, unit_items
+from megagpt.errors import DamageError, UsageError
+from megagpt.tokenizer import END_OF_DOCUMENT
+from megagpt.tokenizer.json import read_tokenizer_file, write_tokenizer_file
+
+SMALLEST = 257
+"""The bytes and END-OF-DOCUMENT."""
+CHECKED = 1000
+"""Documents on which the two libraries are compared."""
+
+
+def texts(inputs: Sequence[str], args: Namespace) -> Iterator[str]:
+    """The documents of the inputs up to `args.sample_bytes`; broken ones are left out."""
+    items = [hub_documents(x, args.text_field) if x.startswith("hf:") else x for x in inputs]
+    left = args.sample_bytes
+    for unit in plan_units(find_sources(items, args.format).sources):
+        for item in unit_items(unit, args.text_field):
+            parts: Iterable[str] = ()
+            if isinstance(item, str):
+                parts = [item]
+            elif isinstance(item, LargeText):
+                parts = item.pieces()
+            for text in parts:
+                yield text
+                left -= len(text.encode("utf-8", "replace"))
+                if left <= 0:
+                    return
+
+
+def train_tokenizer(inputs: Sequence[str], args: Namespace) -> str:
+    """Train on `inputs`, write `args.output`; a line that says what was made.
+
+    Raises UsageError for a size that cannot be reached, DamageError when tiktoken and Hugging Face
+    disagree on the training text (nothing is left in that case).
+    """
+    import tokenizers
+
+    if args.vocab_size < SMALLEST:
+        raise UsageError(
+            f"vocab_size {args.vocab_size}: must be at least {SMALLEST}, the bytes and "
+            f"{END_OF_DOCUMENT}"
+        )
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=args.vocab_size - 1,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.train_from_iterator(texts(inputs, args), trainer)
+    merges = _merges(json.loads(model.to_str())["model"]["merges"])
+    if 256 + len(merges) + 1 != args.vocab_size:
+        raise UsageError(
+            f"the text has only {len(merges)} pairs to merge, vocab_size {args.vocab_size} needs "
+            f"{args.vocab_size - SMALLEST}; give more text or a smaller --vocab-size"
+        )
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    write_tokenizer_file(args.output, merges, END_OF_DOCUMENT)
+    checked = _compare(inputs, args)
+    return (
+        f"{args.output}: {args.vocab_size:,} tokens; Hugging Face and tiktoken give the same ids "
+        f"on {checked:,} documents"
+    )
+
+
+def _merges(merges: list[str | list[str]]) -> list[tuple[str, str]]:
+    """Pairs in order, without those that make a word again: tiktoken merges by word, and the
+    first pair decides its rank."""
+    result, known = [], set()
+    for merge in merges:
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        if left + right not in known:
+            known.add(left + right)
+            result.append((left, right))
+    return result
+
+
+def _compare(inputs: Sequence[str], args: Namespace) -> int:
+    """Encode the first documents with both libraries. Raises DamageError."""
+    import tokenizers
+
+    ours = read_tokenizer_file(args.output)
+    theirs = tokenizers.Tokenizer.from_file(str(args.output))
+    # Hugging Face takes the literal in a text for the special token, unlike encode_ordinary.
+    theirs.encode_special_tokens = True
+    count = 0
+    for text in texts(inputs, args):
+        ids = ours.encode_ordinary(text)
+        if ids != theirs.encode(text, add_special_tokens=False).ids or ours.decode(ids) != text:
+            args.output.unlink()
+            raise DamageError(
+                f"tiktoken and Hugging Face disagree on {text[:60]!r}; choose another --vocab-size"
+            )
+        count += 1
+        if count == CHECKED:
+            break
+    return count

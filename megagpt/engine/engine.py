@@ -1,0 +1,191 @@
+"""The one front that the training loop calls, whatever the layout (L2).
+
+A step is `train_step` on this rank's micro-batches; every rank calls it together. What DeepSpeed
+does differently under ZeRO 0-3 is settled in plain.py, and for pipelines in the parallel room.
+"""
+
+import math
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megagpt.cluster.ranks import Ranks
+from megagpt.config import RunConfig
+from megagpt.engine import slices as state
+from megagpt.engine.clock import COMMUNICATION, Clock, time_collectives
+from megagpt.engine.optimizer import ask_before_update
+from megagpt.plan.layout import Layout
+from megagpt.plan.speed import peak_tflops
+
+MicroBatch = tuple[Tensor, Tensor]
+"""(inputs, targets), each (micro_batch, n_ctx) int64."""
+LeaveOut = Callable[[float, float], bool]
+"""(loss, gradient norm) of a step -> whether its update is left out."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one step did, the same on every rank."""
+
+    loss: float
+    """Mean loss of the step's tokens, nats."""
+    grad_norm: float
+    """Global gradient norm before clipping; inf or nan when the step was skipped."""
+    applied: bool
+    """False: loss or gradients were not finite, or the update was asked to be left out, so the
+    weights, the moments and their count were left as they are."""
+
+    @property
+    def left_out(self) -> bool:
+        """Whether the update was asked to be left out."""
+        return not self.applied and math.isfinite(self.grad_norm)
+
+
+class Engine(ABC):
+    """A model, its optimizer and its ranks. Every method is called by all ranks together."""
+
+    def __init__(self, config: RunConfig, layout: Layout, ranks: Ranks) -> None:
+        self.config = config
+        self.layout = layout
+        self.ranks = ranks
+        if torch.cuda.is_available():
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        else:
+            self.device = torch.device("cpu")
+        cuda = self.device.type == "cuda"
+        self.peak_tflops = peak_tflops(torch.cuda.get_device_name()) if cuda else None
+        """Peak of this rank's device in bf16, 10^12 FLOP/s; None where it is not known."""
+        self.clock = Clock(self.device)
+        """Times the parts of a step: forward, backward, optimizer and communication."""
+        time_collectives(self.clock)
+        self.names: list[state.Named] = []
+        """The parameters on this rank."""
+        self.deepspeed: Any = None
+        """DeepSpeed's engine."""
+        self._leave_out: LeaveOut | None = None
+        self._left_out: bool | None = None
+        """Whether the update of the step in progress is left out; None: not decided yet."""
+
+    # --- a step ---------------------------------------------------------------------------------
+
+    @abstractmethod
+    def train_step(
+        self, batches: Sequence[MicroBatch], lr: float, step: int, leave_out: LeaveOut | None = None
+    ) -> StepResult:
+        """Forward and backward over this rank's micro-batches, then one update at `lr`.
+
+        `step` is the number of steps done before; with the seed it decides dropout. `leave_out`
+        is asked once loss and norm are known and finite; one rank that says yes speaks for all.
+        """
+
+    @abstractmethod
+    def _loss(self) -> float:
+        """The loss of the step in progress, once its last backward pass is done."""
+
+    @abstractmethod
+    def evaluate(self, batches: Sequence[MicroBatch]) -> float:
+        """Mean loss over the micro-batches of all ranks, dropout off; nothing is changed."""
+
+    def _prepare_step(
+        self, n_micro_batches: int, lr: float, step: int, leave_out: LeaveOut | None
+    ) -> None:
+        """Tells DeepSpeed the rate and the number of micro-batches of the step that begins."""
+        self._leave_out, self._left_out = leave_out, None
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = lr
+        micro_batch = self.config.parallel.micro_batch
+        self.deepspeed.set_train_batch_size(n_micro_batches * micro_batch * self.layout.data)
+        self.seed_step(step)
+
+    def seed_step(self, step: int) -> None:
+        """Seeds this step's dropout from (seed, step, data rank, stage).
+
+        A pure function of the position in the run, so there is no generator state to save. Ranks
+        that share a layer (tensor parallel) drop the same elements of the activations they share.
+        """
+        place = (self.layout.data_rank(self.ranks.rank), self.layout.stage(self.ranks.rank))
+        torch.manual_seed(zlib.crc32(repr((self.config.seed, step, place)).encode()))
+
+    def _watch_updates(self) -> None:
+        """Call once DeepSpeed's optimizer is there: its AdamW asks before it changes anything.
+
+        DeepSpeed computes the norm, clips and updates in one call, but has AdamW do the updating,
+        and has published the norm by then.
+        """
+        zero = self.deepspeed.optimizer
+        ask_before_update(zero.optimizer, lambda: self._refuses(float(zero._global_grad_norm)))
+
+    def _refuses(self, norm: float) -> bool:
+        """Whether this step's update is left out; decided once, by all ranks together."""
+        if self._left_out is None:
+            leave_out = self._leave_out
+            self._left_out = leave_out is not None and self.any(leave_out(self._loss(), norm))
+        return self._left_out
+
+    def _result(self, loss: float, norm: float) -> StepResult:
+        return StepResult(loss, norm, math.isfinite(norm) and not self._left_out)
+
+    # --- agreement ------------------------------------------------------------------------------
+
+    def total(self, values: Sequence[float]) -> list[float]:
+        """Sum of each value over all ranks, in float64."""
+        # Apple's and a few other devices have no float64, but neither nccl nor gloo runs there.
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        with self.clock.part(COMMUNICATION):
+            dist.all_reduce(tensor)
+            return list(tensor.tolist())
+
+    def largest(self, values: Sequence[float]) -> list[float]:
+        """Largest of each value over all ranks."""
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return list(tensor.tolist())
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
+        return self.total([float(flag)])[0] > 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value of every rank, by rank."""
+        values: list[Any] = [None] * self.ranks.world
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        """Waits for all ranks."""
+        dist.barrier()
+
+    # --- state ----------------------------------------------------------------------------------
+
+    def slices(self) -> Iterator[state.Slice]:
+        """The parts of fp32 weights and moments that this rank holds, by canonical name."""
+        rank = self.layout.data_rank(self.ranks.rank)
+        return state.slices(self.deepspeed.optimizer, self.names, rank)
+
+    @abstractmethod
+    def layers(self) -> dict[str, nn.Module]:
+        """The layers on this rank by canonical name, without the head."""
+
+    @property
+    def loss_scale(self) -> float | None:
+        """What the loss is multiplied by under fp16; None elsewhere."""
+        fp16 = self.config.parallel.dtype == "fp16"
+        return float(self.deepspeed.optimizer.loss_scale) if fp16 else None
+
+    def optimizer_state(self) -> state.OptimizerState:
+        """Updates applied so far, and the loss scale under fp16."""
+        return state.read_state(self.deepspeed.optimizer)
+
+    def restore(self, saved: state.OptimizerState) -> None:
+        """Call after every slice was written: sets the counts, copies masters into the weights."""
+        state.write_state(self.deepspeed.optimizer, saved)
+
+    def close(self) -> None:
+        """Frees the engine; the process group stays."""
+        self.deepspeed.destroy()

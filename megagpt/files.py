@@ -1,0 +1,84 @@
+"""Files that are whole or absent, digests, and one lock (L0, stdlib only)."""
+
+import fcntl
+import hashlib
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from megagpt.errors import UsageError
+
+log = logging.getLogger(__name__)
+
+BLOCK = 1 << 20
+"""Bytes that are read at a time."""
+NAME = ".lock"
+_BUSY = (BlockingIOError, PermissionError)
+"""What POSIX raises for a lock that another process holds."""
+
+
+def file_sha256(path: Path, progress: Callable[[int], None] | None = None) -> str:
+    """sha256 of a file in hex; `progress` is told the bytes of every block."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+            if progress:
+                progress(len(block))
+    return digest.hexdigest()
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Write to a temporary name, flush to the disk, rename: the file is whole or absent."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_file(path: Path, text: str) -> None:
+    """Writes a small text file so that it is whole or not there."""
+    write_durably(path, text.encode())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def lock(folder: Path, wait_s: float = 60.0) -> None:
+    """Keeps `folder` for this process until it ends, whatever ends it. One rank calls this.
+
+    Waits up to `wait_s` seconds: a run that was asked to stop may still be saving. Raises
+    UsageError that names the process which trains there. A file system without locks has none.
+    """
+    # Never closed: the system gives the lock back with the process, after kill -9 too.
+    file = os.open(folder / NAME, os.O_RDWR | os.O_CREAT, 0o644)
+    until, told = time.monotonic() + wait_s, False
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except _BUSY:
+            owner = os.pread(file, 200, 0).decode(errors="replace") or "another process"
+            if time.monotonic() > until:
+                raise UsageError(
+                    f"{folder} is being trained by {owner}; stop it first, or choose another output"
+                ) from None
+            if not told:
+                log.warning("%s: waiting for %s, which still trains there", folder, owner)
+                told = True
+            time.sleep(0.2)
+        except OSError:
+            return
+    os.ftruncate(file, 0)
+    os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)

@@ -1,0 +1,129 @@
+"""Causal attention, dense and locally banded, and the forms that compute it.
+
+Letters: B batch, T queries, S keys, H heads of this rank, E width of a head, W band width.
+
+A banded query i sees the W keys i - W + 1 .. i, itself included (Sparse Transformer's `local`).
+Dense: scaled_dot_product_attention. Banded: on CUDA flex_attention with a block mask, elsewhere
+scaled_dot_product_attention over blocks of W queries with 2 W keys each; both cost O(T W) time
+and memory. A CPU in bf16 has a faster form for both (`megagpt.model.kernels.attention_cpu`).
+`attend_slowly` is the mask written out, which the tests hold the others against.
+"""
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megagpt.model.kernels.attention_cpu import attend_tiled
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, band: int | None = None, dropout: float = 0.0
+) -> Tensor:
+    """Causal attention of queries q (B, H, T, E) over k, v (B, H, S, E), T <= S: (B, H, T, E).
+
+    The queries are the last T of the S positions, so that a KV cache may hold the earlier ones.
+    `band` is W, or None for dense. `dropout` acts on the attention weights; pass 0 to evaluate.
+    """
+    t, s = q.shape[2], k.shape[2]
+    if t == s > 1 and q.dtype == torch.bfloat16 and q.device.type == "cpu" and dropout == 0.0:
+        return attend_tiled(q, k, v, band)
+    if band is None or s <= band:  # the band holds every key: dense
+        return _dense(q, k, v, dropout)
+    if t < s:
+        return _decode(q, k, v, band, dropout)
+    if q.is_cuda and dropout == 0.0:  # flex_attention has no dropout
+        return _flex(q, k, v, band)
+    return _blocked(q, k, v, band, dropout)
+
+
+def attend_slowly(q: Tensor, k: Tensor, v: Tensor, band: int | None = None) -> Tensor:
+    """The reference: the same function as `attend`, in O(T S) with the mask written out."""
+    t, s = q.shape[2], k.shape[2]
+    scores = q @ k.transpose(2, 3) / q.shape[3] ** 0.5
+    scores = scores.masked_fill(~visible(t, s, band, q.device), float("-inf"))
+    return scores.softmax(-1) @ v
+
+
+def visible(t: int, s: int, band: int | None, device: torch.device) -> Tensor:
+    """Which of s keys each of the last t positions sees: (T, S) bool."""
+    query = torch.arange(s - t, s, device=device)[:, None]
+    key = torch.arange(s, device=device)[None, :]
+    seen = key <= query
+    return seen if band is None else seen & (query - key < band)
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+    t, s = q.shape[2], k.shape[2]
+    if t == s or t == 1:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=t == s > 1)
+    mask = visible(t, s, None, q.device)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+
+
+def _decode(q: Tensor, k: Tensor, v: Tensor, band: int, dropout: float) -> Tensor:
+    """A few queries after a cache: drop the keys that none of them sees, then mask."""
+    t = q.shape[2]
+    s = min(k.shape[2], t + band - 1)
+    k, v = k[:, :, -s:], v[:, :, -s:]
+    mask = visible(t, s, band, q.device)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+
+
+def _blocked(q: Tensor, k: Tensor, v: Tensor, band: int, dropout: float) -> Tensor:
+    """Blocks of W queries; block n sees the keys of blocks n - 1 and n, under one mask.
+
+    The first block has no block before it and is plain causal attention.
+    """
+    t = q.shape[2]
+    first = F.scaled_dot_product_attention(
+        q[:, :, :band], k[:, :, :band], v[:, :, :band], dropout_p=dropout, is_causal=True
+    )
+    # Keys are padded to whole blocks; only padded queries, dropped below, would see padding.
+    blocks = -(-t // band)
+    q, k, v = (F.pad(x, (0, 0, 0, blocks * band - t)) for x in (q, k, v))
+    mask = visible(band, 2 * band, band, q.device)
+    rest = F.scaled_dot_product_attention(
+        _fold(q[:, :, band:], band),
+        torch.cat([_fold(k[:, :, :-band], band), _fold(k[:, :, band:], band)], 2),
+        torch.cat([_fold(v[:, :, :-band], band), _fold(v[:, :, band:], band)], 2),
+        attn_mask=mask,
+        dropout_p=dropout,
+    )
+    b, h, _, e = q.shape
+    rest = rest.view(b, blocks - 1, h, band, e).transpose(1, 2).reshape(b, h, -1, e)
+    return torch.cat([first, rest[:, :, : t - band]], 2)
+
+
+def _fold(x: Tensor, band: int) -> Tensor:
+    """(B, H, n W, E) -> (B n, H, W, E): each block becomes a row of the batch."""
+    b, h, t, e = x.shape
+    return x.view(b, h, t // band, band, e).transpose(1, 2).reshape(-1, h, band, e)
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, band: int) -> Tensor:
+    """CUDA: one fused kernel that skips the blocks outside the band."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    mask = _block_mask(q.shape[2], band, str(q.device))
+    if q.is_cuda and not torch.compiler.is_compiling():
+        return _compiled_flex()(q, k, v, block_mask=mask)
+    return flex_attention(q, k, v, block_mask=mask)
+
+
+@cache
+def _compiled_flex():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+@cache
+def _block_mask(t: int, band: int, device: str):
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def seen(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (query - key < band)
+
+    return create_block_mask(seen, None, None, t, t, device=device)

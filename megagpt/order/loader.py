@@ -1,0 +1,259 @@
+"""From sample numbers to the micro-batches of a data-parallel rank (L1; torch only for tensors).
+
+    sample number -> (source, draw)   mixture.py
+    (source, draw) -> window          order.py
+    window -> tokens                  store.py
+
+Each arrow is a pure function of (sources and weights, n_ctx, seed), so the number of samples
+consumed is the whole state of the data: nothing else is saved, and nothing depends on ranks,
+micro-batches, threads or the point where a run resumed.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from megagpt.config import RunConfig
+from megagpt.corpus.manifest import Manifest
+from megagpt.errors import UsageError
+from megagpt.order.mixture import Mixture
+from megagpt.order.permutation import shuffle
+from megagpt.order.windows import TokenStore
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    MicroBatch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where a block of samples comes from; three arrays int64 (N,)."""
+
+    source: np.ndarray
+    """Index into TokenLoader.stores."""
+    draw: np.ndarray
+    """Earlier samples of the same source."""
+    window: np.ndarray
+    """Number of the window in its source."""
+
+
+class TokenLoader:
+    """The samples of a run, in their order.
+
+    sources: (folder, weight) pairs; weights of any scale. n_ctx: tokens of an input; a sample has
+    n_ctx + 1. shuffle: False reads the windows of each source in the order of its files. changes:
+    (first sample, weights) in ascending order, for a mixture that changes during the run.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[tuple[Path, float]],
+        n_ctx: int,
+        seed: int,
+        shuffle: bool = True,
+        changes: Sequence[tuple[int, Sequence[float]]] = (),
+    ) -> None:
+        """Raises UsageError for sources that do not go together, DamageError for damaged ones."""
+        if not sources:
+            raise UsageError("no data to read: list at least one folder with a manifest.json")
+        self.n_ctx, self.seed, self.shuffle = n_ctx, seed, shuffle
+        self.stores = [TokenStore(Path(path)) for path, _ in sources]
+        _check(self.stores)
+        self._n_windows = [store.n_windows(n_ctx) for store in self.stores]
+        keys = [store.fingerprint for store in self.stores]
+        weights = [weight for _, weight in sources]
+        self.mixture = Mixture(weights, keys, changes)
+        self._spans = [(0, weights), *changes]
+        # The first 8 bytes of each source's fingerprint, the name that digest() hashes.
+        self._marks = np.array([int(key[:16], 16) for key in keys], np.uint64)
+        self._ahead: tuple[tuple[int, ...], Future[list[MicroBatch]]] | None = None
+        self._thread: ThreadPoolExecutor | None = None
+
+    def fingerprint(self, samples: int) -> str:
+        """Hex digest of all that decides the order of the first `samples` samples, except how the
+        sources are listed. A change of the mixture counts from its first sample on."""
+        digest = hashlib.sha256(f"{self.n_ctx} {self.seed} {self.shuffle}".encode())
+        for first, weights in self._spans:
+            if first and first >= samples:
+                break
+            total = sum(weights)
+            pairs = zip(self.stores, weights, strict=True)
+            shares = sorted(f"{store.fingerprint} {weight / total:.12g}" for store, weight in pairs)
+            digest.update(f"\n{first} {' '.join(shares)}".encode())
+        return digest.hexdigest()
+
+    @property
+    def tokenizer_name(self) -> str:
+        """The tokenizer that all sources share, as megagpt.tokenizer.load_tokenizer takes it."""
+        return self.stores[0].manifest.tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens of that tokenizer's vocabulary."""
+        return self.stores[0].manifest.vocab_size
+
+    @property
+    def end_of_document(self) -> int:
+        """Id of the token that follows each document."""
+        return self.stores[0].manifest.end_of_document
+
+    @property
+    def n_windows(self) -> int:
+        """Windows of all sources together."""
+        return sum(self._n_windows)
+
+    def places(self, first: int, count: int) -> Places:
+        """Where samples first ... first + count - 1 come from; reads no tokens."""
+        source, draw = self.mixture.assign(first, count)
+        window = np.empty_like(draw)
+        for i, n in enumerate(self._n_windows):
+            here = np.flatnonzero(source == i)
+            if here.size:
+                window[here] = self._windows(i, n, draw[here])
+        return Places(source, draw, window)
+
+    def _windows(self, source: int, n: int, draws: np.ndarray) -> np.ndarray:
+        if not self.shuffle:
+            return draws % n
+        return shuffle(draws, n, self.seed, self.stores[source].fingerprint)
+
+    def samples(self, first: int, count: int) -> np.ndarray:
+        """Samples first ... first + count - 1: int64 (count, n_ctx + 1)."""
+        return self._read(self.places(first, count), np.arange(count)).astype(np.int64)
+
+    def _read(self, places: Places, members: np.ndarray) -> np.ndarray:
+        """The tokens of some samples of a block: (len(members), n_ctx + 1), uint16 or int32."""
+        source, window = places.source[members], places.window[members]
+        if len(self.stores) == 1:
+            return self.stores[0].windows(window, self.n_ctx)
+        # One vocabulary, and so one dtype.
+        tokens = np.empty((len(members), self.n_ctx + 1), self.stores[0].dtype)
+        for i, store in enumerate(self.stores):
+            here = np.flatnonzero(source == i)
+            if here.size:
+                tokens[here] = store.windows(window[here], self.n_ctx)
+        return tokens
+
+    def micro_batches(
+        self, first: int, count: int, rank: int, ranks: int, micro_batch: int
+    ) -> Iterator["MicroBatch"]:
+        """The micro-batches (x, y) of data-parallel rank `rank`; int64 (micro_batch, n_ctx) each.
+
+        Micro-batch i holds the samples first + (i * ranks + rank) * micro_batch + [0, micro_batch);
+        y is x shifted by one token. A step that prefetch() was given is taken from there.
+        """
+        wanted = (first, count, rank, ranks, micro_batch)
+        assert count % (ranks * micro_batch) == 0 and 0 <= rank < ranks, wanted
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0] == wanted:
+            return iter(ahead[1].result())
+        return self._cut(*wanted)
+
+    def prefetch(self, first: int, count: int, rank: int, ranks: int, micro_batch: int) -> None:
+        """Read a step ahead in a thread, into pinned memory where there is a CUDA device.
+
+        The next call of micro_batches() with the same arguments gets the result, or the error that
+        reading met; any other call forgets it. One step is held at a time.
+        """
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="megagpt-data")
+        wanted = (first, count, rank, ranks, micro_batch)
+        assert count % (ranks * micro_batch) == 0 and 0 <= rank < ranks, wanted
+        self._ahead = (wanted, self._thread.submit(lambda: list(self._cut(*wanted))))
+
+    def _cut(
+        self, first: int, count: int, rank: int, ranks: int, micro_batch: int
+    ) -> Iterator["MicroBatch"]:
+        import torch
+
+        pinned = torch.cuda.is_available()
+        places = self.places(first, count)
+        for start in range(rank * micro_batch, count, ranks * micro_batch):
+            tokens = self._read(places, np.arange(start, start + micro_batch))
+            # Embeddings take int64; numpy converts and copies in one pass.
+            x = torch.from_numpy(tokens[:, :-1].astype(np.int64))
+            y = torch.from_numpy(tokens[:, 1:].astype(np.int64))
+            yield (x.pin_memory(), y.pin_memory()) if pinned else (x, y)
+
+    def digest(self, first: int, count: int) -> str:
+        """16 hex digits that name the samples first ... first + count - 1 and their order.
+
+        It hashes (fingerprint of the source, window) of each sample, and n_ctx, instead of the
+        tokens: a fingerprint covers the checksums of all shards, so it stands for them, and every
+        rank computes the digest of the whole step without reading what the others read.
+        """
+        places = self.places(first, count)
+        names = np.stack([self._marks[places.source], places.window.astype(np.uint64)])
+        digest = hashlib.blake2b(f"{self.n_ctx}".encode(), digest_size=8)
+        digest.update(names.astype("<u8").tobytes())
+        return digest.hexdigest()
+
+    def consumed(self, samples: int) -> list[dict[str, object]]:
+        """What the first `samples` samples took from each source, in the order of the list.
+
+        path, name (of the folder), samples, tokens (targets: samples * n_ctx) and epochs (samples
+        / windows of the source).
+        """
+        return [
+            {
+                "path": str(store.folder),
+                "name": store.folder.name,
+                "samples": count,
+                "tokens": count * self.n_ctx,
+                "epochs": count / n,
+            }
+            for store, n, count in zip(
+                self.stores, self._n_windows, self.mixture.counts(samples), strict=True
+            )
+        ]
+
+    def close(self) -> None:
+        """Stop reading ahead and close the files."""
+        self._ahead = None
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)
+            self._thread = None
+        for store in self.stores:
+            store.close()
+
+
+def training_loader(config: RunConfig) -> TokenLoader:
+    """The samples that a run trains on. Raises what TokenLoader raises."""
+    data, n_ctx = config.data, config.model.n_ctx
+    sources = [(Path(source.path), source.weight) for source in data.train]
+    changes = [(change.at_tokens // n_ctx, change.weights) for change in data.changes]
+    return TokenLoader(sources, n_ctx, config.seed, changes=changes)
+
+
+def _check(stores: Sequence[TokenStore]) -> None:
+    """Raise UsageError unless the sources share a tokenizer and differ in what they hold."""
+    for i, store in enumerate(stores):
+        mine, first = store.manifest, stores[0].manifest
+        # An import may not know its tokenizer; its vocabulary must fit at least.
+        known = bool(mine.fingerprint and first.fingerprint)
+        if (known and mine.fingerprint != first.fingerprint) or (
+            (mine.vocab_size, mine.end_of_document) != (first.vocab_size, first.end_of_document)
+        ):
+            raise UsageError(
+                f"{store.folder} is tokenized with {_tokenizer(mine)}, but {stores[0].folder} with "
+                f"{_tokenizer(first)}; all sources of a run must share one tokenizer: prepare one "
+                "of them again"
+            )
+        for other in stores[:i]:
+            if other.fingerprint == store.fingerprint:
+                raise UsageError(
+                    f"{store.folder}: holds the same tokens as {other.folder}; list a corpus once, "
+                    "with the sum of the weights"
+                )
+
+
+def _tokenizer(manifest: Manifest) -> str:
+    """A corpus's tokenizer for a message."""
+    name = f"{manifest.tokenizer_name} ({manifest.vocab_size} tokens"
+    return f"{name}, fingerprint {manifest.fingerprint[:12] or 'unknown'})"

@@ -1,0 +1,153 @@
+"""The tokens of one corpus as windows of n_ctx + 1, read where they lie (L1, numpy).
+
+The shards of a folder are one long row of tokens: documents one after another, each followed by
+END-OF-DOCUMENT. Window i is the tokens [i * n_ctx, i * n_ctx + n_ctx + 1): its last token is the
+first of window i + 1, and so each token is a target in one window only. Windows run across the
+borders of documents and shards. The first token is no target; nor are the last ones, fewer than
+n_ctx of them, that do not fill a window.
+
+Opening reads the manifest and the sizes of the files, nothing else. Tokens are read with pread
+and not through a memory map: a map of a file that was cut short meanwhile kills the process by
+SIGBUS without a message, and holds a file descriptor for every shard.
+"""
+
+import hashlib
+import os
+import threading
+from bisect import bisect_right
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+
+from megagpt.corpus.manifest import read_manifest
+from megagpt.errors import DamageError, UsageError
+
+MAX_OPEN = 128
+"""Shards of one store that are open at a time; 1024 descriptors is a common limit of a process."""
+
+
+class TokenStore:
+    """One corpus: a folder with a manifest. May be read from several threads."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises what read_manifest raises, and DamageError for a shard of the wrong size."""
+        self.folder = Path(folder)
+        self.manifest = read_manifest(self.folder)
+        self.dtype = self.manifest.dtype
+        shards = self.manifest.shards
+        self.paths = [self.manifest.bin_path(shard) for shard in shards]
+        for path, shard in zip(self.paths, shards, strict=True):
+            _check_size(path, shard.bytes)
+        self.ends = np.cumsum([shard.tokens for shard in shards], dtype=np.int64)
+        """Tokens of the corpus up to the end of each shard."""
+        self._ends: list[int] = self.ends.tolist()
+        self.n_tokens = self._ends[-1] if shards else 0
+        self.fingerprint = self._fingerprint()
+        self._files: OrderedDict[int, int] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def _fingerprint(self) -> str:
+        """Hex digest of what the corpus holds, wherever it lies: the checksums of its shards."""
+        digest = hashlib.sha256(self.dtype.name.encode())
+        for shard in self.manifest.shards:
+            digest.update(f" {shard.tokens} {shard.sha256}".encode())
+        return digest.hexdigest()
+
+    def n_windows(self, n_ctx: int) -> int:
+        """Whole windows of n_ctx + 1 tokens. Raises UsageError when there is none."""
+        n = (self.n_tokens - 1) // n_ctx
+        if n < 1:
+            raise UsageError(
+                f"{self.folder}: {self.n_tokens} tokens do not fill one window of n_ctx + 1 = "
+                f"{n_ctx + 1} tokens; prepare a larger corpus or lower model.n_ctx"
+            )
+        return n
+
+    def window(self, i: int, n_ctx: int) -> np.ndarray:
+        """Window i: (n_ctx + 1,) of the corpus's dtype."""
+        return self.windows(np.array([i]), n_ctx)[0]
+
+    def windows(self, indices: np.ndarray, n_ctx: int) -> np.ndarray:
+        """Windows by number: (N, n_ctx + 1) of the corpus's dtype, uint16 or int32.
+
+        Raises DamageError for a shard that ends too early or holds a token outside the vocabulary.
+        """
+        rows = np.empty((len(indices), n_ctx + 1), self.dtype)
+        buffer = rows.reshape(-1).view(np.uint8).data
+        row_bytes = rows.itemsize * (n_ctx + 1)
+        with self._lock:
+            for row, index in enumerate(indices.tolist()):
+                self._read(index * n_ctx, buffer[row * row_bytes : (row + 1) * row_bytes])
+        # As unsigned numbers, negative ids of an int32 corpus are too large as well.
+        unsigned = rows.view(f"<u{rows.itemsize}")
+        if unsigned.size and int(unsigned.max()) >= self.manifest.vocab_size:
+            row, column = divmod(int(unsigned.argmax()), n_ctx + 1)
+            raise DamageError(
+                f"{self.folder}: token number {int(indices[row]) * n_ctx + column} is "
+                f"{int(rows[row, column])}, outside the vocabulary of {self.manifest.vocab_size}; "
+                f"run `megagpt data verify {self.folder}` to see what is damaged"
+            )
+        return rows
+
+    def _read(self, token: int, out: memoryview) -> None:
+        """Fill `out` (bytes) from token number `token` on, through as many shards as it takes."""
+        size = self.dtype.itemsize
+        assert 0 <= token and token + len(out) // size <= self.n_tokens, (token, len(out))
+        shard = bisect_right(self._ends, token)
+        done = 0
+        while done < len(out):
+            tokens = self.manifest.shards[shard].tokens
+            offset = token + done // size - (self._ends[shard] - tokens)
+            part = out[done : done + (tokens - offset) * size]
+            if part:
+                self._read_shard(shard, offset * size, part)
+            done += len(part)
+            shard += 1
+
+    def _read_shard(self, shard: int, offset: int, out: memoryview) -> None:
+        """Fill `out` with the bytes of one shard from `offset` on."""
+        file = self._files.get(shard)
+        if file is None:
+            file = self._open(shard)
+        done = 0
+        while done < len(out):
+            got = os.preadv(file, [out[done:]], offset + done)
+            if got == 0:
+                raise DamageError(
+                    f"{self.paths[shard]}: ends at byte {offset + done}, before its "
+                    f"{self.manifest.shards[shard].bytes} bytes; it was cut short after it was "
+                    "opened. Prepare or copy it again"
+                )
+            done += got
+
+    def _open(self, shard: int) -> int:
+        """Open a shard for reading; the one opened first is closed when there are too many."""
+        if len(self._files) >= MAX_OPEN:
+            os.close(self._files.popitem(last=False)[1])
+        file = self._files[shard] = os.open(self.paths[shard], os.O_RDONLY)
+        return file
+
+    def close(self) -> None:
+        """Close the shards; reading opens them again."""
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def __del__(self) -> None:
+        if hasattr(self, "_files"):
+            self.close()
+
+
+def _check_size(path: Path, expected: int) -> None:
+    """Raise DamageError unless the file has the size that its manifest says."""
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        raise DamageError(
+            f"{path}: missing, though the manifest beside it lists it; prepare or copy it again"
+        ) from None
+    if size != expected:
+        raise DamageError(
+            f"{path}: has {size} bytes, the manifest beside it says {expected}; prepare or copy it "
+            "again"
+        )

@@ -1,0 +1,236 @@
+"""What a run's folder tells, as arrays and totals (numpy only)."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megagpt.config import RunConfig, load_run
+from megagpt.config.flops import parameters_by_kind
+from megagpt.errors import UsageError
+from megagpt.log.metrics import read_metrics
+
+Floats = NDArray[np.float64]
+PF_DAY = 1e15 * 86_400
+"""FLOPs of a petaflop/s-day."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spike:
+    """A step whose loss or gradient norm leapt."""
+
+    step: int
+    tokens: int
+    """Consumed after the step."""
+    reason: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """The record of one run folder."""
+
+    folder: Path
+    name: str
+    steps: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+    events: list[dict[str, Any]]
+    config: RunConfig | None
+    """None where the folder has no readable config.toml."""
+    facts: dict[str, Any]
+    """run.json, or nothing."""
+
+    def column(self, key: str) -> Floats:
+        """A figure of every step, NaN where a step has none."""
+        return _column(self.steps, key)
+
+    @property
+    def tokens(self) -> Floats:
+        """Tokens consumed after each step."""
+        return self.column("tokens")
+
+    @property
+    def step_s(self) -> Floats:
+        """Seconds of each step; NaN where the record does not tell."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            computed = self.column("batch_tokens") / self.column("tokens_per_s")
+        measured = self.column("step_s")
+        return np.where(np.isfinite(measured), measured, computed)
+
+    @property
+    def validation(self) -> tuple[Floats, Floats]:
+        """(tokens, validation loss) of each evaluation."""
+        return _column(self.evaluations, "tokens"), _column(self.evaluations, "validation_loss")
+
+    @property
+    def validation_sets(self) -> dict[str, tuple[Floats, Floats]]:
+        """(tokens, loss) of each validation set by name, where a run has several."""
+        found: dict[str, tuple[list[float], list[float]]] = {}
+        for line in self.evaluations:
+            for name, loss in line.get("validation_losses", {}).items():
+                tokens, losses = found.setdefault(name, ([], []))
+                tokens.append(line["tokens"])
+                losses.append(loss)
+        if len(found) < 2:
+            return {}
+        return {name: (np.array(t, float), np.array(y, float)) for name, (t, y) in found.items()}
+
+    @property
+    def restarts(self) -> list[dict[str, Any]]:
+        """The "resume" events, each with its cause: "restart" of the command, or "rollback" of the
+        run by itself."""
+        found = []
+        for event in self.events:
+            if event["event"] == "resume":
+                found.append(event | {"cause": "restart"})
+            elif event["event"] == "rollback" and found:
+                # The run resumed itself right before.
+                found[-1]["cause"] = "rollback"
+        return found
+
+    @property
+    def spikes(self) -> list[Spike]:
+        """The steps that the run recorded as spikes, and the first of any in a row whose loss is no
+        number, in order."""
+        found = {
+            event["step"]: Spike(event["step"], event["tokens"], event.get("reason", ""))
+            for event in self.events
+            if event["event"] == "spike"
+        }
+        sound = True
+        for step in self.steps:
+            before, sound = sound, math.isfinite(step["loss"])
+            if before and not sound:
+                reason = f"loss {step['loss']:g}"
+                found[step["step"]] = Spike(step["step"], step["tokens"], reason)
+        return [found[step] for step in sorted(found)]
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds from the first line to the last, pauses included."""
+        times = [line["time"] for line in self._all if "time" in line]
+        return max(times) - min(times) if times else 0.0
+
+    @property
+    def _all(self) -> list[dict[str, Any]]:
+        return [*self.steps, *self.evaluations, *self.events]
+
+    @property
+    def goodput(self) -> float:
+        """Time of the steps that count over wall time, 0 to 1; NaN where neither is known."""
+        useful = float(np.nansum(self.step_s))
+        return min(1.0, useful / self.wall_s) if self.wall_s and useful else math.nan
+
+    @property
+    def parameters(self) -> tuple[int, int] | None:
+        """(all parameters, those outside the embeddings), None without a configuration."""
+        if self.config is None:
+            return None
+        kinds = parameters_by_kind(self.config.model)
+        embeddings = kinds["wte"] + kinds["wpe"] + kinds["head"]
+        return sum(kinds.values()), sum(kinds.values()) - embeddings
+
+    @property
+    def pf_days(self) -> Floats | None:
+        """Compute up to each step, 6 N per token with N outside the embeddings (Kaplan et al.
+        2020, section 2.1), in petaflop/s-days."""
+        if self.parameters is None:
+            return None
+        return 6.0 * self.parameters[1] * self.tokens / PF_DAY
+
+
+def _column(lines: Sequence[dict[str, Any]], key: str) -> Floats:
+    values = (line.get(key) for line in lines)
+    return np.array([math.nan if value is None else value for value in values], dtype=float)
+
+
+def read_run(folder: Path, name: str = "") -> Run:
+    """The record in `folder`.
+
+    Raises UsageError when nothing was recorded there yet, DamageError for a damaged record.
+    """
+    return read_facts(folder, read_metrics(folder), name)
+
+
+def read_facts(folder: Path, lines: Sequence[dict[str, Any]], name: str = "") -> Run:
+    """The run of `folder` whose metrics.jsonl holds `lines`; raises UsageError without a step."""
+    steps = [line for line in lines if "loss" in line and "event" not in line]
+    if not steps:
+        raise UsageError(
+            f"{folder}: no training step is recorded yet; wait for the first step of the run"
+        )
+    return Run(
+        folder=folder,
+        name=name or folder.resolve().name,
+        steps=steps,
+        evaluations=[line for line in lines if "validation_loss" in line and "event" not in line],
+        events=[line for line in lines if "event" in line],
+        config=_config(folder),
+        facts=_facts(folder),
+    )
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """Several runs, each with a name of its own: as much of the path as tells them apart."""
+    paths = [folder.resolve() for folder in folders]
+    if len(set(paths)) < len(paths):
+        raise UsageError("a run folder is named twice; name each once")
+    depth = 1
+    while len({path.parts[-depth:] for path in paths}) < len(paths):
+        depth += 1
+    names = ["/".join(path.parts[-depth:]) for path in paths]
+    return [read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
+
+
+def _config(folder: Path) -> RunConfig | None:
+    path = folder / "config.toml"
+    try:
+        return load_run(path) if path.is_file() else None
+    except UsageError:
+        # A run of another version: its curves can be drawn all the same.
+        return None
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    try:
+        facts = json.loads((folder / "run.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def smooth(values: Floats, span_steps: int) -> Floats:
+    """Mean of the values around each, with weights that fall to 1/e within `span_steps` on both
+    sides, so that the curve does not lag behind; values that are not finite are left out. A run
+    begins with its steepest fall and nothing before it: there the mean starts from the values.
+    """
+    keep = 1.0 - 1.0 / max(1, span_steps)
+    known = np.isfinite(values).astype(float)
+    filled = np.where(known > 0, values, 0.0)
+    # What lies before each value and itself, then what lies after and itself: itself twice.
+    sums = _fading(filled, keep) + _fading(filled[::-1], keep)[::-1] - filled
+    weights = _fading(known, keep) + _fading(known[::-1], keep)[::-1] - known
+    mean = np.divide(sums, weights, out=np.full(len(values), math.nan), where=weights > 1e-12)
+    return mean + keep ** np.arange(len(values)) * np.where(known > 0, filled - mean, 0.0)
+
+
+def _fading(values: Floats, keep: float) -> Floats:
+    """Sum up to each row, every earlier value weighing `keep` less for each row in between."""
+    found, total = np.empty(len(values)), 0.0
+    for row, value in enumerate(values.tolist()):
+        total = keep * total + value
+        found[row] = total
+    return found
+
+
+def thin(x: Floats, *columns: Floats, points: int = 2000) -> tuple[Floats, ...]:
+    """At most about `points` rows: every k-th row and the last."""
+    every = -(-len(x) // points) or 1
+    rows = np.arange(0, len(x), every)
+    if len(x):
+        rows = np.unique(np.append(rows, len(x) - 1))
+    return tuple(np.asarray(column)[rows] for column in (x, *columns))

@@ -1,0 +1,98 @@
+"""The evaluation within a run: loss on every validation set, and texts, under any layout (L3)."""
+
+import math
+from collections.abc import Sequence
+
+from megagpt.config import RunConfig
+from megagpt.engine import Engine
+from megagpt.order.loader import TokenLoader
+from megagpt.plan.layout import Layout
+from megagpt.run.inputs import evaluation_samples
+
+
+class Evaluation:
+    """The run's validation sets, and its tokenizer's name for the texts. All ranks make one and
+    call its methods together."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        layout: Layout,
+        engine: Engine,
+        loaders: Sequence[TokenLoader],
+        tokenizer: str,
+    ) -> None:
+        self.config, self.layout, self.engine, self.loaders = config, layout, engine, loaders
+        self.tokenizer = tokenizer
+
+    def losses(self) -> dict[str, object]:
+        """What is to be recorded of the weights as they are; nothing without validation data.
+
+        bits per byte: loss / ln 2 x tokens / bytes, those of the whole set, where it tells them.
+        """
+        sources = self.config.data.validation
+        if not sources:
+            return {}
+        losses = [self._loss(loader) for loader in self.loaders]
+        found: dict[str, object] = {
+            "validation_loss": self._mean(losses),
+            "validation_losses": {s.path: x for s, x in zip(sources, losses, strict=True)},
+        }
+        density = [bytes_per_token(loader) for loader in self.loaders]
+        if all(density):
+            bits = [x / math.log(2) / b for x, b in zip(losses, density, strict=True)]
+            found["validation_bits_per_byte"] = self._mean(bits)
+        return found
+
+    def _mean(self, values: Sequence[float]) -> float:
+        """Mean over the validation sets by their weights."""
+        weights = [source.weight for source in self.config.data.validation]
+        return sum(w * x for w, x in zip(weights, values, strict=True)) / sum(weights)
+
+    def _loss(self, loader: TokenLoader) -> float:
+        """Mean loss of one set, nats per token."""
+        count = evaluation_samples(self.config, loader.n_windows)
+        rank = self.layout.data_rank(self.engine.ranks.rank)
+        micro_batch = self.config.parallel.micro_batch
+        batches = loader.micro_batches(0, count, rank, self.layout.data, micro_batch)
+        return self.engine.evaluate(list(batches))
+
+    def texts(self) -> list[str]:
+        """Texts by the weights as they are, prompt included, on rank 0; the same draws each time.
+
+        Rank 0 writes them with a model of its own, in fp32 on its device, for the live one may be
+        spread over all ranks; they wait meanwhile.
+        """
+        wanted, first = self.config.evaluate, self.engine.ranks.rank == 0
+        if not wanted.samples:
+            return []
+        import torch
+
+        from megagpt.checkpoint.slice_file import fit_rows
+        from megagpt.engine.whole import whole_weights
+        from megagpt.model import GPT
+        from megagpt.tokenizer import load_tokenizer
+        from megagpt.use.generate import Options, generate
+
+        with torch.device(self.engine.device):
+            model = GPT(self.config.model) if first else None
+        parameters = dict(model.named_parameters()) if model is not None else {}
+        for name, whole in whole_weights(self.engine):
+            if whole is not None:
+                parameters[name].data.copy_(fit_rows(whole, parameters[name].shape, name))
+        if model is None:
+            return []
+        encoding = load_tokenizer(self.tokenizer)
+        found = []
+        for seed in range(wanted.samples):
+            options = Options(max_tokens=wanted.sample_tokens, seed=seed)
+            pieces = generate(model, encoding, wanted.prompt, options)
+            found.append(wanted.prompt + "".join(pieces))
+        return found
+
+
+def bytes_per_token(loader: TokenLoader) -> float:
+    """Bytes of text per token of all its corpora; 0 where a manifest does not tell."""
+    sizes = [store.manifest.totals.get("text_bytes", 0) for store in loader.stores]
+    tokens = sum(store.manifest.tokens for store in loader.stores)
+    return sum(sizes) / tokens if all(sizes) and tokens else 0.0

@@ -1,0 +1,89 @@
+"""What the run folder says of a run beside its metrics, and what a finished run reached (L3)."""
+
+import json
+import statistics
+import sys
+from pathlib import Path
+
+from megagpt import __version__
+from megagpt.config import RunConfig, dump_run
+from megagpt.errors import UsageError
+from megagpt.files import lock
+from megagpt.log import RunLog, read_metrics
+from megagpt.log.wandb import check_wandb
+from megagpt.plan.layout import Layout
+from megagpt.run.state import Progress
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes the run."""
+    from importlib.metadata import version
+
+    names = ("torch", "deepspeed", "numpy", "tiktoken")
+    return {"megagpt": __version__, "python": sys.version.split()[0]} | {
+        name: version(name) for name in names
+    }
+
+
+def make_run_folder(config: RunConfig) -> None:
+    """The run folder, kept for this process. Raises UsageError where it cannot be, or where the
+    run file wants a writer that is not installed."""
+    check_wandb(config.log.wandb)
+    try:
+        Path(config.output).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"output = {config.output!r}: cannot make the run folder ({error.strerror}); give "
+            "another place"
+        ) from None
+    lock(Path(config.output))
+
+
+def write_run_files(config: RunConfig, layout: Layout, ds_config: dict[str, object]) -> None:
+    """The resolved configuration in the run folder: config.toml, ds_config.json, run.json."""
+    folder = Path(config.output)
+    facts = {
+        "command": sys.argv,
+        "layout": str(layout),
+        "steps": config.schedule.n_steps,
+        "versions": versions(),
+    }
+    (folder / "config.toml").write_text(dump_run(config), encoding="utf-8")
+    (folder / "ds_config.json").write_text(json.dumps(ds_config, indent=2) + "\n")
+    (folder / "run.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def open_log(config: RunConfig, progress: Progress, writer: bool) -> RunLog:
+    """The run's log, cut back to where the run goes on; `writer` on one rank alone."""
+    return RunLog(
+        Path(config.output),
+        total_tokens=config.schedule.end_tokens,
+        resume_tokens=progress.tokens,
+        resume_step=progress.step,
+        tensorboard=config.log.tensorboard,
+        wandb=config.log.wandb,
+        every_steps=config.log.every_steps,
+        batch=config.schedule.batch,
+        writer=writer,
+    )
+
+
+def summary(config: RunConfig) -> str:
+    """What a finished run reached and where everything is, from its own record."""
+    records = read_metrics(Path(config.output))
+    steps = [r for r in records if "loss" in r]
+    losses = [r["validation_loss"] for r in records if "validation_loss" in r]
+    if not steps:
+        return f"run complete; {config.output} has no record of its steps any more"
+    # The first step of each session pays for its start.
+    speed = statistics.median(r["tokens_per_s"] for r in steps)
+    lines = [
+        f"run complete: {steps[-1]['tokens']:,} tokens in {steps[-1]['step']} steps, "
+        f"{speed:,.0f} tokens/s (median step)"
+    ]
+    if losses:
+        lines.append(f"validation loss: {losses[0]:.4f} before, {losses[-1]:.4f} after")
+    lines.append(f"checkpoints: {config.output}/checkpoints")
+    if config.log.tensorboard:
+        lines.append(f"curves: tensorboard --logdir {config.output}/tensorboard")
+    return "\n".join(lines)

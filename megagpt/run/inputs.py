@@ -1,0 +1,94 @@
+"""What a run reads is whole: every shard is compared with its checksum before training (L3).
+
+The ranks share the shards out. What was found whole is remembered in RUN/verified.json by path,
+size, time of change and checksum, so that the next start reads only what is new.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from megagpt.config import RunConfig
+from megagpt.corpus.manifest import Manifest, Shard
+from megagpt.corpus.verify import verify_files
+from megagpt.engine import Engine
+from megagpt.errors import DamageError, UsageError
+from megagpt.files import write_file
+from megagpt.order.loader import TokenLoader
+
+MEMORY = "verified.json"
+
+
+def check_data(
+    loaders: Sequence[TokenLoader], run: Path, engine: Engine, alive: Callable[[], None]
+) -> None:
+    """Raises DamageError, on every rank, that names each damaged shard. All ranks call it.
+
+    `alive` is called as the reading goes on, which may take hours.
+    """
+    shards = [
+        (s.manifest, shard) for load in loaders for s in load.stores for shard in s.manifest.shards
+    ]
+    # One rank's memory serves all, so that all share out the same work.
+    known = set(engine.gather(_recall(run))[0])
+    unknown = [(m, s) for m, s in shards if _state(m, s) not in known]
+    share = unknown[engine.ranks.rank :: engine.ranks.world]
+    problems = [
+        p for manifest, s in share for p in verify_files(manifest, [s.name], lambda _: alive())
+    ]
+    found = [problem for problems in engine.gather(problems) for problem in problems]
+    if found:
+        raise DamageError(
+            "damaged shards:\n" + "\n".join(f"  - {p}" for p in found) + "\n"
+            "prepare the corpus again, or restore the files from a copy"
+        )
+    if engine.ranks.rank == 0 and unknown:
+        write_file(run / MEMORY, json.dumps(sorted(_state(m, s) for m, s in shards)) + "\n")
+
+
+def check_vocabulary(config: RunConfig, loaders: Sequence[TokenLoader]) -> None:
+    """Raises UsageError when the data's tokens do not fit the model's vocabulary, or were made by
+    another tokenizer than those of the first loader."""
+    first = loaders[0].stores[0].manifest
+    for loader in loaders:
+        store = loader.stores[0]
+        if loader.vocab_size != config.model.vocab_size:
+            raise UsageError(
+                f"{store.folder}: its tokenizer {loader.tokenizer_name!r} has "
+                f"{loader.vocab_size} tokens, but model.vocab_size = {config.model.vocab_size}; "
+                f"set model.vocab_size = {loader.vocab_size}, or prepare the corpus with the "
+                "model's tokenizer"
+            )
+        # An import may not know its tokenizer.
+        if len({store.manifest.fingerprint, first.fingerprint} - {""}) > 1:
+            raise UsageError(
+                f"{store.folder}: its tokenizer {loader.tokenizer_name!r} is not that of "
+                f"{first.folder}, {loaders[0].tokenizer_name!r}, though as large; prepare the "
+                "corpus with the tokenizer of the training data"
+            )
+
+
+def evaluation_samples(config: RunConfig, n_windows: int) -> int:
+    """Sequences of an evaluation: whole increments of the batch, so that any layout carries it."""
+    increment = config.schedule.increment_tokens // config.model.n_ctx
+    return min(config.evaluate.batches, max(1, n_windows // increment)) * increment
+
+
+def _recall(run: Path) -> list[str]:
+    """What was found whole before; a memory that cannot be read only costs time."""
+    try:
+        found = json.loads((run / MEMORY).read_text())
+    except (OSError, ValueError):
+        return []
+    return [one for one in found if isinstance(one, str)] if isinstance(found, list) else []
+
+
+def _state(manifest: Manifest, shard: Shard) -> str:
+    """Changes whenever the files or what is expected of them change."""
+    path = manifest.bin_path(shard)
+    try:
+        files = [p.stat() for p in (path, manifest.index_path(shard))]
+    except OSError:
+        return ""
+    times = [f"{f.st_size} {f.st_mtime_ns}" for f in files]
+    return " ".join([str(path.resolve()), *times, shard.sha256, shard.index_sha256])

@@ -1,0 +1,166 @@
+"""tokenizer.json (Hugging Face's format) with a byte-level BPE, read into tiktoken and written.
+
+tiktoken merges by rank, Hugging Face by the order of a merge list. The two agree when ids follow
+merge order, which `read_tokenizer_file` checks; a file that breaks the rule is refused, because
+its ids would come out wrong without a word.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megagpt.errors import DamageError, UsageError
+from megagpt.tokenizer.gpt2 import GPT2_PATTERN, byte_letters, gpt2_merges, word_bytes
+
+if TYPE_CHECKING:
+    import tiktoken
+
+
+def read_tokenizer_file(path: Path) -> tiktoken.Encoding:
+    """The encoding in a tokenizer.json. Raises DamageError when it is not JSON of that form,
+    UsageError when tiktoken cannot reproduce it."""
+    import tiktoken
+
+    from megagpt.tokenizer import end_of_document
+
+    content = path.read_bytes()
+    try:
+        data = json.loads(content)
+        model = data["model"]
+        vocab = {str(word): int(rank) for word, rank in model["vocab"].items()}
+        merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+        special = {str(token["content"]): int(token["id"]) for token in data["added_tokens"]}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamageError(
+            f"{path}: not a tokenizer.json with a BPE model ({type(error).__name__}: {error}); "
+            "make one with data_prep/train_tokenizer.py"
+        ) from None
+    problem = _unsupported(data) or _merge_problem(vocab, merges, special)
+    if problem:
+        raise UsageError(
+            f"{path}: {problem}, so tiktoken would give other ids; use a plain byte-level BPE, "
+            "for example from data_prep/train_tokenizer.py"
+        )
+    ranks = {word_bytes(word): rank for word, rank in vocab.items() if word not in special}
+    name = f"{path.name}-{hashlib.sha256(content).hexdigest()[:12]}"
+    encoding = tiktoken.Encoding(
+        name, pat_str=_pattern(data), mergeable_ranks=ranks, special_tokens=special
+    )
+    end_of_document(encoding)
+    return encoding
+
+
+def _unsupported(data: dict[str, Any]) -> str | None:
+    """What in the file changes ids in a way that tiktoken has no word for."""
+    model = data["model"]
+    if model.get("type", "BPE") != "BPE":
+        return f"its model is {model['type']}, not BPE"
+    if data.get("normalizer"):
+        return "it has a normalizer"
+    for key in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(key):
+            return f"its model sets {key}"
+    if model.get("ignore_merges"):
+        return "its model sets ignore_merges"
+    return None if _pattern(data) else "its pre_tokenizer is not ByteLevel or Split and ByteLevel"
+
+
+def _pattern(data: dict[str, Any]) -> str:
+    """The regular expression of the pre-tokenizer, or nothing when tiktoken has no equal."""
+    pre = data.get("pre_tokenizer") or {}
+    steps = pre.get("pretokenizers", []) if pre.get("type") == "Sequence" else [pre]
+    last = steps[-1] if steps else {}
+    if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
+        return ""
+    if len(steps) == 1:
+        return GPT2_PATTERN if last.get("use_regex", True) else ""
+    first = steps[0]
+    isolated = first.get("behavior") == "Isolated" and not first.get("invert")
+    if len(steps) > 2 or first.get("type") != "Split" or not isolated or last.get("use_regex"):
+        return ""
+    return str(first.get("pattern", {}).get("Regex", ""))
+
+
+def _merge_problem(
+    vocab: dict[str, int], merges: list[tuple[str, ...]], special: dict[str, int]
+) -> str | None:
+    """Why ids do not follow merge order, or None when they do."""
+    words = {word: rank for word, rank in vocab.items() if word not in special}
+    try:
+        known = {word_bytes(word) for word in words}
+    except KeyError as error:
+        return f"its vocabulary has the character {error} outside the byte alphabet"
+    if any(bytes([byte]) not in known for byte in range(256)):
+        return "its vocabulary lacks some of the 256 bytes"
+    ranks = [words.get("".join(merge), -1) for merge in merges]
+    if -1 in ranks:
+        return f"merge {ranks.index(-1) + 1} makes a word that is not in the vocabulary"
+    if any(later <= earlier for earlier, later in zip(ranks, ranks[1:], strict=False)):
+        return "its ids do not follow the order of its merges"
+    made = set(ranks) | {words[letter] for letter in byte_letters().values()}
+    if len(made) != len(words):
+        return f"{len(words) - len(made)} words of its vocabulary come from no merge"
+    return None
+
+
+def write_tokenizer_file(path: Path, merges: list[tuple[str, str]], special: str) -> None:
+    """A tokenizer.json with the 256 bytes, `merges` in order and the one special token."""
+    data = tokenizer_json(merges)
+    token = len(data["model"]["vocab"])
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    data["added_tokens"] = [{"id": token, "content": special, **flags, "special": True}]
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(data, ensure_ascii=False, indent=1), encoding="utf-8")
+    temporary.replace(path)
+
+
+def tokenizer_json(merges: list[tuple[str, str]]) -> dict[str, Any]:
+    """The object of a tokenizer.json: GPT-2's byte-level BPE with these merges, nothing special.
+
+    Merges are words of the visible alphabet; ids are the bytes in GPT-2's order, then the merges.
+    """
+    vocab = {letter: rank for rank, letter in enumerate(byte_letters().values())}
+    for left, right in merges:
+        vocab[left + right] = len(vocab)
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": {**byte_level, "use_regex": True},
+        "post_processor": None,
+        "decoder": {**byte_level, "use_regex": True},
+        "model": {"type": "BPE", "vocab": vocab, "merges": [f"{a} {b}" for a, b in merges]},
+    }
+
+
+def encoding_merges(encoding: tiktoken.Encoding) -> list[tuple[str, str]] | None:
+    """The merges behind an encoding with GPT-2's pattern and id order, or None for any other.
+
+    tiktoken keeps ranks only; the pair that makes a word is what is left of its bytes after all
+    merges of a lower rank.
+    """
+    if encoding.name == "gpt2":
+        return gpt2_merges()
+    ranks = encoding._mergeable_ranks
+    words = sorted(ranks, key=lambda word: ranks[word])
+    letters = byte_letters()
+    if encoding._pat_str != GPT2_PATTERN or [*ranks.values()] != [*range(len(ranks))]:
+        return None
+    if words[:256] != [bytes([byte]) for byte in letters]:
+        return None
+    merges = []
+    for word in words[256:]:
+        parts = [bytes([byte]) for byte in word]
+        while len(parts) > 2:
+            pairs = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:], strict=False)]
+            place = pairs.index(min(pairs))
+            parts[place : place + 2] = [parts[place] + parts[place + 1]]
+        left, right = ("".join(letters[byte] for byte in part) for part in parts)
+        merges.append((left, right))
+    return merges

@@ -1,0 +1,183 @@
+"""`megagpt generate RUN_DIR`: text from a trained model, streamed to the terminal (L3)."""
+
+import argparse
+import codecs
+import logging
+import secrets
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megagpt.errors import UsageError
+
+if TYPE_CHECKING:
+    import tiktoken
+
+    from megagpt.model import GPT
+
+log = logging.getLogger("megagpt.use.generate")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """How a text is made."""
+
+    max_tokens: int = 200
+    """Length of the text at most, without the prompt."""
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 1.0
+    """See megagpt.use.sampling.Sampling."""
+    seed: int = 0
+    """The same seed gives the same text."""
+    stop: bool = True
+    """End at END-OF-DOCUMENT; False: go on with the next document."""
+    start: bool = True
+    """The prompt is the beginning of a document: END-OF-DOCUMENT, which stands between documents
+    in training, is put before it. False: it continues one."""
+
+
+def generate(
+    model: "GPT", encoding: "tiktoken.Encoding", prompt: str, options: Options | None = None
+) -> Iterator[str]:
+    """The text that follows `prompt` (not included), one piece a token, as soon as it is known.
+
+    A piece is empty while a character is not whole.
+
+    Raises UsageError for options that make no sense, and for an empty prompt with start=False.
+    """
+    import torch
+
+    from megagpt.tokenizer import END_OF_DOCUMENT, end_of_document
+    from megagpt.use.sampling import Sampling, tokens
+
+    options = options or Options()
+    if options.max_tokens < 0:
+        raise UsageError(f"max_tokens = {options.max_tokens}: must be 0 or more")
+    end = end_of_document(encoding)
+    ids = [end] * options.start + encoding.encode_ordinary(prompt)
+    sampling = Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
+    n_vocab = min(encoding.n_vocab, model.config.vocab_size)
+    generator = torch.Generator().manual_seed(options.seed)
+    model.eval()
+    # A character may be spread over several tokens: its bytes wait until it is whole.
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    stream = tokens(model, torch.tensor(ids), sampling, generator, n_vocab)
+    for token in islice(stream, options.max_tokens):
+        if token == end:
+            if options.stop:
+                break
+            piece = decoder.decode(b"", final=True) + END_OF_DOCUMENT
+        else:
+            piece = decoder.decode(encoding.decode_single_token_bytes(token))
+        yield piece
+    if rest := decoder.decode(b"", final=True):
+        yield rest
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Adds the command to the command line."""
+    parser = subparsers.add_parser(
+        "generate",
+        help="text from a trained model",
+        description="Continues a prompt with the model of the run folder's newest checkpoint. The "
+        "text goes to stdout as it is made, everything else to stderr.",
+    )
+    parser.add_argument("folder", metavar="RUN_DIR", type=Path, help="run folder")
+    given = parser.add_mutually_exclusive_group()
+    given.add_argument(
+        "--prompt", metavar="TEXT", default="", help="beginning of the text (default: none)"
+    )
+    given.add_argument(
+        "--prompt-file", metavar="FILE", help="file that holds the prompt; - reads stdin"
+    )
+    number = parser.add_argument
+    number("--max-tokens", metavar="N", type=int, default=200, help="tokens at most (default: 200)")
+    number(
+        "--temperature",
+        metavar="T",
+        type=float,
+        default=0.8,
+        help="below 1 the likely tokens get likelier; 0: always the likeliest (default: 0.8)",
+    )
+    number("--top-k", metavar="K", type=int, default=0, help="draw among the K likeliest tokens")
+    number(
+        "--top-p",
+        metavar="P",
+        type=float,
+        default=1.0,
+        help="draw among the fewest likeliest tokens that reach probability P, 0 < P <= 1",
+    )
+    number("--seed", metavar="N", type=int, help="number that decides the draws (default: random)")
+    number("--samples", metavar="N", type=int, default=1, help="texts to make (default: 1)")
+    parser.add_argument(
+        "--no-stop", action="store_true", help="go on with another document at END-OF-DOCUMENT"
+    )
+    parser.add_argument(
+        "--continue",
+        dest="mid_document",
+        action="store_true",
+        help="the prompt is from the middle of a document, not its beginning",
+    )
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: cuda if any)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the texts."""
+    if args.samples < 1:
+        raise UsageError(f"--samples {args.samples}: must be 1 or more")
+    prompt = _prompt(args)
+
+    import torch
+
+    from megagpt.checkpoint import load_model
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model, encoding, _ = load_model(args.folder, device=device)
+    seed = secrets.randbelow(2**31) if args.seed is None else args.seed
+    for number in range(args.samples):
+        if args.samples > 1:
+            print(f"--- {number + 1} of {args.samples} ---")
+        options = Options(
+            max_tokens=args.max_tokens,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            seed=seed + number,
+            stop=not args.no_stop,
+            start=not args.mid_document,
+        )
+        _stream(prompt, generate(model, encoding, prompt, options))
+    log.info("seed %d", seed)
+    return 0
+
+
+def _prompt(args: argparse.Namespace) -> str:
+    if args.prompt_file is None:
+        return args.prompt
+    try:
+        if args.prompt_file == "-":
+            return sys.stdin.read()
+        return Path(args.prompt_file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"--prompt-file {args.prompt_file}: {error}; give a readable UTF-8 text file"
+        ) from error
+
+
+def _stream(prompt: str, pieces: Iterator[str]) -> None:
+    """Prompt and text to stdout as they come, speed to the log."""
+    t0 = time.perf_counter()
+    print(prompt, end="", flush=True)
+    n_tokens = 0
+    for piece in pieces:
+        print(piece, end="", flush=True)
+        n_tokens += 1
+    print(flush=True)
+    elapsed_s = time.perf_counter() - t0
+    log.info("%d tokens in %.2f s: %.1f tokens/s", n_tokens, elapsed_s, n_tokens / elapsed_s)

@@ -1,0 +1,349 @@
+"""The doctor on one host: what is well, and every failure with its remedy."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megagpt.check.doctor import host, network
+from megagpt.check.doctor.check import (
+    FAIL,
+    OK,
+    WARN,
+    Check,
+    Report,
+    as_text,
+    as_tree,
+    from_tree,
+    merged,
+)
+from megagpt.check.doctor.compare import Clock, check_clocks, check_same, offset
+from megagpt.check.doctor.host import Gpu
+from megagpt.check.doctor.network import Network
+from megagpt.check.doctor.shared import nonce
+from tests.lib.corpus import run_file
+from tests.lib.distributed import ROOT, environment, undisturbed
+
+H100 = Gpu(name="NVIDIA H100 80GB HBM3", memory_mib=81559, errors=0)
+
+
+def doctor(*arguments, folder=ROOT, **more):
+    return subprocess.run(
+        [sys.executable, "-m", "megagpt", "doctor", *map(str, arguments)],
+        cwd=folder,
+        env=environment() | more,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def rows(text):
+    """Name -> (status, what follows) of the last row of that name."""
+    found = {}
+    for line in text.splitlines():
+        words = line.split(None, 1)
+        if words and words[0] in (OK, WARN, FAIL):
+            status, rest = words
+            name = rest.split("  ")[0]
+            found[name] = (status, rest[len(name) :].strip())
+    return found
+
+
+# --- whole examinations -------------------------------------------------------------------------
+
+
+def test_the_machine_alone_without_torch():
+    script = (
+        "import sys; from megagpt.cli import main; code = main(['doctor']); "
+        "print([n for n in ('torch', 'deepspeed') if n in sys.modules], file=sys.stderr); "
+        "sys.exit(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {"versions", "GPUs", "cores", "interface", "open files"} <= rows(done.stdout).keys()
+    if not shutil.which("nvidia-smi"):
+        assert done.stderr.strip() == "[]"
+
+
+def test_a_run_that_can_begin():
+    done = doctor(undisturbed() / "run.toml", "--full")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = rows(done.stdout)
+    assert found["layout"] == (OK, "1 rank, the fewest this run can have")
+    assert found["shards"][1].endswith("every byte read")
+    assert found["disk"][0] == OK
+    assert "0 failed" in done.stdout
+
+
+def test_everything_that_is_wrong_is_said_at_once(tmp_path):
+    path = run_file(tmp_path)
+    (tmp_path / "validation" / "manifest.json").unlink()
+    done = doctor(path, "parallel.dtype=fp16", "parallel.ds_config=none")
+    assert done.returncode == 2
+    found = rows(done.stdout)
+    assert [name for name, (status, _) in found.items() if status == FAIL] == [
+        "layout",
+        "shards",
+        "precision",
+    ]
+    assert "no such" in found["layout"][1] or "does not exist" in found["layout"][1]
+    assert "holds .bin files but no manifest.json" in found["shards"][1]
+    assert done.stderr == ""
+
+
+def test_a_run_file_that_cannot_be_read(tmp_path):
+    done = doctor(tmp_path / "none.toml")
+    assert done.returncode == 2
+    assert "cannot read the run file" in rows(done.stdout)["run file"][1]
+
+
+def test_packages_that_are_missing_end_the_examination(tmp_path):
+    # A package without torch and numpy: only the folder of megagpt itself, and its pins.
+    pins = tmp_path / "megagpt-0.dist-info"
+    pins.mkdir()
+    (pins / "METADATA").write_text("Name: megagpt\nVersion: 0\nRequires-Dist: torch==2.13.0\n")
+    (tmp_path / "megagpt").symlink_to(ROOT / "megagpt")
+    done = subprocess.run(
+        [sys.executable, "-S", "-m", "megagpt", "doctor"],
+        cwd=tmp_path,
+        env={"PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2, done.stderr
+    assert rows(done.stdout) == {"versions": (FAIL, "torch missing")}
+    assert "-> pip install torch==2.13.0" in done.stdout
+
+
+def test_a_hostfile_belongs_to_the_launcher():
+    marks = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    done = doctor("--hostfile", "hosts", MASTER_ADDR="localhost", MASTER_PORT="1", **marks)
+    assert done.returncode == 2
+    assert "--hostfile hosts with 2 ranks: give it to the launcher" in done.stderr
+
+
+# --- versions, GPUs, limits ---------------------------------------------------------------------
+
+
+def test_pins_are_the_requirements():
+    lines = (ROOT / "requirements.txt").read_text().split("# tests and linters")[0].splitlines()
+    wanted = dict(line.split("==") for line in lines if "==" in line)
+    assert host.pins() == wanted
+    assert host.installed().keys() == wanted.keys()
+
+
+def test_versions():
+    wanted = {"torch": "2.13.0", "deepspeed": "0.19.8", "numpy": "2.4.6"}
+    there = {**wanted, "torch": "2.13.0+cpu"}
+    assert host.check_versions(there, wanted).status == OK
+    other = host.check_versions({**there, "deepspeed": "0.18.0"}, wanted)
+    assert other == Check(
+        "versions",
+        WARN,
+        "deepspeed 0.18.0 (tested: 0.19.8)",
+        "pip install deepspeed==0.19.8",
+    )
+    assert host.check_versions({}, {}).status == WARN
+    assert "not installed" in host.check_versions({}, {}).detail
+
+
+def test_nvidia_smis_lines():
+    text = "NVIDIA H100 80GB HBM3, 81559, 0\nNVIDIA GeForce RTX 3090, 24576, [N/A]\nA100, 1, 2\n"
+    cards = host.parse_gpus(text)
+    assert cards[0] == H100
+    assert [card.errors for card in cards] == [0, 0, 2]
+    assert host.parse_gpus("") == []
+
+
+def test_gpus_without_a_cuda_build_of_torch_and_with_errors():
+    import torch
+
+    if torch.version.cuda is None:
+        found = host.check_gpus([H100] * 8, 8)
+        assert found.status == FAIL
+        assert f"8 x {H100.name}, but torch {torch.__version__} is a build without" in found.detail
+    broken = host.check_gpus([H100, Gpu(name="A100", memory_mib=1, errors=2)], 2)
+    assert (broken.status, broken.detail) == (FAIL, "GPU 1: uncorrected memory errors")
+    assert host.check_gpus([], 2).status == OK
+
+
+def test_limits():
+    assert host.check_files(1023).detail == "ulimit -n is 1023, 1024 are needed"
+    assert host.check_files(-1) == Check("open files", OK, "unlimited")
+    assert host.check_locked(65536).detail.startswith("ulimit -l is 64 KiB")
+    assert host.check_locked(-1).status == OK
+    docker = host.check_shared_memory(64 << 20)
+    assert docker.status == FAIL and docker.detail.startswith("64 MiB")
+    assert "--shm-size" in docker.remedy
+    assert host.check_shared_memory(1 << 30).status == OK
+    assert host.check_cores(4, 2) == Check(
+        "cores",
+        WARN,
+        "4 ranks share 2 cores",
+        "start fewer ranks here, or ask the scheduler for more cores a task",
+    )
+
+
+def test_open_files_as_the_shell_limits_them():
+    line = f"ulimit -n 512; {sys.executable} -m megagpt doctor"
+    done = subprocess.run(
+        ["bash", "-c", line], cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert rows(done.stdout)["open files"] == (FAIL, "ulimit -n is 512, 1024 are needed")
+
+
+# --- network ------------------------------------------------------------------------------------
+
+DEBIAN = Network(
+    host="node1",
+    address="127.0.1.1",
+    interfaces={"lo": "127.0.0.1", "eth0": "10.0.0.5", "ib0": "10.1.0.5"},
+    outward="eth0",
+)
+
+
+def test_this_hosts_interfaces():
+    found = network.look("127.0.0.1")
+    assert found.interfaces["lo"] == "127.0.0.1"
+    assert found.outward == "lo"
+
+
+@pytest.mark.parametrize(
+    ("hosts", "environ", "gpus", "status"),
+    [
+        (1, {}, False, OK),
+        (2, {}, False, FAIL),
+        (2, {}, True, WARN),
+        (2, {"GLOO_SOCKET_IFNAME": "eth0"}, False, OK),
+        (2, {"GLOO_SOCKET_IFNAME": "eth0,ib0"}, False, OK),
+        (2, {"GLOO_SOCKET_IFNAME": "eth1"}, False, FAIL),
+        (1, {"NCCL_SOCKET_IFNAME": "eth,ib"}, True, OK),
+        (1, {"NCCL_SOCKET_IFNAME": "=eth"}, True, FAIL),
+        (1, {"NCCL_SOCKET_IFNAME": "^lo"}, True, OK),
+        (1, {"NCCL_SOCKET_IFNAME": "^lo,eth,ib"}, True, FAIL),
+    ],
+)
+def test_the_interface_between_hosts(hosts, environ, gpus, status):
+    assert network.check_interface(DEBIAN, hosts, environ, gpus).status == status
+
+
+def test_the_trap_of_a_name_that_means_itself():
+    found = network.check_interface(DEBIAN, 2, {}, False)
+    assert found.detail == "the host's own name node1 resolves to 127.0.1.1, itself"
+    assert found.remedy.startswith("export GLOO_SOCKET_IFNAME=eth0 on every host")
+    wrong = network.check_interface(DEBIAN, 2, {"GLOO_SOCKET_IFNAME": "eth1"}, False)
+    assert wrong.detail == "GLOO_SOCKET_IFNAME = 'eth1': no such interface with an address"
+    assert wrong.remedy == "set it to one of lo, eth0, ib0"
+    nameless = Network(host="node1", address="", interfaces=DEBIAN.interfaces)
+    assert "resolves to no address" in network.check_interface(nameless, 2, {}, False).detail
+    good = Network(host="node1", address="10.0.0.5", interfaces=DEBIAN.interfaces, outward="eth0")
+    assert network.check_interface(good, 2, {}, False).detail == "eth0 (node1 is 10.0.0.5)"
+
+
+def test_infiniband(tmp_path):
+    for port, state in ((1, "4: ACTIVE"), (2, "1: DOWN")):
+        folder = tmp_path / "mlx5_0" / "ports" / str(port)
+        folder.mkdir(parents=True)
+        (folder / "state").write_text(state + "\n")
+    ports = network.infiniband_ports(tmp_path)
+    assert ports == {"mlx5_0/1": "ACTIVE", "mlx5_0/2": "DOWN"}
+    found = network.check_infiniband(ports, {})
+    assert (found.status, found.detail) == (WARN, "mlx5_0/2 not active, of 2 ports")
+    up = {"mlx5_0/1": "ACTIVE"}
+    assert network.check_infiniband(up, {}).status == OK
+    assert network.check_infiniband(up, {"NCCL_IB_DISABLE": "1"}).status == WARN
+
+
+# --- several hosts ------------------------------------------------------------------------------
+
+
+def test_what_hosts_found_alike_stands_once():
+    good, bad = Check("cores", OK, "8"), Check("cores", FAIL, "1", "buy more")
+    reports = [
+        Report(host=f"host-{i}", checks=[bad if i in (2, 3) else good], facts={}) for i in range(8)
+    ]
+    assert merged(reports) == [
+        Check("cores", OK, "host-0, host-1, host-4, host-5 and 2 more: 8"),
+        Check("cores", FAIL, "host-2, host-3: 1", "buy more"),
+    ]
+    assert merged(reports[:1]) == [good]
+    assert merged(reports[:2])[0].detail == "2 hosts: 8"
+    # What is well may differ from host to host; several rows of a name stay several.
+    shards = [
+        Report(host=h, checks=[Check("shards", OK, f"train {n}"), Check("shards", OK, "rest")])
+        for h, n in (("a", 1), ("b", 2))
+    ]
+    assert [row.detail for row in merged(shards)] == [
+        "2 hosts, such as a: train 1",
+        "2 hosts: rest",
+    ]
+
+
+def test_a_report_travels_as_json():
+    report = Report(host="a", checks=[Check("x", OK, "y", "z")], facts={"code": "1"})
+    assert from_tree(json.loads(json.dumps(as_tree(report)))) == report
+
+
+def test_the_table():
+    text = as_text([Check("x", OK, "well"), Check("longer", FAIL, "one\ntwo", "do this")])
+    assert text.splitlines() == [
+        "ok    x       well",
+        "FAIL  longer  one",
+        "              two",
+        "              -> do this",
+        "",
+        "1 ok, 0 to know, 1 failed",
+    ]
+
+
+def test_hosts_that_differ():
+    facts = {"the code of megagpt": "1", "torch": "2"}
+    same = [Report(host=h, checks=[], facts=facts) for h in ("a", "b")]
+    assert [one.status for one in check_same(same)] == [OK]
+    other = Report(host="c", checks=[], facts=facts | {"torch": "3"})
+    (found,) = check_same([*same, other])
+    assert found.detail == "torch is not the same on all hosts: 2 on a, b; 3 on c"
+    assert found.status == FAIL
+    kinds = [
+        Report(host=h, checks=[], facts={"GPUs": k}) for h, k in (("a", "H100"), ("b", "A100"))
+    ]
+    assert [one.status for one in check_same(kinds)] == [WARN]
+
+
+def test_clocks():
+    # Asked at 100.0 and answered at 100.2 by rank 0's clock, when the host's showed 105.1.
+    clock = offset("a", [(90.0, 95.5, 91.0), (100.0, 105.1, 100.2)])
+    assert clock.ahead_s == pytest.approx(5.0) and clock.within_s == pytest.approx(0.1)
+    assert check_clocks([clock]).status == WARN
+    assert check_clocks([Clock("a", -60.0, 0.1)]).detail == "a -60.0 s against rank 0"
+    assert check_clocks([Clock("a", -60.0, 0.1)]).status == FAIL
+    # An answer that took long proves nothing.
+    assert check_clocks([Clock("a", 5.0, 6.0)]).status == OK
+
+
+def test_a_file_that_every_host_must_see(tmp_path):
+    with nonce(tmp_path) as (name, content):
+        assert host.check_nonce(name, content).status == OK
+        changed = host.check_nonce(name, "another")
+        assert changed.status == FAIL and "other content" in changed.detail
+        assert list(tmp_path.iterdir()) == [Path(name)]
+    assert list(tmp_path.iterdir()) == []
+    gone = host.check_nonce(name, content)
+    assert gone.status == FAIL and "No such file or directory" in gone.detail
+    assert "mount the same file system" in gone.remedy
+    with nonce(tmp_path / "none") as written:
+        assert written == ("", "")

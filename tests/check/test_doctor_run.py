@@ -1,0 +1,116 @@
+"""What the doctor says of a run: its checkpoints, its memory, its layout and its shards."""
+
+from megagpt.check.doctor import inputs
+from megagpt.check.doctor.check import FAIL, OK, WARN
+from megagpt.check.doctor.host import Gpu, Place
+from megagpt.checkpoint import list_checkpoints
+from megagpt.config import load_run
+from megagpt.plan.memory import checkpoint_bytes, checkpoints_kept
+from tests.check.test_doctor import H100
+from tests.lib.corpus import run_file
+from tests.lib.distributed import undisturbed
+
+
+def test_a_checkpoint_is_as_large_as_was_planned():
+    config = load_run(undisturbed() / "run.toml")
+    files = list_checkpoints(undisturbed() / "run")[-1].glob("*.safetensors")
+    size = sum(path.stat().st_size for path in files)
+    assert 0 <= size - checkpoint_bytes(config.model) < 0.1 * size
+
+
+def test_checkpoints_that_lie_there_at_once(tmp_path):
+    config = load_run(run_file(tmp_path), ["checkpoint.keep_last=3"])
+    assert checkpoints_kept(config) == 4
+    config = load_run(
+        tmp_path / "run.toml", ["checkpoint.keep_last=3", "checkpoint.keep_every_tokens=4096"]
+    )
+    assert checkpoints_kept(config) == 4 + config.schedule.end_tokens // 4096
+
+
+def test_a_disk_that_is_too_small(tmp_path):
+    path = run_file(tmp_path)
+    config = load_run(path, ["model.n_layer=96", "model.d_model=12288", "model.n_head=96"])
+    count = 10**6
+    config = load_run(
+        path, ["model.n_layer=96", "model.d_model=12288", f"checkpoint.keep_last={count}"]
+    )
+    found = inputs.check_disk(config)
+    assert found.status == FAIL
+    assert f"needed: {count + 1} checkpoints of 2.0" in found.detail
+    assert "lower checkpoint.keep_last" in found.remedy
+
+
+def test_checkpoints_that_are_there_already_need_no_more_room():
+    config = load_run(undisturbed() / "run.toml")
+    assert "less" in inputs.check_disk(config).detail
+
+
+def test_memory(tmp_path):
+    path = run_file(tmp_path)
+    config = load_run(path)
+    size = checkpoint_bytes(config.model)
+    assert inputs.check_memory(config, Place(ranks=4, ranks_here=2), size // 2).status == OK
+    found = inputs.check_memory(config, Place(ranks=4, ranks_here=2), size // 2 - 1)
+    assert found.status == FAIL and "checkpoint.background = false" in found.remedy
+    alone = load_run(path, ["checkpoint.background=false"])
+    assert inputs.check_memory(alone, Place(), 1).status == OK
+    assert inputs.available_memory() > 0
+    assert inputs.available_memory(tmp_path / "none") == 0
+
+
+def test_layout(tmp_path):
+    path = run_file(tmp_path)
+    config = load_run(path)
+    assert inputs.check_layout(config, Place(ranks=2, ranks_here=2)).detail == "2 ranks = data 2"
+    wrong = inputs.check_layout(config, Place(ranks=3, ranks_here=3))
+    assert wrong.status == FAIL and "must be a multiple of data ranks x micro_batch" in wrong.detail
+    split = load_run(path, ["parallel.tensor=2", "parallel.ds_config=pipeline"])
+    across = inputs.check_layout(split, Place(hosts=2, ranks=2, ranks_here=1))
+    assert across.status == WARN and "does not divide the 1 ranks of a host" in across.detail
+
+
+def test_precision():
+    assert inputs.check_precision("fp16", []).detail == "parallel.dtype = 'fp16' needs a GPU"
+    v100 = Gpu(name="Tesla V100-SXM2-32GB", memory_mib=32768, errors=0)
+    assert "Tesla V100-SXM2-32GB has no bf16" in inputs.check_precision("bf16", [v100]).detail
+    assert inputs.check_precision("bf16", [H100]).status == OK
+    assert inputs.check_precision("fp16", [v100]).status == OK
+
+
+def shard_rows(path, *overrides, full=False):
+    return list(inputs.check_shards(load_run(path, overrides), full))
+
+
+def test_shards_that_are_not_whole(tmp_path):
+    path = run_file(tmp_path)
+    assert [one.status for one in shard_rows(path, full=True)] == [OK, OK]
+    shard = next((tmp_path / "train").glob("*.bin"))
+    content = bytearray(shard.read_bytes())
+    content[1000] ^= 1
+    shard.write_bytes(content)
+    assert [one.status for one in shard_rows(path)] == [OK, OK]
+    assert "damaged" in shard_rows(path, full=True)[0].detail
+    shard.write_bytes(content[:-2])
+    assert f"{shard}" in shard_rows(path)[0].detail
+    shard.unlink()
+    assert f"{shard}: missing" in shard_rows(path)[0].detail
+    index = next((tmp_path / "validation").glob("*.idx"))
+    index.unlink()
+    assert shard_rows(path)[1].detail == f"{index}: No such file"
+
+
+def test_a_shard_that_cannot_be_read(tmp_path):
+    path = run_file(tmp_path)
+    index = next((tmp_path / "train").glob("*.idx"))
+    index.unlink()
+    index.mkdir()
+    found = shard_rows(path, full=True)[0]
+    assert found.status == FAIL and f"Is a directory: '{index}'" in found.detail
+
+
+def test_shards_of_another_vocabulary(tmp_path):
+    found = shard_rows(run_file(tmp_path), "model.vocab_size=300")[0]
+    assert found.detail == (
+        f"{tmp_path}/train: 257 tokens in its vocabulary, but model.vocab_size = 300"
+    )
+    assert found.remedy.startswith("set model.vocab_size = 257")

@@ -1,0 +1,61 @@
+"""Hosts that differ in anything that decides the run are named, with what differs."""
+
+import os
+
+import pytest
+
+from megagpt.cluster.agreement import disagreements, facts
+from megagpt.config import load_run
+from tests.lib.corpus import run_file
+
+
+@pytest.fixture
+def config(tmp_path):
+    return load_run(run_file(tmp_path))
+
+
+def told(before, after):
+    """What differs between two hosts."""
+    return disagreements(["a", "b"], [before, after])
+
+
+def test_the_same_host_twice(config):
+    assert told(facts(config), facts(config)) == []
+
+
+def test_another_run_file(config, tmp_path):
+    other = load_run(tmp_path / "run.toml", ["schedule.peak_lr=1e-3"])
+    (line,) = told(facts(config), facts(other))
+    assert line.startswith("the run file with its overrides is not the same on all hosts: sha256 ")
+
+
+def test_a_shard_that_one_host_lacks(config, tmp_path):
+    before = facts(config)
+    shard = sorted((tmp_path / "train").glob("*.bin"))[0]
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-2])
+    (line,) = told(before, facts(config))
+    assert f"{shard} has {len(content) - 2} bytes of {len(content)} on b" in line
+    shard.unlink()
+    (line,) = told(before, facts(config))
+    assert line.startswith(f"{tmp_path}/train is not the same on all hosts: ")
+    assert line.endswith(f"{shard} cannot be read (No such file or directory) on b")
+    shard.write_bytes(content)
+    os.rename(shard.with_suffix(".idx"), tmp_path / "elsewhere")
+    (line,) = told(before, facts(config))
+    assert f"{shard.with_suffix('.idx')} cannot be read (No such file" in line
+
+
+def test_a_folder_that_one_host_lacks(config, tmp_path):
+    before = facts(config)
+    os.rename(tmp_path / "validation", tmp_path / "elsewhere")
+    (line,) = told(before, facts(config))
+    assert line.endswith(f"{tmp_path}/validation does not exist on b")
+
+
+def test_many_hosts():
+    hosts = [f"n{i // 2}" for i in range(14)]
+    # One rank of a host says what holds there.
+    said = [{"code": "old" if i == 6 else "new"} if i % 2 == 0 else {} for i in range(14)]
+    (line,) = disagreements(hosts, said)
+    assert line == "code is not the same on all hosts: new on n0, n1, n2, n4 and 2 more; old on n3"

@@ -1,0 +1,289 @@
+"""Jobs of SLURM made for a run: what the script says, what is refused, what SLURM is told."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megagpt.cli import main
+from megagpt.cluster.job import Job, directives, lead_s, script, seconds_of, sweep_of, time_of
+from megagpt.cluster.launch import TEMPLATE, recent_steps, starts_needed
+from megagpt.config import load_run
+from megagpt.errors import UsageError
+from megagpt.plan.memory import checkpoint_bytes
+from tests.lib.corpus import run_file
+from tests.lib.distributed import ROOT, undisturbed
+
+SHELLCHECK = Path(sys.executable).with_name("shellcheck")
+SIZE = ("--nodes", "1", "--gpus-per-node", "2", "--time", "1:00:00")
+
+
+@pytest.fixture(autouse=True)
+def in_the_root_without_slurm(monkeypatch):
+    """A SLURM that happens to be installed here is not asked."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
+
+
+def launched(*arguments):
+    """The script that the command wrote."""
+    assert main(["launch", "slurm", *map(str, arguments)]) == 0
+    outputs = [str(one).partition("=")[2] for one in arguments if str(one).startswith("output=")]
+    return (
+        Path(outputs[-1] if outputs else arguments[0].parent / "run") / "job.sbatch"
+    ).read_text()
+
+
+def options(text):
+    """#SBATCH options of a script, as SLURM reads them: up to the first command."""
+    head = text[: re.search(r"(?m)^[^#\n]", text).start()]
+    return dict(re.findall(r"(?m)^#SBATCH --([\w-]+)=?([^ \n]*)", head))
+
+
+def checked_by_shellcheck(path):
+    done = subprocess.run([SHELLCHECK, "-x", path], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout
+
+
+# --- the script ---------------------------------------------------------------------------------
+
+
+def test_a_job_for_a_run(tmp_path, capsys):
+    path = run_file(tmp_path)
+    more = ("--partition", "low", "--account", "us", "--qos", "long", "--cpus-per-task", "4")
+    text = launched(path, *SIZE, *more, "--name", "my job", "schedule.peak_lr=1e-3")
+    assert options(text) == options(TEMPLATE.read_text()) | {
+        "job-name": "'my",
+        "nodes": "1",
+        "ntasks-per-node": "2",
+        "gpus-per-node": "2",
+        "cpus-per-task": "4",
+        "time": "0-01:00:00",
+        "signal": "B:USR1@180",
+        "output": f"{tmp_path}/run/job.log",
+        "partition": "low",
+        "account": "us",
+        "qos": "long",
+    }
+    assert "#SBATCH --job-name='my job'\n" in text
+    assert f"\nset -- {path} schedule.peak_lr=1e-3\n" in text
+    checked_by_shellcheck(tmp_path / "run" / "job.sbatch")
+    told = capsys.readouterr().out
+    assert "2 ranks = data 2, 1 x 2 GPUs, 0-01:00:00" in told
+    assert "told to save and stop 180 s before its end" in told
+
+
+def test_all_that_a_job_does_stands_in_the_template(tmp_path):
+    text = launched(run_file(tmp_path), *SIZE)
+    template = TEMPLATE.read_text()
+    commands = [line for line in template.splitlines() if line and not line.startswith("#")]
+    own = [line for line in text.splitlines() if line and not line.startswith("#")]
+    assert [line for line in own if not line.startswith("set -- ")] == commands
+    assert own.index(f"set -- {tmp_path}/run.toml") == 1
+    # Everything else is as the template has it, such as --requeue and --open-mode=append.
+    assert options(text).keys() == options(template).keys()
+
+
+def test_words_with_blanks_and_quotes_arrive_whole(tmp_path):
+    path = run_file(tmp_path)
+    word = f"""data.train=[{{ path = "{tmp_path}/train", weight = 1.0 }}]"""
+    launched(path, word, *SIZE)
+    script_path = tmp_path / "run" / "job.sbatch"
+    (line,) = re.findall(r"(?m)^set -- .*$", script_path.read_text())
+    shell = subprocess.run(
+        ["/bin/bash", "-c", line + '\nprintf "%s\\n" "$@"'], capture_output=True, text=True
+    )
+    assert shell.stdout.splitlines() == [str(path), word]
+    checked_by_shellcheck(script_path)
+
+
+def test_a_layout_that_is_slow_is_told(tmp_path, capsys):
+    path = run_file(tmp_path)
+    split = ("parallel.tensor=2", "parallel.ds_config=pipeline")
+    launched(path, *split, *SIZE)
+    assert "slow: " not in capsys.readouterr().out
+    launched(path, *split, "--nodes", "2", "--gpus-per-node", "1", "--time", "60")
+    assert "slow: parallel.tensor = 2 does not divide the 1 ranks of a host" in (
+        capsys.readouterr().out
+    )
+
+
+def test_the_175b_run(tmp_path):
+    text = launched(
+        "launch/runs/gpt3-175b.toml",
+        *("--nodes", "128", "--gpus-per-node", "8", "--time", "2-0"),
+        f"output={tmp_path}/175b",
+    )
+    assert options(text)["nodes"] == "128" and options(text)["time"] == "2-00:00:00"
+
+
+def test_a_sweep_is_an_array_of_runs_with_folders_of_their_own(tmp_path, capsys):
+    path = run_file(tmp_path)
+    sweeps = ("--sweep", "schedule.peak_lr=1e-3,2e-3", "--sweep", "seed=1,2,3")
+    text = launched(path, *SIZE, *sweeps)
+    assert options(text)["array"] == "0-5"
+    assert options(text)["output"] == f"{tmp_path}/run/job-%a.log"
+    checked_by_shellcheck(tmp_path / "run" / "job.sbatch")
+    # What a task trains, said by the shell itself.
+    begin, end = text.index("case $SLURM"), text.index("esac") + 4
+    words = {}
+    for task in range(6):
+        shell = subprocess.run(
+            ["/bin/bash", "-c", text[begin:end] + '\nprintf "%s\\n" "$@"'],
+            env={"SLURM_ARRAY_TASK_ID": str(task)},
+            capture_output=True,
+            text=True,
+        )
+        words[task] = shell.stdout.splitlines()
+    assert words[4] == [
+        str(path),
+        "schedule.peak_lr=2e-3",
+        "seed=2",
+        f"output={tmp_path}/run/peak_lr-2e-3_seed-2",
+    ]
+    configs = [load_run(file, overrides) for file, *overrides in words.values()]
+    assert len({config.output for config in configs}) == 6
+    assert {(c.schedule.peak_lr, c.seed) for c in configs} == {
+        (lr, seed) for lr in (1e-3, 2e-3) for seed in (1, 2, 3)
+    }
+    assert "task 5: schedule.peak_lr=2e-3 seed=3 output=" in capsys.readouterr().out
+
+
+def test_a_value_that_is_a_list_is_one_value():
+    points = sweep_of(['model.attention=["dense"],["dense", "banded"]'], "runs/x")
+    assert [point[0] for point in points] == [
+        'model.attention=["dense"]',
+        'model.attention=["dense", "banded"]',
+    ]
+    assert len({point[1] for point in points}) == 2
+    assert all(re.fullmatch(r"output=runs/x/[\w.+-]+", point[1]) for point in points)
+
+
+# --- times --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("90", 5400),
+        ("90:30", 5430),
+        ("1:30:05", 5405),
+        ("2-0", 172800),
+        ("1-6", 108000),
+        ("1-6:30", 109800),
+        ("1-06:30:05", 109805),
+    ],
+)
+def test_times_as_slurm_reads_them(text, seconds):
+    assert seconds_of(text) == seconds
+    assert seconds_of(time_of(seconds)) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "0", "1h", "1:2:3:4", "-5", "UNLIMITED"])
+def test_times_that_are_none(text):
+    with pytest.raises(UsageError, match=r"--time .*must be a time limit as SLURM reads it"):
+        seconds_of(text)
+
+
+def test_a_large_model_is_told_earlier(tmp_path):
+    job = Job(nodes=16, gpus_per_node=8, seconds=86400, name="x")
+    small = load_run(run_file(tmp_path))
+    large = load_run("launch/runs/gpt3-175b.toml")
+    assert lead_s(small, job) == 180
+    # 12 bytes for each of 175 billion parameters, by 16 hosts of 0.5 GB/s, twice.
+    save = checkpoint_bytes(large.model) / 16 / 0.5e9
+    assert 2 * (save + 60) <= lead_s(large, job) < 2 * (save + 60) + 60
+    assert lead_s(large, job, step_s=600) - lead_s(large, job) in (1080, 1020, 1140)
+    with pytest.raises(UsageError, match=r"told \d+ s before its end .* more than half of it"):
+        lead_s(large, Job(nodes=1, gpus_per_node=8, seconds=3600, name="x"))
+
+
+def test_starts_that_a_run_needs():
+    config = load_run(undisturbed() / "run.toml")
+    records = recent_steps(undisturbed() / "run")
+    assert starts_needed(config, records, 3600) == 0
+    half = [{"tokens": config.schedule.end_tokens // 2, "tokens_per_s": 2.0}]
+    left = config.schedule.end_tokens - half[0]["tokens"]
+    assert starts_needed(config, half, 100) == -(-left // 200)
+    assert recent_steps(undisturbed() / "none") == [] and starts_needed(config, [], 1) == 0
+
+
+def test_a_chain_as_long_as_the_run_needs(tmp_path, capsys):
+    path = run_file(tmp_path)
+    shutil.copytree(undisturbed() / "run", tmp_path / "run")
+    assert main(["launch", "slurm", str(path), *SIZE, "--chain"]) == 2
+    assert f"--chain: the run in {tmp_path}/run is complete" in capsys.readouterr().err
+    # The same run at a thousandth of its speed, ten times as long.
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    slow = [
+        line | {"tokens_per_s": 0.5, "step_s": 10.0} if "loss" in line else line for line in lines
+    ]
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in slow))
+    longer = f"schedule.total_tokens={300 * 512}"
+    assert main(["launch", "slurm", str(path), longer, *SIZE, "--chain"]) == 0
+    told = capsys.readouterr().out
+    left = load_run(path, [longer]).schedule.end_tokens - 30 * 512
+    starts = -(-left // (0.5 * (3600 - 120)))
+    assert f"at the speed of the run's latest steps: {starts:.0f} starts of that time" in told
+    assert "told to save and stop 120 s before its end" in told
+    assert f"say --submit, which queues {starts:.0f} jobs" in told
+
+
+# --- what is refused ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--nodes", "0"), "--nodes 0: must be 1 or more"),
+        (("--gpus-per-node", "3"), "must be a multiple of data ranks x micro_batch (3 x 2)"),
+        (("parallel.pipeline=3",), "2 ranks: must be a positive multiple of pipeline x tensor"),
+        (("--sweep", "parallel.micro_batch=1,3"), "(2 x 3)"),
+        (("--sweep", "schedule.peek_lr=1"), "unknown key 'schedule.peek_lr'"),
+        (("--sweep", "seed"), "--sweep seed: must be section.key=value,value,..."),
+        (("--sweep", "output=a,b"), "of a key other than output"),
+        (("--sweep", "seed=1,2", "--chain", "3"), "--chain with --sweep"),
+        (("--chain",), "/run has no measured speed yet; say --chain N"),
+        (("--time", "3"), "told 180 s before its end to save in time, which is more than half"),
+        (("--submit",), "sbatch is not there: --submit needs a host where SLURM's commands are"),
+    ],
+)
+def test_what_cannot_be_is_refused(tmp_path, capsys, arguments, message):
+    path = run_file(tmp_path)
+    assert main(["launch", "slurm", str(path), *SIZE, *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert (tmp_path / "run" / "job.sbatch").exists() == (arguments == ("--submit",))
+
+
+def test_elsewhere_than_in_the_root_of_the_repository(tmp_path, monkeypatch, capsys):
+    path = run_file(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert main(["launch", "slurm", str(path), *SIZE]) == 2
+    assert "launch/slurm.sbatch: not in" in capsys.readouterr().err
+
+
+def test_an_option_that_is_none_is_no_override(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["launch", "slurm", str(run_file(tmp_path)), *SIZE, "--hosts", "seed=1"])
+    assert end.value.code == 2
+    assert "unrecognized arguments: --hosts" in capsys.readouterr().err
+
+
+def test_a_job_of_a_chain_is_not_queued_again(tmp_path, capsys):
+    text = launched(run_file(tmp_path), *SIZE, "--chain", "3")
+    assert "requeue" not in options(text) and "no-requeue" in options(text)
+    assert "which queues 3 jobs" in capsys.readouterr().out
+
+
+def test_the_template_is_where_the_script_expects_it():
+    job = Job(nodes=1, gpus_per_node=1, seconds=60, name="x", requeue=False)
+    text = script(TEMPLATE.read_text(), directives(job, 30, "x.log"), ["run.toml"])
+    assert text.startswith("#!/usr/bin/env bash\n# Written by `megagpt launch slurm`")
+    assert text.count("#SBATCH") == TEMPLATE.read_text().count("#SBATCH")
+    assert shutil.which("bash", path=os.defpath)

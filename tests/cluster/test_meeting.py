@@ -1,0 +1,106 @@
+"""Ranks that meet: who is missing and what differs is said once, by real processes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from megagpt.cluster.meeting import _spans
+from tests.lib.distributed import environment, free_port
+
+MEET = """
+import json, os, sys, time
+from megagpt.cluster import meeting as group
+from megagpt.cluster.ranks import Ranks
+from megagpt.errors import MegagptError
+rank, world, minutes = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+said = ""
+try:
+    group.meet(Ranks(rank=rank, world=world), json.loads(sys.argv[4]), minutes)
+    code = 0
+except MegagptError as error:
+    code, said = error.exit_code, str(error) if group.first_to_fail() else "(said by another)"
+group.leave(clean=False, wait_s=2)
+print(json.dumps([code, said]))
+"""
+
+
+def meet(ranks, world, minutes=1.0, facts=None, **more):
+    """What each of these ranks of `world` ended with: [exit code, message]."""
+    environ = environment() | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())} | more
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", MEET, str(rank), str(world), str(minutes)]
+            + [json.dumps((facts or {}).get(rank, {}))],
+            env=environ | {"RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ranks
+    ]
+    return [json.loads(process.communicate(timeout=90)[0]) for process in processes]
+
+
+def test_ranks_that_differ_say_it_once():
+    ends = meet([0, 1], 2, facts={0: {"code": "a"}, 1: {"code": "b"}})
+    host = os.uname().nodename
+    assert [code for code, _ in ends] == [2, 2]
+    assert sorted(said for _, said in ends) == [
+        "(said by another)",
+        f"code is not the same on all hosts: a on {host}; b on {host}",
+    ]
+
+
+def test_a_rank_that_does_not_come_is_named():
+    ends = meet([0, 2], 4, minutes=0.15)
+    assert [code for code, _ in ends] == [1, 1]
+    (said,) = [said for _, said in ends if said != "(said by another)"]
+    host = os.uname().nodename
+    assert said.startswith("ranks 1, 3 of 4 did not come within 0.15 minutes; the others run on ")
+    assert f"run on {host}: look at what the launcher says" in said
+
+
+def test_rank_0_that_does_not_come():
+    ((code, said),) = meet([1], 2, minutes=0.02)
+    assert code == 1
+    assert said.startswith(f"rank 1 on {os.uname().nodename}: rank 0 did not answer at 127.0.0.1:")
+
+
+def test_a_port_that_is_taken():
+    import socket
+
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        ((code, said),) = meet([0], 2, MASTER_PORT=port)
+    assert code == 1
+    assert said.startswith(f"MASTER_PORT = {port}: rank 0 cannot listen there on ")
+
+
+@pytest.mark.parametrize(
+    ("numbers", "text"),
+    [([3], "rank 3"), ([1, 2], "ranks 1-2"), ([0, 1, 2, 5, 7, 8], "ranks 0-2, 5, 7-8")],
+)
+def test_spans(numbers, text):
+    assert _spans(numbers) == text
+
+
+def test_ranks_of_another_run_at_the_same_port_are_not_met():
+    """The store of a run whose rank 0 waits; a rank of another run that is led to it."""
+    environ = environment() | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    named = MEET.replace("minutes)", "minutes, sys.argv[5])")
+    ends = [
+        subprocess.Popen(
+            [sys.executable, "-c", named, str(rank), "2", "0.1", "{}", run],
+            env=environ | {"RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank, run in enumerate(("runs/a", "runs/b"))
+    ]
+    said = [json.loads(process.communicate(timeout=90)[0])[1] for process in ends]
+    assert said[0].startswith("rank 1 of 2 did not come within 0.1 minutes")
+    assert said[1] == "rank 1: rank 0 ended before all ranks had come"

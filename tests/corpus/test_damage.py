@@ -1,0 +1,267 @@
+"""What preparation survives: damaged input, hostile text, a fast encoder that is wrong."""
+
+import gzip
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from megagpt.corpus import unit as unit_module
+from megagpt.corpus.array import array_elements
+from megagpt.corpus.prepare import Options, prepare
+from megagpt.errors import DamageError, UsageError
+from megagpt.tokenizer import encoder as encoder_module
+from megagpt.tokenizer import load_tokenizer
+from megagpt.tokenizer.encoder import Encoder, pieces
+from tests.corpus.test_prepare import content, decoded, jsonl, sample_texts
+
+
+def options(folder: Path, **changes: object) -> Options:
+    return Options(output=folder / "out", **({"backend": "tiktoken", "workers": 2} | changes))
+
+
+BROKEN = [
+    (b'{"text": "\xff"}', "invalid UTF-8", "byte 11 of the line"),
+    (b'{"text": "x"', "broken JSON", ""),
+    (b'{"other": "x"}', "missing text field", "no field 'text' .fields: other"),
+    (b'{"text": null}', "text is not a string", "it is NoneType"),
+    (b'{"text": 7}', "text is not a string", "it is int"),
+    (b'{"text": ""}', "empty document", ""),
+    (b"[1, 2]", "text is not a string", "it is list"),
+]
+
+
+@pytest.mark.parametrize("line, reason, detail", BROKEN)
+def test_a_bad_line_is_left_out_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, line: bytes, reason: str, detail: str
+) -> None:
+    path = tmp_path / "in.jsonl"
+    good = b'{"text": "good"}\n'
+    path.write_bytes(good * 5 + b"\n" + line + b"\n" + good * 5)
+    summary = prepare([path], options(tmp_path, unit_bytes=40))
+    assert decoded(tmp_path / "out") == ["good"] * 10
+    assert summary.left_out == {reason: 1}
+    assert f"{path}:7: {reason}" in caplog.text and f"{reason}: 1" in summary.text()
+    with pytest.raises(DamageError, match=rf"in.jsonl:7: {reason}.*{detail}.*without --strict"):
+        prepare([path], options(tmp_path / "strict", strict=True))
+
+
+def test_strict_passes_where_nothing_is_wrong(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "in.jsonl", sample_texts(10))
+    assert sum(prepare([path], options(tmp_path, strict=True)).documents) == 10
+
+
+def test_bom_blank_lines_and_no_final_newline(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n\n  \n{"text": "b", "x": NaN}')
+    for unit_bytes in (5, 1 << 20):
+        folder = tmp_path / str(unit_bytes)
+        assert not prepare([path], options(folder, unit_bytes=unit_bytes)).left_out
+        assert decoded(folder / "out") == ["a", "b"]
+
+
+def test_lone_surrogates_become_replacement_characters(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_text('{"text": "a\\ud800b"}\n{"text": "\\ud83d\\ude00"}\n')
+    summary = prepare([path], options(tmp_path))
+    assert decoded(tmp_path / "out") == ["a\ufffdb", "\U0001f600"]
+    assert summary.notes == {"lone surrogates replaced by U+FFFD": 1}
+
+
+def test_text_files_that_are_not_utf8_or_empty(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "in/b.txt").touch()
+    (tmp_path / "in/c.txt").write_bytes(b"\xef\xbb\xbfgood")
+    summary = prepare([tmp_path / "in"], options(tmp_path))
+    assert decoded(tmp_path / "out") == ["good"]
+    assert summary.left_out == {"invalid UTF-8": 1, "empty document": 1}
+    assert "a.txt: invalid UTF-8 (byte 4: unexpected end of data); left out" in caplog.text
+
+
+@pytest.mark.parametrize("ending", ["gz", "zst"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.json"])
+def test_truncated_compressed_files(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, ending: str, name: str
+) -> None:
+    draw = random.Random(5)
+    texts = [str(draw.random()) * 20 for _ in range(2000)]
+    raw = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    if name == "a.json":
+        raw = json.dumps(texts).encode()
+    packed = gzip.compress(raw) if ending == "gz" else zstandard.ZstdCompressor().compress(raw)
+    path = tmp_path / f"{name}.{ending}"
+    path.write_bytes(packed[: len(packed) * 3 // 4])
+    good = jsonl(tmp_path / "good.jsonl", ["good"])
+    summary = prepare([path, good], options(tmp_path, unit_bytes=4000))
+    assert summary.left_out == {"truncated or damaged file": 1}
+    found = decoded(tmp_path / "out")
+    assert found[:-1] == ([] if name == "a.txt" else texts[: len(found) - 1])
+    assert found[-1] == "good" and (name == "a.txt" or len(found) > 100 or ending == "zst")
+    assert path.name in caplog.text and "truncated or damaged file" in caplog.text
+
+
+def test_damaged_parquet(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 nothing")
+    pyarrow.parquet.write_table(pyarrow.table({"x": ["y"]}), tmp_path / "b.parquet")
+    table = pyarrow.table({"text": ["good", None, ""]})
+    pyarrow.parquet.write_table(table, tmp_path / "c.parquet")
+    summary = prepare([tmp_path / f"{name}.parquet" for name in "abc"], options(tmp_path))
+    assert decoded(tmp_path / "out") == ["good"]
+    assert summary.left_out == {
+        "truncated or damaged file": 1, "missing text field": 1,
+        "text is not a string": 1, "empty document": 1,
+    }  # fmt: skip
+    assert "no column 'text' (columns: x)" in caplog.text
+    assert "c.parquet: document 2" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("text", "elements", "message"),
+    [
+        ('["a", 12, {"b": [1]}, null]', ["a", 12, {"b": [1]}, None], ""),
+        ("[]", [], ""),
+        (' [ 1 , "\u00e9" ] ', [1, "\u00e9"], ""),
+        ('{"a": 1}', [], "not a JSON array"),
+        ("", [], "not a JSON array"),
+        ('["a" "b"]', ["a"], "'\"' between elements"),
+        ('["a", "b"', ["a", "b"], "the array has no end"),
+        ('["a",', ["a"], "the array has no end"),
+        ('["a", ]', ["a"], "a comma before the end"),
+        ('["a", nope, "b"]', ["a"], "Expecting value"),
+        ('["a", "b', ["a"], "Unterminated string"),
+    ],
+)
+def test_json_arrays_element_by_element(
+    monkeypatch: pytest.MonkeyPatch, text: str, elements: list, message: str
+) -> None:
+    import io
+
+    from megagpt.corpus import array
+
+    for chunk in (1, 2, 5, 1 << 20):
+        monkeypatch.setattr(array, "CHUNK", chunk)
+        found = []
+        try:
+            for element in array_elements(io.BytesIO(text.encode())):
+                found.append(element)
+            assert not message
+        except ValueError as error:
+            assert message and message in str(error)
+        assert found == elements
+
+
+def test_the_same_file_twice_counts_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = jsonl(tmp_path / "in.jsonl", ["a"])
+    (tmp_path / "link.jsonl").symlink_to(path)
+    summary = prepare([path, path, tmp_path / "link.jsonl"], options(tmp_path))
+    assert summary.left_out == {"file given more than once": 2}
+    assert "link.jsonl: file given more than once; left out" in caplog.text
+    with pytest.raises(DamageError, match="in.jsonl: file given more than once"):
+        prepare([path, path], options(tmp_path / "strict", strict=True))
+
+
+def test_literal_end_of_document_stays_text(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "in.jsonl", ["a<|endoftext|>b", "c"])
+    for backend in ("tiktoken", "fastokens"):
+        folder = tmp_path / backend
+        summary = prepare([path], options(folder, backend=backend))
+        assert decoded(folder / "out") == ["a<|endoftext|>b", "c"]
+        assert summary.documents[0] == 2
+        assert summary.notes == {"the literal <|endoftext|> kept as text": 1}
+
+
+LONG = {
+    "spaces": " " * 2_000_000 + "x",
+    "newlines": "x" + "\n" * 1_200_000 + "y",
+    "mixed": "a \n\t" * 300_000,
+    "letters": "a" * 1_000_000,
+    "words": "lorem ipsum  dolor\n" * 60_000,
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+@pytest.mark.parametrize("backend", ["tiktoken", "fastokens"])
+def test_long_runs_have_tiktokens_ids(name: str, backend: str) -> None:
+    text = LONG[name]
+    encoding = load_tokenizer("gpt2")
+    ids = Encoder(encoding, backend).encode([text])[0][:-1]
+    # tiktoken itself gives up on a run of white space before another character: its ids for the
+    # part that ends with the run, which it does take, and for the rest are the reference.
+    cut = {"spaces": 1_999_999, "newlines": 1_200_000}.get(name, len(text))
+    expected = encoding.encode_ordinary(text[:cut]) + encoding.encode_ordinary(text[cut:])
+    assert np.array_equal(ids, expected)
+
+
+def test_cuts_keep_the_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoding = load_tokenizer("gpt2")
+    monkeypatch.setattr(encoder_module, "PIECE", 3)
+    draw = random.Random(6)
+    letters = "ab'sI1. ,\t\n\r\x1c\x85\xa0\u2003\u3000\u00e9\u4e2d"
+    for _ in range(3000):
+        text = "".join(draw.choices(letters, k=draw.randint(0, 40)))
+        parts = list(pieces(text, encoding._pat_str))
+        assert "".join(parts) == text
+        ids = [token for part in parts for token in encoding.encode_ordinary(part)]
+        assert ids == encoding.encode_ordinary(text)
+
+
+@pytest.mark.parametrize("ending", ["", ".gz"])
+def test_large_text_files_are_read_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    texts = ["word \u00e9t\u00e9  more\n" * 5000, "x" * 50_000]
+    for name, text in zip("ab", texts, strict=True):
+        raw = text.encode()
+        data = gzip.compress(raw) if ending else raw
+        (tmp_path / f"{name}.txt{ending}").write_bytes(data)
+    (tmp_path / f"c.txt{ending}").write_bytes(data[:-9] if ending else raw + b"\xff")
+    inputs = [tmp_path / f"{name}.txt{ending}" for name in "acb"]
+    monkeypatch.setattr(unit_module, "LARGE_FILE", 100)
+    summary = prepare(inputs, options(tmp_path / "large"))
+    assert decoded(tmp_path / "large/out") == texts
+    assert sum(summary.left_out.values()) == 1
+    monkeypatch.setattr(unit_module, "LARGE_FILE", 1 << 30)
+    prepare(inputs, options(tmp_path / "whole"))
+    assert content(tmp_path / "large/out") == content(tmp_path / "whole/out")
+
+
+def test_a_text_that_tiktoken_cannot_split_is_left_out(tmp_path: Path) -> None:
+    import tiktoken
+
+    gpt2 = load_tokenizer("gpt2")
+    other = tiktoken.Encoding(
+        "other",
+        pat_str=gpt2._pat_str + "|unused",
+        mergeable_ranks=gpt2._mergeable_ranks,
+        special_tokens=gpt2._special_tokens,
+    )
+    encoder = Encoder(other)
+    assert encoder.backend == "tiktoken" and "fastokens does not do other" in encoder.note
+    with pytest.raises(ValueError, match="Regex error"):
+        encoder.encode([" " * 1_000_000 + "x"])
+    with pytest.raises(UsageError, match="backend fastokens: fastokens does not do other"):
+        Encoder(other, "fastokens")
+
+
+def test_a_fast_backend_that_is_wrong_is_not_used() -> None:
+    encoder = Encoder(load_tokenizer("gpt2"), "fastokens")
+    right = encoder._fast
+
+    def wrong(texts: list[str]) -> tuple[bytes, bytes]:
+        ids, offsets = right([text.replace("I", "J") for text in texts])
+        return ids, offsets
+
+    encoder._fast = wrong
+    with pytest.raises(DamageError, match="other ids than tiktoken.*--backend tiktoken"):
+        encoder.encode(["I am"] * 200)
+    encoder.check()
+    assert encoder.backend == "tiktoken" and "self-check" in encoder.note
+    assert encoder.encode(["I am"])[0].tolist() == [40, 716, 50256]

@@ -1,0 +1,110 @@
+"""Every kind of damage to shards is found and named."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megagpt.corpus.manifest import Manifest, write_manifest
+from megagpt.corpus.shards import index_bytes
+from megagpt.corpus.verify import verify_files, verify_shards
+from megagpt.files import file_sha256
+from tests.corpus.test_shards import write_folder
+
+DOCUMENTS = [[1, 2, 3], [], [4] * 20, [5, 6]]
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Manifest:
+    return write_folder(tmp_path / "web", DOCUMENTS, shard_tokens=10)
+
+
+def resign(manifest: Manifest) -> None:
+    """Write the manifest again with the digests of the files as they are now."""
+    shards = [
+        replace(
+            shard,
+            sha256=file_sha256(manifest.bin_path(shard)),
+            index_sha256=file_sha256(manifest.index_path(shard)),
+        )
+        for shard in manifest.shards
+    ]
+    write_manifest(replace(manifest, shards=tuple(shards)))
+
+
+def test_whole_shards_have_no_problems(manifest: Manifest) -> None:
+    read: list[int] = []
+    assert verify_shards(manifest.folder, read.append) == []
+    size = sum(path.stat().st_size for path in manifest.folder.glob("*_*"))
+    assert sum(read) == size
+    assert verify_files(manifest) == []
+
+
+def test_every_flipped_byte_is_found(manifest: Manifest) -> None:
+    for path in sorted(manifest.folder.glob("*_*")):
+        good = path.read_bytes()
+        for place in range(len(good)):
+            path.write_bytes(good[:place] + bytes([good[place] ^ 0x40]) + good[place + 1 :])
+            for problems in (verify_files(manifest), verify_shards(manifest.folder)):
+                assert problems and path.name in problems[0], (path, place)
+        path.write_bytes(good)
+
+
+def test_hashing_can_be_limited_to_some_shards(manifest: Manifest) -> None:
+    first, last = manifest.shards[0], manifest.shards[-1]
+    manifest.bin_path(first).write_bytes(bytes(first.bytes))
+    assert verify_files(manifest, [last.name]) == []
+    assert "web_00000.bin: sha256" in verify_files(manifest, [first.name])[0]
+
+
+def test_missing_short_and_strange_files(manifest: Manifest) -> None:
+    first, second = manifest.shards[:2]
+    manifest.index_path(first).unlink()
+    manifest.bin_path(second).write_bytes(b"\0\0")
+    (manifest.folder / "web_00009.bin").touch()
+    problems = verify_shards(manifest.folder)
+    assert [Path(problem.split(": ")[0]).name for problem in problems] == [
+        "web_00009.bin", "web_00000.idx", "web_00001.bin",
+    ]  # fmt: skip
+    assert "not in the manifest" in problems[0]
+    assert "No such file" in problems[1]
+    assert "2 bytes, the manifest says 42" in problems[2]
+
+
+def test_content_that_its_checksums_approve(manifest: Manifest) -> None:
+    """Files written wrong from the start: only reading the tokens shows it."""
+    shard = manifest.shards[0]
+    good = np.fromfile(manifest.bin_path(shard), manifest.dtype)
+
+    def problem(tokens: list[int]) -> str:
+        np.array(tokens, manifest.dtype).tofile(manifest.bin_path(shard))
+        resign(manifest)
+        return "\n".join(verify_shards(manifest.folder))
+
+    assert good.tolist() == [1, 2, 3, 256, 256]
+    assert problem([1, 2, 3, 256, 256]) == ""
+    assert "1 tokens outside the vocabulary of 257, the first at token 1" in problem(
+        [1, 257, 3, 256, 256]
+    )
+    assert "1 documents do not end with END-OF-DOCUMENT (256), the first is document 1" in problem(
+        [1, 2, 3, 256, 7]
+    )
+    assert "3 END-OF-DOCUMENT tokens for 2 documents" in problem([256, 2, 3, 256, 256])
+
+
+def test_indexes_that_contradict_the_manifest(manifest: Manifest) -> None:
+    path = manifest.index_path(manifest.shards[0])
+    kind = np.dtype("<u2")
+    good = index_bytes(np.array([4, 1]), kind)
+    for content, message in (
+        (index_bytes(np.array([4, 1]), np.dtype("<i4")), "dtype int32, the manifest says uint16"),
+        (index_bytes(np.array([5]), kind), "1 documents, the manifest says 2"),
+        (index_bytes(np.array([4, 2]), kind), "do not add up to 5 tokens"),
+        (good[:42] + b"\2" + good[43:], "byte offsets do not follow"),
+        (good[:-8] + b"\1" + good[-7:], "document boundaries do not cover"),
+        (good[:-8], "cut short"),
+    ):
+        path.write_bytes(content)
+        resign(manifest)
+        assert message in "\n".join(verify_shards(manifest.folder))

@@ -1,0 +1,185 @@
+"""A step that is not finite, or that is refused, leaves weights and moments as they are."""
+
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from megagpt.checkpoint import list_checkpoints
+from megagpt.checkpoint.record import read_manifest
+from megagpt.checkpoint.slice_file import SliceReader
+from megagpt.config import load_run
+from megagpt.engine import Engine, Ranks, build_engine
+from megagpt.engine.slices import KEYS
+from megagpt.plan.ds_config import read_ds_config, resolve
+from megagpt.plan.layout import Layout
+from tests.lib.corpus import run_file
+from tests.lib.distributed import group_of_one, launch, steps
+
+
+@pytest.fixture(scope="module")
+def group() -> Iterator[None]:
+    with group_of_one():
+        yield
+
+
+def engine_for(root: Path, name: str, dtype: str) -> Engine:
+    config = load_run(
+        run_file(root), [f"parallel.dtype={dtype}", f"parallel.ds_config={name}", "model.n_layer=1"]
+    )
+    return build_engine(config, Layout(), Ranks(), resolve(config, Layout(), read_ds_config(name)))
+
+
+def state(engine: Engine) -> dict[str, torch.Tensor]:
+    return {f"{s.name}|{k}": s.read(k).detach().clone() for s in engine.slices() for k in KEYS}
+
+
+def batches(count: int, seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    draw = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, 257, (count, 2, 33), generator=draw)
+    return [(t[:, :-1].contiguous(), t[:, 1:].contiguous()) for t in tokens]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("zero0", "fp32"),
+        ("zero1", "fp32"),
+        ("zero1", "bf16"),
+        ("zero2", "fp32"),
+        ("zero2", "bf16"),
+        ("zero3", "fp32"),
+        ("zero3", "bf16"),
+    ],
+)
+def test_a_step_that_is_not_finite_changes_nothing(group, tmp_path, name, dtype):
+    engine = engine_for(tmp_path, name, dtype)
+    for step in range(2):
+        assert engine.train_step(batches(2, step), 1e-3, step).applied
+    sound, updates = state(engine), engine.optimizer_state()
+    assert updates.updates == 2
+    # Infinity in one weight, as a broken chip would leave it: through the state's own door.
+    target = next(s for s in engine.slices() if s.name == "wpe.weight")
+    broken = target.read("fp32").clone()
+    broken[0] = float("inf")
+    target.write("fp32", broken)
+    engine.restore(updates)
+    before = state(engine)
+    result = engine.train_step(batches(2, 2), 1e-3, 2)
+    assert not result.applied
+    assert not torch.isfinite(torch.tensor(result.grad_norm))
+    after = state(engine)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert engine.optimizer_state().updates == 2
+    # Once the weight is mended the run goes on as if nothing had been.
+    target.write("fp32", sound["wpe.weight|fp32"])
+    engine.restore(updates)
+    assert all(torch.equal(value, state(engine)[key]) for key, value in sound.items())
+    mended = engine.train_step(batches(4, 3), 1e-3, 3)
+    assert mended.applied and engine.optimizer_state().updates == 3
+    mended_state = state(engine)
+    engine.close()
+    other = engine_for(tmp_path, name, dtype)
+    for step in (0, 1, 3):
+        expected = other.train_step(batches(4 if step == 3 else 2, step), 1e-3, step)
+    assert (mended.loss, mended.grad_norm) == (expected.loss, expected.grad_norm)
+    assert all(torch.equal(value, mended_state[key]) for key, value in state(other).items())
+    other.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("zero0", "fp32"),
+        ("zero1", "bf16"),
+        ("zero2", "bf16"),
+        ("zero3", "bf16"),
+        ("zero3_offload", "bf16"),
+    ],
+)
+def test_an_update_that_is_refused_changes_nothing(group, tmp_path, name, dtype):
+    engine, asked = engine_for(tmp_path, name, dtype), []
+
+    def refuse(loss: float, norm: float) -> bool:
+        asked.append((loss, norm))
+        return True
+
+    for step in range(2):
+        assert engine.train_step(batches(2, step), 1e-3, step, lambda *_: False).applied
+    before = state(engine)
+    weights = {one.name: one.parameter.detach().clone() for one in engine.names}
+    result = engine.train_step(batches(2, 2), 1e-3, 2, refuse)
+    # Asked once, with the numbers of the step.
+    assert asked == [(result.loss, result.grad_norm)]
+    assert not result.applied and result.left_out and math.isfinite(result.grad_norm)
+    assert all(torch.equal(value, state(engine)[key]) for key, value in before.items())
+    assert all(torch.equal(one.parameter, weights[one.name]) for one in engine.names)
+    assert engine.optimizer_state().updates == 2
+    # No trace of its gradients is left: the next step is that of a run without it.
+    found = engine.train_step(batches(2, 3), 1e-3, 3)
+    assert found.applied and not found.left_out and engine.optimizer_state().updates == 3
+    after = state(engine)
+    engine.close()
+    other = engine_for(tmp_path, name, dtype)
+    for step in (0, 1, 3):
+        expected = other.train_step(batches(2, step), 1e-3, step)
+    assert found == expected
+    assert all(torch.equal(value, after[key]) for key, value in state(other).items())
+    other.close()
+
+
+def test_evaluation_changes_nothing(group, tmp_path):
+    engine = engine_for(tmp_path, "zero1", "bf16")
+    engine.train_step(batches(2, 0), 1e-3, 0)
+    before = state(engine)
+    first = engine.evaluate(batches(3, 1))
+    assert engine.evaluate(batches(3, 1)) == first
+    assert all(torch.equal(value, state(engine)[key]) for key, value in before.items())
+    engine.close()
+
+
+def test_a_run_that_never_gets_finite_again_stops_with_a_checkpoint(tmp_path):
+    # A learning rate so absurd that the first update throws the weights out of fp32's range.
+    file = run_file(
+        tmp_path,
+        schedule={"peak_lr": 1e38, "warmup_tokens": 0, "total_tokens": 30 * 512},
+        optimizer={"max_skipped_steps": 4},
+        checkpoint={"every_tokens": 256, "keep_last": 50},
+        evaluate={"every_tokens": 0, "batches": 1},
+    )
+    done = launch(file, 1, launcher="python")
+    assert done.returncode == 1, done.stderr
+    assert (
+        "4 steps in a row left the weights as they were, because their loss or gradient"
+        in done.stderr
+    )
+    assert "lower schedule.peak_lr" in done.stderr and "Traceback" not in done.stderr
+    records = steps(tmp_path / "run")
+    skipped = [r["skipped_steps"] for r in records]
+    assert skipped[-1] == 4 and skipped == sorted(skipped)
+    *_, first, _, _, _, last = list_checkpoints(tmp_path / "run")
+    saved = read_manifest(last)
+    assert (saved.step, saved.skipped_steps) == (records[-1]["step"], 4)
+    assert saved.updates == saved.step - 4 == read_manifest(first).updates
+    # The skipped steps left everything as it was, bit for bit.
+    one, other = SliceReader(first), SliceReader(last)
+    for name in one.names:
+        for key in KEYS:
+            left, right = one.full(name, key), other.full(name, key)
+            assert torch.equal(left.view(torch.int32), right.view(torch.int32))
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_compiled_blocks_train_alike_under_zero_3(tmp_path):
+    losses = {}
+    for compiled in ("false", "true"):
+        (tmp_path / compiled).mkdir()
+        file = run_file(tmp_path / compiled)
+        words = ("parallel.ds_config=zero3", "parallel.dtype=fp32", "checkpoint.stop_after_steps=3")
+        done = launch(file, 2, *words, f"parallel.compile={compiled}", timeout_s=240)
+        assert "step 3, saved" in done.stderr, done.stderr
+        losses[compiled] = [step["loss"] for step in steps(tmp_path / compiled / "run")]
+    assert losses["true"] == pytest.approx(losses["false"], rel=1e-5)

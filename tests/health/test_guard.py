@@ -1,0 +1,322 @@
+"""The guards' judgements on hand-made series; tests/health/test_guard_run.py has the processes."""
+
+import math
+import os
+import random
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from megagpt.cluster.stop import StopRequest, TimeLimit, time_limit
+from megagpt.cluster.watchdog import launchers, orphaned, parent_of
+from megagpt.config import CheckpointConfig, parse_run
+from megagpt.errors import DamageError, MegagptError, UsageError
+from megagpt.health.replicas import CHUNK, checksum, digest, odd_ones
+from megagpt.health.spikes import Recent, z_score
+from megagpt.run.journal import Journal, read_journal
+
+# --- time limits --------------------------------------------------------------------------------
+
+
+def test_the_earlier_limit_counts():
+    slurm = {"SLURM_JOB_END_TIME": "1600"}
+    assert time_limit(0, {}, 1000.0) is None
+    assert time_limit(0, {"SLURM_JOB_END_TIME": "soon"}, 1000.0) is None
+    assert time_limit(5, slurm, 1000.0).end == 1300
+    both = time_limit(20, slurm, 1000.0)
+    assert (both.end, both.name) == (1600, "SLURM_JOB_END_TIME")
+
+
+def test_the_margin_is_twice_the_longest_step_and_save():
+    limit = TimeLimit(end=10_000.0, name="x", start=0.0)
+    # Before anything is known: 120 s for a save and 10 s to leave.
+    assert limit.margin_s(0.0) == 130
+    assert not limit.reached(100.0, 0.0)
+    assert not limit.reached(130.0, 40.0)
+    assert not limit.reached(140.0, 40.0)
+    assert limit.margin_s(40.0) == 2 * 30 + 2 * 40 + 10
+
+
+def test_stops_within_the_limit():
+    limit = TimeLimit(end=1_000.0, name="x", start=0.0)
+    now = 0.0
+    while not limit.reached(now, 25.0):
+        now += 7.0
+    # Another step and a save still fit.
+    assert 1_000 - 2 * 7 - 2 * 25 - 10 <= now <= 1_000 - 7 - 25 - 10
+
+
+def test_a_short_limit_is_not_all_margin():
+    assert TimeLimit(end=60.0, name="x", start=0.0).margin_s(0.0) == 6
+
+
+def test_stops_after_steps():
+    stop = StopRequest(CheckpointConfig(stop_after_steps=3), {})
+    assert [stop.look() for _ in range(4)] == [False, False, True, True]
+    assert stop.reason == "checkpoint.stop_after_steps"
+    assert not any(StopRequest().look() for _ in range(3))
+
+
+def test_stops_at_slurms_end():
+    stop = StopRequest(CheckpointConfig(), {"SLURM_JOB_END_TIME": str(int(time.time()) + 1)})
+    time.sleep(1)
+    assert stop.look() and stop.reason == "the time limit (SLURM_JOB_END_TIME)"
+
+
+# --- spikes -------------------------------------------------------------------------------------
+
+
+def test_z_score_by_hand():
+    # Median 3, distances 2 1 0 1 2: MAD 1.
+    assert z_score(3 + 1.4826 * 5, [1, 2, 3, 4, 5], 1e-9) == pytest.approx(5)
+    # A spike among the values moves neither median nor MAD much.
+    assert z_score(3 + 1.4826 * 5, [1, 2, 3, 4, 5000], 1e-9) == pytest.approx(5)
+    assert z_score(1.01, [1.0] * 9, 0.001) == pytest.approx(10)
+
+
+def series(n: int, seed: int = 1) -> list[tuple[float, float]]:
+    """Losses that fall as a training's do, with noise, and norms that vary by factors."""
+    draw = random.Random(seed)
+    return [
+        (3 + 3 * math.exp(-i / 300) + draw.gauss(0, 0.03), math.exp(draw.gauss(-0.5, 0.25)))
+        for i in range(n)
+    ]
+
+
+def test_a_falling_noisy_loss_is_no_spike():
+    for seed in range(5):
+        recent = Recent(window=128, threshold=8.0)
+        assert not any(recent.add(*pair) for pair in series(2000, seed))
+        assert len(recent.pairs) == 128
+
+
+@pytest.mark.parametrize(
+    ("pair", "word"), [((4.0, 0.5), "loss 4.0000"), ((3.1, 20.0), "gradient norm 20")]
+)
+def test_spikes_are_told(pair, word):
+    recent = Recent(window=128, threshold=8.0)
+    for normal in series(1500):
+        recent.add(*normal)
+    assert recent.add(*pair).startswith(word)
+    # The spike does not hide the next one, and does not make what is normal look odd.
+    assert recent.add(*pair).startswith(word)
+    assert recent.add(3.0, 0.6) == ""
+
+
+def test_the_first_steps_are_never_spikes():
+    recent = Recent(window=128, threshold=8.0)
+    assert not any(recent.add(*pair) for pair in [*[(3.0, 1.0)] * 15, (30.0, 1.0)])
+    assert recent.add(30.0, 1.0)
+
+
+def test_the_judgement_depends_on_the_pairs_alone():
+    whole, later = Recent(64, 8.0), Recent(64, 8.0)
+    pairs = [*series(300), (5.0, 1.0), *series(100, 2), (3.0, 50.0)]
+    told = [whole.add(*pair) for pair in pairs[:200]]
+    later.pairs = list(whole.pairs)
+    assert [whole.add(*pair) for pair in pairs[200:]] == [later.add(*p) for p in pairs[200:]]
+    assert not any(told)
+
+
+def test_steps_that_were_not_applied_are_counted_and_not_compared():
+    recent = Recent(8, 8.0)
+    recent.add(3.0, 1.0)
+    nothing = [recent.add(math.nan, math.inf, False), recent.add(3.0, math.nan, False)]
+    assert nothing == ["", ""]
+    assert recent.pairs == [(3.0, 1.0)]
+    assert recent.failure(3) == ""
+    assert recent.failure(2).startswith("2 steps in a row left the weights as they were, because")
+    recent.add(3.0, 1.0)
+    assert recent.unapplied == 0
+
+
+def test_a_judgement_before_the_update_is_the_one_after_it():
+    recent = Recent(64, 8.0)
+    for pair in [*series(300), (5.0, 1.0), (math.nan, 1.0), (3.0, 50.0), *series(20, 2)]:
+        before, pairs = recent.judge(*pair), list(recent.pairs)
+        assert recent.pairs == pairs
+        assert recent.add(*pair, applied=not before) == before
+
+
+def test_a_level_that_has_come_to_stay_is_no_spike_for_ever():
+    recent = Recent(16, 8.0)
+    for _ in range(16):
+        recent.add(3.0, 1.0)
+    told = [bool(recent.add(4.0, 1.0, applied=False)) for _ in range(16)]
+    # From the median of seven new among nine old values on to that of nine new ones.
+    assert told == [True] * 8 + [False] * 8
+    assert recent.failure(16) and not recent.failure(17)
+
+
+# --- the journal --------------------------------------------------------------------------------
+
+
+def test_where_a_run_reads_after_rollbacks():
+    journal = Journal([(10, 40)])
+    assert [journal.skipped(step) for step in (0, 9, 10, 99)] == [0, 0, 40, 40]
+    journal.add(20, 90)
+    assert [journal.skipped(step) for step in (19, 20)] == [40, 90]
+    # Back before the second one, which therefore never happened; twice from the same step.
+    journal.add(15, 70)
+    journal.add(15, 75)
+    assert journal.holding == [(10, 40), (15, 75)]
+    assert journal.skipped(20) == 75
+
+
+def test_which_updates_a_run_leaves_out_after_rollbacks():
+    journal = Journal()
+    journal.leave_out(12)
+    journal.leave_out(15)
+    assert [step for step in range(20) if journal.leaves_out(step)] == [12, 15]
+    # Back to a checkpoint that step 12 is part of, but step 15 is not.
+    journal.add(12, 30)
+    assert [step for step in range(20) if journal.leaves_out(step)] == [12]
+    journal.leave_out(14)
+    assert journal.holding == [(12, None), (12, 30), (14, None)]
+    assert Journal(journal.entries).holding == journal.holding
+    assert [journal.skipped(step) for step in (11, 12, 20)] == [0, 30, 30]
+
+
+def test_the_journal_reads_back(tmp_path):
+    assert read_journal(tmp_path) == []
+    journal = Journal()
+    journal.add(10, 40)
+    journal.write(tmp_path, reason="loss 9")
+    journal.leave_out(13)
+    journal.write(tmp_path, reason="loss 9")
+    assert read_journal(tmp_path) == journal.entries == [(10, 40), (13, None)]
+    path = tmp_path / "journal.jsonl"
+    whole = path.read_bytes()
+    for end in range(whole.index(b"\n") + 1, len(whole)):
+        path.write_bytes(whole[:end])
+        assert read_journal(tmp_path) == [(10, 40)]
+    journal.write(tmp_path, reason="loss 9")
+    assert path.read_bytes() == whole
+
+
+def test_a_journal_that_is_gone_comes_back_with_the_next_entry(tmp_path):
+    journal = Journal([[10, 40], [13, None]])
+    journal.add(20, 90)
+    journal.write(tmp_path, reason="loss 9")
+    assert read_journal(tmp_path) == journal.entries == [(10, 40), (13, None), (20, 90)]
+
+
+def test_a_damaged_journal_is_not_guessed_at(tmp_path):
+    for line in ('{"step": 1}', '{"step": 1, "update": "done"}', '{"update": "left out"}', "[1]"):
+        (tmp_path / "journal.jsonl").write_text(line + '\n{"step": 2, "skipped_samples": 4}\n')
+        message = "line 1: not an entry of the journal; it decides which samples are read and"
+        with pytest.raises(DamageError, match=message):
+            read_journal(tmp_path)
+
+
+def test_rollbacks_end():
+    journal = Journal([(5, 1), (5, 2), (6, 3), (5, 4)])
+    with pytest.raises(MegagptError, match="spikes again after 3 rollbacks to step 5; lower"):
+        journal.add(5, 9)
+
+
+# --- replicas -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("digest", [digest, checksum])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_any_bit_of_any_element_changes_the_digest(dtype, digest):
+    torch.manual_seed(1)
+    weight = torch.randn(3, 50).to(dtype)
+    bits = weight.view(-1).view({2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize])
+    before = int(digest(weight))
+    for place in range(0, 150, 7):
+        for bit in range(8 * dtype.itemsize - 1):
+            bits[place] ^= 1 << bit
+            assert int(digest(weight)) != before
+            bits[place] ^= 1 << bit
+    assert int(digest(weight)) == before
+
+
+@pytest.mark.parametrize("digest", [digest, checksum])
+def test_exchanged_elements_change_the_digest(digest):
+    weight = torch.arange(2 * CHUNK + 3, dtype=torch.float32)
+    before = int(digest(weight))
+    assert int(digest(weight.clone())) == before
+    weight[[1, CHUNK + 5]] = weight[[CHUNK + 5, 1]]
+    assert int(digest(weight)) != before
+
+
+def test_the_odd_one_out():
+    assert odd_ones([7, 7, 7]) == []
+    assert odd_ones([7, 8, 7, 7]) == [1]
+    assert odd_ones([8, 7, 7]) == [0]
+    assert odd_ones([7, 8]) == [1]
+
+
+# --- processes ----------------------------------------------------------------------------------
+
+
+def test_the_chain_of_launchers():
+    assert launchers("python") == {}
+    assert launchers("torchrun") == {os.getpid(): os.getppid()}
+    # This is no deepspeed command, so what is above the parent may go.
+    assert launchers("deepspeed") == {os.getpid(): os.getppid()}
+    assert not orphaned(launchers("torchrun"))
+    assert orphaned({os.getpid(): 999_999_999})
+    assert parent_of(999_999_999) is None
+
+
+HANG = """
+import sys, threading, time
+from pathlib import Path
+from megagpt.cluster.ranks import Ranks
+from megagpt.cluster import watchdog
+watchdog.GRACE_S = 0.2
+def stuck():
+    threading.Event().wait()
+with watchdog.Watchdog(Path(sys.argv[1]), Ranks(rank=3), 0.01) as dog:
+    dog.begin("step")
+    dog.begin("step")
+    stuck()
+"""
+
+
+def test_a_hang_leaves_its_stacks_and_ends(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", HANG, str(tmp_path)], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1
+    stacks = (tmp_path / "stacks" / "rank_00003.txt").read_text()
+    assert "rank 3: no end of this step within 0.01 minutes" in stacks
+    assert "in stuck" in stacks
+    assert f"its stacks: {tmp_path}/stacks/rank_00003.txt; ending" in done.stderr
+
+
+def test_a_hang_that_holds_pythons_lock_ends_too(tmp_path):
+    # A C call through PyDLL keeps the lock, as a hung extension may.
+    hang = HANG.replace("threading.Event().wait()", "import ctypes; ctypes.PyDLL(None).sleep(60)")
+    done = subprocess.run(
+        [sys.executable, "-c", hang, str(tmp_path)], capture_output=True, text=True, timeout=30
+    )
+    assert done.returncode == 1
+    assert "Timeout" in done.stderr and "in stuck" in done.stderr
+
+
+# --- configuration ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("checkpoint.stop_after_minutes=-1", r"stop_after_minutes = -1.0: must be 0 \(off\) or"),
+        ("checkpoint.stop_after_steps=-1", r"stop_after_steps = -1: must be 0 \(off\) or more"),
+        ("log.watchdog_minutes=nan", r"watchdog_minutes = nan: must be 0 \(off\) or more"),
+        ("log.check_replicas_every_steps=-2", r"every_steps = -2: must be 0 \(off\) or more"),
+        ("optimizer.spike_window=0", "spike_window = 0: must be 1 or more"),
+        ("optimizer.spike_threshold=0", "spike_threshold = 0.0: must be above 0"),
+        ("optimizer.spike_action='no'", "spike_action = 'no': must be one of none, skip, rollback"),
+    ],
+)
+def test_values_that_cannot_be(override, message):
+    text = 'model = "gpt3-125m"\noutput = "x"\n[data]\ntrain = [{ path = "x" }]\n'
+    with pytest.raises(UsageError, match=message):
+        parse_run(text, [override])

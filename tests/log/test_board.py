@@ -1,0 +1,97 @@
+"""TensorBoard's event files: cut, resumed, and what stands in them."""
+
+import math
+import os
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megagpt.log.tags import derived, tags
+from megagpt.log.tensorboard import Board, event_files
+from tests.lib.recorded import curve, open_log, record, run_until_killed
+
+
+def test_a_tensorboard_open_since_before_the_kill_sees_one_curve(tmp_path):
+    run_until_killed(tmp_path, 0, 12)
+    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    assert events.Scalars("train/loss")[-1].step >= 12_000
+    log = open_log(tmp_path, 6)
+    log.step(record(7))
+    log.close()
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1000, 7001, 1000))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_tensorboard_resumes_from_a_file_cut_anywhere(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("run")
+    board = Board(folder / "tensorboard")
+    for step in range(1, 5):
+        board.scalars({"train/loss": float(step)}, step)
+    board.close()
+    size = board.path.stat().st_size
+    os.truncate(board.path, data.draw(st.integers(0, size)))
+    left = curve_or_nothing(folder)
+    board = Board(folder / "tensorboard", resume_tokens=2)
+    board.scalars({"train/loss": 3.0}, 3)
+    board.close()
+    assert [step for step, _ in curve(folder, "train/loss")] == [*(s for s in left if s <= 2), 3]
+
+
+def curve_or_nothing(folder: Path) -> list[int]:
+    try:
+        return [step for step, _ in curve(folder, "train/loss")]
+    except KeyError:
+        return []
+
+
+def test_the_new_event_file_sorts_last_even_when_the_clock_is_behind(tmp_path):
+    ahead = int(time.time()) + 5000
+    (tmp_path / f"events.out.tfevents.{ahead}.host.1.0").touch()
+    first = Board(tmp_path)
+    first.scalars({"a": 1.0}, 1)
+    second = Board(tmp_path, resume_tokens=1)
+    assert event_files(tmp_path)[-2:] == [first.path, second.path]
+    first.close()
+    second.close()
+
+
+def test_texts_and_the_first_screen_are_in_tensorboard(tmp_path):
+    from tensorboard.plugins.custom_scalar import layout_pb2
+
+    (tmp_path / "config.toml").write_text("seed = 1\n")
+    log = open_log(tmp_path)
+    log.samples(["def f():", "x"])
+    log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    text = events.Tensors("run/config.toml")
+    assert text[0].tensor_proto.string_val[0] == b"    seed = 1\n"
+    assert events.Tensors("samples/1")[0].tensor_proto.string_val[0] == b"    def f():\n"
+    told = (tmp_path / "samples" / "step_00000000.txt").read_text()
+    assert told == "--- 1 of 2 ---\ndef f():\n--- 2 of 2 ---\nx\n"
+    assert b"| torch |" in events.Tensors("run/environment")[0].tensor_proto.string_val[0]
+    layout = layout_pb2.Layout.FromString(
+        events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
+    )
+    assert layout.category[0].chart[0].title == "loss, training and validation"
+
+
+def test_groups_of_tags():
+    values = tags({"step": 3, "tokens": 7, "time": 1.0, "loss": 2.0, "new": 1, "name": "x"})
+    assert values == {"progress/step": 3.0, "train/loss": 2.0, "more/new": 1.0}
+    assert tags({"validation_losses": {"web": 2.0}}) == {"validation/web": 2.0}
+    assert tags({"layers": {"h.0": {"grad_norm": 2.0}}}) == {"layers/h.0/grad_norm": 2.0}
+
+
+def test_perplexity_by_hand():
+    found = derived({"validation_loss": math.log(2)})
+    assert found == {"validation/validation_perplexity": pytest.approx(2.0)}
+    assert math.isnan(derived({"loss": math.nan})["train/perplexity"])
+    assert math.isfinite(derived({"loss": 1e9})["train/perplexity"])

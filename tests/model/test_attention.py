@@ -1,0 +1,107 @@
+"""Every form of attention against the mask written out, in float64, forward and backward."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megagpt.model.kernels import attention
+from megagpt.model.kernels import attention_cpu as tiled
+from megagpt.model.kernels.attention import attend, attend_slowly, visible
+
+
+def draw(t: int, s: int, heads: int = 2, batch: int = 2) -> list[torch.Tensor]:
+    torch.manual_seed(t * 1000 + s)
+    return [
+        torch.randn(batch, n, heads, 4, dtype=torch.float64).transpose(1, 2).requires_grad_()
+        for n in (t, s, s)
+    ]
+
+
+def check(t: int, s: int, band: int | None, form=attend) -> None:
+    inputs = draw(t, s)
+    ours, reference = form(*inputs, band), attend_slowly(*inputs, band)
+    torch.testing.assert_close(ours, reference, rtol=0, atol=1e-12)
+    direction = torch.randn_like(reference)
+    for a, b in zip(
+        torch.autograd.grad(ours, inputs, direction),
+        torch.autograd.grad(reference, inputs, direction),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_the_reference_by_hand():
+    """A query sees exactly `band` keys, itself included: i - j <= band - 1 and j <= i."""
+    rows = ["1....", "11...", ".11..", "..11.", "...11"]
+    expected = torch.tensor([[c == "1" for c in row] for row in rows])
+    assert torch.equal(visible(5, 5, 2, torch.device("cpu")), expected)
+    assert torch.equal(visible(2, 5, 2, torch.device("cpu")), expected[3:])
+    assert visible(5, 5, None, torch.device("cpu")).sum() == 15
+
+
+@pytest.mark.parametrize("band", [None, 1, 2, 3, 8, 16, 17, 31, 32, 33, 64])
+@pytest.mark.parametrize("t", [1, 2, 16, 31, 32, 33, 47])
+def test_equals_the_reference(t, band):
+    check(t, t, band)
+
+
+@pytest.mark.parametrize("band", [None, 1, 5, 8, 9, 20, 40])
+@pytest.mark.parametrize("t", [1, 7, 8, 9, 33])
+def test_the_tiled_form_equals_the_reference(monkeypatch, t, band):
+    monkeypatch.setattr(tiled, "TILE", 8)
+    check(t, t, band, tiled.attend_tiled)
+
+
+def test_bf16_is_as_near_as_bf16_can_be():
+    inputs = [x.detach().bfloat16() for x in draw(300, 300)]
+    for band in (None, 40):
+        reference = attend_slowly(*(x.double() for x in inputs), band)
+        torch.testing.assert_close(
+            attend(*inputs, band).double(), reference, rtol=2**-6, atol=2**-6
+        )
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 40), st.integers(0, 40), st.one_of(st.none(), st.integers(1, 45)), st.data())
+def test_equals_the_reference_after_a_cache(t, past, band, data):
+    check(t, t + past, band)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize(("t", "band"), [(130, 7), (129, 128), (40, 1)])
+def test_flex_attention_equals_the_reference(t, band):
+    """The form for CUDA, run here by its own slow interpreter, which is forward only."""
+    q, k, v = (x.detach() for x in draw(t, t))
+    ours = attention._flex(q, k, v, band)
+    torch.testing.assert_close(ours, attend_slowly(q, k, v, band), rtol=0, atol=1e-12)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("t", "band"), [(2048, 256), (1000, 129)])
+def test_flex_attention_on_cuda(t, band):
+    inputs = [x.detach().float().cuda().requires_grad_() for x in draw(t, t)]
+    inputs = [x.repeat(1, 1, 1, 16) for x in inputs]
+    ours, reference = attend(*inputs, band), attend_slowly(*inputs, band)
+    torch.testing.assert_close(ours, reference, rtol=1e-3, atol=1e-3)
+
+
+def test_dropout_keeps_the_mean():
+    torch.manual_seed(0)
+    q, k = torch.zeros(1, 1, 64, 4), torch.zeros(1, 1, 64, 4)
+    mean = torch.stack([attend(q, k, k + 1, 8, dropout=0.5) for _ in range(200)]).mean()
+    assert mean.item() == pytest.approx(1.0, abs=0.05)
+
+
+def test_banded_memory_grows_linearly():
+    """Bytes saved for the backward pass: twice the context, twice the bytes."""
+
+    def saved(t: int, band: int) -> int:
+        held: list[int] = []
+        q, k, v = (torch.randn(1, 2, t, 8, requires_grad=True) for _ in range(3))
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: held.append(x.nbytes), id):
+            attend(q, k, v, band, dropout=0.1)  # the plain form, which saves its weights
+        return sum(held)
+
+    assert saved(2048, 16) < 2.2 * saved(1024, 16)
+    assert saved(1024, 16) < saved(1024, 1024) / 8

@@ -1,0 +1,213 @@
+"""ds_configs: each file resolves on each layout, or is refused with its reason."""
+
+import json
+from typing import Any
+
+import pytest
+
+from megagpt.config import RunConfig, parse_run
+from megagpt.errors import UsageError
+from megagpt.plan.ds_config import FOLDER, read_ds_config, resolve
+from megagpt.plan.layout import Layout
+from tests.plan.test_layout import RUN
+
+FILES = sorted(path.stem for path in FOLDER.glob("*.json"))
+LAYOUTS = {
+    "one": Layout(),
+    "data": Layout(world=2),
+    "pipeline": Layout(world=2, pipeline=2),
+    "tensor": Layout(world=2, tensor=2),
+    "all": Layout(world=8, pipeline=2, tensor=2),
+}
+
+
+BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+
+
+def config_for(layout: Layout, *overrides: str) -> RunConfig:
+    split = [f"parallel.pipeline={layout.pipeline}", f"parallel.tensor={layout.tensor}"]
+    return parse_run(RUN, [*split, *overrides])
+
+
+def resolved(name: str, layout: Layout, *overrides: str) -> dict[str, Any]:
+    run = config_for(layout, f"parallel.ds_config={name}", *overrides)
+    return resolve(run, layout, read_ds_config(name))
+
+
+def refusal(tree: dict[str, Any], layout: Layout, *overrides: str) -> str:
+    with pytest.raises(UsageError) as caught:
+        resolve(config_for(layout, *overrides), layout, tree)
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+def leaves(tree: Any) -> list[Any]:
+    if isinstance(tree, dict):
+        return [leaf for value in tree.values() for leaf in leaves(value)]
+    return [tree]
+
+
+def test_the_files_are_those_of_the_design():
+    names = "pipeline zero0 zero1 zero2 zero3 zero3_nvme zero3_offload".split()
+    assert names == FILES
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("where", LAYOUTS)
+@pytest.mark.parametrize("name", FILES)
+def test_each_file_on_each_layout(name, where, dtype):
+    layout, tree = LAYOUTS[where], read_ds_config(name)
+    stage = tree["zero_optimization"]["stage"]
+    pipelined_wrongly = layout.pipelined and stage != 1
+    imprecise = stage == 0 and dtype != "fp32"
+    offloaded = "offload_optimizer" in tree["zero_optimization"]
+    if pipelined_wrongly or imprecise:
+        found = refusal(tree, layout, f"parallel.dtype={dtype}")
+        assert (f"zero_optimization.stage = {stage} with pipeline" in found) == pipelined_wrongly
+        assert ("spoils Adam's bias correction" in found) == imprecise
+        lost = layout.pipelined and offloaded and dtype != "fp32"
+        assert ("loses the tied embedding's gradient" in found) == lost
+        return
+    made = resolved(name, layout, f"parallel.dtype={dtype}")
+    assert "auto" not in leaves(made)
+    # DeepSpeed's own rule between the three.
+    assert made["train_batch_size"] == (
+        made["train_micro_batch_size_per_gpu"] * made["gradient_accumulation_steps"] * layout.data
+    )
+    assert made["gradient_clipping"] == 1.0
+    assert made["bf16"]["enabled"] == (dtype == "bf16")
+    assert made["fp16"]["enabled"] == (dtype == "fp16")
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name != "zero3_nvme"])
+def test_deepspeed_itself_takes_what_is_resolved(name):
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    made = resolved(name, Layout(), "parallel.dtype=fp32", "optimizer.gradient_clipping=0.5")
+    taken = DeepSpeedConfig(made)
+    assert taken.train_batch_size == 8
+    assert taken.gradient_clipping == 0.5
+    assert taken.zero_optimization_stage == made["zero_optimization"]["stage"]
+
+
+@pytest.mark.parametrize(
+    ("tree", "layout", "overrides", "message"),
+    [
+        (
+            {"zero_optimization": {"stage": 1, "reduce_bucket_size": "auto"}},
+            Layout(),
+            [],
+            'zero_optimization.reduce_bucket_size = "auto": nothing in the run file decides this',
+        ),
+        (
+            {"train_batch_size": 16, "zero_optimization": {"stage": 1}},
+            Layout(),
+            ["parallel.dtype=fp32"],
+            'train_batch_size = 16: the run file says 8; write "auto" here',
+        ),
+        (
+            {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}},
+            Layout(),
+            ["parallel.dtype=fp32"],
+            "bf16.enabled = true: the run file says false",
+        ),
+        (
+            {"zero_optimization": {"stage": 2}},
+            Layout(world=2, pipeline=2),
+            [],
+            "zero_optimization.stage = 2 with pipeline or tensor parallel: must be 1",
+        ),
+        (
+            {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}},
+            Layout(world=2, tensor=2),
+            [],
+            "offload_optimizer with pipeline or tensor parallel and fp32 gradient accumulation",
+        ),
+        (
+            {"zero_optimization": {"stage": 0}},
+            Layout(),
+            [],
+            "zero_optimization.stage = 0 with parallel.dtype = 'bf16'",
+        ),
+        (
+            {"zero_optimization": {"stage": 1, "round_robin_gradients": True}},
+            Layout(),
+            [],
+            "zero_optimization.round_robin_gradients = true: it mixes up",
+        ),
+        (
+            {"zero_optimization": {"stage": 1}, "optimizer": {"type": "Adam"}},
+            Layout(),
+            [],
+            "optimizer, scheduler: the run file owns them",
+        ),
+        (
+            {"zero_optimization": {"stage": 1}, "scheduler": {"type": "WarmupLR"}},
+            Layout(),
+            [],
+            "optimizer, scheduler: the run file owns them",
+        ),
+    ],
+)
+def test_each_refusal_says_why(tree, layout, overrides, message):
+    assert message in refusal(tree, layout, *overrides)
+
+
+def test_a_file_may_not_be_silent_where_deepspeeds_default_differs():
+    found = refusal({"zero_optimization": {"stage": 1}}, Layout())
+    for message in (
+        'gradient_clipping is missing: the run file says 1.0; add it as "auto"',
+        'bf16.enabled is missing: the run file says true; add it as "auto"',
+        'data_types.grad_accum_dtype is missing: the run file says "fp32"; add it as "auto"',
+        'train_batch_size is missing: the run file says 8; add it as "auto"',
+    ):
+        assert message in found
+    sound = dict.fromkeys(BATCH, "auto") | {"zero_optimization": {"stage": 1}}
+    off = ["parallel.dtype=fp32", "optimizer.gradient_clipping=0"]
+    assert resolve(config_for(Layout(), *off), Layout(), sound)["train_batch_size"] == 8
+
+
+def test_a_layout_that_cannot_be_is_the_only_problem():
+    run = config_for(Layout(world=2, pipeline=2, tensor=2))
+    with pytest.raises(UsageError) as caught:
+        resolve(run, Layout(world=2, pipeline=2, tensor=2), read_ds_config("pipeline"))
+    assert len(str(caught.value).splitlines()) == 2
+    assert "2 ranks: must be a positive multiple of pipeline x tensor" in str(caught.value)
+
+
+def test_every_problem_at_once_the_layouts_too():
+    tree = {"zero_optimization": {"stage": 3, "sub_group_size": "auto"}, "scheduler": {}}
+    tree |= {"bf16": {"enabled": "auto"}, "data_types": {"grad_accum_dtype": "auto"}}
+    found = refusal(tree, Layout(world=2, pipeline=2), "parallel.micro_batch=3")
+    assert found.startswith("parallel.ds_config = 'zero1', 2 ranks = pipeline 2:\n")
+    assert len(found.splitlines()) == 6, found
+    assert "schedule.ramp_increment_tokens = 128" in found
+
+
+def test_a_file_of_ones_own(tmp_path):
+    path = tmp_path / "mine.json"
+    tree = dict.fromkeys(BATCH, "auto") | {"gradient_clipping": "auto"}
+    path.write_text(json.dumps(tree | {"zero_optimization": {"stage": 1}, "prescale": [1, "x"]}))
+    made = resolved(str(path), Layout(), "parallel.dtype=fp32")
+    assert (made["gradient_clipping"], made["prescale"]) == (1.0, [1, "x"])
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(UsageError, match=r"ds_config = 'zero9': .*zero9.json does not exist; .*"):
+        read_ds_config("zero9")
+    for text, message in (
+        ("{", "not valid JSON: Expecting property name"),
+        ("[1]", "must hold one JSON object"),
+        ('{"zero_optimization": {"stage": "1"}}', 'stage = "1": must be 0, 1, 2 or 3'),
+        ("{}", "zero_optimization.stage = null: must be 0, 1, 2 or 3"),
+        ('{"zero_optimization": 1}', "zero_optimization = 1: must be an object"),
+        ('{"zero_optimization": {"stage": 1}, "bf16": true}', "bf16 = true: must be an object"),
+        (
+            '{"zero_optimization": {"stage": 3, "offload_optimizer": true}}',
+            "zero_optimization.offload_optimizer = true: must be an object",
+        ),
+    ):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(UsageError, match=message) as caught:
+            resolved(str(tmp_path / "bad.json"), Layout(), "parallel.dtype=fp32")
+        assert "bad.json" in str(caught.value)

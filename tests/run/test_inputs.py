@@ -1,0 +1,148 @@
+"""What a run reads is whole: every damaged shard is named, and none is read again for nothing."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megagpt.config import RunConfig, load_run
+from megagpt.engine import Engine, Ranks, build_engine
+from megagpt.errors import DamageError, UsageError
+from megagpt.order.loader import TokenLoader
+from megagpt.plan.ds_config import read_ds_config, resolve
+from megagpt.plan.layout import Layout
+from megagpt.run.inputs import MEMORY, check_data, check_vocabulary, evaluation_samples
+from tests.lib.corpus import run_file
+from tests.lib.distributed import group_of_one
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    config = load_run(run_file(tmp_path_factory.mktemp("engine")), ["model.n_layer=1"])
+    with group_of_one():
+        ds_config = resolve(config, Layout(), read_ds_config("zero1"))
+        made = build_engine(config, Layout(), Ranks(), ds_config)
+        yield made
+        made.close()
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RunConfig:
+    return load_run(run_file(tmp_path))
+
+
+class Reading:
+    """check_data over the corpora of a run file; counts the calls of `alive`."""
+
+    def __init__(self, root: Path, engine: Engine) -> None:
+        self.root, self.engine, self.calls = root, engine, 0
+        (root / "run").mkdir(exist_ok=True)
+
+    def alive(self) -> None:
+        self.calls += 1
+
+    def check(self) -> int:
+        """How often the reading said that it goes on: 0 when nothing was read."""
+        self.calls = 0
+        loaders = [TokenLoader([(self.root / n, 1.0)], 32, 1) for n in ("train", "validation")]
+        try:
+            check_data(loaders, self.root / "run", self.engine, self.alive)
+        finally:
+            for loader in loaders:
+                loader.close()
+        return self.calls
+
+
+@pytest.fixture
+def reading(tmp_path: Path, config: RunConfig, engine: Engine) -> Reading:
+    return Reading(tmp_path, engine)
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_each_shard_is_read_once_and_remembered(reading, tmp_path):
+    shards = len(list(tmp_path.glob("*/*.bin")))
+    assert shards > 2
+    assert reading.check() >= 2 * shards
+    assert len(json.loads((tmp_path / "run" / MEMORY).read_text())) == shards
+    assert reading.check() == 0
+
+
+@pytest.mark.parametrize("text", ["", "{", "3", "null", '[["x"]]', '{"a": 1}'])
+def test_a_memory_that_cannot_be_read_only_costs_time(reading, tmp_path, text):
+    (tmp_path / "run" / MEMORY).write_text(text)
+    assert reading.check() > 0
+    assert reading.check() == 0
+
+
+def test_only_what_changed_is_read_again(reading, tmp_path):
+    whole = reading.check()
+    path = sorted(tmp_path.glob("train/*.bin"))[0]
+    os.utime(path, ns=(1, 1))
+    assert 0 < reading.check() < whole
+    assert reading.check() == 0
+
+
+@pytest.mark.parametrize("ending", ["bin", "idx"])
+def test_every_damaged_shard_is_named_and_none_remembered(reading, tmp_path, ending):
+    paths = sorted(tmp_path.glob(f"train/*.{ending}"))[:2]
+    other = sorted(tmp_path.glob(f"validation/*.{ending}"))[0]
+    for path in [*paths, other]:
+        flip(path)
+    with pytest.raises(DamageError) as caught:
+        reading.check()
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "damaged shards:" and len(lines) == 5
+    for path, line in zip([*paths, other], lines[1:4], strict=True):
+        assert str(path) in line and "damaged" in line
+    assert "prepare the corpus again, or restore the files from a copy" in lines[4]
+    assert not (tmp_path / "run" / MEMORY).exists()
+
+
+def test_damage_after_the_first_start_is_found_at_the_next(reading, tmp_path):
+    reading.check()
+    path = sorted(tmp_path.glob("train/*.bin"))[-1]
+    flip(path)
+    with pytest.raises(DamageError, match=path.name):
+        reading.check()
+
+
+def test_a_corpus_of_another_vocabulary_is_refused(config, tmp_path):
+    loader = TokenLoader([(tmp_path / "train", 1.0)], 32, 1)
+    check_vocabulary(config, [loader])
+    other = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=300))
+    with pytest.raises(
+        UsageError, match=r"'bytes' has 257 tokens, but model.vocab_size = 300; set"
+    ):
+        check_vocabulary(other, [loader])
+    loader.close()
+
+
+def test_validation_data_of_another_tokenizer_of_the_same_size_are_refused(config, tmp_path):
+    loaders = [TokenLoader([(tmp_path / name, 1.0)], 32, 1) for name in ("train", "validation")]
+    check_vocabulary(config, loaders)
+    path = tmp_path / "validation" / "manifest.json"
+    tree = json.loads(path.read_text())
+    for fingerprint, sound in (("", True), ("0" * 64, False)):
+        tree["tokenizer"]["fingerprint"] = fingerprint
+        path.write_text(json.dumps(tree))
+        other = [loaders[0], TokenLoader([(tmp_path / "validation", 1.0)], 32, 1)]
+        if sound:
+            check_vocabulary(config, other)
+            continue
+        with pytest.raises(UsageError, match=r"validation: its tokenizer 'bytes' is not that of "):
+            check_vocabulary(config, other)
+
+
+def test_an_evaluation_is_whole_increments_of_the_batch(config):
+    # 256 tokens of increment are 8 sequences of 32; the run file asks for 2 batches of them.
+    assert evaluation_samples(config, 1000) == 16
+    assert evaluation_samples(config, 9) == 8
+    assert evaluation_samples(config, 3) == 8

@@ -1,0 +1,164 @@
+"""The vocabularies: golden ids, the offline message, tokenizer files and their refusals."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megagpt import tokenizer
+from megagpt.errors import DamageError, UsageError
+from megagpt.tokenizer import end_of_document, fingerprint, load_tokenizer
+from megagpt.tokenizer import gpt2 as bpe
+from megagpt.tokenizer.json import encoding_merges, read_tokenizer_file, write_tokenizer_file
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "data/gpt2_golden.json").read_text())["cases"]
+
+
+def test_gpt2_gives_the_golden_ids() -> None:
+    encoding = load_tokenizer("gpt2")
+    assert len(GOLDEN) == 40
+    for text, ids in GOLDEN:
+        assert encoding.encode_ordinary(text) == ids, text[:40]
+    assert encoding.n_vocab == 50257
+    assert end_of_document(encoding) == 50256
+    assert encoding.encode_ordinary("<|endoftext|>") == [27, 91, 437, 1659, 5239, 91, 29]
+
+
+def test_bytes_are_their_own_ids() -> None:
+    encoding = load_tokenizer("bytes")
+    text = "h\u00e9 \U0001f600\n\0"
+    assert encoding.encode_ordinary(text) == list(text.encode())
+    assert (encoding.n_vocab, end_of_document(encoding)) == (257, 256)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.text())
+def test_decoding_returns_the_text(text: str) -> None:
+    for name in ("gpt2", "bytes"):
+        encoding = load_tokenizer(name)
+        assert encoding.decode(encoding.encode_ordinary(text)) == text
+
+
+def test_fingerprint_tells_vocabularies_apart() -> None:
+    gpt2, plain = load_tokenizer("gpt2"), load_tokenizer("bytes")
+    assert fingerprint(gpt2) == fingerprint(bpe.gpt2_encoding.__wrapped__())
+    assert fingerprint(gpt2) != fingerprint(plain)
+    assert len(fingerprint(plain)) == 64
+
+
+def test_damaged_merge_list_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    damaged = tmp_path / "gpt2_vocab.bpe"
+    damaged.write_bytes(bpe.GPT2_MERGES.read_bytes()[:-2])
+    monkeypatch.setattr(bpe, "GPT2_MERGES", damaged)
+    with pytest.raises(DamageError, match="gpt2_vocab.bpe: sha256 is not 1ce166.*install"):
+        bpe.gpt2_merges()
+
+
+def test_unknown_name_and_missing_file_are_refused() -> None:
+    with pytest.raises(UsageError, match="unknown tokenizer gpt9: .*bytes, .*gpt2"):
+        load_tokenizer("gpt9")
+    with pytest.raises(UsageError, match="nothere.json does not exist"):
+        load_tokenizer("nothere.json")
+
+
+def test_without_a_network_the_message_says_what_to_do(tmp_path: Path) -> None:
+    code = (
+        "from megagpt.tokenizer import load_tokenizer\n"
+        "from megagpt.errors import UsageError\n"
+        "try:\n    load_tokenizer('o200k_base')\n"
+        "except UsageError as error:\n    print(error)\n"
+    )
+    # A port that nothing listens on stands for a machine without a network.
+    env = os.environ | {"HTTPS_PROXY": "http://127.0.0.1:9", "TIKTOKEN_CACHE_DIR": str(tmp_path)}
+    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert "o200k_base: tiktoken could not load its vocabulary (ProxyError)" in result.stdout
+    assert "TIKTOKEN_CACHE_DIR" in result.stdout
+
+
+def test_a_download_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    import threading
+
+    import tiktoken
+
+    monkeypatch.setattr(tokenizer, "DOWNLOAD_SECONDS", 0.05)
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: threading.Event().wait(2))
+    with pytest.raises(UsageError, match="no answer in 0.05 s"):
+        load_tokenizer("o200k_base")
+
+
+def small_file(path: Path, **changes: object) -> Path:
+    write_tokenizer_file(path, [("t", "h"), ("th", "e"), ("a", "n")], "<|endoftext|>")
+    data = json.loads(path.read_text())
+    for key, value in changes.items():
+        if key in data:
+            data[key] = value
+        else:
+            data["model"][key] = value
+    path.write_text(json.dumps(data))
+    return path
+
+
+def test_tokenizer_file_reads_back(tmp_path: Path) -> None:
+    path = small_file(tmp_path / "tokenizer.json")
+    encoding = load_tokenizer(path)
+    assert encoding.n_vocab == 256 + 3 + 1
+    assert end_of_document(encoding) == 259
+    assert [encoding.decode([i]) for i in encoding.encode_ordinary("the ant")] == [
+        "the", " ", "an", "t",
+    ]  # fmt: skip
+    assert encoding_merges(encoding) == [("t", "h"), ("th", "e"), ("a", "n")]
+    assert fingerprint(load_tokenizer(tmp_path)) == fingerprint(encoding)
+
+
+def test_merges_of_gpt2_are_found_from_ranks_alone() -> None:
+    import tiktoken
+
+    gpt2 = load_tokenizer("gpt2")
+    ranks = dict(list(gpt2._mergeable_ranks.items())[:3000])
+    cut = tiktoken.Encoding("x", pat_str=gpt2._pat_str, mergeable_ranks=ranks, special_tokens={})
+    assert encoding_merges(cut) == bpe.gpt2_merges()[: 3000 - 256]
+    assert encoding_merges(load_tokenizer("bytes")) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"normalizer": {"type": "NFC"}}, "it has a normalizer"),
+        ({"type": "Unigram"}, "its model is Unigram, not BPE"),
+        ({"dropout": 0.1}, "its model sets dropout"),
+        ({"ignore_merges": True}, "ignore_merges"),
+        ({"pre_tokenizer": None}, "its pre_tokenizer is not ByteLevel"),
+        ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, "not ByteLevel"),
+        ({"merges": ["th e", "t h", "a n"]}, "ids do not follow the order of its merges"),
+        ({"merges": ["t h", "th e", "q q"]}, "merge 3 makes a word that is not"),
+        ({"merges": ["t h", "th e"]}, "1 words of its vocabulary come from no merge"),
+        ({"vocab": {"a": 0}, "merges": []}, "lacks some of the 256 bytes"),
+        ({"vocab": {"\u4e2d": 0}, "merges": []}, "outside the byte alphabet"),
+    ],
+)
+def test_files_that_tiktoken_would_get_wrong_are_refused(
+    tmp_path: Path, changes: dict, message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        read_tokenizer_file(small_file(tmp_path / "t.json", **changes))
+
+
+def test_tokenizer_file_without_end_of_document(tmp_path: Path) -> None:
+    path = small_file(tmp_path / "t.json", added_tokens=[])
+    with pytest.raises(UsageError, match="has no <|endoftext|> token"):
+        read_tokenizer_file(path)
+
+
+def test_damaged_tokenizer_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "t.json"
+    path.write_text('{"model": ')
+    with pytest.raises(DamageError, match="t.json: not a tokenizer.json"):
+        read_tokenizer_file(path)
+    path.write_text("{}")
+    with pytest.raises(DamageError, match="KeyError: 'model'"):
+        read_tokenizer_file(path)

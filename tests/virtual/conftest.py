@@ -1,0 +1,46 @@
+"""One cluster for all tests here: a login host and two compute hosts, with SLURM."""
+
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.virtual.hosts import Cluster, missing, virtual_hosts, wait_until
+from tests.virtual.slurm import Slurm
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """The hosts, in a folder whose name is short: those of sockets end after 108 characters."""
+    if reason := missing():
+        pytest.skip(reason)
+    folder = Path(tempfile.mkdtemp(prefix="hosts-"))
+    try:
+        with virtual_hosts(folder, "login", "host-a", "host-b") as made:
+            yield made
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def slurm(cluster: Cluster) -> Slurm:
+    """SLURM on the hosts."""
+    return Slurm(cluster)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[None]:
+    """No test may leave a rank or a launcher behind on any host."""
+    yield
+    if "slurm" in request.fixturenames:
+        # After a test that failed; the others left an empty queue.
+        request.getfixturevalue("slurm").login.check("scancel --user=root")
+    try:
+        wait_until(lambda: not cluster.ranks(), "all ranks and launchers have ended", 30)
+    finally:
+        for process in sum(cluster.ranks().values(), []):
+            os.kill(process, signal.SIGKILL)

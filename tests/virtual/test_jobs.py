@@ -1,0 +1,39 @@
+"""What `megagpt launch slurm` writes and submits, under a real SLURM."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.lib.corpus import run_file
+from tests.lib.distributed import steps
+from tests.virtual.hosts import Cluster
+
+pytestmark = pytest.mark.cluster
+
+SIZE = ("--nodes", "1", "--gpus-per-node", "2", "--cpus-per-task", "1", "--time", "20:00")
+
+
+def launched(cluster: Cluster, file: Path, *words: str) -> tuple[int, str]:
+    """Exit code of the command on the login host, and what it said."""
+    return cluster["login"].run("megagpt", "launch", "slurm", str(file), *SIZE, *words)
+
+
+def test_a_chain_ends_with_the_job_that_finishes_the_run(cluster, slurm, tmp_path):
+    file = run_file(tmp_path, schedule={"total_tokens": 8192})
+    code, said = launched(cluster, file, "--chain", "3", "--submit")
+    assert code == 0, said
+    first, *others = map(int, re.search(r"submitted: (\d+) (\d+) (\d+)\n", said).groups())
+    for i, number in enumerate(others):
+        found = slurm.job(number)["Dependency"]
+        assert re.findall(r"afternotok:(\d+)", found) == [str(n) for n in (first, *others[:i])]
+    assert slurm.end(first)["JobState"] == "COMPLETED", (tmp_path / "run/job.log").read_text()
+    assert [slurm.end(number)["JobState"] for number in others] == ["CANCELLED", "CANCELLED"]
+    assert steps(tmp_path / "run")[-1]["tokens"] == 8192
+
+
+@pytest.mark.parametrize("submit", [(), ("--submit",)])
+def test_what_slurm_says_against_a_job(cluster, slurm, tmp_path, submit):
+    code, said = launched(cluster, run_file(tmp_path), "--partition", "nonesuch", *submit)
+    assert code == 2
+    assert re.search(r"SLURM refuses .*job.sbatch: .*invalid partition specified: nonesuch", said)
