@@ -1,6 +1,6 @@
 """The GPT-3 run files: each opens with its arithmetic, which is computed here again.
 
-After a change of a preset or a layout, `python tests/config/test_presets_runs.py` writes the headers anew.
+After a change of a preset or layout, `python tests/config/test_presets_runs.py` writes them anew.
 """
 
 from pathlib import Path
