@@ -123,10 +123,10 @@ class Trainer:
         if self.meter.table:
             self.log.profile(self.meter.table)
         self.spike = self.at.recent.add(result.loss, result.grad_norm, result.applied)
-        if self.spike or result.left_out:
-            update = "left out" if result.left_out else "made"
+        if self.spike or result.skipped:
+            update = "left out" if result.skipped else "made"
             self.log.event("spike", reason=self.spike, update=update)
-        if result.left_out:
+        if result.skipped:
             self.at.left_out(self.spike)
         every = self.config.log.check_replicas_every_steps
         if crossed(every, before.step, self.at.progress.step):

@@ -11,7 +11,7 @@ from megagpt.checkpoint.record import Manifest
 from megagpt.checkpoint.slice_file import SliceReader
 from megagpt.config import RunConfig, load_run
 from megagpt.engine.engine import Engine
-from megagpt.engine.slices import KEYS, OptimizerState
+from megagpt.engine.slices import STATES, OptimizerState
 from megagpt.errors import DamageError, UsageError
 
 log = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ def load_into(folder: Path, manifest: Manifest, engine: Engine) -> None:
     """Fills the engine's slices and counts from a verified checkpoint, one parameter at a time."""
     reader = SliceReader(folder)
     for one in engine.slices():
-        for key in KEYS:
+        for key in STATES:
             one.write(key, reader.read(one, key))
     engine.restore(OptimizerState(updates=manifest.updates, loss_scale=manifest.loss_scale))
 

@@ -25,7 +25,7 @@ from megagpt.checkpoint.record import Manifest
 from megagpt.checkpoint.slice_file import FileRecord, write_slices
 from megagpt.config import RunConfig, dump_run
 from megagpt.engine.engine import Engine
-from megagpt.engine.slices import KEYS, Slice
+from megagpt.engine.slices import STATES, Slice
 from megagpt.errors import DamageError
 from megagpt.files import sync_folder
 
@@ -62,7 +62,7 @@ class Saver:
         t0 = time.perf_counter()
         temporary = self._folder(state).with_suffix(manifests.TEMPORARY)
         owned = [one for one in self.engine.slices() if one.owned]
-        own_bytes = 4 * len(KEYS) * sum(one.numel for one in owned)
+        own_bytes = 4 * len(STATES) * sum(one.numel for one in owned)
         needed = int(self.engine.total([own_bytes])[0])
         # The gathering is a barrier too: no rank writes before the folder is there.
         self._state = state
@@ -156,7 +156,7 @@ class Saver:
 
 def _copied(one: Slice) -> Slice:
     """The slice with its elements copied to host memory, so that training may change them."""
-    copies = {key: one.read(key).detach().to("cpu", torch.float32, copy=True) for key in KEYS}
+    copies = {key: one.read(key).detach().to("cpu", torch.float32, copy=True) for key in STATES}
     return dataclasses.replace(one, read=copies.__getitem__)
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from megagpt.engine import split as splits
-from megagpt.engine.slices import KEYS, Slice, Split
+from megagpt.engine.slices import STATES, Slice, TensorShare
 from megagpt.errors import DamageError, UsageError
 
 
@@ -38,7 +38,7 @@ def write_slices(path: Path, slices: Iterable[Slice]) -> FileRecord:
     header: dict[str, object] = {"__metadata__": {"slices": json.dumps(_describe(owned))}}
     offset = 0
     for one in owned:
-        for key in KEYS:
+        for key in STATES:
             end = offset + 4 * one.numel
             offsets = [offset, end]
             header[f"{one.name}|{key}"] = dict(dtype="F32", shape=[one.numel], data_offsets=offsets)
@@ -52,7 +52,7 @@ def write_slices(path: Path, slices: Iterable[Slice]) -> FileRecord:
             digest.update(chunk)
             file.write(chunk)
         for one in owned:
-            for key in KEYS:
+            for key in STATES:
                 data = one.read(key).detach().to("cpu", torch.float32).contiguous().numpy().data
                 digest.update(data)
                 file.write(data)
@@ -162,7 +162,7 @@ class SliceReader:
         one = Slice(
             name=name,
             shape=shape,
-            split=Split(),
+            split=TensorShare(),
             start=start,
             numel=numel,
             owned=True,

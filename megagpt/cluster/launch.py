@@ -18,7 +18,7 @@ from megagpt.cluster.job import Job, directives, lead_s, script, seconds_of, swe
 from megagpt.config import RunConfig, load_run
 from megagpt.errors import EXIT_OK, UsageError
 from megagpt.plan.ds_config import read_ds_config, resolve
-from megagpt.plan.layout import Layout, crosses_hosts, layout_of
+from megagpt.plan.layout import Layout, layout_of, spans_hosts
 
 TEMPLATE = Path("launch/slurm.sbatch")
 """In the root of the repository, where jobs are submitted."""
@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
     print(f"{path}: {layout}, {job.nodes} x {job.gpus_per_node} GPUs, {time_of(job.seconds)}")
-    slow = crosses_hosts(layout, job.gpus_per_node)
+    slow = spans_hosts(layout, job.gpus_per_node)
     if slow:
         print(f"slow: {slow}")
     print(f"told to save and stop {lead} s before its end; log: {log}")

@@ -9,11 +9,11 @@ import torch
 
 from megagpt.cluster.ranks import Ranks
 from megagpt.config import RunConfig
-from megagpt.engine.engine import Engine, LeaveOut, StepResult
+from megagpt.engine.engine import Engine, SkipUpdate, StepResult
 from megagpt.errors import UsageError
 from megagpt.plan.layout import Layout
 
-__all__ = ["Engine", "LeaveOut", "Ranks", "StepResult", "build_engine"]
+__all__ = ["Engine", "SkipUpdate", "Ranks", "StepResult", "build_engine"]
 
 log = logging.getLogger(__name__)
 
@@ -32,12 +32,12 @@ def build_engine(
     # DeepSpeed prints what memory it takes, and stdout is for results.
     with contextlib.redirect_stdout(_Debug()):
         if layout.pipelined:
-            from megagpt.engine.pipelined import PipelineEngine
+            from megagpt.engine.pipeline import PipelineEngine
 
             return PipelineEngine(config, layout, ranks, ds_config)
-        from megagpt.engine.zero import PlainEngine
+        from megagpt.engine.zero import ZeroEngine
 
-        return PlainEngine(config, layout, ranks, ds_config)
+        return ZeroEngine(config, layout, ranks, ds_config)
 
 
 class _Debug(io.TextIOBase):

@@ -1,7 +1,7 @@
 """The one front that the training loop calls, whatever the layout (L2).
 
 A step is `train_step` on this rank's micro-batches; every rank calls it together. What DeepSpeed
-does differently under ZeRO 0-3 is settled in plain.py, and for pipelines in the parallel room.
+does differently under ZeRO 0-3 is settled in zero.py, and for pipelines in pipeline.py.
 """
 
 import math
@@ -17,16 +17,23 @@ from torch import Tensor, nn
 
 from megagpt.cluster.ranks import Ranks
 from megagpt.config import RunConfig
-from megagpt.engine import slices as state
 from megagpt.engine.clock import COMMUNICATION, Clock, time_collectives
 from megagpt.engine.optimizer import ask_before_update
+from megagpt.engine.slices import (
+    OptimizerState,
+    OwnedParameter,
+    Slice,
+    optimizer_slices,
+    read_state,
+    write_state,
+)
 from megagpt.plan.layout import Layout
 from megagpt.plan.speed import peak_tflops
 
 MicroBatch = tuple[Tensor, Tensor]
 """(inputs, targets), each (micro_batch, n_ctx) int64."""
-LeaveOut = Callable[[float, float], bool]
-"""(loss, gradient norm) of a step -> whether its update is left out."""
+SkipUpdate = Callable[[float, float], bool]
+"""(loss, gradient norm) of a step -> whether its update is skipped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +45,12 @@ class StepResult:
     grad_norm: float
     """Global gradient norm before clipping; inf or nan when the step was skipped."""
     applied: bool
-    """False: loss or gradients were not finite, or the update was asked to be left out, so the
-    weights, the moments and their count were left as they are."""
+    """False: loss or gradients were not finite, or the update was asked to be skipped, so the
+    weights, the moments and their count stay as they are."""
 
     @property
-    def left_out(self) -> bool:
-        """Whether the update was asked to be left out."""
+    def skipped(self) -> bool:
+        """Whether the update was asked to be skipped, though loss and gradients were finite."""
         return not self.applied and math.isfinite(self.grad_norm)
 
 
@@ -64,23 +71,23 @@ class Engine(ABC):
         self.clock = Clock(self.device)
         """Times the parts of a step: forward, backward, optimizer and communication."""
         time_collectives(self.clock)
-        self.names: list[state.Named] = []
+        self.parameters: list[OwnedParameter] = []
         """The parameters on this rank."""
         self.deepspeed: Any = None
         """DeepSpeed's engine."""
-        self._leave_out: LeaveOut | None = None
-        self._left_out: bool | None = None
-        """Whether the update of the step in progress is left out; None: not decided yet."""
+        self._skip: SkipUpdate | None = None
+        self._skips: bool | None = None
+        """Whether the update of the step in progress is skipped; None: not decided yet."""
 
     # --- a step ---------------------------------------------------------------------------------
 
     @abstractmethod
     def train_step(
-        self, batches: Sequence[MicroBatch], lr: float, step: int, leave_out: LeaveOut | None = None
+        self, batches: Sequence[MicroBatch], lr: float, step: int, skip: SkipUpdate | None = None
     ) -> StepResult:
         """Forward and backward over this rank's micro-batches, then one update at `lr`.
 
-        `step` is the number of steps done before; with the seed it decides dropout. `leave_out`
+        `step` is the number of steps done before; with the seed it decides dropout. `skip`
         is asked once loss and norm are known and finite; one rank that says yes speaks for all.
         """
 
@@ -93,10 +100,10 @@ class Engine(ABC):
         """Mean loss over the micro-batches of all ranks, dropout off; nothing is changed."""
 
     def _prepare_step(
-        self, n_micro_batches: int, lr: float, step: int, leave_out: LeaveOut | None
+        self, n_micro_batches: int, lr: float, step: int, skip: SkipUpdate | None
     ) -> None:
         """Tells DeepSpeed the rate and the number of micro-batches of the step that begins."""
-        self._leave_out, self._left_out = leave_out, None
+        self._skip, self._skips = skip, None
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
         micro_batch = self.config.parallel.micro_batch
@@ -122,14 +129,14 @@ class Engine(ABC):
         ask_before_update(zero.optimizer, lambda: self._refuses(float(zero._global_grad_norm)))
 
     def _refuses(self, norm: float) -> bool:
-        """Whether this step's update is left out; decided once, by all ranks together."""
-        if self._left_out is None:
-            leave_out = self._leave_out
-            self._left_out = leave_out is not None and self.any(leave_out(self._loss(), norm))
-        return self._left_out
+        """Whether this step's update is skipped; decided once, by all ranks together."""
+        if self._skips is None:
+            skip = self._skip
+            self._skips = skip is not None and self.any(skip(self._loss(), norm))
+        return self._skips
 
     def _result(self, loss: float, norm: float) -> StepResult:
-        return StepResult(loss, norm, math.isfinite(norm) and not self._left_out)
+        return StepResult(loss, norm, math.isfinite(norm) and not self._skips)
 
     # --- agreement ------------------------------------------------------------------------------
 
@@ -163,10 +170,10 @@ class Engine(ABC):
 
     # --- state ----------------------------------------------------------------------------------
 
-    def slices(self) -> Iterator[state.Slice]:
+    def slices(self) -> Iterator[Slice]:
         """The parts of fp32 weights and moments that this rank holds, by canonical name."""
         rank = self.layout.data_rank(self.ranks.rank)
-        return state.slices(self.deepspeed.optimizer, self.names, rank)
+        return optimizer_slices(self.deepspeed.optimizer, self.parameters, rank)
 
     @abstractmethod
     def layers(self) -> dict[str, nn.Module]:
@@ -178,13 +185,13 @@ class Engine(ABC):
         fp16 = self.config.parallel.dtype == "fp16"
         return float(self.deepspeed.optimizer.loss_scale) if fp16 else None
 
-    def optimizer_state(self) -> state.OptimizerState:
+    def optimizer_state(self) -> OptimizerState:
         """Updates applied so far, and the loss scale under fp16."""
-        return state.read_state(self.deepspeed.optimizer)
+        return read_state(self.deepspeed.optimizer)
 
-    def restore(self, saved: state.OptimizerState) -> None:
+    def restore(self, saved: OptimizerState) -> None:
         """Call after every slice was written: sets the counts, copies masters into the weights."""
-        state.write_state(self.deepspeed.optimizer, saved)
+        write_state(self.deepspeed.optimizer, saved)
 
     def close(self) -> None:
         """Frees the engine; the process group stays."""

@@ -1,24 +1,33 @@
-"""The model's layer list as a DeepSpeed PipelineModule (L2).
+"""Pipeline x data x tensor parallel: the model's layer list as a DeepSpeed PipelineModule, and the
+engine that trains it (L2).
 
 The embedding and the head are one tied layer: DeepSpeed keeps a copy on the first and on the last
 stage and adds up their gradients. The head computes the loss inside its own forward, where its
 weight is counted; a loss function outside would lose the weight's gradient under bf16.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
+from megagpt.cluster.ranks import Ranks
 from megagpt.config import RunConfig
 from megagpt.engine import split
-from megagpt.engine.slices import Named, Split
+from megagpt.engine.clock import COMMUNICATION
+from megagpt.engine.compiler import compile_modules
+from megagpt.engine.engine import Engine, MicroBatch, SkipUpdate, StepResult
+from megagpt.engine.optimizer import build_optimizer
+from megagpt.engine.slices import OwnedParameter, TensorShare, create_moments
+from megagpt.engine.tensor import TensorGroup, tensor_parts
 from megagpt.model import Layer, Parts, initial_value, layers
-from megagpt.plan.layout import Layout, fitted_model
+from megagpt.plan.layout import Layout, padded_model
 from megagpt.plan.stages import stage_bounds
 
 SPLITS = {
@@ -49,7 +58,7 @@ class PipelinedGPT(PipelineModule):
     """The layer list cut into stages of nearly equal work."""
 
     def __init__(self, config: RunConfig, layout: Layout, parts: Parts, targets: Targets) -> None:
-        chain = layers(fitted_model(config, layout), parts)
+        chain = layers(padded_model(config, layout), parts)
         # DeepSpeed's constructor asks for the stages, so they must be known before it.
         self.bounds = stage_bounds(config.model, layout.pipeline)
         self.layer_names = [layer.name for layer in chain]
@@ -76,7 +85,7 @@ class PipelinedGPT(PipelineModule):
         found = dict(zip(names, self.forward_funcs, strict=True))
         return {name: layer for name, layer in found.items() if isinstance(layer, nn.Module)}
 
-    def named(self, layout: Layout, rank: int) -> Iterator[Named]:
+    def named(self, layout: Layout, rank: int) -> Iterator[OwnedParameter]:
         """This rank's parameters under their canonical names."""
         tensor_rank = layout.tensor_rank(rank)
         for own, parameter in self.named_parameters():
@@ -85,10 +94,10 @@ class PipelinedGPT(PipelineModule):
             parts = layout.tensor if kind != "whole" else 1
             copy = parameter.ds_pipe_replicated or (kind == "whole" and tensor_rank > 0)
             part = tensor_rank if parts > 1 else 0
-            yield Named(
+            yield OwnedParameter(
                 name=name,
                 parameter=parameter,
-                split=Split(kind=kind, part=part, parts=parts),
+                split=TensorShare(kind=kind, part=part, parts=parts),
                 owned=not copy,
             )
 
@@ -137,9 +146,78 @@ def split_kind(name: str) -> str:
 
 
 @torch.no_grad()
-def initialise_parts(named: Iterator[Named], config: RunConfig) -> None:
+def initialise_parts(named: Iterator[OwnedParameter], config: RunConfig) -> None:
     """This rank's part of the same initial weights that every other layout starts from."""
     for one in named:
         shape = split.whole_shape(one.parameter.shape, one.split.kind, one.split.parts)
         whole = initial_value(one.name, shape, config.model, config.seed)
         one.parameter.copy_(split.take(whole, one.split.kind, one.split.part, one.split.parts))
+
+
+class PipelineEngine(Engine):
+    """Stages, tensor split and ZeRO-1 data parallel, with one micro-batch after another."""
+
+    def __init__(
+        self, config: RunConfig, layout: Layout, ranks: Ranks, ds_config: dict[str, Any]
+    ) -> None:
+        import deepspeed
+
+        super().__init__(config, layout, ranks)
+        targets = Targets()
+        model = PipelinedGPT(config, layout, tensor_parts(self._tensor_group()), targets)
+        self.parameters = list(model.named(layout, ranks.rank))
+        initialise_parts(iter(self.parameters), config)
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=build_optimizer(
+                config.optimizer, ((one.name, one.parameter) for one in self.parameters)
+            ),
+            config=ds_config,
+        )
+        self.deepspeed.set_batch_fn(targets.stash)
+        self._time_instructions()
+        create_moments(self.deepspeed.optimizer)
+        self._watch_updates()
+        if config.parallel.compile:
+            compile_modules([self.deepspeed.module], self.device, ranks.rank == 0)
+
+    def _tensor_group(self) -> TensorGroup:
+        """The ranks that share this rank's layers; every rank takes part in making every group."""
+        own = TensorGroup(None, 0, 1)
+        for members in topology(self.layout).get_axis_comm_lists("model"):
+            group = dist.new_group(members)
+            if self.ranks.rank in members:
+                own = TensorGroup(group, members.index(self.ranks.rank), len(members))
+        return own
+
+    def train_step(
+        self, batches: Sequence[MicroBatch], lr: float, step: int, skip: SkipUpdate | None = None
+    ) -> StepResult:
+        engine = self.deepspeed
+        self._prepare_step(len(batches), lr, step, skip)
+        loss = float(engine.train_batch(iter(batches)))
+        return self._result(loss, float(engine.get_global_grad_norm()))
+
+    def _loss(self) -> float:
+        # As train_batch itself does at its end; the update comes before that.
+        return float(self.deepspeed._aggregate_total_loss())
+
+    def _time_instructions(self) -> None:
+        """The clock's parts, by the instructions of DeepSpeed's schedule."""
+        parts = {
+            schedule.LoadMicroBatch: "data",
+            schedule.ForwardPass: "forward",
+            schedule.BackwardPass: "backward",
+            schedule.OptimizerStep: "optimizer",
+        }
+        self.deepspeed._INSTRUCTION_MAP = {
+            kind: self.clock.timed(parts.get(kind, COMMUNICATION), method)
+            for kind, method in self.deepspeed._INSTRUCTION_MAP.items()
+        }
+
+    def layers(self) -> dict[str, nn.Module]:
+        return self.deepspeed.module.own_layers()
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[MicroBatch]) -> float:
+        return float(self.deepspeed.eval_batch(iter(batches), num_micro_batches=len(batches)))

@@ -11,14 +11,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-KEYS = ("fp32", "exp_avg", "exp_avg_sq")
+from megagpt.engine import split
+
+STATES = ("fp32", "exp_avg", "exp_avg_sq")
 """What is stored of every parameter: the fp32 weight and Adam's first and second moment."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Split:
+class TensorShare:
     """Which part of a parameter a tensor-parallel rank holds."""
 
     kind: str = "whole"
@@ -35,7 +38,7 @@ class Slice:
     """Canonical name, as in a consolidated checkpoint."""
     shape: tuple[int, ...]
     """Shape of the parameter on a tensor-parallel rank, which is all of it without tensor split."""
-    split: Split
+    split: TensorShare
     start: int
     numel: int
     owned: bool
@@ -57,19 +60,21 @@ class OptimizerState:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Named:
+class OwnedParameter:
     """A parameter under its canonical name, with its part of the tensor split."""
 
     name: str
     parameter: Any
-    split: Split = Split()
+    split: TensorShare = TensorShare()
     owned: bool = True
     """False for copies: a tied weight beyond its first stage, a replica on tensor rank > 0."""
 
 
-def slices(zero: Any, named: Iterable[Named], data_rank: int) -> Iterator[Slice]:
-    """The slices of `named` that DeepSpeed's optimizer `zero` keeps on this rank."""
-    for one in named:
+def optimizer_slices(
+    zero: Any, parameters: Iterable[OwnedParameter], data_rank: int
+) -> Iterator[Slice]:
+    """The slices of `parameters` that DeepSpeed's optimizer `zero` keeps on this rank."""
+    for one in parameters:
         if hasattr(one.parameter, "ds_id"):
             yield from _slice_of_stage_3(zero, one)
         elif hasattr(one.parameter, "_hp_mapping"):
@@ -78,14 +83,14 @@ def slices(zero: Any, named: Iterable[Named], data_rank: int) -> Iterator[Slice]
             yield _slice_of_stage_0(zero, one, data_rank)
 
 
-def _slice(one: Named, shape: Any, start: int, numel: int, **how: Any) -> Slice:
+def _slice(one: OwnedParameter, shape: Any, start: int, numel: int, **how: Any) -> Slice:
     how = {"owned": one.owned, **how}
     return Slice(
         name=one.name, shape=tuple(shape), split=one.split, start=start, numel=numel, **how
     )
 
 
-def _slice_of_stage_0(zero: Any, one: Named, data_rank: int) -> Slice:
+def _slice_of_stage_0(zero: Any, one: OwnedParameter, data_rank: int) -> Slice:
     """Every rank holds everything; the first saves it."""
     parameter = one.parameter
 
@@ -101,7 +106,7 @@ def _slice_of_stage_0(zero: Any, one: Named, data_rank: int) -> Slice:
     return _slice(one, parameter.shape, 0, size, owned=owned, read=view, write=write)
 
 
-def _slice_of_stage_1_and_2(one: Named) -> Iterator[Slice]:
+def _slice_of_stage_1_and_2(one: OwnedParameter) -> Iterator[Slice]:
     """DeepSpeed maps each parameter to its fragment of the rank's flat fp32 partition."""
     mapping = one.parameter._hp_mapping
     if mapping is None:
@@ -118,7 +123,7 @@ def _slice_of_stage_1_and_2(one: Named) -> Iterator[Slice]:
     yield _slice(one, shape, address.start, address.numel, read=view, write=write)
 
 
-def _slice_of_stage_3(zero: Any, one: Named) -> Iterator[Slice]:
+def _slice_of_stage_3(zero: Any, one: OwnedParameter) -> Iterator[Slice]:
     """Each parameter is cut into equal parts over the ranks; the last one ends in padding."""
     import deepspeed.comm as ds_dist
 
@@ -150,7 +155,7 @@ def create_moments(zero: Any) -> None:
     flat = _flat_masters(zero)
     for parameter in flat if flat is not None else _parameters(adam):
         state = adam.state[parameter]
-        for key in KEYS[1:]:
+        for key in STATES[1:]:
             if key not in state:
                 state[key] = torch.zeros_like(parameter.data)
         if "step" not in state:
@@ -227,3 +232,40 @@ def _refresh_stage_3(zero: Any) -> None:
         ):
             part.data = updated.data
     zero.checkpoint_event_epilogue()
+
+
+# --- whole parameters ---------------------------------------------------------------------------
+
+_Piece = tuple[TensorShare, tuple[int, ...], int, Tensor]
+"""(share, shape of the tensor-parallel rank's part, first element in it, elements)."""
+
+
+def gather_whole(slices: Iterable[Slice]) -> Iterator[tuple[str, Tensor | None]]:
+    """(canonical name, the whole fp32 weight on the host) of each parameter in turn; None on
+    every rank but 0. All ranks must take all of them, for each is gathered when it is asked for."""
+    owned: dict[str, list[Slice]] = {}
+    for one in slices:
+        if one.owned:
+            owned.setdefault(one.name, []).append(one)
+    names: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(names, list(owned))
+    for name in dict.fromkeys(name for of_rank in names for name in of_rank):
+        pieces = [(s.split, s.shape, s.start, _to_host(s)) for s in owned.get(name, [])]
+        gathered: list[list[_Piece]] | None = None
+        if dist.get_rank() == 0:
+            gathered = [[] for _ in names]
+        dist.gather_object(pieces, gathered)
+        yield name, _assembled([p for of_rank in gathered for p in of_rank]) if gathered else None
+
+
+def _to_host(one: Slice) -> Tensor:
+    return one.read("fp32").detach().to("cpu", torch.float32, copy=True)
+
+
+def _assembled(pieces: list[_Piece]) -> Tensor:
+    """The whole parameter; every element of it is in some piece."""
+    share, shape, _, _ = pieces[0]
+    shards = torch.full((share.parts, torch.Size(shape).numel()), torch.nan)
+    for of, _, start, values in pieces:
+        shards[of.part, start : start + values.numel()] = values
+    return split.join([shard.view(shape) for shard in shards], share.kind)

@@ -10,15 +10,15 @@ from torch import nn
 
 from megagpt.cluster.ranks import Ranks
 from megagpt.config import RunConfig
-from megagpt.engine import slices as state
 from megagpt.engine.compiler import compile_modules
-from megagpt.engine.engine import Engine, LeaveOut, MicroBatch, StepResult
+from megagpt.engine.engine import Engine, MicroBatch, SkipUpdate, StepResult
 from megagpt.engine.optimizer import build_optimizer
+from megagpt.engine.slices import OwnedParameter, create_moments
 from megagpt.model import GPT, initialise
 from megagpt.plan.layout import Layout
 
 
-class PlainEngine(Engine):
+class ZeroEngine(Engine):
     """deepspeed.initialize around the whole model."""
 
     def __init__(
@@ -29,13 +29,13 @@ class PlainEngine(Engine):
         super().__init__(config, layout, ranks)
         self.stage = ds_config["zero_optimization"]["stage"]
         model = self._build_model(ds_config)
-        self.names = [state.Named(name=n, parameter=p) for n, p in model.named_parameters()]
+        self.parameters = [OwnedParameter(name=n, parameter=p) for n, p in model.named_parameters()]
         self.deepspeed, *_ = deepspeed.initialize(
             model=model,
             optimizer=build_optimizer(config.optimizer, model.named_parameters()),
             config=ds_config,
         )
-        state.create_moments(self.deepspeed.optimizer)
+        create_moments(self.deepspeed.optimizer)
         if self.stage > 0:
             self._watch_updates()
         if config.parallel.compile:
@@ -67,10 +67,10 @@ class PlainEngine(Engine):
         return model
 
     def train_step(
-        self, batches: Sequence[MicroBatch], lr: float, step: int, leave_out: LeaveOut | None = None
+        self, batches: Sequence[MicroBatch], lr: float, step: int, skip: SkipUpdate | None = None
     ) -> StepResult:
         engine = self.deepspeed
-        self._prepare_step(len(batches), lr, step, leave_out)
+        self._prepare_step(len(batches), lr, step, skip)
         engine.train()
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self._n_micro_batches = len(batches)

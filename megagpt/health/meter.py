@@ -13,7 +13,7 @@ from megagpt.health.noise import MicroBatchNorms, NoiseScale, sample
 from megagpt.health.norms import Norms, layer_names
 from megagpt.health.usage import Speed, memory, reset_peak_memory
 from megagpt.log.profile import Profile
-from megagpt.plan.layout import Layout, micro_steps
+from megagpt.plan.layout import Layout, accumulation_steps
 
 
 class Meter:
@@ -55,7 +55,7 @@ class Meter:
         self.table = self.profile.end(self._step) if self.profile is not None else None
         if self._details is not None:
             t0 = time.perf_counter()
-            n_micro_batches = micro_steps(self.config, self.layout, batch_tokens)
+            n_micro_batches = accumulation_steps(self.config, self.layout, batch_tokens)
             record |= self._details.end(result, batch_tokens, n_micro_batches, lr)
             record |= self.noise.add(record)
             record["details_s"] = time.perf_counter() - t0

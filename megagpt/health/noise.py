@@ -36,7 +36,7 @@ class MicroBatchNorms:
         self._squares = torch.zeros((), dtype=torch.float64, device=engine.device)
         self._hooks = [
             one.parameter.register_hook(self._add)
-            for one in engine.names
+            for one in engine.parameters
             if one.owned and layer_of(one.name) != LEFT_OUT
         ]
 

@@ -57,7 +57,7 @@ def odd_ones(digests: Sequence[object]) -> list[int]:
 def check_replicas(engine: Engine, step: int) -> None:
     """Raises DamageError, on every rank, when weights differ; all ranks call it together."""
     layout, rank = engine.layout, engine.ranks.rank
-    shared = [one for one in engine.names if not hasattr(one.parameter, "ds_id")]
+    shared = [one for one in engine.parameters if not hasattr(one.parameter, "ds_id")]
     if layout.data < 2 or not shared:
         return
     own = torch.stack([digest(one.parameter) for one in shared]).tolist()

@@ -14,7 +14,7 @@ from typing import Any
 
 from megagpt.config import RunConfig
 from megagpt.errors import UsageError
-from megagpt.plan.layout import Layout, layout_problems, micro_steps
+from megagpt.plan.layout import Layout, accumulation_steps, layout_problems
 
 FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
 """The project's own files, beside the package."""
@@ -108,7 +108,7 @@ def _batch(config: RunConfig, layout: Layout) -> tuple[int, int, int]:
     """The values of _BATCH for the first step."""
     start = config.schedule.start_tokens
     micro_batch = config.parallel.micro_batch
-    return start // config.model.n_ctx, micro_batch, micro_steps(config, layout, start)
+    return start // config.model.n_ctx, micro_batch, accumulation_steps(config, layout, start)
 
 
 def _facts(config: RunConfig, stage: int) -> dict[str, Any]:

@@ -56,13 +56,13 @@ def layout_of(config: RunConfig, world: int) -> Layout:
     return Layout(world=world, pipeline=config.parallel.pipeline, tensor=config.parallel.tensor)
 
 
-def micro_steps(config: RunConfig, layout: Layout, batch_tokens: int) -> int:
+def accumulation_steps(config: RunConfig, layout: Layout, batch_tokens: int) -> int:
     """Forward and backward passes of each rank in a step of `batch_tokens`."""
     sequences = batch_tokens // config.model.n_ctx
     return sequences // (layout.data * config.parallel.micro_batch)
 
 
-def fitted_model(config: RunConfig, layout: Layout) -> ModelConfig:
+def padded_model(config: RunConfig, layout: Layout) -> ModelConfig:
     """The run's model with its vocabulary padded so that the tensor split shares it out evenly.
 
     Padding is never scored, so it changes no result; checkpoints are read with any padding.
@@ -107,7 +107,7 @@ def layout_problems(config: RunConfig, layout: Layout) -> Iterator[str]:
         )
 
 
-def crosses_hosts(layout: Layout, ranks_per_host: int) -> str:
+def spans_hosts(layout: Layout, ranks_per_host: int) -> str:
     """What is slow about this layout on such hosts; empty where nothing is."""
     if layout.tensor == 1 or ranks_per_host % layout.tensor == 0:
         return ""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from megagpt.config import RunConfig
-from megagpt.plan.layout import Layout, fitted_model, micro_steps
+from megagpt.plan.layout import Layout, accumulation_steps, padded_model
 from megagpt.plan.stages import layer_costs, stage_bounds, stage_parameters
 
 
@@ -34,7 +34,7 @@ def ramp(config: RunConfig, layout: Layout) -> list[Row]:
             last_tokens=one.last_tokens,
             batch_tokens=one.batch_tokens,
             n_steps=one.n_steps,
-            accumulation=micro_steps(config, layout, one.batch_tokens),
+            accumulation=accumulation_steps(config, layout, one.batch_tokens),
             first_lr=schedule.lr(one.first_tokens + one.batch_tokens),
             last_lr=schedule.lr(one.last_tokens),
         )
@@ -75,7 +75,7 @@ def as_text(rows: list[Row]) -> str:
 
 def stages_as_text(config: RunConfig, layout: Layout) -> str:
     """Pipeline stages: their blocks, parameters on a rank, share of the work."""
-    model = fitted_model(config, layout)
+    model = padded_model(config, layout)
     bounds, costs = stage_bounds(model, layout.pipeline), layer_costs(model)
     held = stage_parameters(model, layout.pipeline, layout.tensor)
     cells: list[Sequence[str]] = [("stage", "blocks", "parameters per rank", "share of work")]

@@ -69,7 +69,7 @@ class Evaluation:
         import torch
 
         from megagpt.checkpoint.slice_file import fit_rows
-        from megagpt.engine.whole import whole_weights
+        from megagpt.engine.slices import gather_whole
         from megagpt.model import GPT
         from megagpt.tokenizer import load_tokenizer
         from megagpt.use.generate import Options, generate
@@ -77,7 +77,7 @@ class Evaluation:
         with torch.device(self.engine.device):
             model = GPT(self.config.model) if first else None
         parameters = dict(model.named_parameters()) if model is not None else {}
-        for name, whole in whole_weights(self.engine):
+        for name, whole in gather_whole(self.engine.slices()):
             if whole is not None:
                 parameters[name].data.copy_(fit_rows(whole, parameters[name].shape, name))
         if model is None:

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 from megagpt.config import RunConfig
-from megagpt.engine import Engine, LeaveOut
+from megagpt.engine import Engine, SkipUpdate
 from megagpt.errors import UsageError
 from megagpt.health.spikes import Recent
 from megagpt.order.loader import TokenLoader
@@ -59,7 +59,7 @@ class Position:
 
     # --- spikes ---------------------------------------------------------------------------------
 
-    def leave_out(self) -> LeaveOut | None:
+    def leave_out(self) -> SkipUpdate | None:
         """What decides whether the next step's update is left out; None: it is made."""
         if self.journal.leaves_out(self.progress.step + 1):
             return lambda *_: True

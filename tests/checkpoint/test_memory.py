@@ -20,7 +20,7 @@ from megagpt.checkpoint import record as manifests
 from megagpt.checkpoint.slice_file import SliceReader, write_slices
 from megagpt.config import RunConfig, dump_run, load_run
 from megagpt.engine.pipeline import split_kind
-from megagpt.engine.slices import KEYS, Slice, Split
+from megagpt.engine.slices import STATES, Slice, TensorShare
 from megagpt.model import GPT
 from tests.lib.corpus import run_file
 from tests.lib.distributed import ROOT, environment
@@ -61,7 +61,7 @@ def held(
         yield Slice(
             name=name,
             shape=tuple(shape),
-            split=Split(kind=kind, part=part, parts=parts),
+            split=TensorShare(kind=kind, part=part, parts=parts),
             start=start,
             numel=end - start,
             owned=True,
@@ -101,7 +101,7 @@ def one_rank_reads(folder: Path) -> None:
     config = load_run(folder / "config.toml")
     reader, numel = SliceReader(folder), 0
     for one in held(shapes_of(config), (0, 4), (0, 1)):
-        for key in KEYS:
+        for key in STATES:
             numel += reader.read(one, key).numel()
     print(numel)
 
@@ -145,7 +145,7 @@ def cut_anew(config: RunConfig, root: Path, allowance: int) -> Path:
     (new,) = manifests.list_checkpoints(root / "new")
     old_reader, new_reader = SliceReader(source), SliceReader(new)
     for name in old_reader.names:
-        for key in KEYS:
+        for key in STATES:
             assert torch.equal(old_reader.full(name, key), new_reader.full(name, key)), name
     return source
 

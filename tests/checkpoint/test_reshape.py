@@ -16,7 +16,7 @@ from megagpt.checkpoint.reshape import reshape
 from megagpt.checkpoint.slice_file import SliceReader, write_slices
 from megagpt.cli import main
 from megagpt.engine import split as splits
-from megagpt.engine.slices import KEYS, Slice, Split
+from megagpt.engine.slices import STATES, Slice, TensorShare
 from megagpt.errors import DamageError, UsageError
 from tests.lib.distributed import undisturbed
 
@@ -29,7 +29,7 @@ def run(tmp_path: Path) -> Path:
 
 def everything(folder: Path) -> dict[str, torch.Tensor]:
     reader = SliceReader(folder)
-    return {f"{n}|{k}": reader.full(n, k) for n in reader.names for k in KEYS}
+    return {f"{n}|{k}": reader.full(n, k) for n in reader.names for k in STATES}
 
 
 def test_there_and_back_is_the_same_state(run, tmp_path, capsys):
@@ -69,11 +69,11 @@ def parted(whole: dict, name: str, kinds: dict[str, str], part: int) -> Slice | 
     if kind == "whole" and part:
         return None
     parts = 1 if kind == "whole" else 2
-    held = {k: splits.take(whole[f"{name}|{k}"], kind, part, parts).contiguous() for k in KEYS}
+    held = {k: splits.take(whole[f"{name}|{k}"], kind, part, parts).contiguous() for k in STATES}
     return Slice(
         name=name,
         shape=tuple(held["fp32"].shape),
-        split=Split(kind=kind, part=part, parts=parts),
+        split=TensorShare(kind=kind, part=part, parts=parts),
         start=0,
         numel=held["fp32"].numel(),
         owned=True,

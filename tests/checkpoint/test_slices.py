@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megagpt.checkpoint.slice_file import FileRecord, SliceReader, fit_rows, write_slices
 from megagpt.engine import split as splits
-from megagpt.engine.slices import KEYS, Slice, Split
+from megagpt.engine.slices import STATES, Slice, TensorShare
 from megagpt.errors import DamageError, UsageError
 
 Whole = dict[str, dict[str, Tensor]]
@@ -22,7 +22,12 @@ Whole = dict[str, dict[str, Tensor]]
 
 
 def piece(
-    whole: dict[str, Tensor], name: str, start: int, stop: int, split: Split, owned: bool = True
+    whole: dict[str, Tensor],
+    name: str,
+    start: int,
+    stop: int,
+    split: TensorShare,
+    owned: bool = True,
 ) -> Slice:
     """Elements [start, stop) of a part of the parameter; `whole` has its tensor by key."""
     parts = {k: splits.take(t, split.kind, split.part, split.parts) for k, t in whole.items()}
@@ -41,7 +46,7 @@ def piece(
 def tensors(shapes: dict[str, tuple[int, ...]]) -> dict[str, dict[str, Tensor]]:
     """name -> key -> random values."""
     draw = torch.Generator().manual_seed(0)
-    return {n: {k: torch.randn(s, generator=draw) for k in KEYS} for n, s in shapes.items()}
+    return {n: {k: torch.randn(s, generator=draw) for k in STATES} for n, s in shapes.items()}
 
 
 def cut(whole: dict[str, dict[str, Tensor]], ranks: int, kinds: dict, parts: int, draw) -> list:
@@ -49,7 +54,9 @@ def cut(whole: dict[str, dict[str, Tensor]], ranks: int, kinds: dict, parts: int
     held: list[list[Slice]] = [[] for _ in range(ranks * parts)]
     for name, values in whole.items():
         for part in range(parts if kinds[name] != "whole" else 1):
-            split = Split(kind=kinds[name], part=part, parts=parts if kinds[name] != "whole" else 1)
+            split = TensorShare(
+                kind=kinds[name], part=part, parts=parts if kinds[name] != "whole" else 1
+            )
             size = values["fp32"].numel() // split.parts
             points = sorted(draw(st.integers(0, size)) for _ in range(ranks - 1))
             for rank, (a, b) in enumerate(zip([0, *points], [*points, size], strict=True)):
@@ -78,26 +85,26 @@ def test_any_cut_reads_back_under_any_other(tmp_path_factory, data):
     assert reader.names == sorted(shapes)
     for name, values in whole.items():
         assert reader.numel(name) == values["fp32"].numel()
-        for key in KEYS:
+        for key in STATES:
             assert torch.equal(reader.full(name, key), values[key])
     ranks, parts = data.draw(st.integers(1, 4)), data.draw(st.sampled_from([1, 2]))
     for own in cut(whole, ranks, kinds, parts, data.draw):
         for one in own:
-            for key in KEYS:
+            for key in STATES:
                 assert torch.equal(reader.read(one, key), one.read(key))
 
 
 def test_the_files_open_with_safetensors_itself(tmp_path):
     whole = tensors({"h.0.x": (3, 5), "wte.weight": (7, 2)})
-    split = Split()
+    split = TensorShare()
     own = [piece(values, name, 1, 6, split) for name, values in whole.items()]
     copy = piece(whole["h.0.x"], "copy", 0, 15, split, owned=False)
     (record,) = write(tmp_path / "x", [[*own, copy]])
     path = tmp_path / "x" / record.name
     opened = load_file(path)
-    assert sorted(opened) == sorted(f"{n}|{k}" for n in whole for k in KEYS)
+    assert sorted(opened) == sorted(f"{n}|{k}" for n in whole for k in STATES)
     for name, values in whole.items():
-        for key in KEYS:
+        for key in STATES:
             assert torch.equal(opened[f"{name}|{key}"], values[key].reshape(-1)[1:6])
     assert record.bytes == path.stat().st_size
     assert record.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
@@ -105,14 +112,14 @@ def test_the_files_open_with_safetensors_itself(tmp_path):
 
 def test_a_rank_without_slices_writes_a_file_all_the_same(tmp_path):
     values = tensors({"x": (4,)})
-    write(tmp_path / "x", [[piece(values["x"], "x", 0, 4, Split())], []])
+    write(tmp_path / "x", [[piece(values["x"], "x", 0, 4, TensorShare())], []])
     assert load_file(tmp_path / "x" / "rank_00001.safetensors") == {}
     assert torch.equal(SliceReader(tmp_path / "x").full("x"), values["x"]["fp32"])
 
 
 def test_bf16_slices_are_written_in_fp32(tmp_path):
-    values = {"x": {k: torch.ones(4, dtype=torch.bfloat16) for k in KEYS}}
-    write(tmp_path / "x", [[piece(values["x"], "x", 0, 4, Split())]])
+    values = {"x": {k: torch.ones(4, dtype=torch.bfloat16) for k in STATES}}
+    write(tmp_path / "x", [[piece(values["x"], "x", 0, 4, TensorShare())]])
     assert SliceReader(tmp_path / "x").full("x").dtype == torch.float32
 
 
@@ -121,7 +128,7 @@ def test_bf16_slices_are_written_in_fp32(tmp_path):
 )
 def test_a_gap_is_found_even_where_an_overlap_makes_up_for_it(tmp_path, cuts):
     values = tensors({"x": (10,)})["x"]
-    write(tmp_path / "x", [[piece(values, "x", a, b, Split())] for a, b in cuts])
+    write(tmp_path / "x", [[piece(values, "x", a, b, TensorShare())] for a, b in cuts])
     with pytest.raises(DamageError, match=r"parameter 'x' \(fp32\) is not whole: element \d+ of"):
         SliceReader(tmp_path / "x").full("x")
 
@@ -129,7 +136,8 @@ def test_a_gap_is_found_even_where_an_overlap_makes_up_for_it(tmp_path, cuts):
 def test_replicas_that_overlap_are_read_once(tmp_path):
     values = tensors({"x": (10,)})["x"]
     write(
-        tmp_path / "x", [[piece(values, "x", a, b, Split())] for a, b in ((0, 7), (2, 5), (4, 10))]
+        tmp_path / "x",
+        [[piece(values, "x", a, b, TensorShare())] for a, b in ((0, 7), (2, 5), (4, 10))],
     )
     assert torch.equal(SliceReader(tmp_path / "x").full("x"), values["fp32"])
 
@@ -139,7 +147,7 @@ def test_what_is_no_file_of_slices(tmp_path):
         SliceReader(tmp_path)
     path = tmp_path / "rank_00000.safetensors"
     values = tensors({"x": (10,)})["x"]
-    write_slices(path, [piece(values, "x", 0, 10, Split())])
+    write_slices(path, [piece(values, "x", 0, 10, TensorShare())])
     whole = path.read_bytes()
     head = json.dumps({"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
     for content in (
@@ -156,7 +164,7 @@ def test_what_is_no_file_of_slices(tmp_path):
 
 def test_a_file_that_is_cut_while_it_is_read(tmp_path):
     values = tensors({"x": (10,)})["x"]
-    write(tmp_path / "x", [[piece(values, "x", 0, 10, Split())]])
+    write(tmp_path / "x", [[piece(values, "x", 0, 10, TensorShare())]])
     path = tmp_path / "x" / "rank_00000.safetensors"
     reader = SliceReader(path.parent)
     os.truncate(path, path.stat().st_size - 1)
@@ -167,11 +175,11 @@ def test_a_file_that_is_cut_while_it_is_read(tmp_path):
 
 def test_a_parameter_of_another_model(tmp_path):
     values = tensors({"x": (10,)})["x"]
-    write(tmp_path / "x", [[piece(values, "x", 0, 10, Split())]])
+    write(tmp_path / "x", [[piece(values, "x", 0, 10, TensorShare())]])
     reader = SliceReader(tmp_path / "x")
     with pytest.raises(DamageError, match="holds no parameter 'y'; it belongs to another model"):
         reader.full("y")
-    longer = piece(tensors({"x": (12,)})["x"], "x", 0, 12, Split())
+    longer = piece(tensors({"x": (12,)})["x"], "x", 0, 12, TensorShare())
     with pytest.raises(UsageError, match=r"'x' has shape \(10,\) in the checkpoint, but \(12,\)"):
         reader.read(longer, "fp32")
 
@@ -182,13 +190,13 @@ def test_only_the_embeddings_padding_may_differ(tmp_path):
     assert torch.equal(padded["fp32"][:5], values["fp32"]) and not padded["fp32"][5:].any()
     # Saved by two tensor ranks that padded to 8 rows, read by one process that pads to 6.
     held = [
-        [piece(padded, "wte.weight", 0, 8, Split(kind="column", part=part, parts=2))]
+        [piece(padded, "wte.weight", 0, 8, TensorShare(kind="column", part=part, parts=2))]
         for part in range(2)
     ]
     write(tmp_path / "x", held)
     reader = SliceReader(tmp_path / "x")
     asked = {k: fit_rows(v, (6, 2), "wte.weight") for k, v in values.items()}
-    one = piece(asked, "wte.weight", 3, 12, Split())
+    one = piece(asked, "wte.weight", 3, 12, TensorShare())
     assert torch.equal(reader.read(one, "exp_avg"), one.read("exp_avg"))
     with pytest.raises(UsageError, match="'wpe.weight' has shape"):
         fit_rows(values["fp32"], (6, 2), "wpe.weight")

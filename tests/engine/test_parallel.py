@@ -98,10 +98,10 @@ def test_every_stage_of_175b_on_1024_ranks_has_the_parameters_that_the_plan_says
 
 def padded_175b() -> ModelConfig:
     """The 175B run file's model with the vocabulary padded to its tensor split."""
-    from megagpt.plan.layout import fitted_model, layout_of
+    from megagpt.plan.layout import layout_of, padded_model
 
     config = load_run("launch/runs/gpt3-175b.toml")
-    return fitted_model(config, layout_of(config, 1024))
+    return padded_model(config, layout_of(config, 1024))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from megagpt.checkpoint.record import read_manifest
 from megagpt.checkpoint.slice_file import SliceReader
 from megagpt.config import load_run
 from megagpt.engine import Engine, Ranks, build_engine
-from megagpt.engine.slices import KEYS
+from megagpt.engine.slices import STATES
 from megagpt.plan.ds_config import read_ds_config, resolve
 from megagpt.plan.layout import Layout
 from tests.lib.corpus import run_file
@@ -34,7 +34,7 @@ def engine_for(root: Path, name: str, dtype: str) -> Engine:
 
 
 def state(engine: Engine) -> dict[str, torch.Tensor]:
-    return {f"{s.name}|{k}": s.read(k).detach().clone() for s in engine.slices() for k in KEYS}
+    return {f"{s.name}|{k}": s.read(k).detach().clone() for s in engine.slices() for k in STATES}
 
 
 def batches(count: int, seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -110,17 +110,17 @@ def test_an_update_that_is_refused_changes_nothing(group, tmp_path, name, dtype)
     for step in range(2):
         assert engine.train_step(batches(2, step), 1e-3, step, lambda *_: False).applied
     before = state(engine)
-    weights = {one.name: one.parameter.detach().clone() for one in engine.names}
+    weights = {one.name: one.parameter.detach().clone() for one in engine.parameters}
     result = engine.train_step(batches(2, 2), 1e-3, 2, refuse)
     # Asked once, with the numbers of the step.
     assert asked == [(result.loss, result.grad_norm)]
-    assert not result.applied and result.left_out and math.isfinite(result.grad_norm)
+    assert not result.applied and result.skipped and math.isfinite(result.grad_norm)
     assert all(torch.equal(value, state(engine)[key]) for key, value in before.items())
-    assert all(torch.equal(one.parameter, weights[one.name]) for one in engine.names)
+    assert all(torch.equal(one.parameter, weights[one.name]) for one in engine.parameters)
     assert engine.optimizer_state().updates == 2
     # No trace of its gradients is left: the next step is that of a run without it.
     found = engine.train_step(batches(2, 3), 1e-3, 3)
-    assert found.applied and not found.left_out and engine.optimizer_state().updates == 3
+    assert found.applied and not found.skipped and engine.optimizer_state().updates == 3
     after = state(engine)
     engine.close()
     other = engine_for(tmp_path, name, dtype)
@@ -167,7 +167,7 @@ def test_a_run_that_never_gets_finite_again_stops_with_a_checkpoint(tmp_path):
     # The skipped steps left everything as it was, bit for bit.
     one, other = SliceReader(first), SliceReader(last)
     for name in one.names:
-        for key in KEYS:
+        for key in STATES:
             left, right = one.full(name, key), other.full(name, key)
             assert torch.equal(left.view(torch.int32), right.view(torch.int32))
 

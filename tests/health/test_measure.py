@@ -130,14 +130,14 @@ def test_norms_and_noise_are_those_of_plain_torch(group, tmp_path, name, clippin
 def test_the_loss_scale_of_fp16_is_taken_out(group, tmp_path, monkeypatch, name):
     from deepspeed.accelerator import get_accelerator
 
-    from megagpt.engine.zero import PlainEngine
+    from megagpt.engine.zero import ZeroEngine
 
     # DeepSpeed refuses fp16 on a CPU, which computes it well enough for this.
     monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
     config = load_run(run_file(tmp_path), [f"parallel.ds_config={name}", "parallel.dtype=fp16"])
     tree = resolve(config, Layout(), read_ds_config(name))
     tree["fp16"]["initial_scale_power"] = 7
-    engine = PlainEngine(config, Layout(), Ranks(), tree)
+    engine = ZeroEngine(config, Layout(), Ranks(), tree)
     assert engine.loss_scale == 128.0
     found = train(config, engine)
     engine.close()

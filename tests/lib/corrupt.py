@@ -23,7 +23,7 @@ class Corrupted(train.Trainer):
         """Right before the comparison, when no update can repair it."""
         rank, name = self.place
         if self.ranks.rank == rank:
-            weight = next(one.parameter for one in self.engine.names if one.name == name)
+            weight = next(one.parameter for one in self.engine.parameters if one.name == name)
             bits = {2: torch.int16, 4: torch.int32}[weight.element_size()]
             weight.data.view(-1).view(bits)[-1] ^= 1
         checked(self.engine, step)

@@ -20,7 +20,7 @@ from megagpt.checkpoint import list_checkpoints
 from megagpt.checkpoint.slice_file import SliceReader
 from megagpt.cluster.meeting import join, leave
 from megagpt.cluster.ranks import Ranks, prepare_environment
-from megagpt.engine.slices import KEYS
+from megagpt.engine.slices import STATES
 from megagpt.log import read_metrics
 from tests.lib.corpus import run_file
 
@@ -210,7 +210,7 @@ def digest_of_checkpoint(folder: Path) -> str:
     reader = SliceReader(folder)
     digest = hashlib.sha256()
     for name in reader.names:
-        for key in KEYS:
+        for key in STATES:
             digest.update(f"{name} {key}".encode())
             digest.update(reader.full(name, key).numpy().tobytes())
     return digest.hexdigest()

@@ -12,7 +12,7 @@ from megagpt.cluster.meeting import join, leave
 from megagpt.cluster.ranks import discover, prepare_environment
 from megagpt.config import load_run
 from megagpt.engine import build_engine
-from megagpt.engine.slices import KEYS
+from megagpt.engine.slices import STATES
 from megagpt.plan.ds_config import read_ds_config, resolve
 from megagpt.plan.layout import layout_of
 
@@ -28,7 +28,7 @@ def main(file: str) -> None:
     engine = build_engine(config, layout, ranks, ds_config)
 
     def state() -> list[torch.Tensor]:
-        return [one.read(key).detach().clone() for one in engine.slices() for key in KEYS]
+        return [one.read(key).detach().clone() for one in engine.slices() for key in STATES]
 
     draw = torch.Generator().manual_seed(ranks.rank)
     tokens = torch.randint(0, 257, (2, config.model.n_ctx + 1), generator=draw)
@@ -37,7 +37,7 @@ def main(file: str) -> None:
     batch = (tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
     result = engine.train_step([batch], 1e-3, 0, lambda *_: last)
     same = all(torch.equal(a, b) for a, b in zip(before, state(), strict=True))
-    found = engine.gather((result.left_out, same, engine.optimizer_state().updates))
+    found = engine.gather((result.skipped, same, engine.optimizer_state().updates))
     if ranks.rank == 0:
         print(found)
     engine.close()

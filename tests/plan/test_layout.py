@@ -3,7 +3,7 @@
 import pytest
 
 from megagpt.config import RunConfig, parse_run
-from megagpt.plan.layout import Layout, layout_of, layout_problems, micro_steps
+from megagpt.plan.layout import Layout, accumulation_steps, layout_of, layout_problems
 
 RUN = """
 output = "x"
@@ -59,7 +59,7 @@ def test_names_of_layouts():
 def test_passes_of_a_step_follow_the_ramp():
     run = config("parallel.micro_batch=2")
     layout = layout_of(run, 2)
-    assert [micro_steps(run, layout, tokens) for tokens in (128, 256, 512)] == [2, 4, 8]
+    assert [accumulation_steps(run, layout, tokens) for tokens in (128, 256, 512)] == [2, 4, 8]
 
 
 def test_a_sound_layout_has_no_problems():

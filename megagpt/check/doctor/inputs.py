@@ -15,7 +15,7 @@ from megagpt.errors import MegagptError, UsageError
 from megagpt.order.loader import TokenLoader, training_loader
 from megagpt.order.windows import TokenStore
 from megagpt.plan.ds_config import read_ds_config, resolve
-from megagpt.plan.layout import crosses_hosts, layout_of
+from megagpt.plan.layout import layout_of, spans_hosts
 from megagpt.plan.memory import checkpoint_bytes, checkpoints_kept
 
 WITHOUT_BF16 = ("P100", "V100", "T4", "RTX 20", "Quadro RTX")
@@ -40,7 +40,7 @@ def check_layout(config: RunConfig, place: Place) -> Check:
         resolve(config, layout, read_ds_config(parallel.ds_config))
     except UsageError as error:
         return Check("layout", FAIL, str(error))
-    slow = crosses_hosts(layout, place.ranks_here) if place.ranks_here else ""
+    slow = spans_hosts(layout, place.ranks_here) if place.ranks_here else ""
     if slow:
         return Check("layout", WARN, f"{layout}: {slow}")
     guess = "" if place.ranks else ", the fewest this run can have"
