@@ -11,7 +11,16 @@ RUN := runs/quickstart
 TOKENIZER := data/python-tokenizer.json
 STDLIB = $(shell $(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["stdlib"])')
 
-.PHONY: quickstart test lint test-slow test-cluster clean
+# `make gpu-check`: what it measures and how is in docs/benchmarks/gpu.md. On a CPU with DEVICE=cpu.
+DEVICE ?= cuda
+GPU_CHECK_ITEMS ?=
+LIMIT_S ?= 0
+COMMIT ?=
+GPU_OUT ?= .gpu/out
+NANOGPT ?= $(wildcard .gpu/pack/nanogpt)
+GPU_VENV := $(if $(filter cpu,$(DEVICE)),$(VENV),.gpu/venv)
+
+.PHONY: quickstart test lint test-slow test-cluster gpu-pack gpu-check clean
 
 # DeepSpeed's own build reads torch, so torch comes first and isolation is off for it.
 $(STAMP): requirements.txt setup.py
@@ -45,6 +54,23 @@ test-slow: $(STAMP)
 # Over virtual hosts with ssh and SLURM: docs/clusters.md says what they need.
 test-cluster: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster -rs tests/virtual
+
+# Wheels that a machine with a GPU and no network lacks, into .gpu/pack; run where there is one.
+gpu-pack: $(STAMP)
+	$(BIN)/python -m benchmarks.gpu_check.pack $(if $(NANOGPT),--nanogpt $(NANOGPT))
+
+gpu-check: $(GPU_VENV)/installed
+	$(GPU_VENV)/bin/python -m benchmarks.gpu_check $(GPU_CHECK_ITEMS) --device $(DEVICE) \
+		--limit-s $(LIMIT_S) --output $(GPU_OUT) --commit "$(COMMIT)" --nanogpt "$(NANOGPT)"
+
+# The machine's own Python with its torch, and the wheels above it. Where that Python is itself in
+# a virtual environment, system site packages are not its own: a .pth file names them.
+.gpu/venv/installed: $(wildcard .gpu/pack/wheels/*.whl)
+	$(PYTHON) -m venv --system-site-packages --without-pip .gpu/venv
+	purelib='import sysconfig; print(sysconfig.get_paths()["purelib"])'; \
+		$(PYTHON) -c "$$purelib" > "$$(.gpu/venv/bin/python -c "$$purelib")/machine.pth"
+	test -z "$^" || $(PYTHON) -m pip --python .gpu/venv/bin/python install --quiet --no-index --no-deps --ignore-installed $^
+	touch $@
 
 lint: $(STAMP)
 	$(BIN)/ruff check

@@ -25,12 +25,17 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megagpt.config.flops import flops_per_token, parameters
 from megagpt.config.presets import PRESETS, ModelConfig
+from megagpt.plan.speed import peak_tflops
 
-PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0}
-"""Dense bf16 peak by the card's name, for MFU."""
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Step = Callable[["Tensor", "Tensor"], float]
+"""Ids (B, T) and targets (B, T) -> loss."""
 
 
 def arguments() -> argparse.Namespace:
@@ -56,10 +61,8 @@ def arguments() -> argparse.Namespace:
 
 def shape(options: argparse.Namespace) -> ModelConfig:
     """The model that everyone builds: a GPT-3 preset with GPT-2's vocabulary padded to 50,304."""
-    if options.model == "10m":
-        base = dataclasses.replace(
-            PRESETS["gpt3-125m"].model, n_layer=6, n_head=4, d_model=256, vocab_size=20_000
-        )
+    if options.model in SMALL:
+        base = dataclasses.replace(PRESETS["gpt3-125m"].model, **SMALL[options.model])
     else:
         base = PRESETS[f"gpt3-{options.model}"].model
     return dataclasses.replace(
@@ -70,10 +73,16 @@ def shape(options: argparse.Namespace) -> ModelConfig:
     )
 
 
-# --- contenders: each makes a function that takes one step ---------------------------------------
+SMALL = {
+    "10m": {"n_layer": 6, "n_head": 4, "d_model": 256, "vocab_size": 20_000},
+    "tiny": {"n_layer": 2, "n_head": 2, "d_model": 32, "vocab_size": 257},
+}
+"""Sizes that are no preset."""
+
+# --- contenders: each makes a function that takes one step of a batch (B, T) ---------------------
 
 
-def ours(options: argparse.Namespace) -> Callable[[], float]:
+def ours(options: argparse.Namespace) -> Step:
     import torch
 
     from megagpt.engine.compiler import compile_modules
@@ -93,12 +102,11 @@ def ours(options: argparse.Namespace) -> Callable[[], float]:
         for kind, decay in ((True, 0.1), (False, 0.0))
     ]
     optimizer = torch.optim.AdamW(groups, lr=6e-4, betas=(0.9, 0.95), fused=True)
-    x, y = batch(options)
     if options.compiles:
         compile_modules([model], torch.device(options.device), first=True)
     names = dict(model.named_parameters())
 
-    def step() -> float:
+    def step(x: "Tensor", y: "Tensor") -> float:
         loss = model(x, y)
         loss.backward()
         for name, master in masters.items():
@@ -126,11 +134,10 @@ def autocast_step(options, model, loss_of):  # type: ignore[no-untyped-def]
         {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=6e-4, betas=(0.9, 0.95), fused=True)
-    x, y = batch(options)
     run = torch.compile(model) if options.compiles else model
     kind, half = torch.device(options.device).type, options.dtype == "bf16"
 
-    def step() -> float:
+    def step(x, y):  # type: ignore[no-untyped-def]
         with torch.autocast(kind, dtype=torch.bfloat16, enabled=half):
             loss = loss_of(run, x, y)
         loss.backward()
@@ -142,7 +149,7 @@ def autocast_step(options, model, loss_of):  # type: ignore[no-untyped-def]
     return step
 
 
-def nanogpt(options: argparse.Namespace) -> Callable[[], float]:
+def nanogpt(options: argparse.Namespace) -> Step:
     sys.path.insert(0, str(Path(options.nanogpt).expanduser()))
     from model import GPT, GPTConfig
 
@@ -153,7 +160,7 @@ def nanogpt(options: argparse.Namespace) -> Callable[[], float]:
     return autocast_step(options, model, lambda run, x, y: run(x, y)[1])
 
 
-def transformers(options: argparse.Namespace) -> Callable[[], float]:
+def transformers(options: argparse.Namespace) -> Step:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     c = shape(options)
@@ -170,7 +177,7 @@ def transformers(options: argparse.Namespace) -> Callable[[], float]:
     return autocast_step(options, model, loss_of)
 
 
-def matmul(options: argparse.Namespace) -> Callable[[], float]:
+def matmul(options: argparse.Namespace) -> Step:
     import torch
 
     c, n = shape(options), options.batch * options.n_ctx
@@ -187,7 +194,7 @@ def matmul(options: argparse.Namespace) -> Callable[[], float]:
         # One of each kind after another, as in a step, so that no operand waits in the cache.
         products += [(x, w.t(), out), (y, w, dx), (y.t(), x, dw)] * times
 
-    def step() -> float:
+    def step(x: "Tensor", y: "Tensor") -> float:
         for a, b, out in products:
             torch.mm(a, b, out=out)
         return 0.0
@@ -223,11 +230,12 @@ def contend(options: argparse.Namespace) -> None:
     if not cuda and (name == "ours" or "keep" in suffixes):
         keep_freed_memory()
     step = CONTENDERS[name](options)
-    step(), step()
+    x, y = batch(options)
+    step(x, y), step(x, y)
     print(json.dumps({"ready": True}), flush=True)
     for _ in sys.stdin:
         t0, cpu0 = time.perf_counter(), time.process_time()
-        loss = step()
+        loss = step(x, y)
         if cuda:
             torch.cuda.synchronize()
         found = {"wall_s": time.perf_counter() - t0, "cpu_s": time.process_time() - cpu0}
@@ -303,10 +311,9 @@ def report(options: argparse.Namespace, names: list[str], rounds: list[dict]) ->
             f"| {peak:.2f} | {ratios[0]:.3f} | {ratios[1]:.3f} |"
         )
     card = rounds[0][names[0]]["card"]
-    for key, peak_tflops in PEAK_TFLOPS.items():
-        if key in card:
-            wall = statistics.median(r[names[0]]["wall_s"] for r in rounds)
-            print(f"MFU {flops / wall / 1e12 / peak_tflops:.1%} of {peak_tflops:.0f} TFLOP/s")
+    if peak := peak_tflops(card):
+        wall = statistics.median(r[names[0]]["wall_s"] for r in rounds)
+        print(f"MFU {flops / wall / 1e12 / peak:.1%} of {peak:.0f} TFLOP/s")
 
 
 def products(config: ModelConfig) -> float:

@@ -1,0 +1,115 @@
+"""Three gates of exactness on one device: the same run twice, resume after a kill, another layout.
+
+    python -m benchmarks.gpu_check.exact
+
+The quickstart's model, with and without parallel.deterministic; a gate is passed when the records
+of all steps and the final checkpoint agree bit for bit. Trainings share the device: they are small.
+"""
+
+import os
+import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+from benchmarks.gpu_check.data import corpus, work
+from benchmarks.gpu_check.items import GATES, MODES, TINY
+from benchmarks.gpu_check.results import first_line, record, seconds_left
+from tests.lib.distributed import (
+    ROOT,
+    digest_of_weights,
+    exact,
+    kill_all,
+    start,
+    steps,
+    trained,
+    wait_for_step,
+)
+
+FILE = ROOT / "launch/runs/quickstart.toml"
+KILLED_AT = 13
+"""Step after which a run is killed, between two checkpoints."""
+VARIANTS = {
+    "whole": (),
+    "again": (),
+    "killed": (),
+    "zero2": ("parallel.ds_config=zero2",),
+    "zero3": ("parallel.ds_config=zero3",),
+}
+
+
+def overrides(run: Path, tiny: bool) -> list[str]:
+    """What is other than in the quickstart."""
+    return [
+        f"output={run}",
+        f'data.train=[{{path = "{corpus("bytes")}"}}]',
+        "data.validation=[]",
+        "schedule.total_tokens=90000",
+        "schedule.ramp_tokens=30000",
+        "schedule.warmup_tokens=10000",
+        "schedule.decay_tokens=80000",
+        "checkpoint.every_tokens=20000",
+        "evaluate.samples=0",
+        "log.tensorboard=false",
+        "log.watchdog_minutes=5",
+        "model.vocab_size=257",
+        *(TINY if tiny else ()),
+    ]
+
+
+def run_variant(mode: str, variant: str) -> Path:
+    """Train one variant to its end; the run folder."""
+    run = work() / f"exact-{mode}-{variant}"
+    shutil.rmtree(run, ignore_errors=True)
+    arguments = overrides(run, os.environ["DEVICE"] == "cpu")
+    arguments += [*MODES[mode], *VARIANTS[variant]]
+    if variant == "killed":
+        process = start(FILE, 1, *arguments, launcher="python")
+        try:
+            wait_for_step(run, KILLED_AT, seconds_left())
+        finally:
+            kill_all(process)
+            process.communicate()
+    trained(FILE, 1, *arguments, launcher="python", timeout_s=seconds_left())
+    return run
+
+
+def compare(run: Path, other: Path) -> dict[str, object]:
+    """How two runs of the same steps differ."""
+    ours, theirs = steps(run), steps(other)
+    pairs = list(zip(exact(ours), exact(theirs), strict=True))
+    losses = [(a["loss"], b["loss"]) for a, b in zip(ours, theirs, strict=True)]
+    return {
+        "steps": len(pairs),
+        "first_different_step": next((a[0] for a, b in pairs if a != b), None),
+        "largest_loss_difference": max(abs(a - b) for a, b in losses),
+        "weights_equal": digest_of_weights(run) == digest_of_weights(other),
+    }
+
+
+def main() -> int:
+    """All variants, several at a time; a gate is recorded as soon as both its runs are there."""
+    runs: dict[tuple[str, str], Path] = {}
+    failed = 0
+    # A GPU's host has cores enough for all; two of a CPU's are busy with two.
+    with ThreadPoolExecutor(2 if os.environ["DEVICE"] == "cpu" else 10) as pool:
+        wanted = [(mode, variant) for mode in MODES for variant in VARIANTS]
+        waiting = {pool.submit(run_variant, *pair): pair for pair in wanted}
+        for done in as_completed(waiting):
+            mode, variant = waiting[done]
+            try:
+                runs[mode, variant] = done.result()
+            except (AssertionError, OSError) as error:
+                failed += 1
+                record("failure", item="exact", run=f"{mode} {variant}", error=first_line(error))
+                print(error)
+    for mode in MODES:
+        for gate, variant in zip(GATES, list(VARIANTS)[1:], strict=True):
+            if (mode, "whole") in runs and (mode, variant) in runs:
+                found = compare(runs[mode, "whole"], runs[mode, variant])
+                record("exact", mode=mode, gate=gate, **found)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
