@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def build(output: str, *overrides: str):
-    """A Trainer of the quickstart on this rank, and the phases of its start in seconds."""
+    """A started run of the quickstart on this rank, and the seconds of each phase of its start."""
     from megagpt.cluster.meeting import join
     from megagpt.cluster.ranks import discover, prepare_environment
     from megagpt.config import load_run
@@ -63,23 +63,23 @@ def build(output: str, *overrides: str):
     join(ranks)
     phases["import torch and deepspeed, join"] = time.perf_counter() - t0
     t0 = time.perf_counter()
-    from megagpt.train import Trainer
+    from megagpt.loop import Trainer
 
     Path(output).mkdir(parents=True, exist_ok=True)
     trainer = Trainer(config, layout, ranks, tree)
     phases["model, initial weights, deepspeed.initialize"] = time.perf_counter() - t0
     t0 = time.perf_counter()
-    trainer.start(allow_changes=False)
+    ours = Ours(trainer)
     phases["verify data, look for checkpoints, open logs"] = time.perf_counter() - t0
-    return trainer, phases
+    return ours, phases
 
 
 def rank(output: str) -> None:
     """One rank of the start benchmark; rank 0 prints its phases."""
     began = time.time() - float(os.environ[LAUNCHED])
-    trainer, phases = build(output)
-    t0 = time.perf_counter()
-    trainer.step()
+    ours, phases = build(output)
+    trainer, t0 = ours.trainer, time.perf_counter()
+    ours.step()
     phases["first step"] = time.perf_counter() - t0
     if trainer.ranks.rank == 0:
         total = time.time() - float(os.environ[LAUNCHED])
@@ -116,12 +116,13 @@ def overhead(dtype: str, rounds: int) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "2")
     with tempfile.TemporaryDirectory() as folder:
         changes = ("schedule.ramp_start_tokens=0", "schedule.ramp_increment_tokens=2048")
-        trainer, _ = build(f"{folder}/run", f"parallel.dtype={dtype}", *changes)
+        ours, _ = build(f"{folder}/run", f"parallel.dtype={dtype}", *changes)
+        trainer = ours.trainer
         bare = Bare(trainer)
         tokens = trainer.config.schedule.batch_tokens
         speeds: dict[str, list[float]] = {"megagpt": [], "plain torch": []}
         for number in range(rounds + 1):
-            for name, step in (("megagpt", trainer.step), ("plain torch", bare.step)):
+            for name, step in (("megagpt", ours.step), ("plain torch", bare.step)):
                 t0 = time.perf_counter()
                 for _ in range(4):
                     step()
@@ -135,6 +136,21 @@ def overhead(dtype: str, rounds: int) -> None:
         pairs = zip(*speeds.values(), strict=True)
         print(f"ratio {statistics.median(a / b for a, b in pairs):.3f} (median of rounds), {dtype}")
         trainer.close()
+
+
+class Ours:
+    """The loop of a started run, a step at a time, without agreements and checkpoints."""
+
+    def __init__(self, trainer) -> None:
+        self.trainer = trainer
+        self.run = trainer.start(allow_changes=False)
+
+    def step(self) -> None:
+        """One step and its record."""
+        step = self.run.next_step(self.trainer.config)
+        result = self.trainer.train_step(self.run, step)
+        before, self.run = self.run, self.run.after(step, result)
+        self.trainer.record(before, self.run, step, result)
 
 
 class Bare:

@@ -12,7 +12,7 @@ from megagpt.files import lock
 from megagpt.log import RunLog, read_metrics
 from megagpt.log.wandb import check_wandb
 from megagpt.plan.layout import Layout
-from megagpt.run.state import Progress
+from megagpt.run.state import RunState
 
 
 def versions() -> dict[str, str]:
@@ -53,13 +53,13 @@ def write_run_files(config: RunConfig, layout: Layout, ds_config: dict[str, obje
     (folder / "run.json").write_text(json.dumps(facts, indent=2) + "\n")
 
 
-def open_log(config: RunConfig, progress: Progress, writer: bool) -> RunLog:
+def open_log(config: RunConfig, run: RunState, writer: bool) -> RunLog:
     """The run's log, cut back to where the run goes on; `writer` on one rank alone."""
     return RunLog(
         Path(config.output),
         total_tokens=config.schedule.end_tokens,
-        resume_tokens=progress.tokens,
-        resume_step=progress.step,
+        resume_tokens=run.tokens,
+        resume_step=run.step,
         tensorboard=config.log.tensorboard,
         wandb=config.log.wandb,
         every_steps=config.log.every_steps,

@@ -8,7 +8,8 @@ journal; resuming, or training the run anew beside the same journal, takes the s
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,11 @@ Entry = tuple[int, int | None]
 """(step, samples skipped altogether by every step after it), or (step left out, None)."""
 
 
+@dataclass(frozen=True, slots=True)
 class Journal:
     """What was decided in one run, in the order in which it happened."""
 
-    def __init__(self, entries: Iterable[Sequence[int | None]] = ()) -> None:
-        self.entries: list[Entry] = []
-        for step, samples in entries:
-            assert step is not None
-            self.entries.append((step, samples))
+    entries: tuple[Entry, ...] = ()
 
     @property
     def holding(self) -> list[Entry]:
@@ -51,22 +49,20 @@ class Journal:
         """Whether the update of this step, counted from 1, was left out."""
         return (step, None) in self.holding
 
-    def leave_out(self, step: int) -> None:
-        """The update of this step is left out."""
-        self.entries.append((step, None))
+    def leave_out(self, step: int) -> "Journal":
+        """The journal once the update of this step is skipped."""
+        return Journal((*self.entries, (step, None)))
 
-    def add(self, step: int, skipped_samples: int) -> None:
-        """The run goes back to `step` and skips so many samples altogether from there on.
-
-        Raises MegagptError when it went back there MOST_ROLLBACKS times before.
-        """
+    def add(self, step: int, skipped_samples: int) -> "Journal":
+        """The journal once the run goes back to `step` and skips so many samples altogether from
+        there on. Raises MegagptError when it went back there MOST_ROLLBACKS times before."""
         if sum(at == step and n is not None for at, n in self.entries) >= MOST_ROLLBACKS:
             raise MegagptError(
                 f"the loss or gradient spikes again after {MOST_ROLLBACKS} rollbacks to step "
                 f"{step}; lower schedule.peak_lr (with --allow-changes), or move the newest "
                 f"checkpoint and {NAME} away to go further back"
             )
-        self.entries.append((step, skipped_samples))
+        return Journal((*self.entries, (step, skipped_samples)))
 
     def write(self, run: Path, **facts: object) -> None:
         """Appends the newest entry to the run's file, flushed to the disk. One rank calls it.
@@ -103,15 +99,15 @@ def _entry(line: dict[str, Any]) -> Entry:
     return int(line["step"]), int(line["skipped_samples"])
 
 
-def read_journal(run: Path) -> list[Entry]:
-    """The entries of the run's file, [] where there is none.
+def read_journal(run: Path) -> Journal:
+    """The journal of the run's file, empty where there is none.
 
     Raises DamageError for a line that is no entry; only the last may be cut short (by a kill).
     """
     try:
         lines = (run / NAME).read_bytes().splitlines(keepends=True)
     except FileNotFoundError:
-        return []
+        return Journal()
     entries: list[Entry] = []
     for number, line in enumerate(lines, 1):
         if not line.endswith(b"\n"):
@@ -123,4 +119,4 @@ def read_journal(run: Path) -> list[Entry]:
                 f"{run / NAME}, line {number}: not an entry of the journal; it decides which "
                 "samples are read and which steps are left out, so restore the file from a copy"
             ) from None
-    return entries
+    return Journal(tuple(entries))

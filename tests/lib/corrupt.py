@@ -7,17 +7,19 @@ import sys
 
 import torch
 
-from megagpt import train
+from megagpt import loop, train
+from megagpt.engine import StepResult
+from megagpt.run.state import RunState, Step
 
 
-class Corrupted(train.Trainer):
+class Corrupted(loop.Trainer):
     """Training on hardware that flips the lowest bit of one weight."""
 
-    def step(self) -> None:
-        rank, step, name = int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-        train.check_replicas = self.flip if self.at.progress.step + 1 == step else checked
+    def train_step(self, run: RunState, step: Step) -> StepResult:
+        rank, number, name = int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+        loop.check_replicas = self.flip if step.number == number else checked
         self.place = (rank, name)
-        super().step()
+        return super().train_step(run, step)
 
     def flip(self, engine: object, step: int) -> None:
         """Right before the comparison, when no update can repair it."""
@@ -29,8 +31,8 @@ class Corrupted(train.Trainer):
         checked(self.engine, step)
 
 
-checked = train.check_replicas
+checked = loop.check_replicas
 
 if __name__ == "__main__":
-    train.Trainer = Corrupted  # type: ignore[misc]
+    loop.Trainer = Corrupted  # type: ignore[misc]
     sys.exit(train.main(sys.argv[1:2]))

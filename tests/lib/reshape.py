@@ -14,10 +14,10 @@ from pathlib import Path
 
 from megagpt.cluster.meeting import join, leave
 from megagpt.cluster.ranks import discover, prepare_environment
+from megagpt.cluster.stop import StopRequest
 from megagpt.config import load_run
 from megagpt.plan.ds_config import read_ds_config, resolve
 from megagpt.plan.layout import layout_of
-from megagpt.train import StopRequest, Trainer
 
 
 def main(file: str, hops: list[list[str]]) -> None:
@@ -25,6 +25,8 @@ def main(file: str, hops: list[list[str]]) -> None:
     prepare_environment(ranks, os.environ)
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     join(ranks)
+    from megagpt.loop import Trainer
+
     for source, output, name, pipeline, tensor, *more in hops:
         split = [f"parallel.pipeline={pipeline}", f"parallel.tensor={tensor}"]
         config = load_run(file, [f"output={output}", f"parallel.ds_config={name}", *split, *more])

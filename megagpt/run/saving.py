@@ -1,0 +1,114 @@
+"""A run's checkpoints: saved from, and loaded into, the run's state and the engine (L2)."""
+
+import logging
+import time
+from pathlib import Path
+
+from megagpt.checkpoint import Manifest, Saver, list_checkpoints, resume
+from megagpt.config import RunConfig
+from megagpt.engine import Engine
+from megagpt.errors import UsageError
+from megagpt.order.loader import TokenLoader
+from megagpt.plan.layout import Layout
+from megagpt.run.folder import versions
+from megagpt.run.journal import Journal, read_journal
+from megagpt.run.state import RunState
+
+log = logging.getLogger("megagpt.train")
+
+History = list[tuple[float, float]]
+"""(loss, gradient norm) of the latest steps, by which spikes are judged."""
+
+
+class Checkpoints:
+    """All ranks make one and call its methods together."""
+
+    def __init__(
+        self, config: RunConfig, layout: Layout, engine: Engine, loader: TokenLoader
+    ) -> None:
+        self.config, self.layout, self.engine, self.loader = config, layout, engine, loader
+        self.folder = Path(config.output)
+        self.saver = Saver(self.folder, config, engine)
+        self.save_s = self.saving_since = 0.0
+        """Seconds of the slowest checkpoint; when the last one began."""
+
+    def exist(self) -> bool:
+        """Whether the run folder has a checkpoint, as rank 0 sees it."""
+        return bool(self.engine.gather(len(list_checkpoints(self.folder)))[0])
+
+    def resume(self, allow_changes: bool) -> tuple[RunState, History]:
+        """The state of the newest whole checkpoint, loaded into the engine; a new run's where
+        there is none.
+
+        Raises UsageError when the samples of its last step are no longer the ones it was trained
+        on, and what `megagpt.checkpoint.resume` raises.
+        """
+        fingerprint = self.loader.fingerprint
+        saved = resume(self.folder, self.config, self.engine, fingerprint, allow_changes)
+        journal = Journal(self.engine.gather(read_journal(self.folder).entries)[0])
+        if saved is None:
+            return RunState(journal=journal), []
+        if not journal.entries:
+            journal = Journal(tuple((step, samples) for step, samples in saved.rollbacks))
+        run = RunState(
+            step=saved.step,
+            tokens=saved.tokens,
+            skipped_steps=saved.skipped_steps,
+            samples=saved.samples,
+            journal=journal,
+        )
+        if not allow_changes and self._digest(run, saved) != saved.data.get("digest"):
+            raise UsageError(
+                f"{self.folder}: the samples of step {saved.step} are not the ones that it was "
+                "trained on; the data order has changed since (another version of megagpt, or "
+                "other shards); go back to what it was, or pass --allow-changes"
+            )
+        log.info("resuming at step %d (%s tokens)", saved.step, f"{saved.tokens:,}")
+        return run, [(loss, norm) for loss, norm in saved.recent]
+
+    def _digest(self, run: RunState, saved: Manifest) -> str:
+        """Names the samples of the checkpoint's last step as they would be read now."""
+        if "latest" in saved.data:
+            first, count = saved.data["latest"]
+        else:  # a checkpoint of November 2026 or before says it by the schedule alone
+            tokens, batch_tokens = self.config.schedule.position(saved.step - 1)
+            first = run.first_sample(self.config, saved.step - 1, tokens)
+            count = batch_tokens // self.config.model.n_ctx
+        return self.loader.digest(first, count)
+
+    def save(self, run: RunState, history: History, milestone: bool) -> None:
+        """Begins a checkpoint of where the run is."""
+        assert run.latest is not None, "nothing was trained yet"
+        self.saving_since = time.monotonic()
+        optimizer, layout = self.engine.optimizer_state(), self.layout
+        latest = run.latest.first_sample, run.latest.n_samples
+        record = Manifest(
+            step=run.step,
+            tokens=run.tokens,
+            samples=run.samples,
+            seed=self.config.seed,
+            skipped_steps=run.skipped_steps,
+            updates=optimizer.updates,
+            loss_scale=optimizer.loss_scale,
+            layout={"world": layout.world, "pipeline": layout.pipeline, "tensor": layout.tensor},
+            data={
+                "fingerprint": self.loader.fingerprint(run.samples),
+                "tokenizer": self.loader.tokenizer_name,
+                "latest": list(latest),
+                "digest": self.loader.digest(*latest),
+            },
+            versions=versions(),
+            milestone=milestone,
+            files=(),
+            recent=tuple(history),
+            rollbacks=run.journal.entries,
+        )
+        self.saver.begin(record)
+
+    def finish(self, last: bool = False) -> dict[str, object]:
+        """Makes the checkpoint that was begun valid; what is to be recorded of it, if any."""
+        folder = self.saver.finish(last)
+        if folder is None:
+            return {}
+        self.save_s = max(self.save_s, time.monotonic() - self.saving_since)
+        return {"folder": str(folder), "stall_s": round(self.saver.stall_s, 3)}

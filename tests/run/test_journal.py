@@ -1,0 +1,71 @@
+"""What was decided about spikes is written, read back, and replayed."""
+
+import pytest
+
+from megagpt.errors import DamageError, MegagptError
+from megagpt.run.journal import Journal, read_journal
+
+
+def test_where_a_run_reads_after_rollbacks():
+    journal = Journal(((10, 40),))
+    assert [journal.skipped(step) for step in (0, 9, 10, 99)] == [0, 0, 40, 40]
+    journal = journal.add(20, 90)
+    assert [journal.skipped(step) for step in (19, 20)] == [40, 90]
+    # Back before the second one, which therefore never happened; twice from the same step.
+    journal = journal.add(15, 70)
+    journal = journal.add(15, 75)
+    assert journal.holding == [(10, 40), (15, 75)]
+    assert journal.skipped(20) == 75
+
+
+def test_which_updates_a_run_leaves_out_after_rollbacks():
+    journal = Journal()
+    journal = journal.leave_out(12)
+    journal = journal.leave_out(15)
+    assert [step for step in range(20) if journal.leaves_out(step)] == [12, 15]
+    # Back to a checkpoint that step 12 is part of, but step 15 is not.
+    journal = journal.add(12, 30)
+    assert [step for step in range(20) if journal.leaves_out(step)] == [12]
+    journal = journal.leave_out(14)
+    assert journal.holding == [(12, None), (12, 30), (14, None)]
+    assert Journal(journal.entries).holding == journal.holding
+    assert [journal.skipped(step) for step in (11, 12, 20)] == [0, 30, 30]
+
+
+def test_the_journal_reads_back(tmp_path):
+    assert read_journal(tmp_path) == Journal()
+    journal = Journal()
+    journal = journal.add(10, 40)
+    journal.write(tmp_path, reason="loss 9")
+    journal = journal.leave_out(13)
+    journal.write(tmp_path, reason="loss 9")
+    assert read_journal(tmp_path) == journal == Journal(((10, 40), (13, None)))
+    path = tmp_path / "journal.jsonl"
+    whole = path.read_bytes()
+    for end in range(whole.index(b"\n") + 1, len(whole)):
+        path.write_bytes(whole[:end])
+        assert read_journal(tmp_path) == Journal(((10, 40),))
+    journal.write(tmp_path, reason="loss 9")
+    assert path.read_bytes() == whole
+
+
+def test_a_journal_that_is_gone_comes_back_with_the_next_entry(tmp_path):
+    journal = Journal(((10, 40), (13, None)))
+    journal = journal.add(20, 90)
+    journal.write(tmp_path, reason="loss 9")
+    assert read_journal(tmp_path) == journal
+    assert journal.entries == ((10, 40), (13, None), (20, 90))
+
+
+def test_a_damaged_journal_is_not_guessed_at(tmp_path):
+    for line in ('{"step": 1}', '{"step": 1, "update": "done"}', '{"update": "left out"}', "[1]"):
+        (tmp_path / "journal.jsonl").write_text(line + '\n{"step": 2, "skipped_samples": 4}\n')
+        message = "line 1: not an entry of the journal; it decides which samples are read and"
+        with pytest.raises(DamageError, match=message):
+            read_journal(tmp_path)
+
+
+def test_rollbacks_end():
+    journal = Journal(((5, 1), (5, 2), (6, 3), (5, 4)))
+    with pytest.raises(MegagptError, match="spikes again after 3 rollbacks to step 5; lower"):
+        journal.add(5, 9)
