@@ -13,6 +13,7 @@ from megagpt.cluster.stop import StopRequest
 from megagpt.cluster.watchdog import Watchdog
 from megagpt.config import RunConfig
 from megagpt.engine import StepResult, build_engine
+from megagpt.engine.slices import gather_whole
 from megagpt.errors import MegagptError, Stopped
 from megagpt.health.meter import Meter
 from megagpt.health.replicas import check_replicas
@@ -24,6 +25,7 @@ from megagpt.run.folder import open_log, write_run_files
 from megagpt.run.inputs import check_data, check_vocabulary
 from megagpt.run.saving import Checkpoints
 from megagpt.run.state import RunState, Step, crossed
+from megagpt.use.samples import write_samples
 
 
 class Agreed(NamedTuple):
@@ -57,8 +59,7 @@ class Trainer:
         self.validation = [TokenLoader([(Path(s.path), 1.0)], n_ctx, 0) for s in validation]
         check_vocabulary(config, [self.loader, *self.validation])
         self.engine = build_engine(config, layout, ranks, ds_config)
-        tokenizer = self.loader.tokenizer_name
-        self.evaluation = Evaluation(config, layout, self.engine, self.validation, tokenizer)
+        self.evaluation = Evaluation(config, layout, self.engine, self.validation)
         self.checkpoints = Checkpoints(config, layout, self.engine, self.loader)
         self.spikes = Recent(config.optimizer.spike_window, config.optimizer.spike_threshold)
         self.meter = Meter(config, layout, self.engine)
@@ -230,7 +231,12 @@ class Trainer:
         """The loss on every validation set and the texts, recorded."""
         self.watchdog.begin("evaluation")
         t0 = time.perf_counter()
-        record, texts = self.evaluation.losses(), self.evaluation.texts()
+        record, texts = self.evaluation.losses(), []
+        if self.config.evaluate.samples:
+            # Rank 0 writes them with a model of its own; the others wait meanwhile.
+            device = self.engine.device if self.ranks.rank == 0 else None
+            weights = gather_whole(self.engine.slices())
+            texts = write_samples(self.config, weights, self.loader.tokenizer_name, device)
         if record:
             record |= {"evaluate_s": time.perf_counter() - t0}
             self.log.evaluation({"step": run.step, "tokens": run.tokens} | record)

@@ -1,4 +1,4 @@
-"""The evaluation within a run: loss on every validation set, and texts, under any layout (L3)."""
+"""The evaluation within a run: the loss on every validation set, under any layout (L2)."""
 
 import math
 from collections.abc import Sequence
@@ -11,8 +11,7 @@ from megagpt.run.inputs import evaluation_samples
 
 
 class Evaluation:
-    """The run's validation sets, and its tokenizer's name for the texts. All ranks make one and
-    call its methods together."""
+    """The run's validation sets. All ranks make one and call it together."""
 
     def __init__(
         self,
@@ -20,10 +19,8 @@ class Evaluation:
         layout: Layout,
         engine: Engine,
         loaders: Sequence[TokenLoader],
-        tokenizer: str,
     ) -> None:
         self.config, self.layout, self.engine, self.loaders = config, layout, engine, loaders
-        self.tokenizer = tokenizer
 
     def losses(self) -> dict[str, object]:
         """What is to be recorded of the weights as they are; nothing without validation data.
@@ -56,39 +53,6 @@ class Evaluation:
         micro_batch = self.config.parallel.micro_batch
         batches = loader.micro_batches(0, count, rank, self.layout.data, micro_batch)
         return self.engine.evaluate(list(batches))
-
-    def texts(self) -> list[str]:
-        """Texts by the weights as they are, prompt included, on rank 0; the same draws each time.
-
-        Rank 0 writes them with a model of its own, in fp32 on its device, for the live one may be
-        spread over all ranks; they wait meanwhile.
-        """
-        wanted, first = self.config.evaluate, self.engine.ranks.rank == 0
-        if not wanted.samples:
-            return []
-        import torch
-
-        from megagpt.checkpoint.slice_file import fit_rows
-        from megagpt.engine.slices import gather_whole
-        from megagpt.model import GPT
-        from megagpt.tokenizer import load_tokenizer
-        from megagpt.use.generate import Options, generate
-
-        with torch.device(self.engine.device):
-            model = GPT(self.config.model) if first else None
-        parameters = dict(model.named_parameters()) if model is not None else {}
-        for name, whole in gather_whole(self.engine.slices()):
-            if whole is not None:
-                parameters[name].data.copy_(fit_rows(whole, parameters[name].shape, name))
-        if model is None:
-            return []
-        encoding = load_tokenizer(self.tokenizer)
-        found = []
-        for seed in range(wanted.samples):
-            options = Options(max_tokens=wanted.sample_tokens, seed=seed)
-            pieces = generate(model, encoding, wanted.prompt, options)
-            found.append(wanted.prompt + "".join(pieces))
-        return found
 
 
 def bytes_per_token(loader: TokenLoader) -> float:

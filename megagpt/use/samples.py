@@ -1,0 +1,43 @@
+"""Texts that a model in training writes at its evaluations (L3)."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from megagpt.checkpoint.slice_file import fit_rows
+from megagpt.config import RunConfig
+from megagpt.model import GPT
+from megagpt.tokenizer import load_tokenizer
+from megagpt.use.generate import Options, generate
+
+
+def write_samples(
+    config: RunConfig,
+    weights: Iterable[tuple[str, Tensor | None]],
+    tokenizer: str,
+    device: torch.device | None,
+) -> list[str]:
+    """evaluate.samples texts, prompt included; the same draws each time.
+
+    weights: (canonical name, whole fp32 tensor) of the live model, which may be spread over all
+    ranks. Every rank goes through them; the one that writes has a device and gets tensors, the
+    others get None for both and return [].
+    """
+    wanted = config.evaluate
+    model = None
+    if device is not None:
+        with torch.device(device):
+            model = GPT(config.model)
+    parameters = dict(model.named_parameters()) if model is not None else {}
+    for name, whole in weights:
+        if whole is not None:
+            parameters[name].data.copy_(fit_rows(whole, parameters[name].shape, name))
+    if model is None:
+        return []
+    encoding = load_tokenizer(tokenizer)
+    texts = []
+    for seed in range(wanted.samples):
+        options = Options(max_tokens=wanted.sample_tokens, seed=seed)
+        texts.append(wanted.prompt + "".join(generate(model, encoding, wanted.prompt, options)))
+    return texts
