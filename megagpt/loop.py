@@ -112,7 +112,7 @@ class Trainer:
                 following = run.step_at(self.config, step.number, step.tokens)
                 self.loader.prefetch(*self._share(following))
         skips = None
-        if run.journal.leaves_out(step.number):  # decided before this start
+        if run.journal.skips_update(step.number):  # decided before this start
             skips = _always
         elif self.config.optimizer.spike_action == "skip":
             skips = self._spikes
@@ -184,7 +184,7 @@ class Trainer:
         facts = {"spiked_step": run.step, "reason": reason}
         if self.ranks.rank == 0:
             earlier.journal.write(self.folder, **facts)
-        skipped = earlier.journal.skipped(earlier.step)
+        skipped = earlier.journal.skipped_samples(earlier.step)
         self.log.event("rollback", skipped_samples=skipped, **facts)
         return earlier
 

@@ -16,7 +16,7 @@ from typing import Any
 from megagpt.errors import DamageError, MegagptError
 
 NAME = "journal.jsonl"
-LEFT_OUT = "left out"
+UPDATE_SKIPPED = "left out"
 MOST_ROLLBACKS = 3
 """To the same checkpoint: beyond, skipping data does not help."""
 Entry = tuple[int, int | None]
@@ -40,16 +40,16 @@ class Journal:
             found.append((step, samples))
         return found
 
-    def skipped(self, step: int) -> int:
+    def skipped_samples(self, step: int) -> int:
         """Samples skipped altogether before the step that follows `step` steps."""
         samples = (n for at, n in self.holding if n is not None and at <= step)
         return max(samples, default=0)
 
-    def leaves_out(self, step: int) -> bool:
+    def skips_update(self, step: int) -> bool:
         """Whether the update of this step, counted from 1, was left out."""
         return (step, None) in self.holding
 
-    def leave_out(self, step: int) -> "Journal":
+    def skip_update(self, step: int) -> "Journal":
         """The journal once the update of this step is skipped."""
         return Journal((*self.entries, (step, None)))
 
@@ -88,13 +88,13 @@ def _text(entries: Iterable[Entry], **facts: object) -> bytes:
 def _line(entry: Entry) -> dict[str, object]:
     step, samples = entry
     if samples is None:
-        return {"step": step, "update": LEFT_OUT}
+        return {"step": step, "update": UPDATE_SKIPPED}
     return {"step": step, "skipped_samples": samples}
 
 
 def _entry(line: dict[str, Any]) -> Entry:
     """The entry of a line; raises KeyError, TypeError or ValueError for what is none."""
-    if line.get("update") == LEFT_OUT:
+    if line.get("update") == UPDATE_SKIPPED:
         return int(line["step"]), None
     return int(line["step"]), int(line["skipped_samples"])
 

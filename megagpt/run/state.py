@@ -60,7 +60,7 @@ class RunState:
 
     def first_sample(self, config: RunConfig, step: int, tokens: int) -> int:
         """The first sample of the step that follows `step` steps and `tokens` tokens."""
-        return tokens // config.model.n_ctx + self.journal.skipped(step)
+        return tokens // config.model.n_ctx + self.journal.skipped_samples(step)
 
     def step_at(self, config: RunConfig, step: int, tokens: int) -> Step:
         """The step that follows `step` steps and `tokens` tokens of this run."""
@@ -83,8 +83,8 @@ class RunState:
         """Where the run is once `step` is done. An update that was skipped because of a spike
         stands in the journal from then on, once."""
         journal = self.journal
-        if result.skipped and not journal.leaves_out(step.number):
-            journal = journal.leave_out(step.number)
+        if result.skipped and not journal.skips_update(step.number):
+            journal = journal.skip_update(step.number)
         return self.replaced(
             step=step.number,
             tokens=step.tokens,

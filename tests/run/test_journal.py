@@ -8,28 +8,28 @@ from megagpt.run.journal import Journal, read_journal
 
 def test_where_a_run_reads_after_rollbacks():
     journal = Journal(((10, 40),))
-    assert [journal.skipped(step) for step in (0, 9, 10, 99)] == [0, 0, 40, 40]
+    assert [journal.skipped_samples(step) for step in (0, 9, 10, 99)] == [0, 0, 40, 40]
     journal = journal.add(20, 90)
-    assert [journal.skipped(step) for step in (19, 20)] == [40, 90]
+    assert [journal.skipped_samples(step) for step in (19, 20)] == [40, 90]
     # Back before the second one, which therefore never happened; twice from the same step.
     journal = journal.add(15, 70)
     journal = journal.add(15, 75)
     assert journal.holding == [(10, 40), (15, 75)]
-    assert journal.skipped(20) == 75
+    assert journal.skipped_samples(20) == 75
 
 
 def test_which_updates_a_run_leaves_out_after_rollbacks():
     journal = Journal()
-    journal = journal.leave_out(12)
-    journal = journal.leave_out(15)
-    assert [step for step in range(20) if journal.leaves_out(step)] == [12, 15]
+    journal = journal.skip_update(12)
+    journal = journal.skip_update(15)
+    assert [step for step in range(20) if journal.skips_update(step)] == [12, 15]
     # Back to a checkpoint that step 12 is part of, but step 15 is not.
     journal = journal.add(12, 30)
-    assert [step for step in range(20) if journal.leaves_out(step)] == [12]
-    journal = journal.leave_out(14)
+    assert [step for step in range(20) if journal.skips_update(step)] == [12]
+    journal = journal.skip_update(14)
     assert journal.holding == [(12, None), (12, 30), (14, None)]
     assert Journal(journal.entries).holding == journal.holding
-    assert [journal.skipped(step) for step in (11, 12, 20)] == [0, 30, 30]
+    assert [journal.skipped_samples(step) for step in (11, 12, 20)] == [0, 30, 30]
 
 
 def test_the_journal_reads_back(tmp_path):
@@ -37,7 +37,7 @@ def test_the_journal_reads_back(tmp_path):
     journal = Journal()
     journal = journal.add(10, 40)
     journal.write(tmp_path, reason="loss 9")
-    journal = journal.leave_out(13)
+    journal = journal.skip_update(13)
     journal.write(tmp_path, reason="loss 9")
     assert read_journal(tmp_path) == journal == Journal(((10, 40), (13, None)))
     path = tmp_path / "journal.jsonl"
