@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megagpt.config import RunConfig, dump_run, load_run
+from megagpt.config import Dtype, RunConfig, dump_run, load_run
 from megagpt.errors import EXIT_FAILURE, EXIT_OK, EXIT_STOPPED, MegagptError, UsageError
 from megagpt.log.metrics import read_metrics
 
@@ -119,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
     return EXIT_OK if sound else EXIT_FAILURE
 
 
-def miniature(config: RunConfig, steps: int, dtype: str, full_shape: bool = False) -> RunConfig:
+def miniature(config: RunConfig, steps: int, dtype: Dtype, full_shape: bool = False) -> RunConfig:
     """The run cut down to a size that every layout trains in seconds, about `steps` steps."""
     model = config.model
     if not full_shape:

@@ -1,4 +1,4 @@
-"""The run file: what to train, on how much, and how it is split (L0, stdlib only).
+"""The run file: what to train, on how much, and how it is split (L0).
 
     config = load_run("launch/runs/quickstart.toml", ["schedule.peak_lr=1e-3"])
 
@@ -13,11 +13,12 @@ also be written so.
 """
 
 from megagpt.config.presets import ModelConfig
-from megagpt.config.read import load_run, parse_run
+from megagpt.config.read import dump_run, load_run, parse_run
 from megagpt.config.sections import (
     CheckpointConfig,
     DataConfig,
     DataSource,
+    Dtype,
     EvaluateConfig,
     LogConfig,
     MixtureChange,
@@ -25,12 +26,12 @@ from megagpt.config.sections import (
     ParallelConfig,
     RunConfig,
 )
-from megagpt.config.writing import dump_run
 
 __all__ = [
     "CheckpointConfig",
     "DataConfig",
     "DataSource",
+    "Dtype",
     "EvaluateConfig",
     "LogConfig",
     "MixtureChange",

@@ -1,4 +1,4 @@
-"""What each model of the papers is: shape and recipe, as literal rows (L0, stdlib only).
+"""What each model of the papers is: shape and recipe, as literal rows (L0).
 
 A row holds the numbers that the paper prints, so that anyone can check it against the paper;
 tests hold each row against the paper's parameter counts. Sources: Brown et al. 2020 (GPT-3,
@@ -6,32 +6,40 @@ Table 2.1 and Appendix B), Radford et al. 2019 (GPT-2), Radford et al. 2018 (GPT
 2020 (Image GPT).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from annotated_types import Interval, MinLen
+
+from megagpt.config.bounds import Size
+
+Attention = Literal["dense", "banded"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
     """The shape of one model: all that decides its parameters and its function."""
 
-    family: str = "gpt2"
+    family: Literal["gpt2", "gpt1", "igpt"] = "gpt2"
     """gpt2 (GPT-2 and GPT-3), gpt1 or igpt."""
-    n_layer: int
+    n_layer: Annotated[int, Interval(ge=1, le=10_000)]
     """Transformer blocks."""
-    n_head: int
+    n_head: Size
     """Attention heads of each block; divides d_model."""
-    d_model: int
+    d_model: Size
     """Width of the residual stream."""
-    n_ctx: int
+    n_ctx: Size
     """Context, in tokens: the longest sequence the learned positions reach."""
-    vocab_size: int = 50257
+    vocab_size: Size = 50257
     """Tokens of the vocabulary, without padding."""
-    vocab_multiple: int = 1
+    vocab_multiple: Size = 1
     """The embedding is padded to a multiple of this; padding is never scored nor sampled."""
-    attention: tuple[str, ...] = ("dense",)
+    attention: Annotated[tuple[Attention, ...], MinLen(1)] = ("dense",)
     """Attention of each layer, a pattern of "dense" and "banded" repeated over the layers."""
-    band_width: int = 256
+    band_width: Size = 256
     """Keys that a banded query sees, itself included."""
-    dropout: float = 0.0
+    dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.0
     """Probability of dropping an element of embeddings, attention weights and residual branches."""
 
     @property
@@ -83,6 +91,14 @@ class ModelConfig:
         """Keys that a query of layer `index` sees at most, or None where the layer is dense."""
         kind = self.attention[index % len(self.attention)]
         return None if kind == "dense" else self.band_width
+
+    def problems(self) -> Iterator[str]:
+        """What makes this shape impossible."""
+        if self.d_model % self.n_head:
+            yield (
+                f"model.d_model = {self.d_model}: must be a multiple of n_head ({self.n_head}), so "
+                "that every head has the same width"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,18 +1,43 @@
-"""From the text of a run file to a RunConfig, with every problem said at once (L0)."""
+"""From the text of a run file to a RunConfig, with every problem said at once, and back (L0)."""
 
-import dataclasses
 import difflib
+import functools
+import json
 import re
 import tomllib
-import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import tomli_w
 
 from megagpt.config.presets import PRESETS
-from megagpt.config.rules import problems_of
 from megagpt.config.sections import RunConfig
 from megagpt.errors import UsageError
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
+RULES = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "dataclass_type": "a table of keys",
+    "tuple_type": "a list",
+    "literal_error": "one of {choices}",
+    "greater_than": "above {gt:.10g}",
+    "greater_than_equal": "{ge:.10g} or more",
+    "less_than": "less than {lt:.10g}",
+    "less_than_equal": "{le:.10g} or less",
+    "predicate_failed": "one line without control characters",
+    "string_too_short": "text of at least {min_length} character",
+    "too_long": "a list of {length} values",
+    "too_short": "a list of at least {min_length} value",
+}
+"""What a value must be, by the type of pydantic's error; braces are that error's own figures."""
 
 
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -29,6 +54,8 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
             f"{path}: cannot read the run file ({error.strerror}); give the path of a .toml file, "
             "for example launch/runs/quickstart.toml"
         ) from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not valid TOML: not UTF-8 ({error})") from None
     return parse_run(text, overrides, name=str(path))
 
 
@@ -39,22 +66,32 @@ def parse_run(text: str, overrides: Sequence[str] = (), name: str = "run file") 
     end = table.start() if table else len(text)
     head = re.sub(r"(?m)^model(\s*=)", r"preset\1", text[:end])
     try:
-        tree = tomllib.loads(head + text[end:])
+        tree = tomllib.loads(head + text[end:], parse_float=_number)
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{name}: not valid TOML: {error}") from None
     problems: list[str] = []
     for override in overrides:
         _override(tree, override, problems)
     _add_preset(tree, problems)
-    config = _build(RunConfig, tree, "", problems)
-    # Rules between values are only worth reading once every value is of its type.
+    config = _validate(tree, problems)
+    # Rules between values are only worth reading once every value is sound by itself.
     if config is not None and not problems:
-        problems = list(problems_of(config))
-    if problems:
+        problems.extend(config.problems())
+    if config is None or problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise UsageError(f"{name}: {count}\n" + "\n".join(f"  - {p}" for p in problems))
-    assert isinstance(config, RunConfig)
     return config
+
+
+def dump_run(config: RunConfig) -> str:
+    """The whole configuration as the text of a run file that load_run reads back to the same."""
+    return tomli_w.dumps(asdict(config))
+
+
+def _number(text: str) -> int | float:
+    """A TOML float; a whole one is a count, so that total_tokens = 3e9 can be written."""
+    value = float(text)
+    return int(value) if value.is_integer() else value
 
 
 def _override(tree: dict[str, Any], override: str, problems: list[str]) -> None:
@@ -63,8 +100,12 @@ def _override(tree: dict[str, Any], override: str, problems: list[str]) -> None:
     if not equals or not key:
         problems.append(f"override {override!r}: must be section.key=value")
         return
+    # Bytes of a command line that are no UTF-8 arrive as lone surrogates.
+    if any("\ud800" <= character <= "\udfff" for character in override):
+        problems.append(f"override {override!r}: must be UTF-8")
+        return
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
+        value = tomllib.loads(f"value = {text}", parse_float=_number)["value"]
     except tomllib.TOMLDecodeError:
         value = text
     *sections, last = ("preset" if key == "model" else key).split(".")
@@ -79,71 +120,79 @@ def _override(tree: dict[str, Any], override: str, problems: list[str]) -> None:
 def _add_preset(tree: dict[str, Any], problems: list[str]) -> None:
     """Lays the sections of the tree over those of its preset's row."""
     name = tree.get("preset", "")
-    if name == "":
-        return
-    if name not in PRESETS:
-        near = _nearest(str(name), PRESETS)
+    row = PRESETS.get(name) if isinstance(name, str) else None
+    if isinstance(name, str) and name and row is None:
+        near = _nearest(name, PRESETS)
         problems.append(f"model = {name!r}: no such preset{near}; presets: {', '.join(PRESETS)}")
-        return
-    row = PRESETS[name]
-    model = dataclasses.asdict(row.model)
-    for section, defaults in (
-        ("model", model),
-        ("schedule", row.schedule),
-        ("optimizer", row.optimizer),
-    ):
+    defaults = {
+        "model": asdict(row.model) if row else {},
+        "schedule": row.schedule if row else {},
+        "optimizer": row.optimizer if row else {},
+        # Without its table too, a missing key is named.
+        "data": {},
+    }
+    for section, values in defaults.items():
         if isinstance(tree.setdefault(section, {}), dict):
-            tree[section] = {**defaults, **tree[section]}
+            tree[section] = {**values, **tree[section]}
 
 
-def _nearest(word: str, known: typing.Iterable[str]) -> str:
+def _nearest(word: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
-def _build(cls: type, tree: Any, where: str, problems: list[str]) -> Any:
-    """An instance of dataclass `cls` from a table, or None with the reasons added to `problems`."""
-    label = where.rstrip(".") or "the run file"
-    if not isinstance(tree, dict):
-        problems.append(f"{label} = {tree!r}: must be a table of keys")
-        return None
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    # The synonym under which users know the top-level key.
-    known = [*fields, "model"] if cls is RunConfig else list(fields)
-    for key in tree.keys() - fields.keys():
-        choices = ", ".join(sorted(set(known)))
-        problems.append(f"unknown key {where + key!r}{_nearest(key, known)}; known: {choices}")
-    hints = typing.get_type_hints(cls)
-    before, values = len(problems), {}
-    for name, spec in fields.items():
-        if name in tree:
-            values[name] = _value(hints[name], tree[name], where + name, problems)
-        elif dataclasses.is_dataclass(hints[name]) and spec.default_factory is dataclasses.MISSING:
-            values[name] = _build(hints[name], {}, f"{where}{name}.", problems)
-        elif spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
-            problems.append(f"missing key {where + name!r}: the run file must say it")
-    return cls(**values) if len(problems) == before else None
+@functools.cache
+def _adapter() -> "TypeAdapter[RunConfig]":
+    # Imported here: 0.1 s of CPU that only a command which reads a run is to pay.
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(RunConfig)
 
 
-def _value(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
-    """`value` as the type `hint`, or None with the reason added to `problems`."""
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, value, where + ".", problems)  # type: ignore[arg-type]
-    if typing.get_origin(hint) is tuple:
-        if not isinstance(value, list | tuple):
-            problems.append(f"{where} = {value!r}: must be a list")
-            return None
-        inner = typing.get_args(hint)
-        if inner[-1] is not Ellipsis and len(value) != len(inner):
-            problems.append(f"{where} = {value!r}: must be a list of {len(inner)} values")
-            return None
-        return tuple(_value(inner[0], v, f"{where}[{i}]", problems) for i, v in enumerate(value))
-    if hint is float and type(value) is int:
-        return float(value)
-    if hint is int and type(value) is float and value.is_integer():
-        return int(value)
-    if type(value) is not hint:
-        kind = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[hint]
-        problems.append(f"{where} = {value!r}: must be {kind}")
+def _validate(tree: dict[str, Any], problems: list[str]) -> RunConfig | None:
+    """The tree as a RunConfig, or None with the reasons added to `problems`."""
+    from pydantic import ValidationError
+
+    try:
+        # Through JSON, because pydantic's strict mode takes lists and tables only from there. A
+        # date, which JSON has not, becomes null: no key takes either.
+        return _adapter().validate_json(json.dumps(tree, default=lambda _: None))
+    except ValidationError as error:
+        schema = _adapter().json_schema()
+        for details in error.errors():
+            # pydantic counts only the sound values of a list, whose others it names too.
+            if details["type"] != "too_short" or not details["input"]:
+                problems.append(_problem(details, tree, schema))
         return None
-    return value
+
+
+def _problem(error: Mapping[str, Any], tree: Any, schema: dict[str, Any]) -> str:
+    """The key, value, rule and meaning of one of pydantic's errors.
+
+    The JSON schema of RunConfig knows each table's keys and each key's sentence.
+    """
+    kind, steps, figures = error["type"], error["loc"], error.get("ctx", {})
+    if kind == "missing" and isinstance(steps[-1], int):
+        kind, steps = "too_long", steps[:-1]
+    key, value, node, known, sentence = "", tree, schema, {}, ""
+    for step in steps:
+        if "$ref" in node:
+            node = schema["$defs"][node["$ref"].rpartition("/")[2]]
+        if isinstance(step, int):
+            key, value = f"{key}[{step}]", value[step]
+            node = node["items"] if "items" in node else node["prefixItems"][step]
+        else:
+            key, value = f"{key}.{step}" if key else step, value.get(step)
+            known = node["properties"]
+            node, sentence = known.get(step, {}), ""
+        sentence = node.get("description", sentence)
+    if kind == "unexpected_keyword_argument":
+        return f"unknown key {key!r}{_nearest(step, known)}; known: {', '.join(sorted(known))}"
+    # The first sentence of the text below the key in sections.py.
+    sentence = " ".join(sentence.split()).partition(". ")[0].rstrip(".")
+    meaning = f" ({sentence})" if sentence else ""
+    if kind == "missing":
+        return f"missing key {key!r}: the run file must say it{meaning}"
+    figures |= {"choices": ", ".join(json.dumps(c).strip('"') for c in node.get("enum", []))}
+    rule = RULES[kind].format(length=node.get("maxItems"), **figures)
+    return f"{key} = {value!r:.100}: must be {rule}{meaning}"

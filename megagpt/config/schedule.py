@@ -1,4 +1,4 @@
-"""Learning rate and batch size as functions of tokens consumed (L0, stdlib only).
+"""Learning rate and batch size as functions of tokens consumed (L0).
 
 GPT-3 (Brown et al. 2020, Appendix B): linear warm-up of the learning rate over the first 375M
 tokens, cosine down to 10% of the peak at 260B tokens, constant after that; the batch grows
@@ -15,6 +15,11 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Annotated
+
+from annotated_types import Gt, Interval
+
+from megagpt.config.bounds import OneOrMore, ZeroOrMore
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,23 +48,23 @@ class Segment:
 class Schedule:
     """The [schedule] section: what is learnt at which point, everything in tokens."""
 
-    total_tokens: int
+    total_tokens: OneOrMore
     """Tokens to train on; the last step may end up to one batch past them."""
-    warmup_tokens: int = 0
+    warmup_tokens: ZeroOrMore = 0
     """Tokens over which the learning rate rises linearly from 0 to peak_lr."""
-    decay_tokens: int = 0
+    decay_tokens: ZeroOrMore = 0
     """Tokens consumed where the cosine reaches its floor; 0: total_tokens."""
-    peak_lr: float
+    peak_lr: Annotated[float, Gt(0)]
     """Learning rate at the end of the warm-up."""
-    min_lr_ratio: float = 0.1
+    min_lr_ratio: Annotated[float, Interval(ge=0, le=1)] = 0.1
     """Floor of the learning rate, as a share of peak_lr."""
-    batch_tokens: int
+    batch_tokens: OneOrMore
     """Tokens of a full step, over all ranks."""
-    ramp_start_tokens: int = 0
+    ramp_start_tokens: ZeroOrMore = 0
     """Tokens of the first step; 0: batch_tokens (no ramp)."""
-    ramp_tokens: int = 0
+    ramp_tokens: ZeroOrMore = 0
     """Tokens over which the batch grows from ramp_start_tokens to batch_tokens."""
-    ramp_increment_tokens: int = 0
+    ramp_increment_tokens: ZeroOrMore = 0
     """The batch grows in multiples of this; 0: ramp_start_tokens."""
 
     @property
@@ -137,41 +142,26 @@ class Schedule:
                 return before, segment.batch_tokens
         raise ValueError(f"step {step} is outside the run: it has steps 0 to {self.n_steps - 1}")
 
-    def problems(self) -> list[str]:
-        """What makes this schedule impossible, each with its remedy; empty when sound."""
-        found = [
-            f"schedule.{key} = {getattr(self, key)}: must be {rule}"
-            for key, ok, rule in (
-                ("total_tokens", self.total_tokens > 0, "greater than 0"),
-                ("batch_tokens", self.batch_tokens > 0, "greater than 0"),
-                ("peak_lr", self.peak_lr > 0, "greater than 0"),
-                ("min_lr_ratio", 0 <= self.min_lr_ratio <= 1, "between 0 and 1"),
-                ("warmup_tokens", self.warmup_tokens >= 0, "0 or more"),
-                ("ramp_tokens", self.ramp_tokens >= 0, "0 or more"),
-                ("ramp_start_tokens", self.ramp_start_tokens >= 0, "0 or more"),
-                ("ramp_increment_tokens", self.ramp_increment_tokens >= 0, "0 or more"),
-            )
-            if not ok
-        ]
-        if found:
-            return found
-        if self.warmup_tokens >= (self.decay_tokens or self.total_tokens):
-            found.append(
+    def problems(self) -> Iterator[str]:
+        """What makes this schedule impossible, each with its remedy."""
+        end = self.decay_tokens or self.total_tokens
+        if self.warmup_tokens >= end:
+            yield (
                 f"schedule.warmup_tokens = {self.warmup_tokens}: must be less than decay_tokens "
-                f"({self.decay_tokens or self.total_tokens}), where the cosine ends"
+                f"({end}), where the cosine ends"
             )
         if self.start_tokens > self.batch_tokens:
-            found.append(
+            yield (
                 f"schedule.ramp_start_tokens = {self.ramp_start_tokens}: must not be more than "
                 f"batch_tokens ({self.batch_tokens})"
             )
+        increment = self.increment_tokens
         for key, value in (
             ("ramp_start_tokens", self.start_tokens),
             ("batch_tokens", self.batch_tokens),
         ):
-            if value % self.increment_tokens:
-                found.append(
+            if value % increment:
+                yield (
                     f"schedule.{key} = {value}: must be a multiple of ramp_increment_tokens "
-                    f"({self.increment_tokens}), in which the batch grows"
+                    f"({increment}), in which the batch grows"
                 )
-        return found

@@ -1,7 +1,17 @@
-"""The tables of a run file and their keys: type, default, meaning (L0, stdlib only)."""
+"""The tables of a run file: each key's type, bound, default and meaning, and the rules between
+keys (L0).
 
+read.py holds a run file against the annotations and prints a key's sentence with its problem, so
+that a new key needs nothing but its lines here. Every number is finite and fits TOML's 64 bits.
+"""
+
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Annotated, ClassVar, Literal
 
+from annotated_types import Ge, Gt, Interval, MinLen
+
+from megagpt.config.bounds import FileName, Line, Minutes, OneOrMore, Size, ZeroOrMore
 from megagpt.config.presets import ModelConfig
 from megagpt.config.schedule import Schedule
 
@@ -10,8 +20,8 @@ from megagpt.config.schedule import Schedule
 class DataSource:
     """A prepared corpus: a folder with a manifest.json."""
 
-    path: str
-    weight: float = 1.0
+    path: FileName
+    weight: Annotated[float, Ge(0)] = 1.0
     """Share of the samples; the weights of all sources are normalised to a sum of 1."""
 
 
@@ -19,9 +29,9 @@ class DataSource:
 class MixtureChange:
     """[[data.changes]]: other weights from a point of the run on."""
 
-    at_tokens: int
+    at_tokens: OneOrMore
     """Tokens of the data order that come before it, a multiple of model.n_ctx."""
-    weights: tuple[float, ...]
+    weights: tuple[Annotated[float, Ge(0)], ...]
     """One for each corpus of data.train in its order; 0: it rests."""
 
 
@@ -29,7 +39,7 @@ class MixtureChange:
 class DataConfig:
     """[data]: what is read."""
 
-    train: tuple[DataSource, ...]
+    train: Annotated[tuple[DataSource, ...], MinLen(1)]
     """Corpora that are trained on, without replacement within an epoch of each."""
     changes: tuple[MixtureChange, ...] = ()
     """Changes of their weights in mid-run, in the order in which they come."""
@@ -38,29 +48,62 @@ class DataConfig:
     verify: bool = True
     """Compare every shard with its checksum before training (each file once per run folder)."""
 
+    def problems(self) -> Iterator[str]:
+        """What makes this mixture impossible."""
+        for kind in ("train", "validation"):
+            for index, source in enumerate(getattr(self, kind)):
+                weights = [source.weight]
+                if kind == "train":
+                    # A corpus may rest at first and join with a change.
+                    weights += [w for c in self.changes for w in c.weights[index : index + 1]]
+                if not any(weights):
+                    yield f"data.{kind}: weight = {source.weight} of {source.path}: must be above 0"
+        if not any(source.weight for source in self.train):
+            yield "data.train: every weight is 0; one must be above 0 where the run begins"
+        begin = 0
+        for index, change in enumerate(self.changes):
+            key = f"data.changes[{index}]"
+            if change.at_tokens <= begin:
+                yield (
+                    f"{key}.at_tokens = {change.at_tokens}: must be above {begin}, where the last "
+                    "weights begin"
+                )
+            if len(change.weights) != len(self.train):
+                yield (
+                    f"{key}.weights = {list(change.weights)}: must be {len(self.train)} numbers, "
+                    "one for each corpus of data.train in its order"
+                )
+            if not any(change.weights):
+                yield f"{key}.weights = {list(change.weights)}: one of them must be above 0"
+            begin = change.at_tokens
+
+
+Dtype = Literal["bf16", "fp16", "fp32"]
+DecayRate = Annotated[float, Interval(ge=0, lt=1)]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizerConfig:
     """[optimizer]: AdamW, as GPT-3's Appendix B unless the preset says otherwise."""
 
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[DecayRate, DecayRate] = (0.9, 0.95)
     """Decay rates of the first and second moment."""
-    eps: float = 1.0e-8
+    eps: Annotated[float, Gt(0)] = 1.0e-8
     """Added to the root of the second moment."""
-    weight_decay: float = 0.1
+    weight_decay: Annotated[float, Ge(0)] = 0.1
     """Decoupled weight decay, on matrices only (see megagpt.model.decays)."""
-    gradient_clipping: float = 1.0
+    gradient_clipping: Annotated[float, Ge(0)] = 1.0
     """Largest global gradient norm; 0: no clipping."""
-    max_skipped_steps: int = 20
+    max_skipped_steps: OneOrMore = 20
     """Steps in a row whose update was left out (loss or gradient not finite, or a spike under
     spike_action = "skip") after which the run saves and stops."""
-    spike_action: str = "none"
+    spike_action: Literal["none", "skip", "rollback"] = "none"
     """What is done about a step whose loss or gradient norm spikes: none (it is recorded), skip
     (its update is left out), or rollback: go on from the newest checkpoint with the samples that
     follow the step."""
-    spike_window: int = 128
+    spike_window: OneOrMore = 128
     """Steps that a step is compared with."""
-    spike_threshold: float = 8.0
+    spike_threshold: Annotated[float, Gt(0)] = 8.0
     """Robust standard deviations (1.4826 MAD) above their median that make a spike."""
 
 
@@ -68,19 +111,19 @@ class OptimizerConfig:
 class ParallelConfig:
     """[parallel]: how the run is split over ranks; none of it changes the result."""
 
-    ds_config: str = "zero1"
+    ds_config: FileName = "zero1"
     """A file of ds_configs/ by name, or a path to one."""
-    micro_batch: int = 1
+    micro_batch: Size = 1
     """Sequences for each rank and forward pass."""
-    pipeline: int = 1
+    pipeline: Size = 1
     """Pipeline stages."""
-    tensor: int = 1
+    tensor: Size = 1
     """Ranks that share each layer's matrices."""
-    recompute: str = "none"
+    recompute: Literal["none", "full"] = "none"
     """none, or full: activations of every block are computed again in the backward pass."""
-    recompute_every: int = 1
+    recompute_every: Size = 1
     """With recompute = "full": only every k-th block."""
-    dtype: str = "bf16"
+    dtype: Dtype = "bf16"
     """bf16, fp16 or fp32: weights and activations; masters and moments are always fp32."""
     compile: bool = False
     """Pass the model through torch.compile (falls back with a warning where none exists)."""
@@ -90,20 +133,20 @@ class ParallelConfig:
 class CheckpointConfig:
     """[checkpoint]: when the run is saved."""
 
-    every_tokens: int = 1_000_000_000
+    every_tokens: ZeroOrMore = 1_000_000_000
     """Tokens between checkpoints; 0: only at the end and when asked to stop."""
-    keep_last: int = 2
+    keep_last: OneOrMore = 2
     """Newest checkpoints that are kept."""
-    keep_every_tokens: int = 0
+    keep_every_tokens: ZeroOrMore = 0
     """The first checkpoint past each multiple of this is kept for ever; 0: none."""
     background: bool = True
     """Write while training goes on; costs a copy of weights and moments in the host's memory."""
-    on_failure: str = "stop"
+    on_failure: Literal["stop", "continue"] = "stop"
     """When a checkpoint cannot be written (a full disk): stop (exit 3), or continue training."""
-    stop_after_minutes: float = 0.0
+    stop_after_minutes: Minutes = 0.0
     """Minutes from the start of the command in which it saves and ends (exit 75); 0: no limit.
     SLURM's own end of the job is kept in any case."""
-    stop_after_steps: int = 0
+    stop_after_steps: ZeroOrMore = 0
     """Steps after which a start of the command saves and ends (exit 75); 0: no limit."""
 
 
@@ -111,14 +154,14 @@ class CheckpointConfig:
 class EvaluateConfig:
     """[evaluate]: the validation loss within the run."""
 
-    every_tokens: int = 1_000_000_000
+    every_tokens: ZeroOrMore = 1_000_000_000
     """Tokens between evaluations; 0: only before the first and after the last step."""
-    batches: int = 8
+    batches: OneOrMore = 8
     """Batches of the schedule's increment (schedule.ramp_increment_tokens) that are evaluated."""
-    samples: int = 0
+    samples: ZeroOrMore = 0
     """Texts that the model writes at each evaluation, for samples/ and TensorBoard; 0: none. All
     weights go to rank 0 for them, in fp32, so that suits models which one device holds."""
-    sample_tokens: int = 64
+    sample_tokens: Size = 64
     """Length of each at most."""
     prompt: str = ""
     """How each begins; empty: as a document does."""
@@ -128,33 +171,48 @@ class EvaluateConfig:
 class LogConfig:
     """[log]: what the run tells while it goes on."""
 
-    every_steps: int = 1
+    every_steps: OneOrMore = 1
     """Steps between lines on the console; metrics.jsonl always has every step."""
     tensorboard: bool = True
     """Write TensorBoard events to the run folder."""
-    wandb: str = ""
+    wandb: Line = ""
     """Project of Weights & Biases that is told the same as TensorBoard; empty: none."""
-    details_every_steps: int = 100
+    details_every_steps: ZeroOrMore = 100
     """Steps between closer looks: every layer's norms (weights, gradient, update) and activations,
     and the gradient noise scale; 0: never."""
-    profile_steps: tuple[int, ...] = ()
+    profile_steps: tuple[ZeroOrMore, ...] = ()
     """[first, last]: steps whose operations are profiled, counted from 1; empty: none."""
-    watchdog_minutes: float = 30.0
+    watchdog_minutes: Minutes = 30.0
     """Minutes in which a step must end (four times as many for the start, the first step, an
     evaluation, a checkpoint), or the job ends with its stacks in the run folder; 0: no limit."""
-    check_replicas_every_steps: int = 100
+    check_replicas_every_steps: ZeroOrMore = 100
     """Steps between comparisons of the weights that data-parallel ranks share; 0: never."""
+
+    def problems(self) -> Iterator[str]:
+        """What makes this range of profiled steps impossible."""
+        steps = self.profile_steps
+        if steps and not (len(steps) == 2 and 1 <= steps[0] <= steps[1]):
+            yield (
+                f"log.profile_steps = {list(steps)}: must be two steps, the first at least 1 and "
+                "the last not before it"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
     """One run: with the data it names and its seed, this decides every weight."""
 
+    __pydantic_config__: ClassVar = {
+        "strict": True,
+        "extra": "forbid",
+        "allow_inf_nan": False,
+        "use_attribute_docstrings": True,
+    }
     preset: str = ""
     """A row of presets.py, the source of defaults for [model], [schedule] and [optimizer]."""
-    seed: int = 1337
+    seed: ZeroOrMore = 1337
     """Decides the initial weights, the data order and dropout."""
-    output: str
+    output: FileName
     """The run folder; training again with the same folder resumes."""
     model: ModelConfig
     data: DataConfig
@@ -164,3 +222,23 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     log: LogConfig = field(default_factory=LogConfig)
+
+    def problems(self) -> Iterator[str]:
+        """Everything that no layout could repair; the layout's own rules stand in megagpt.plan."""
+        yield from self.model.problems()
+        yield from self.schedule.problems()
+        yield from self.data.problems()
+        yield from self.log.problems()
+        tokens = {
+            "schedule.batch_tokens": self.schedule.batch_tokens,
+            "schedule.ramp_start_tokens": self.schedule.start_tokens,
+            "schedule.ramp_increment_tokens": self.schedule.increment_tokens,
+        }
+        for index, change in enumerate(self.data.changes):
+            tokens[f"data.changes[{index}].at_tokens"] = change.at_tokens
+        for key, value in tokens.items():
+            if value % self.model.n_ctx:
+                yield (
+                    f"{key} = {value}: must be a multiple of model.n_ctx ({self.model.n_ctx}), the "
+                    "tokens of one sequence"
+                )

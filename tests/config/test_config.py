@@ -56,7 +56,8 @@ def test_dump_reads_back_to_the_same():
 def test_a_model_without_a_preset():
     text = RUN.replace('model = "gpt3-125m"', "")
     found = problems_of(text)
-    assert "  - missing key 'model.d_model': the run file must say it" in found
+    missing = "  - missing key 'model.d_model': the run file must say it"
+    assert f"{missing} (Width of the residual stream)" in found
     sizes = [f"model.{k}={v}" for k, v in (("n_head", 2), ("d_model", 8), ("n_ctx", 16))]
     rates = ["schedule.peak_lr=1.0", "schedule.batch_tokens=32"]
     assert parse_run(text, sizes + rates).model.n_head == 2
@@ -71,27 +72,32 @@ def test_unknown_keys_offer_the_nearest():
 
 
 def test_every_problem_is_reported_at_once():
-    found = problems_of(
+    """First every value by itself, then, once all are sound, the rules between them."""
+    alone = problems_of(
         RUN,
-        "model.n_head=5",
         "model.dropout=1.0",
         "schedule.warmup_tokens=-1",
         "parallel.dtype=fp8",
         "checkpoint.keep_last=0",
-        "schedule.batch_tokens=1000",
-        'data.train=[{path="x", weight=0}]',
         'model.attention=["sparse"]',
     )
-    text = "\n".join(found)
+    between = problems_of(
+        RUN,
+        "model.n_head=5",
+        "schedule.batch_tokens=1000",
+        'data.train=[{path="x", weight=0}]',
+    )
+    assert len(alone) == 5
+    text = "\n".join(alone + between)
     for part in (
         "model.d_model = 768: must be a multiple of n_head (5)",
-        "model.dropout = 1.0: must be at least 0 and less than 1",
+        "model.dropout = 1: must be less than 1 (Probability of dropping an element of",
         "schedule.warmup_tokens = -1: must be 0 or more",
         "parallel.dtype = 'fp8': must be one of bf16, fp16, fp32",
         "checkpoint.keep_last = 0: must be 1 or more",
         "schedule.batch_tokens = 1000: must be a multiple of model.n_ctx (2048)",
         "data.train: weight = 0.0 of x: must be above 0",
-        "model.attention = ['sparse']: must list",
+        "model.attention[0] = 'sparse': must be one of dense, banded (Attention of each layer",
     ):
         assert part in text, part
 
@@ -108,9 +114,19 @@ def test_every_problem_is_reported_at_once():
         ("data.train=[3]", "data.train[0] = 3: must be a table of keys"),
         ("optimizer.betas=[0.9]", "optimizer.betas = [0.9]: must be a list of 2 values"),
         ("parallel=3", "parallel = 3: must be a table of keys"),
-        ("data.train=[]", "data.train = []: must name at least one folder"),
+        ("data.train=[]", "data.train = []: must be a list of at least 1 value (Corpora that"),
+        ("optimizer.betas=[0.9,1.5]", "optimizer.betas[1] = 1.5: must be less than 1 (Decay rates"),
+        ("optimizer.betas=[1,1,1]", "optimizer.betas = [1, 1, 1]: must be a list of 2 values"),
+        (
+            "optimizer.gradient_clipping=inf",
+            "must be a finite number (Largest global gradient norm",
+        ),
+        ("schedule.peak_lr=2000-01-01", "peak_lr = datetime.date(2000, 1, 1): must be a number"),
+        ("output=", "output = '': must be text of at least 1 character (The run folder;"),
+        ("output=\udcff", "override 'output=\\udcff': must be UTF-8"),
+        ("model=[1]", "preset = [1]: must be text (A row of presets.py"),
         ("model=gpt3-125", "no such preset (did you mean 'gpt3-125m'?)"),
-        ("model.family=gpt4", "model.family = 'gpt4': must be gpt2 (GPT-2 and GPT-3), gpt1 or"),
+        ("model.family=gpt4", "'gpt4': must be one of gpt2, gpt1, igpt (gpt2 (GPT-2 and GPT-3),"),
         ("just-text", "override 'just-text': must be section.key=value"),
         ("seed.x=1", "override 'seed.x=1': seed is not a section"),
     ],
@@ -125,3 +141,6 @@ def test_missing_and_broken_files(tmp_path):
     (tmp_path / "broken.toml").write_text("seed = \n")
     with pytest.raises(UsageError, match=r"broken.toml: not valid TOML: Invalid value \(at line 1"):
         load_run(tmp_path / "broken.toml")
+    (tmp_path / "latin.toml").write_bytes(b'output = "\xe9"\n')
+    with pytest.raises(UsageError, match=r"latin.toml: not valid TOML: not UTF-8 \("):
+        load_run(tmp_path / "latin.toml")

@@ -58,7 +58,7 @@ def test_segments_are_the_walk_itself(increment, start, growth, ramp, total):
         ramp_tokens=ramp,
         ramp_increment_tokens=increment,
     )
-    assert schedule.problems() == []
+    assert not list(schedule.problems())
     tokens, step, walked = 0, 0, []
     while tokens < total:
         size = schedule.batch(tokens)
@@ -86,9 +86,6 @@ def test_cosine_is_the_papers():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"total_tokens": 0}, "schedule.total_tokens = 0: must be greater than 0"),
-        ({"peak_lr": -1.0}, "schedule.peak_lr = -1.0: must be greater than 0"),
-        ({"min_lr_ratio": 2.0}, "schedule.min_lr_ratio = 2.0: must be between 0 and 1"),
         ({"warmup_tokens": 2000}, "schedule.warmup_tokens = 2000: must be less than decay_tokens"),
         ({"ramp_start_tokens": 64}, "must not be more than batch_tokens"),
         ({"ramp_start_tokens": 8, "ramp_increment_tokens": 16}, "multiple of ramp_increment"),
@@ -96,5 +93,5 @@ def test_cosine_is_the_papers():
 )
 def test_problems_name_key_value_and_rule(change, message):
     sound = {"total_tokens": 1000, "peak_lr": 1.0, "batch_tokens": 32}
-    problems = Schedule(**{**sound, **change}).problems()
+    problems = list(Schedule(**{**sound, **change}).problems())
     assert any(message in problem for problem in problems), problems
