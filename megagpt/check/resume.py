@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megagpt.check.parity import launch, miniature
-from megagpt.checkpoint.record import Manifest, list_checkpoints, read_manifest
+from megagpt.checkpoint.record import CheckpointRecord, list_checkpoints, read_record
 from megagpt.config import RunConfig, dump_run, load_run
 from megagpt.errors import EXIT_FAILURE, EXIT_OK, UsageError
 from megagpt.log.metrics import read_metrics
@@ -81,7 +81,7 @@ def shortened(config: RunConfig, n: int, full_shape: bool) -> RunConfig:
 
 def train(
     config: RunConfig, output: Path, ranks: int, stop_after: int = 0
-) -> tuple[list[dict[str, Any]], Manifest]:
+) -> tuple[list[dict[str, Any]], CheckpointRecord]:
     """Trains to the end, with a stop and a new start after `stop_after` steps; what is left."""
     checkpoint = dataclasses.replace(config.checkpoint, stop_after_steps=stop_after)
     own = dataclasses.replace(config, output=str(output), checkpoint=checkpoint)
@@ -93,11 +93,12 @@ def train(
     # The rest may be one step longer than the first part.
     launch([*command, "checkpoint.stop_after_steps=0"], ranks)
     steps = [record for record in read_metrics(output) if "loss" in record]
-    return steps, read_manifest(list_checkpoints(output)[-1])
+    return steps, read_record(list_checkpoints(output)[-1])
 
 
 def compare(
-    whole: tuple[list[dict[str, Any]], Manifest], parts: tuple[list[dict[str, Any]], Manifest]
+    whole: tuple[list[dict[str, Any]], CheckpointRecord],
+    parts: tuple[list[dict[str, Any]], CheckpointRecord],
 ) -> dict[str, str]:
     """What was compared -> how it differs, "" where it does not."""
     return {
@@ -118,7 +119,7 @@ def _differing_step(a: list[dict[str, Any]], b: list[dict[str, Any]], key: str) 
     return ""
 
 
-def _differing_files(a: Manifest, b: Manifest) -> str:
+def _differing_files(a: CheckpointRecord, b: CheckpointRecord) -> str:
     """The checksums of the ranks' files: the same layout writes the same bytes."""
     sums = [{f.name: f.sha256 for f in m.files if f.name.startswith("rank_")} for m in (a, b)]
     names = [name for name in sums[0] if sums[0][name] != sums[1].get(name)]

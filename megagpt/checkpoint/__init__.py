@@ -1,8 +1,8 @@
 """Checkpoints: saved by any layout, verified, read by any other (L2)."""
 
-from megagpt.checkpoint.load import resume
-from megagpt.checkpoint.model import load_model
-from megagpt.checkpoint.record import Manifest, list_checkpoints, verify
+from megagpt.checkpoint.export import load_model
+from megagpt.checkpoint.load import resume, verify
+from megagpt.checkpoint.record import CheckpointRecord, list_checkpoints
 from megagpt.checkpoint.save import Saver
 
-__all__ = ["Manifest", "Saver", "list_checkpoints", "load_model", "resume", "verify"]
+__all__ = ["CheckpointRecord", "Saver", "list_checkpoints", "load_model", "resume", "verify"]

@@ -3,23 +3,23 @@
 import argparse
 from pathlib import Path
 
-from megagpt.checkpoint import record as manifests
-from megagpt.checkpoint.consolidate import consolidate
-from megagpt.checkpoint.reshape import reshape
+from megagpt.checkpoint import record
+from megagpt.checkpoint.export import consolidate, reshape
+from megagpt.checkpoint.load import verify
 from megagpt.errors import EXIT_DAMAGE, EXIT_OK, DamageError, UsageError
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Adds the commands to the command line."""
-    made = commands.add_parser(
+    parser = commands.add_parser(
         "checkpoint",
         help="list, verify, reshape and consolidate checkpoints",
         description="What a run folder's checkpoints hold, and whether they are whole.",
     )
-    actions = made.add_subparsers(metavar="ACTION", required=True)
+    actions = parser.add_subparsers(metavar="ACTION", required=True)
     for name, function, text in (
         ("list", show, "one line for each checkpoint"),
-        ("verify", check, "read every byte and compare it with its checksum"),
+        ("verify", check, "read every byte, compare it with its checksum, and open what it holds"),
         ("reshape", cut, "write the checkpoint as the files of another number of ranks"),
         ("consolidate", gather, "write the weights as safetensors with canonical names"),
     ):
@@ -44,39 +44,28 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         action.set_defaults(run=function)
 
 
-def _folders(folder: Path) -> list[Path]:
-    """The checkpoints of a run folder, or the one that `folder` is."""
-    if (folder / manifests.MANIFEST).exists():
-        return [folder]
-    found = manifests.list_checkpoints(folder)
-    if not found:
-        raise UsageError(f"{folder}: no checkpoint here; give a run folder that was trained")
-    return found
-
-
 def show(args: argparse.Namespace) -> int:
     """Prints step, tokens, size and layout of each checkpoint."""
-    for folder in _folders(args.folder):
+    for folder in record.checkpoints_of(args.folder):
         try:
-            state = manifests.read_manifest(folder)
+            state = record.read_record(folder)
         except DamageError as error:
             print(f"{folder.name}  damaged: {error}")
-            continue
         except UsageError as error:
             print(f"{folder.name}  {error}")
-            continue
-        size = sum(f.bytes for f in state.files)
-        split = ", ".join(f"{k} {v}" for k, v in state.layout.items())
-        kept = "  milestone" if state.milestone else ""
-        print(f"{folder.name}  {state.tokens:,} tokens  {size:,} bytes  {split}{kept}")
+        else:
+            size = sum(f.bytes for f in state.files)
+            split = ", ".join(f"{k} {v}" for k, v in state.layout.items())
+            kept = "  milestone" if state.milestone else ""
+            print(f"{folder.name}  {state.tokens:,} tokens  {size:,} bytes  {split}{kept}")
     return EXIT_OK
 
 
 def check(args: argparse.Namespace) -> int:
     """Prints each checkpoint with "whole" or what is damaged; exit code 3 for any damage."""
     damaged = False
-    for folder in _folders(args.folder):
-        problems = manifests.verify(folder)
+    for folder in record.checkpoints_of(args.folder):
+        problems = verify(folder)
         damaged = damaged or bool(problems)
         print(f"{folder.name}  " + ("; ".join(problems) if problems else "whole"), flush=True)
     return EXIT_DAMAGE if damaged else EXIT_OK

@@ -2,24 +2,64 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megagpt.checkpoint import record as manifests
-from megagpt.checkpoint.record import Manifest
+import torch
+
+from megagpt.checkpoint import record
+from megagpt.checkpoint.record import CONFIG, CheckpointRecord
 from megagpt.checkpoint.slice_file import SliceReader
-from megagpt.config import RunConfig, load_run
+from megagpt.config import ModelConfig, RunConfig, load_run
 from megagpt.engine.engine import Engine
 from megagpt.engine.slices import STATES, OptimizerState
 from megagpt.errors import DamageError, UsageError
+from megagpt.model import GPT
 
 log = logging.getLogger(__name__)
 
-RESULT_SECTIONS = ("seed", "model", "schedule", "optimizer")
-"""What decides the weights, beside the data, whose fingerprint is compared."""
+RESULT_SECTIONS = ("model", "schedule", "optimizer")
+"""What decides the weights, beside the seed and the data, whose fingerprint is compared."""
 HARMLESS = ("model.vocab_multiple",)
 """Keys in them that change no result."""
+
+
+# --- is it whole? -------------------------------------------------------------------------------
+
+
+def verify(folder: Path) -> list[str]:
+    """Everything that is wrong with a checkpoint, empty when it is whole: every byte is read, the
+    configuration and the slices are opened. Raises UsageError for another version's manifest."""
+    if problems := file_problems(folder):
+        return problems
+    try:
+        model = load_run(folder / CONFIG).model
+    except UsageError as error:
+        return [f"{error}\n  no run can go on from it, and nothing can open it"]
+    return slice_problems(folder, model)
+
+
+def file_problems(folder: Path) -> list[str]:
+    """Files of a checkpoint that are not what its manifest says, reading every byte."""
+    try:
+        files = record.read_record(folder).files
+    except DamageError as error:
+        return [str(error)]
+    return [problem for file in files if (problem := file.problem(folder))]
+
+
+def slice_problems(folder: Path, model: ModelConfig) -> list[str]:
+    """Parameters of the model that the slices do not hold, each element once."""
+    with torch.device("meta"):
+        shapes = {name: tuple(p.shape) for name, p in GPT(model).named_parameters()}
+    try:
+        return SliceReader(folder).problems(shapes)
+    except DamageError as error:
+        return [str(error)]
+
+
+# --- resuming -----------------------------------------------------------------------------------
 
 
 def resume(
@@ -28,7 +68,7 @@ def resume(
     engine: Engine,
     fingerprint: Callable[[int], str],
     allow_changes: bool = False,
-) -> Manifest | None:
+) -> CheckpointRecord | None:
     """Loads the newest whole checkpoint of `run` into the engine; None when there is none yet.
     `fingerprint` names the order of so many samples, as TokenLoader's does.
 
@@ -38,87 +78,88 @@ def resume(
     """
     first = engine.ranks.rank == 0
     if first:
-        for left in manifests.clean(run):
-            log.info("removed %s, which was never finished", left)
+        for path in record.remove_unfinished(run):
+            log.info("removed %s, which was never finished", path)
     engine.barrier()
-    folders = engine.gather([str(f) for f in manifests.list_checkpoints(run)])[0]
+    # One rank's view of the disk counts: another host's may lag behind.
+    folders = engine.gather([str(f) for f in record.list_checkpoints(run)])[0]
     damaged: list[Path] = []
     for folder in map(Path, reversed(folders)):
-        problems = _verify_together(folder, engine)
-        if not problems:
-            manifest = manifests.read_manifest(folder)
-            _refuse_changes(folder, manifest, config, fingerprint, allow_changes)
+        if problems := _problems_together(folder, engine):
+            damaged.append(folder)
             if first:
-                for bad in damaged:
-                    log.error("set aside as %s", manifests.set_aside(bad))
-            load_into(folder, manifest, engine)
-            return manifest
-        damaged.append(folder)
+                log.error("damaged checkpoint: %s", "; ".join(problems))
+            continue
+        saved = record.read_record(folder)
+        _refuse_changes(folder, saved, config, fingerprint, allow_changes)
         if first:
-            log.error("damaged checkpoint: %s", "; ".join(problems))
+            for bad in damaged:
+                log.error("set aside as %s", record.set_aside(bad))
+        load_into(folder, saved, engine)
+        return saved
     if damaged:
         names = ", ".join(folder.name for folder in damaged)
         raise DamageError(
-            f"{manifests.folder_of(run)}: no checkpoint is whole ({names} damaged, named above); "
+            f"{record.folder_of(run)}: no checkpoint is whole ({names} damaged, named above); "
             "restore one from a copy, or use another output to start anew"
         )
     return None
 
 
-def _verify_together(folder: Path, engine: Engine) -> list[str]:
-    """manifest.verify with the files shared out over the ranks; the same list on every rank."""
+def _problems_together(folder: Path, engine: Engine) -> list[str]:
+    """What `verify` finds, with the files shared out over the ranks; the same on every rank.
+
+    Raises UsageError, on every rank, where another version of megagpt wrote the configuration.
+    """
+    rank, world = engine.ranks.rank, engine.ranks.world
     try:
-        files = manifests.read_manifest(folder).files
+        files = record.read_record(folder).files
     except DamageError as error:
-        own = [str(error)] if engine.ranks.rank == 0 else []
+        found = [str(error)] if rank == 0 else []
     else:
-        share = files[engine.ranks.rank :: engine.ranks.world]
-        own = [p for p in (manifests.file_problem(folder, f) for f in share) if p]
-    return [problem for problems in engine.gather(own) for problem in problems]
+        found = [problem for file in files[rank::world] if (problem := file.problem(folder))]
+    problems = [problem for own in engine.gather(found) for problem in own]
+    if not problems:
+        model = load_run(folder / CONFIG).model
+        problems = engine.gather(slice_problems(folder, model) if rank == 0 else [])[0]
+    return problems
 
 
-def load_into(folder: Path, manifest: Manifest, engine: Engine) -> None:
+def load_into(folder: Path, saved: CheckpointRecord, engine: Engine) -> None:
     """Fills the engine's slices and counts from a verified checkpoint, one parameter at a time."""
     reader = SliceReader(folder)
     for one in engine.slices():
         for key in STATES:
             one.write(key, reader.read(one, key))
-    engine.restore(OptimizerState(updates=manifest.updates, loss_scale=manifest.loss_scale))
+    engine.restore(OptimizerState(updates=saved.updates, loss_scale=saved.loss_scale))
 
 
 # --- is it the same run? ------------------------------------------------------------------------
 
 
-def _flat(tree: Any, where: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(tree, dict):
-        for key, value in tree.items():
-            yield from _flat(value, f"{where}.{key}" if where else key)
-    else:
-        yield where, tree
+def _deciding(config: RunConfig) -> dict[str, Any]:
+    """Every key of a run file that decides the weights, with its value."""
+    tables = {section: dataclasses.asdict(getattr(config, section)) for section in RESULT_SECTIONS}
+    keys = {f"{section}.{k}": v for section, table in tables.items() for k, v in table.items()}
+    return {"seed": config.seed} | {k: v for k, v in keys.items() if k not in HARMLESS}
 
 
 def differences(saved: RunConfig, asked: RunConfig) -> list[str]:
     """Keys that decide the weights and differ, as "key: saved -> asked"."""
-    old, new = (dict(_flat(dataclasses.asdict(c))) for c in (saved, asked))
-    return [
-        f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
-        for key in dict.fromkeys([*old, *new])
-        if key.split(".")[0] in RESULT_SECTIONS
-        and key not in HARMLESS
-        and old.get(key) != new.get(key)
-    ]
+    old, new = _deciding(saved), _deciding(asked)
+    return [f"{key}: {old[key]!r} -> {new[key]!r}" for key in old if old[key] != new[key]]
 
 
 def _refuse_changes(
     folder: Path,
-    manifest: Manifest,
+    saved: CheckpointRecord,
     config: RunConfig,
     fingerprint: Callable[[int], str],
     allowed: bool,
 ) -> None:
     """Raises UsageError when the run would go on as another run than the one saved."""
-    changes = differences(load_run(folder / "config.toml"), config)
-    if manifest.data["fingerprint"] != fingerprint(manifest.samples):
+    changes = differences(load_run(folder / CONFIG), config)
+    if saved.data["fingerprint"] != fingerprint(saved.samples):
         changes.append("data: other shards or weights than the checkpoint was trained on")
     if not changes:
         return

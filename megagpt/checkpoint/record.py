@@ -4,31 +4,60 @@
     RUN/checkpoints/latest           name of the newest one, for people
 
 A checkpoint is written into `step_00000100.tmp` and renamed once everything is on the disk, so a
-folder without `.tmp` is whole. What is on the disk may still rot: `verify` reads every byte. The
-manifest carries the checksum of its own other lines, so that no byte of it is believed unread.
+folder without `.tmp` is whole. What is on the disk may still rot, and the manifest carries the
+checksum of its own other lines too, so that no byte of a checkpoint is believed unread.
 """
 
 import hashlib
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megagpt.checkpoint.slice_file import FileRecord
 from megagpt.errors import DamageError, UsageError
-from megagpt.files import file_sha256, write_file
+from megagpt.files import file_sha256, sync_folder, write_file
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+CONFIG = "config.toml"
 TEMPORARY = ".tmp"
 DAMAGED = ".damaged"
 
 
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """What the manifest says of one file."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path) -> "FileRecord":
+        """The record of a file that is already on the disk."""
+        return cls(path.name, path.stat().st_size, file_sha256(path))
+
+    def problem(self, folder: Path) -> str | None:
+        """What is wrong with the file in `folder`, reading all of it; None when it is whole."""
+        path = folder / self.name
+        try:
+            size = path.stat().st_size
+            if size != self.bytes:
+                return f"{path}: {size} bytes, but the manifest says {self.bytes}"
+            if file_sha256(path) != self.sha256:
+                return f"{path}: its checksum is not the manifest's; the file is damaged"
+        except OSError as error:
+            return f"{path}: cannot be read ({error.strerror})"
+        return None
+
+
 @dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """The state of a run that is not in the slices."""
+class CheckpointRecord:
+    """The state of a run that is not in the slices: the keys of manifest.json."""
 
     step: int
     """Steps done."""
@@ -38,7 +67,7 @@ class Manifest:
     """Samples consumed, those that a rollback skipped included."""
     seed: int
     skipped_steps: int
-    """Steps whose loss or gradient was not finite, so that no update was applied."""
+    """Steps without an update: loss or gradient were not finite, or the step spiked."""
     updates: int
     """Updates applied."""
     loss_scale: dict[str, float]
@@ -50,25 +79,18 @@ class Manifest:
     """Kept for ever, by checkpoint.keep_every_tokens."""
     files: tuple[FileRecord, ...]
     recent: tuple[tuple[float, float], ...] = ()
-    """(loss, gradient norm) of the latest steps, by which spikes are told."""
+    """(loss, gradient norm) of the latest steps, by which spikes are detected."""
     rollbacks: tuple[tuple[int, int | None], ...] = ()
-    """The entries of the run's journal so far: where it went back and what it left out."""
+    """The entries of the run's journal so far: where it went back and which updates it skipped."""
     format: int = FORMAT
 
 
-def folder_of(run: Path) -> Path:
-    """Where a run keeps its checkpoints."""
-    return run / "checkpoints"
+# --- the manifest's text ------------------------------------------------------------------------
 
 
-def name_of(step: int) -> str:
-    """Name of the checkpoint after `step` steps; names sort as steps do."""
-    return f"step_{step:08d}"
-
-
-def write_manifest(folder: Path, manifest: Manifest) -> None:
+def write_record(folder: Path, record: CheckpointRecord) -> None:
     """Writes manifest.json, flushed to the disk."""
-    write_file(folder / MANIFEST, _text(asdict(manifest)))
+    write_file(folder / MANIFEST, _text(asdict(record)))
 
 
 def _text(tree: dict[str, Any]) -> str:
@@ -77,7 +99,7 @@ def _text(tree: dict[str, Any]) -> str:
     return json.dumps(tree | {"sha256": digest}, indent=1) + "\n"
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_record(folder: Path) -> CheckpointRecord:
     """The manifest of a checkpoint. Raises DamageError when it is missing or not readable,
     UsageError when another version of megagpt wrote it, which is no damage."""
     path = folder / MANIFEST
@@ -93,47 +115,75 @@ def read_manifest(folder: Path) -> Manifest:
                 f"{path}: format {tree['format']}, but this megagpt reads format {FORMAT}; use "
                 "the version that wrote it"
             )
-        tree["files"] = tuple(FileRecord(**record) for record in tree["files"])
-        return Manifest(**tree)
+        tree["files"] = tuple(FileRecord(**file) for file in tree["files"])
+        return CheckpointRecord(**tree)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise DamageError(f"{path}: not a readable manifest ({reason})") from None
 
 
+# --- the folders of a run -----------------------------------------------------------------------
+
+
+def folder_of(run: Path) -> Path:
+    """Where a run keeps its checkpoints."""
+    return run / "checkpoints"
+
+
+def name_of(step: int) -> str:
+    """Name of the checkpoint after `step` steps; names sort as steps do."""
+    return f"step_{step:08d}"
+
+
 def list_checkpoints(run: Path) -> list[Path]:
-    """Folders of the run's checkpoints, oldest first; unfinished and damaged ones left out."""
+    """Folders of the run's checkpoints, oldest first, without unfinished and damaged ones."""
     folders = folder_of(run).glob("step_*")
     return sorted(f for f in folders if f.is_dir() and not f.suffix)
 
 
-def file_problem(folder: Path, record: FileRecord) -> str | None:
-    """What is wrong with one file of a checkpoint, reading all of it; None when it is whole."""
-    path = folder / record.name
-    try:
-        size = path.stat().st_size
-        if size != record.bytes:
-            return f"{path}: {size} bytes, but the manifest says {record.bytes}"
-        found = file_sha256(path)
-    except OSError as error:
-        return f"{path}: cannot be read ({error.strerror})"
-    if found != record.sha256:
-        return f"{path}: its checksum is not the manifest's; the file is damaged"
-    return None
+def checkpoints_of(folder: Path) -> list[Path]:
+    """The checkpoints of a run folder, or the one that `folder` is. Raises UsageError for none."""
+    folders = [folder] if (folder / MANIFEST).exists() else list_checkpoints(folder)
+    if not folders:
+        raise UsageError(
+            f"{folder}: no checkpoint here; give a run folder (the `output` of a run file) that "
+            "was trained and saved"
+        )
+    return folders
 
 
-def verify(folder: Path) -> list[str]:
-    """Everything that is wrong with a checkpoint, reading every byte; empty when it is whole."""
-    try:
-        manifest = read_manifest(folder)
-    except DamageError as error:
-        return [str(error)]
-    found = (file_problem(folder, record) for record in manifest.files)
-    return [problem for problem in found if problem is not None]
+def temporary_of(folder: Path) -> Path:
+    """Where a folder is written before it is whole."""
+    return folder.with_name(folder.name + TEMPORARY)
 
 
-def record_of(path: Path) -> FileRecord:
-    """The record of a file that is already on the disk."""
-    return FileRecord(path.name, path.stat().st_size, file_sha256(path))
+@contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """An empty folder to write into, which becomes `folder` once all of it is on the disk."""
+    temporary = temporary_of(folder)
+    # A process that was killed may have left some of it.
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    yield temporary
+    publish(temporary, folder)
+
+
+def publish(temporary: Path, folder: Path) -> None:
+    """Renames a folder that is written; `folder` is absent or empty."""
+    sync_folder(temporary)
+    os.replace(temporary, folder)
+    sync_folder(folder.parent)
+
+
+def seal(temporary: Path, record: CheckpointRecord, files: Sequence[FileRecord]) -> None:
+    """Writes the manifest of a folder that holds `files` and config.toml already."""
+    files = (*files, FileRecord.of(temporary / CONFIG))
+    write_record(temporary, replace(record, files=files))
+
+
+def name_latest(folder: Path) -> None:
+    """Writes the file that tells people which checkpoint is the newest."""
+    write_file(folder.parent / "latest", folder.name + "\n")
 
 
 def set_aside(folder: Path) -> Path:
@@ -146,15 +196,15 @@ def set_aside(folder: Path) -> Path:
     raise DamageError(f"{folder}: 999 damaged copies are there already; remove them")
 
 
-def clean(run: Path) -> list[Path]:
-    """Removes what a crash left half-written; returns the folders removed. One rank calls this."""
-    left = sorted(folder_of(run).glob(f"*{TEMPORARY}"))
-    for path in left:
+def remove_unfinished(run: Path) -> list[Path]:
+    """Removes what a crash left half-written; returns the paths removed. One rank calls this."""
+    unfinished = sorted(folder_of(run).glob(f"*{TEMPORARY}"))
+    for path in unfinished:
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink()
-    return left
+    return unfinished
 
 
 def retire(run: Path, keep_last: int) -> list[Path]:
@@ -165,7 +215,7 @@ def retire(run: Path, keep_last: int) -> list[Path]:
     removed = [f for f in list_checkpoints(run)[:-keep_last] if _replaceable(f)]
     for folder in removed:
         # Without its new name a crash in the middle would leave a folder that looks whole.
-        doomed = folder.with_name(folder.name + TEMPORARY)
+        doomed = temporary_of(folder)
         os.replace(folder, doomed)
         shutil.rmtree(doomed)
     return removed
@@ -173,6 +223,6 @@ def retire(run: Path, keep_last: int) -> list[Path]:
 
 def _replaceable(folder: Path) -> bool:
     try:
-        return not read_manifest(folder).milestone
+        return not read_record(folder).milestone
     except (DamageError, UsageError):
         return False

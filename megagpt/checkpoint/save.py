@@ -11,23 +11,24 @@ says so in the gathering, and all ranks agree that there is no checkpoint.
 
 import dataclasses
 import logging
-import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from megagpt.checkpoint import record as manifests
-from megagpt.checkpoint.record import Manifest
-from megagpt.checkpoint.slice_file import FileRecord, write_slices
+from megagpt.checkpoint import record
+from megagpt.checkpoint.record import CheckpointRecord, FileRecord
+from megagpt.checkpoint.slice_file import file_name, write_slices
 from megagpt.config import RunConfig, dump_run
 from megagpt.engine.engine import Engine
 from megagpt.engine.slices import STATES, Slice
 from megagpt.errors import DamageError
-from megagpt.files import sync_folder
+from megagpt.files import write_file
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +40,10 @@ class Saver:
         self.run = run
         self.config = config
         self.engine = engine
-        self._writing: threading.Thread | None = None
-        self._state: Manifest | None = None
+        self._buffer = HostBuffer(pinned=True) if engine.device.type == "cuda" else None
+        self._saving: CheckpointRecord | None = None
+        """The checkpoint that was begun and is not finished."""
+        self._thread: threading.Thread | None = None
         self._result: FileRecord | str = ""
         """What this rank wrote, or what kept it from it."""
         self.stall_s = 0.0
@@ -49,38 +52,38 @@ class Saver:
     @property
     def busy(self) -> bool:
         """Whether a checkpoint was begun and not yet finished: the same on every rank."""
-        return self._state is not None
+        return self._saving is not None
 
     @property
     def ready(self) -> bool:
         """Whether this rank's part of it is written."""
-        return self._writing is None or not self._writing.is_alive()
+        return self._thread is None or not self._thread.is_alive()
 
-    def begin(self, state: Manifest) -> None:
+    def begin(self, state: CheckpointRecord) -> None:
         """Starts to save `state` (its files are filled in later), finishing the one before."""
         self.finish()
         t0 = time.perf_counter()
-        temporary = self._folder(state).with_suffix(manifests.TEMPORARY)
+        temporary = record.temporary_of(self._folder(state))
         owned = [one for one in self.engine.slices() if one.owned]
-        own_bytes = 4 * len(STATES) * sum(one.numel for one in owned)
-        needed = int(self.engine.total([own_bytes])[0])
-        # The gathering is a barrier too: no rank writes before the folder is there.
-        self._state = state
+        rank_bytes = 4 * len(STATES) * sum(one.numel for one in owned)
+        needed = int(self.engine.total([rank_bytes])[0])
+        self._saving = state
+        # Its gathering is a barrier too: no rank writes before the folder is there.
         self._result = self._on_rank_0(lambda: _make_anew(temporary, needed))
         if not self._result:
-            held = [_copied(one) for one in owned]
-            path = temporary / f"rank_{self.engine.ranks.rank:05d}.safetensors"
-            self._writing = threading.Thread(target=self._write, args=(path, held), daemon=True)
-            self._writing.start()
+            copies = self._buffer.copied(owned) if self._buffer else [_copied(one) for one in owned]
+            path = temporary / file_name(self.engine.ranks.rank)
+            self._thread = threading.Thread(target=self._write, args=(path, copies), daemon=True)
+            self._thread.start()
             if not self.config.checkpoint.background:
-                self._writing.join()
+                self._thread.join()
         self.stall_s = time.perf_counter() - t0
 
-    def _write(self, path: Path, held: list[Slice]) -> None:
+    def _write(self, path: Path, copies: list[Slice]) -> None:
         try:
-            self._result = write_slices(path, held)
+            self._result = write_slices(path, copies)
         except OSError as error:
-            self._result = f"{path}: {error.strerror or error}"
+            self._result = _reason(error, path)
         except Exception as error:
             # The other ranks wait for this one's result, whatever went wrong here.
             self._result = f"{path}: {type(error).__name__}: {error}"
@@ -92,28 +95,28 @@ class Saver:
         Raises DamageError when it failed and on_failure = "stop", or when it is the `last` one of
         this process: then there is no training left that could go on.
         """
-        if self._state is None:
+        if self._saving is None:
             return None
         t0 = time.perf_counter()
-        if self._writing is not None:
-            self._writing.join()
-        state, self._state, self._writing = self._state, None, None
+        if self._thread is not None:
+            self._thread.join()
+        state, self._saving, self._thread = self._saving, None, None
         results = self.engine.gather(self._result)
         problems = list(dict.fromkeys(r for r in results if isinstance(r, str)))
         folder = self._folder(state)
         if not problems:
-            committed = self._on_rank_0(lambda: self._commit(folder, state, results))
-            problems = [committed] if committed else []
+            problem = self._on_rank_0(lambda: self._commit(folder, state, results))
+            problems = [problem] if problem else []
         if problems:
-            temporary = folder.with_suffix(manifests.TEMPORARY)
+            temporary = record.temporary_of(folder)
             self._on_rank_0(lambda: shutil.rmtree(temporary, ignore_errors=True))
             self._fail(problems, last)
             return None
         self.stall_s += time.perf_counter() - t0
         return folder
 
-    def _folder(self, state: Manifest) -> Path:
-        return manifests.folder_of(self.run) / manifests.name_of(state.step)
+    def _folder(self, state: CheckpointRecord) -> Path:
+        return record.folder_of(self.run) / record.name_of(state.step)
 
     def _on_rank_0(self, action: Callable[[], None]) -> str:
         """Runs `action` on rank 0; what kept it from working, "" when it worked, on every rank."""
@@ -125,21 +128,18 @@ class Saver:
                 problem = _reason(error, self.run)
         return str(self.engine.gather(problem)[0])
 
-    def _commit(self, folder: Path, state: Manifest, records: list[FileRecord]) -> None:
-        temporary = folder.with_suffix(manifests.TEMPORARY)
-        manifests.write_file(temporary / "config.toml", dump_run(self.config))
-        files = (*records, manifests.record_of(temporary / "config.toml"))
-        manifests.write_manifest(temporary, dataclasses.replace(state, files=files))
-        sync_folder(temporary)
+    def _commit(self, folder: Path, state: CheckpointRecord, files: list[FileRecord]) -> None:
+        temporary = record.temporary_of(folder)
+        write_file(temporary / record.CONFIG, dump_run(self.config))
+        record.seal(temporary, state, files)
         if folder.exists():
             # Saved before at this step, by a run that was then sent back to an older checkpoint.
-            manifests.set_aside(folder)
-        os.replace(temporary, folder)
-        sync_folder(folder.parent)
+            record.set_aside(folder)
+        record.publish(temporary, folder)
         # From here on it is valid, so nothing below may call it not saved.
         try:
-            manifests.retire(self.run, self.config.checkpoint.keep_last)
-            manifests.write_file(folder.parent / "latest", folder.name + "\n")
+            record.retire(self.run, self.config.checkpoint.keep_last)
+            record.name_latest(folder)
         except OSError as error:
             log.warning("%s is saved, but %s", folder, _reason(error, folder.parent))
 
@@ -154,12 +154,6 @@ class Saver:
         )
 
 
-def _copied(one: Slice) -> Slice:
-    """The slice with its elements copied to host memory, so that training may change them."""
-    copies = {key: one.read(key).detach().to("cpu", torch.float32, copy=True) for key in STATES}
-    return dataclasses.replace(one, read=copies.__getitem__)
-
-
 def _make_anew(folder: Path, needed: int) -> None:
     """An empty folder, whatever was there. Raises OSError, also where `needed` bytes do not fit."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -169,7 +163,75 @@ def _make_anew(folder: Path, needed: int) -> None:
         raise OSError(f"{needed:,} bytes are needed and {free:,} are free")
 
 
-def _reason(error: OSError | DamageError, place: Path) -> str:
+def _reason(error: OSError | DamageError, path: Path) -> str:
     if isinstance(error, DamageError):
         return str(error)
-    return f"{error.filename or place}: {error.strerror or error}"
+    return f"{error.filename or path}: {error.strerror or error}"
+
+
+# --- copies that training does not change -------------------------------------------------------
+
+
+def _copied(one: Slice) -> Slice:
+    """The slice with its elements copied to host memory that is free once they are written."""
+    copies = {key: one.read(key).detach().to("cpu", torch.float32, copy=True) for key in STATES}
+    return dataclasses.replace(one, read=copies.__getitem__)
+
+
+class HostBuffer:
+    """Host memory for a rank's slices, kept between saves.
+
+    A GPU copies into pinned memory by itself: all copies are queued at once and waited for
+    together, where pageable memory takes a detour and a wait for each of them. Pinning takes
+    longer than copying, so it is done once.
+    """
+
+    def __init__(self, pinned: bool, block: int = 1 << 28) -> None:
+        self.pinned = pinned
+        self.block = block
+        """Elements of a block of memory, a power of two, as torch rounds pinned memory up."""
+        self._blocks: list[Tensor] = []
+
+    def copied(self, slices: Sequence[Slice]) -> list[Slice]:
+        """The slices with their elements in the buffer; those of the call before are overwritten.
+
+        They are there when this returns: training may change the tensors that they come from.
+        """
+        numel = len(STATES) * sum(one.numel for one in slices)
+        if numel > sum(len(block) for block in self._blocks):
+            # Freed first, or both would be there at once.
+            self._blocks = []
+            sizes = [min(self.block, numel - start) for start in range(0, numel, self.block)]
+            self._blocks = [self._allocated(size) for size in sizes]
+        copies, start = [], 0
+        for one in slices:
+            stretches = {}
+            for key in STATES:
+                stretches[key] = self._stretch(start, start + one.numel)
+                sources = one.read(key).detach().split([len(s) for s in stretches[key]])
+                for stretch, source in zip(stretches[key], sources, strict=True):
+                    stretch.copy_(source, non_blocking=True)
+                start += one.numel
+            copies.append(dataclasses.replace(one, read=partial(_joined, stretches)))
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return copies
+
+    def _stretch(self, start: int, end: int) -> list[Tensor]:
+        """Elements [start, end) of the buffer, one tensor for each block that has some of them."""
+        return [
+            self._blocks[number][max(0, start - number * self.block) : end - number * self.block]
+            for number in range(start // self.block, -(-end // self.block))
+        ]
+
+    def _allocated(self, numel: int) -> Tensor:
+        try:
+            return torch.empty(numel, dtype=torch.float32, pin_memory=self.pinned)
+        except RuntimeError as error:
+            log.warning("checkpoints take longer: no pinned memory (%s)", str(error).split("\n")[0])
+            return torch.empty(numel, dtype=torch.float32)
+
+
+def _joined(stretches: Mapping[str, list[Tensor]], key: str) -> Tensor:
+    """A slice's elements, copied once more only where they lie in two blocks."""
+    return stretches[key][0] if len(stretches[key]) == 1 else torch.cat(stretches[key])

@@ -2,69 +2,59 @@
 
 The writer streams, so that saving needs no second copy of the tensors, and hashes what it writes;
 the reader opens all ranks' files at once and assembles any stretch of any parameter, reading no
-more than it needs. It reads, and maps nothing into memory: a process that may use little can
-open a checkpoint of any size.
+more than it needs.
+
+Files are read here, not mapped as safetensors' own get_slice does: that took 192 MB of address
+space for a checkpoint of 153 MB, so that a process with a limit of its own could not open one that
+is larger, and a file that was cut short while it was open ended the process (SIGBUS) unnamed.
 """
 
 import hashlib
+import io
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megagpt.checkpoint.record import FileRecord
 from megagpt.engine import split as splits
 from megagpt.engine.slices import STATES, Slice, TensorShare
 from megagpt.errors import DamageError, UsageError
 
+PADDED = ("wte.weight", "head.weight")
+"""Parameters whose rows are tokens: their padding depends on the layout, is zero and stays zero."""
+MOST_PROBLEMS = 5
+"""Parameters that are named when slices are not those of the model."""
 
-@dataclass(frozen=True, slots=True)
-class FileRecord:
-    """What the manifest says of one file."""
 
-    name: str
-    bytes: int
-    sha256: str
+def file_name(rank: int) -> str:
+    """Name of a rank's file in a checkpoint's folder."""
+    return f"rank_{rank:05d}.safetensors"
 
 
 def write_slices(path: Path, slices: Iterable[Slice]) -> FileRecord:
     """Writes the owned slices to `path`, flushed to the disk. Raises OSError, ENOSPC included."""
-    owned = [one for one in slices if one.owned]
-    header: dict[str, object] = {"__metadata__": {"slices": json.dumps(_describe(owned))}}
-    offset = 0
-    for one in owned:
-        for key in STATES:
-            end = offset + 4 * one.numel
-            offsets = [offset, end]
-            header[f"{one.name}|{key}"] = dict(dtype="F32", shape=[one.numel], data_offsets=offsets)
-            offset = end
-    head = json.dumps(header).encode()
-    # The format wants the data aligned to 8 bytes; trailing spaces belong to the header.
-    head += b" " * (-len(head) % 8)
     digest = hashlib.sha256()
     with path.open("wb") as file:
-        for chunk in (len(head).to_bytes(8, "little"), head):
+        for chunk in _content([one for one in slices if one.owned]):
             digest.update(chunk)
             file.write(chunk)
-        for one in owned:
-            for key in STATES:
-                data = one.read(key).detach().to("cpu", torch.float32).contiguous().numpy().data
-                digest.update(data)
-                file.write(data)
-                # Or it would be there still while the next is read.
-                del data
+            # Or it would be there still while the next is read.
+            del chunk
         file.flush()
         os.fsync(file.fileno())
     return FileRecord(path.name, path.stat().st_size, digest.hexdigest())
 
 
-def _describe(owned: list[Slice]) -> dict[str, object]:
-    return {
+def _content(owned: Sequence[Slice]) -> Iterator[bytes | memoryview]:
+    """The bytes of a file: the header's length, the header, one tensor after another."""
+    described = {
         one.name: {
             "shape": one.shape,
             "start": one.start,
@@ -75,93 +65,159 @@ def _describe(owned: list[Slice]) -> dict[str, object]:
         }
         for one in owned
     }
+    header: dict[str, object] = {"__metadata__": {"slices": json.dumps(described)}}
+    offset = 0
+    for one in owned:
+        for key in STATES:
+            end = offset + 4 * one.numel
+            offsets = [offset, end]
+            header[f"{one.name}|{key}"] = dict(dtype="F32", shape=[one.numel], data_offsets=offsets)
+            offset = end
+    head = json.dumps(header).encode()
+    # The format wants the data aligned to 8 bytes; trailing spaces belong to the header.
+    head += b" " * (-len(head) % 8)
+    yield len(head).to_bytes(8, "little") + head
+    for one in owned:
+        for key in STATES:
+            yield one.read(key).detach().to("cpu", torch.float32).contiguous().numpy().data
 
 
-class _File:
-    """One rank's file, opened. Raises OSError, ValueError or KeyError when it is not ours."""
-
-    def __init__(self, path: Path) -> None:
-        size = path.stat().st_size
-        self._file = path.open("rb", buffering=0)
-        length = int.from_bytes(self._file.read(8), "little")
-        if 8 + length > size:
-            raise ValueError("its header is longer than the file")
-        header = json.loads(self._file.read(length))
-        self.slices: dict[str, Any] = json.loads(header.pop("__metadata__")["slices"])
-        self._starts = {n: 8 + length + t["data_offsets"][0] for n, t in header.items()}
-        end = max((t["data_offsets"][1] for t in header.values()), default=0)
-        if 8 + length + end != size:
-            raise ValueError(f"{size} bytes, but its header says {8 + length + end}")
-
-    def read(self, name: str, first: int, out: Tensor) -> None:
-        """Fills `out`, contiguous fp32, with the tensor's elements from `first` on."""
-        self._file.seek(self._starts[name] + 4 * first)
-        left = out.numpy().data.cast("B")
-        # The system reads at most 2 GB at a time.
-        while left:
-            done = self._file.readinto(left)
-            if not done:
-                raise DamageError(
-                    f"{self._file.name}: has become shorter since it was opened; use another "
-                    "checkpoint"
-                )
-            left = left[done:]
+# --- reading ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class _Piece:
-    """Where a stretch of one tensor-parallel part of a parameter lies."""
+class _Stretch:
+    """Elements [start, end) of one tensor-parallel part of a parameter, in a file."""
 
-    file: int
+    file: io.BufferedReader
+    offsets: dict[str, int]
+    """Where each key's first element lies, in bytes from the beginning of the file."""
+    part: int
     start: int
-    numel: int
+    end: int
+
+    def read(self, key: str, first: int, out: Tensor) -> None:
+        """Fills `out`, contiguous fp32, with the elements from `first` on."""
+        self.file.seek(self.offsets[key] + 4 * (first - self.start))
+        target = out.numpy().data.cast("B")
+        if self.file.readinto(target) < len(target):
+            raise DamageError(
+                f"{self.file.name}: has become shorter since it was opened; use another checkpoint"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class _Parameter:
+    """What a checkpoint holds of one parameter."""
+
+    shape: tuple[int, ...]
+    """Of one tensor-parallel part."""
+    kind: str
+    parts: int
+    stretches: list[_Stretch] = field(default_factory=list)
+
+    @property
+    def whole_shape(self) -> tuple[int, ...]:
+        return splits.whole_shape(self.shape, self.kind, self.parts)
+
+    def of_part(self, part: int) -> list[_Stretch]:
+        """The stretches of one part, in order of their starts."""
+        return sorted((s for s in self.stretches if s.part == part), key=lambda s: s.start)
+
+    def problem(self) -> str:
+        """Why the stretches do not hold each element exactly once; "" when they do."""
+        numel = math.prod(self.shape)
+        for part in range(self.parts):
+            done = 0
+            borders = [(stretch.start, stretch.end) for stretch in self.of_part(part)]
+            for start, end in [*borders, (numel, numel)]:
+                if start != done:
+                    files = "no file" if start > done else "two files"
+                    return f"element {min(start, done)} of part {part} is in {files}"
+                done = end
+        return ""
 
 
 class SliceReader:
     """All slices of a checkpoint, whatever layout wrote them.
 
-    Raises DamageError for a file that is missing or not a safetensors file of ours, and when the
-    slices of a parameter do not cover it.
+    Raises DamageError for a file that is missing or not a safetensors file of ours, and when what
+    is read lies in no file.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._files: list[_File] = []
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        self._kinds: dict[str, tuple[str, int]] = {}
-        self._pieces: dict[tuple[str, int], list[_Piece]] = {}
-        for number, path in enumerate(sorted(folder.glob("rank_*.safetensors"))):
+        self._parameters: dict[str, _Parameter] = {}
+        paths = sorted(folder.glob("rank_*.safetensors"))
+        for path in paths:
             try:
-                file = _File(path)
+                self._open(path)
             except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
                 raise DamageError(
                     f"{path}: not a readable file of slices ({error}); run megagpt checkpoint "
                     "verify, and use another checkpoint"
                 ) from None
-            self._files.append(file)
-            for name, facts in file.slices.items():
-                self._shapes[name] = tuple(facts["shape"])
-                self._kinds[name] = (facts["kind"], facts["parts"])
-                pieces = self._pieces.setdefault((name, facts["part"]), [])
-                pieces.append(_Piece(number, facts["start"], facts["numel"]))
-        if not self._files:
+        if not paths:
             raise DamageError(f"{folder}: holds no rank_*.safetensors; use another checkpoint")
+
+    def _open(self, path: Path) -> None:
+        """Takes in a rank's header. Raises OSError, KeyError and the like when it is not ours."""
+        size = path.stat().st_size
+        file = path.open("rb")
+        length = int.from_bytes(file.read(8), "little")
+        if 8 + length > size:
+            raise ValueError("its header is longer than the file")
+        tensors: dict[str, Any] = json.loads(file.read(length))
+        slices = json.loads(tensors.pop("__metadata__")["slices"])
+        end = max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
+        if 8 + length + end != size:
+            raise ValueError(f"{size} bytes, but its header says {8 + length + end}")
+        for name, facts in slices.items():
+            offsets = {}
+            for key in STATES:
+                begin, end = tensors[f"{name}|{key}"]["data_offsets"]
+                if end - begin != 4 * facts["numel"]:
+                    raise ValueError(f"{name}|{key} has {end - begin} bytes, not 4 an element")
+                offsets[key] = 8 + length + begin
+            start, last = facts["start"], facts["start"] + facts["numel"]
+            described = (tuple(facts["shape"]), facts["kind"], facts["parts"])
+            known = self._parameters.setdefault(name, _Parameter(*described))
+            if (known.shape, known.kind, known.parts) != described:
+                raise ValueError(f"{name} has another shape or split than in another rank's file")
+            known.stretches.append(_Stretch(file, offsets, facts["part"], start, last))
 
     @property
     def names(self) -> list[str]:
         """Canonical names of all parameters, sorted."""
-        return sorted(self._shapes)
+        return sorted(self._parameters)
 
     def numel(self, name: str) -> int:
         """Elements of a whole parameter."""
-        return math.prod(splits.whole_shape(self._shapes[name], *self._kinds[name]))
+        return math.prod(self._parameters[name].whole_shape)
+
+    def problems(self, shapes: Mapping[str, Sequence[int]]) -> list[str]:
+        """Why the slices are not those of a model with parameters of these shapes, each element
+        once: a sentence for each parameter, the first few of them; empty when they are."""
+        found = {}
+        for name in sorted({*shapes, *self._parameters}):
+            if name not in self._parameters:
+                found[name] = "is in no file"
+            elif name not in shapes:
+                found[name] = "is none of the model's"
+            elif not _fits(self._parameters[name].whole_shape, shapes[name], name):
+                there = self._parameters[name].whole_shape
+                found[name] = f"has shape {there}, but {tuple(shapes[name])} in the model"
+            elif problem := self._parameters[name].problem():
+                found[name] = f"is not there once: {problem}"
+        lines = [f"{self.folder}: parameter {name!r} {why}" for name, why in found.items()]
+        more = len(lines) - MOST_PROBLEMS
+        return lines if more <= 0 else [*lines[:MOST_PROBLEMS], f"and {more} parameters more"]
 
     def slice(self, name: str, start: int, numel: int) -> Slice:
         """Elements [start, start + numel) of a whole parameter, read when asked for."""
-        shape = splits.whole_shape(self._shapes[name], *self._kinds[name])
         one = Slice(
             name=name,
-            shape=shape,
+            shape=self._parameters[name].whole_shape,
             split=TensorShare(),
             start=start,
             numel=numel,
@@ -171,35 +227,16 @@ class SliceReader:
         )
         return one
 
-    def _stretch(self, name: str, part: int, key: str, start: int, numel: int) -> Tensor:
-        """Elements [start, start + numel) of one tensor-parallel part, flattened."""
-        out = torch.empty(numel, dtype=torch.float32)
-        done = start
-        for piece in sorted(self._pieces.get((name, part), ()), key=lambda p: p.start):
-            last = min(start + numel, piece.start + piece.numel)
-            # In order of their starts, so a piece that starts later leaves a gap.
-            if piece.start > done or last <= done:
-                continue
-            wanted = out[done - start : last - start]
-            self._files[piece.file].read(f"{name}|{key}", done - piece.start, wanted)
-            done = last
-        if done != start + numel:
-            raise DamageError(
-                f"{self.folder}: parameter {name!r} ({key}) is not whole: element {done} of part "
-                f"{part} is in no file; use another checkpoint"
-            )
-        return out
-
     def full(self, name: str, key: str = "fp32") -> Tensor:
         """A whole parameter, or one of its moments, in fp32."""
-        if name not in self._shapes:
+        if name not in self._parameters:
             raise DamageError(
                 f"{self.folder}: holds no parameter {name!r}; it belongs to another model"
             )
-        shape, (kind, parts) = self._shapes[name], self._kinds[name]
-        numel = torch.Size(shape).numel()
-        shards = [self._stretch(name, p, key, 0, numel).view(shape) for p in range(parts)]
-        return splits.join(shards, kind)
+        known = self._parameters[name]
+        numel = math.prod(known.shape)
+        shards = [self._part(name, p, key, 0, numel).view(known.shape) for p in range(known.parts)]
+        return splits.join(shards, known.kind)
 
     def read(self, one: Slice, key: str) -> Tensor:
         """The elements of a slice of any layout: (numel,) fp32.
@@ -207,22 +244,42 @@ class SliceReader:
         Reads no more than the slice where the tensor split is that of the checkpoint; otherwise
         the whole parameter, one at a time. Raises UsageError when the model has another shape.
         """
-        same = self._kinds.get(one.name) == (one.split.kind, one.split.parts)
-        if same and self._shapes[one.name] == one.shape:
-            return self._stretch(one.name, one.split.part, key, one.start, one.numel)
         kind, part, parts = one.split.kind, one.split.part, one.split.parts
+        known = self._parameters.get(one.name)
+        if known is not None and (known.shape, known.kind, known.parts) == (one.shape, kind, parts):
+            return self._part(one.name, part, key, one.start, one.numel)
         shape = splits.whole_shape(one.shape, kind, parts)
         fitted = fit_rows(self.full(one.name, key), shape, one.name)
         whole = splits.take(fitted, kind, part, parts)
         return whole.reshape(-1)[one.start : one.start + one.numel]
 
-
-PADDED = ("wte.weight", "head.weight")
-"""Parameters whose rows are tokens: their padding depends on the layout, is zero and stays zero."""
+    def _part(self, name: str, part: int, key: str, start: int, numel: int) -> Tensor:
+        """Elements [start, start + numel) of one tensor-parallel part, flattened."""
+        out = torch.empty(numel, dtype=torch.float32)
+        done = start
+        for stretch in self._parameters[name].of_part(part):
+            last = min(start + numel, stretch.end)
+            # In order of their starts, so a stretch that starts later leaves a gap.
+            if stretch.start <= done < last:
+                stretch.read(key, done, out[done - start : last - start])
+                done = last
+        if done != start + numel:
+            raise DamageError(
+                f"{self.folder}: parameter {name!r} ({key}) is not whole: element {done} of part "
+                f"{part} is in no file; use another checkpoint"
+            )
+        return out
 
 
 def _read_only(key: str, value: Tensor) -> None:
     raise NotImplementedError("a checkpoint's slices are not written to")
+
+
+def _fits(stored: Sequence[int], wanted: Sequence[int], name: str) -> bool:
+    """Whether two shapes of a parameter differ in padding at most."""
+    if name in PADDED:
+        return tuple(stored[1:]) == tuple(wanted[1:])
+    return tuple(stored) == tuple(wanted)
 
 
 def fit_rows(whole: Tensor, shape: Sequence[int], name: str) -> Tensor:
@@ -232,7 +289,7 @@ def fit_rows(whole: Tensor, shape: Sequence[int], name: str) -> Tensor:
     """
     if tuple(whole.shape) == tuple(shape):
         return whole
-    if name not in PADDED or whole.shape[1:] != torch.Size(shape[1:]):
+    if not _fits(whole.shape, shape, name):
         raise UsageError(
             f"parameter {name!r} has shape {tuple(whole.shape)} in the checkpoint, but "
             f"{tuple(shape)} in the model; a checkpoint opens only with the [model] it was "

@@ -4,7 +4,7 @@ import logging
 import time
 from pathlib import Path
 
-from megagpt.checkpoint import Manifest, Saver, list_checkpoints, resume
+from megagpt.checkpoint import CheckpointRecord, Saver, list_checkpoints, resume
 from megagpt.config import RunConfig
 from megagpt.engine import Engine
 from megagpt.errors import UsageError
@@ -66,7 +66,7 @@ class Checkpoints:
         log.info("resuming at step %d (%s tokens)", saved.step, f"{saved.tokens:,}")
         return run, [(loss, norm) for loss, norm in saved.recent]
 
-    def _digest(self, run: RunState, saved: Manifest) -> str:
+    def _digest(self, run: RunState, saved: CheckpointRecord) -> str:
         """Names the samples of the checkpoint's last step as they would be read now."""
         if "latest" in saved.data:
             first, count = saved.data["latest"]
@@ -82,7 +82,7 @@ class Checkpoints:
         self.saving_since = time.monotonic()
         optimizer, layout = self.engine.optimizer_state(), self.layout
         latest = run.latest.first_sample, run.latest.n_samples
-        record = Manifest(
+        record = CheckpointRecord(
             step=run.step,
             tokens=run.tokens,
             samples=run.samples,

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megagpt.checkpoint import record as manifests
+from megagpt.checkpoint import record
 from megagpt.checkpoint.slice_file import SliceReader, write_slices
 from megagpt.config import RunConfig, dump_run, load_run
 from megagpt.engine.pipeline import split_kind
@@ -77,7 +77,7 @@ def drawn(numel: int, place: tuple[object, ...]) -> torch.Tensor:
 
 def write_checkpoint(run: Path, config: RunConfig) -> Path:
     """A checkpoint of the run's model with random weights and moments, one parameter in memory."""
-    folder = manifests.folder_of(run) / manifests.name_of(1)
+    folder = record.folder_of(run) / record.name_of(1)
     folder.mkdir(parents=True)
     shapes = shapes_of(config)
     places = [(t, d) for d in range(DATA) for t in range(TENSOR)]
@@ -89,9 +89,9 @@ def write_checkpoint(run: Path, config: RunConfig) -> Path:
     facts = {"step": 1, "tokens": 1, "samples": 1, "seed": 1, "skipped_steps": 0, "updates": 1}
     state = {"loss_scale": {}, "data": {}, "versions": {}, "milestone": False}
     layout = {"world": TENSOR * DATA, "pipeline": 1, "tensor": TENSOR}
-    files = (*records, manifests.record_of(folder / "config.toml"))
-    manifests.write_manifest(
-        folder, manifests.Manifest(**facts, **state, layout=layout, files=files)
+    files = (*records, record.FileRecord.of(folder / "config.toml"))
+    record.write_record(
+        folder, record.CheckpointRecord(**facts, **state, layout=layout, files=files)
     )
     return folder
 
@@ -142,7 +142,7 @@ def cut_anew(config: RunConfig, root: Path, allowance: int) -> Path:
         [*command, "list", str(root / "run")],
         [*command, "reshape", str(root / "run"), str(root / "new")],
     )
-    (new,) = manifests.list_checkpoints(root / "new")
+    (new,) = record.list_checkpoints(root / "new")
     old_reader, new_reader = SliceReader(source), SliceReader(new)
     for name in old_reader.names:
         for key in STATES:

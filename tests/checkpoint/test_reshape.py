@@ -8,11 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megagpt.checkpoint import list_checkpoints, load_model, verify
-from megagpt.checkpoint import record as manifests
-from megagpt.checkpoint.consolidate import consolidate
-from megagpt.checkpoint.model import INDEX
-from megagpt.checkpoint.reshape import reshape
+from megagpt.checkpoint import list_checkpoints, load_model, record, verify
+from megagpt.checkpoint.export import INDEX, consolidate, reshape
 from megagpt.checkpoint.slice_file import SliceReader, write_slices
 from megagpt.cli import main
 from megagpt.engine import split as splits
@@ -42,7 +39,7 @@ def test_there_and_back_is_the_same_state(run, tmp_path, capsys):
     for folder in (three, one):
         found = everything(folder)
         assert all(torch.equal(found[key], value) for key, value in everything(source).items())
-        state, old = manifests.read_manifest(folder), manifests.read_manifest(source)
+        state, old = record.read_record(folder), record.read_record(source)
         assert (state.step, state.updates, state.data) == (old.step, old.updates, old.data)
 
 
@@ -56,9 +53,9 @@ def test_a_tensor_split_is_joined(run, tmp_path):
     for old in source.glob("rank_*"):
         old.unlink()
     files = [Path(shutil.copy(f, source)) for f in sorted(tmp_path.glob("rank_*"))]
-    records = tuple(map(manifests.record_of, [*files, source / "config.toml"]))
-    state = dataclasses.replace(manifests.read_manifest(source), files=records)
-    manifests.write_manifest(source, state)
+    records = tuple(map(record.FileRecord.of, [*files, source / "config.toml"]))
+    state = dataclasses.replace(record.read_record(source), files=records)
+    record.write_record(source, state)
     again = everything(reshape(source, tmp_path / "new", ranks=3))
     assert all(torch.equal(again[key], value) for key, value in whole.items())
 

@@ -12,9 +12,16 @@ import torch
 from safetensors.torch import load_file
 
 from megagpt import checkpoint
-from megagpt.checkpoint import Saver, list_checkpoints, load_model, resume, verify
-from megagpt.checkpoint import record as manifests
-from megagpt.checkpoint.consolidate import consolidate
+from megagpt.checkpoint import (
+    CheckpointRecord,
+    Saver,
+    list_checkpoints,
+    load_model,
+    record,
+    resume,
+    verify,
+)
+from megagpt.checkpoint.export import consolidate
 from megagpt.checkpoint.load import differences
 from megagpt.checkpoint.slice_file import SliceReader
 from megagpt.cli import main
@@ -51,7 +58,7 @@ def engine(config: RunConfig) -> Iterator[Engine]:
 
 
 def fingerprint(run: Path) -> Callable[[int], str]:
-    found = manifests.read_manifest(list_checkpoints(run)[0]).data["fingerprint"]
+    found = record.read_record(list_checkpoints(run)[0]).data["fingerprint"]
     return lambda samples: found
 
 
@@ -65,7 +72,7 @@ def weights(engine: Engine) -> dict[str, torch.Tensor]:
 def test_what_is_kept(config):
     # 2,048 tokens between checkpoints, the newest 3, and the first past each 4,096 for ever.
     folder = undisturbed() / "run" / "checkpoints"
-    kept = [manifests.read_manifest(f) for f in list_checkpoints(folder.parent)]
+    kept = [record.read_record(f) for f in list_checkpoints(folder.parent)]
     assert [m.tokens // 4096 for m in kept if m.milestone] == [1, 2, 3]
     assert kept[-1].tokens == config.schedule.end_tokens
     assert all(m.milestone for m in kept[:-3]) and len(kept) > 3
@@ -122,7 +129,7 @@ def test_damage_is_found_and_the_older_checkpoint_loaded(
     with pytest.raises(DamageError, match=name):
         consolidate(run, run / "out")
     saved = resume(run, config, engine, fingerprint(run))
-    assert saved is not None and saved.step == manifests.read_manifest(older).step
+    assert saved is not None and saved.step == record.read_record(older).step
     assert name in caplog.text and "damaged checkpoint" in caplog.text
     # Nothing is deleted, and the bad one is never looked at again.
     assert (newest.with_name(newest.name + ".damaged1")).is_dir()
@@ -162,8 +169,8 @@ def test_no_whole_checkpoint_is_an_error_and_everything_stays(run, config, engin
 def test_a_format_of_the_future_is_no_damage(run, config, engine, capsys):
     folders = list_checkpoints(run)
     for folder in folders[-2:]:
-        state = manifests.read_manifest(folder)
-        manifests.write_manifest(folder, dataclasses.replace(state, format=2))
+        state = record.read_record(folder)
+        record.write_record(folder, dataclasses.replace(state, format=2))
     reason = "format 2, but this megagpt reads format 1; use the version that wrote it"
     with pytest.raises(UsageError, match=reason):
         resume(run, config, engine, fingerprint(run))
@@ -171,7 +178,7 @@ def test_a_format_of_the_future_is_no_damage(run, config, engine, capsys):
     assert list_checkpoints(run) == folders
     assert main(["checkpoint", "list", str(run)]) == 0
     assert reason in capsys.readouterr().out
-    manifests.retire(run, 1)
+    record.retire(run, 1)
     assert list_checkpoints(run)[-2:] == folders[-2:]
     assert main(["checkpoint", "verify", str(run)]) == 2
     assert reason in capsys.readouterr().err
@@ -235,7 +242,7 @@ def test_another_model_is_never_loaded(run, config, engine):
 # --- saving -------------------------------------------------------------------------------------
 
 
-def state(step: int, like: manifests.Manifest, milestone: bool = False) -> manifests.Manifest:
+def state(step: int, like: CheckpointRecord, milestone: bool = False) -> CheckpointRecord:
     return dataclasses.replace(like, step=step, tokens=step * 512, milestone=milestone, files=())
 
 
@@ -303,7 +310,7 @@ def test_999_damaged_copies_are_enough(tmp_path):
     for number in range(1, 1000):
         folder.with_name(f"{folder.name}.damaged{number}").mkdir()
     with pytest.raises(DamageError, match="999 damaged copies are there already; remove them"):
-        manifests.set_aside(folder)
+        record.set_aside(folder)
 
 
 # --- the commands and the readers downstream ------------------------------------------------------
@@ -354,8 +361,8 @@ def test_consolidated_files_are_the_model(run, tmp_path, capsys):
     assert load_run(out / "config.toml") == load_run(source / "config.toml")
     assert facts == {
         "checkpoint": source,
-        "step": manifests.read_manifest(source).step,
-        "tokens": manifests.read_manifest(source).tokens,
+        "step": record.read_record(source).step,
+        "tokens": record.read_record(source).tokens,
         "tokenizer": "bytes",
     }
     assert encoding.n_vocab == 257 and not model.training

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megagpt.checkpoint import list_checkpoints
-from megagpt.checkpoint.record import read_manifest
+from megagpt.checkpoint.record import read_record
 from tests.lib.corpus import run_file
 from tests.lib.distributed import free_port, run_together, steps
 
@@ -73,7 +73,7 @@ class Reshaping:
     def middle(self, run: str, tokens: int) -> str:
         """A run's checkpoint after so many tokens, with at least ten steps to come."""
         folders = list_checkpoints(self.root / run)
-        return str(next(f for f in folders if read_manifest(f).tokens == tokens))
+        return str(next(f for f in folders if read_record(f).tokens == tokens))
 
     def resume(self, pairs: list[tuple[str, Layout]], tokens: int = 4096) -> list[str]:
         """Goes on with each (run, layout) from that run's checkpoint; the names of the new runs."""

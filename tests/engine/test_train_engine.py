@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megagpt.checkpoint import list_checkpoints
-from megagpt.checkpoint.record import read_manifest
+from megagpt.checkpoint.record import read_record
 from megagpt.checkpoint.slice_file import SliceReader
 from megagpt.config import load_run
 from megagpt.engine import Engine, Ranks, build_engine
@@ -161,9 +161,9 @@ def test_a_run_that_never_gets_finite_again_stops_with_a_checkpoint(tmp_path):
     skipped = [r["skipped_steps"] for r in records]
     assert skipped[-1] == 4 and skipped == sorted(skipped)
     *_, first, _, _, _, last = list_checkpoints(tmp_path / "run")
-    saved = read_manifest(last)
+    saved = read_record(last)
     assert (saved.step, saved.skipped_steps) == (records[-1]["step"], 4)
-    assert saved.updates == saved.step - 4 == read_manifest(first).updates
+    assert saved.updates == saved.step - 4 == read_record(first).updates
     # The skipped steps left everything as it was, bit for bit.
     one, other = SliceReader(first), SliceReader(last)
     for name in one.names:

@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 
 from megagpt.check.resume import compare
-from megagpt.checkpoint import list_checkpoints
-from megagpt.checkpoint import record as manifests
+from megagpt.checkpoint import list_checkpoints, record
 from megagpt.checkpoint.slice_file import FileRecord
 from megagpt.cli import main
 from megagpt.log import read_metrics
@@ -53,7 +52,7 @@ def test_the_time_limit_saves_within_it(tmp_path: Path):
     assert done.returncode == 75, done.stderr
     assert time.monotonic() - t0 < 30
     assert "stopped by the time limit (checkpoint.stop_after_minutes) at step" in done.stderr
-    newest = manifests.read_manifest(list_checkpoints(tmp_path / "run")[-1])
+    newest = record.read_record(list_checkpoints(tmp_path / "run")[-1])
     assert newest.step == len(steps(tmp_path / "run")) > 0
 
 
@@ -96,7 +95,7 @@ def test_ranks_without_their_launcher_end(tmp_path: Path, launcher: str):
         time.sleep(0.1)
     finish(process)
     # They saved where they were.
-    newest = manifests.read_manifest(list_checkpoints(tmp_path / "run")[-1])
+    newest = record.read_record(list_checkpoints(tmp_path / "run")[-1])
     assert newest.step == len(steps(tmp_path / "run"))
 
 
@@ -134,7 +133,7 @@ def test_a_rollback_skips_bad_samples_and_can_be_replayed(tmp_path: Path):
     for entry in entries:
         assert entry["step"] < entry["spiked_step"] and entry["skipped_samples"] > 0
     records = steps(run)
-    last = manifests.read_manifest(list_checkpoints(run)[-1])
+    last = record.read_record(list_checkpoints(run)[-1])
     assert last.samples == last.tokens // 32 + entries[-1]["skipped_samples"]
     told = [r for r in read_metrics(run) if r.get("event") == "rollback"]
     assert [r["spiked_step"] for r in told] == [e["spiked_step"] for e in entries]
@@ -166,7 +165,7 @@ def test_a_rollback_is_a_resume_to_all_ranks(tmp_path: Path):
     run, killed = tmp_path / "run", tmp_path / "killed"
     (killed / "checkpoints").mkdir(parents=True)
     for folder in list_checkpoints(run):
-        if manifests.read_manifest(folder).step <= entries[-1]["step"]:
+        if record.read_record(folder).step <= entries[-1]["step"]:
             shutil.copytree(folder, killed / "checkpoints" / folder.name)
     shutil.copy(run / "journal.jsonl", killed)
     done = launch(file, 2, f"output={killed}")
@@ -199,9 +198,9 @@ def test_a_skipped_step_leaves_the_weights_and_can_be_replayed(tmp_path: Path):
     assert [(r["step"], r["update"]) for r in told] == [(step, "left out") for step in left_out]
     assert records[-1]["skipped_steps"] == len(left_out)
     for step in left_out:
-        before, after = (run / "checkpoints" / manifests.name_of(n) for n in (step - 1, step))
+        before, after = (run / "checkpoints" / record.name_of(n) for n in (step - 1, step))
         assert digest_of_checkpoint(before) == digest_of_checkpoint(after)
-        states = manifests.read_manifest(before), manifests.read_manifest(after)
+        states = record.read_record(before), record.read_record(after)
         assert states[0].updates == states[1].updates
 
     # Stopped before the first of them and gone on: judged again, the same bits.
@@ -240,7 +239,7 @@ def test_verify_resume_tells_what_differs():
     facts = {"step": 6, "tokens": 6, "samples": 6, "seed": 1, "skipped_steps": 0, "updates": 6}
     files = tuple(FileRecord(name, 1, "a") for name in names)
     empty = {"loss_scale": {}, "layout": {}, "data": {}, "versions": {}, "milestone": False}
-    state = manifests.Manifest(**facts, **empty, files=files)
+    state = record.CheckpointRecord(**facts, **empty, files=files)
     # The configuration says how far to go, and so differs.
     files = (files[0], FileRecord(names[1], 1, "b"), FileRecord(names[2], 1, "b"))
     rows = compare((records, state), (other, dataclasses.replace(state, files=files, updates=5)))

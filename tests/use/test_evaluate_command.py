@@ -6,7 +6,7 @@ import json
 import pytest
 
 from megagpt.checkpoint import list_checkpoints
-from megagpt.checkpoint.consolidate import consolidate
+from megagpt.checkpoint.export import consolidate
 from megagpt.cli import main
 from megagpt.errors import UsageError
 from megagpt.use import evaluate as command
