@@ -8,75 +8,32 @@ import logging
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from megagpt.log.eta import Eta
 from megagpt.log.units import amount, duration
 
 KINDS = ("auto", "bar", "plain", "off")
 logger = logging.getLogger("megagpt.log")
-
-
-class Console(Protocol):
-    """Receives every record of the run."""
-
-    def step(self, record: Mapping[str, Any]) -> None:
-        """A training step is done."""
-
-    def evaluation(self, record: Mapping[str, Any]) -> None:
-        """An evaluation is done."""
-
-    def event(self, record: Mapping[str, Any]) -> None:
-        """Something else happened."""
-
-    def close(self) -> None:
-        """The run ends or stops."""
-
-
-def open_console(kind: str, eta: Eta, done_tokens: int, every_steps: int) -> Console:
-    """A console of one of KINDS; "auto" is "bar" where stderr is a terminal, "plain" elsewhere."""
-    if kind not in KINDS:
-        raise ValueError(f"console = {kind!r}: must be one of {', '.join(KINDS)}")
-    if kind == "auto":
-        kind = "bar" if sys.stderr.isatty() else "plain"
-    if kind == "bar":
-        return Bar(eta, done_tokens)
-    return Lines(eta, every_steps) if kind == "plain" else Silence()
-
-
-class Silence:
-    """Shows nothing."""
-
-    def step(self, record: Mapping[str, Any]) -> None: ...
-
-    def evaluation(self, record: Mapping[str, Any]) -> None: ...
-
-    def event(self, record: Mapping[str, Any]) -> None: ...
-
-    def close(self) -> None: ...
+_BY_WORTH = ("loss", "skipped", "speed", "mfu", "lr", "batch", "grad")
+"""Names of a step's figures, the most telling first."""
+_BESIDE = 35
+"""Characters of the bar's line that are no figures: share, ETA, gaps and the bar itself."""
+_REDRAW_S = 0.1
 
 
 def figures(record: Mapping[str, Any]) -> dict[str, str]:
     """The figures of a step worth a person's glance, by name, each as text with its name."""
-    texts: dict[str, str] = {}
-    if "loss" in record:
-        texts["loss"] = f"loss {record['loss']:.4f}"
-    if "lr" in record:
-        texts["lr"] = f"lr {record['lr']:.2e}"
-    if "batch_tokens" in record:
-        texts["batch"] = f"batch {amount(record['batch_tokens'])}"
-    if record.get("grad_norm") is not None:
-        texts["grad"] = f"grad {record['grad_norm']:.3g}"
-    if "tokens_per_s" in record:
-        texts["speed"] = f"{amount(record['tokens_per_s'])} tok/s"
-    if "mfu" in record:
-        texts["mfu"] = f"mfu {100 * record['mfu']:.1f}%"
-    if record.get("skipped_steps"):
-        texts["skipped"] = f"skipped {record['skipped_steps']}"
-    return texts
-
-
-_BY_WORTH = ("loss", "skipped", "speed", "mfu", "lr", "batch", "grad")
+    texts = {
+        "loss": f"loss {record['loss']:.4f}" if "loss" in record else "",
+        "lr": f"lr {record['lr']:.2e}" if "lr" in record else "",
+        "batch": f"batch {amount(record['batch_tokens'])}" if "batch_tokens" in record else "",
+        "grad": f"grad {record['grad_norm']:.3g}" if record.get("grad_norm") is not None else "",
+        "speed": f"{amount(record['tokens_per_s'])} tok/s" if "tokens_per_s" in record else "",
+        "mfu": f"mfu {100 * record['mfu']:.1f}%" if "mfu" in record else "",
+        "skipped": f"skipped {record['skipped_steps']}" if record.get("skipped_steps") else "",
+    }
+    return {name: text for name, text in texts.items() if text}
 
 
 def fitting(texts: Mapping[str, str], width: int) -> str:
@@ -100,16 +57,29 @@ def evaluation_line(record: Mapping[str, Any]) -> str:
 
 def event_line(record: Mapping[str, Any]) -> str:
     """One line about an event: its kind, then its facts."""
-    facts = [
-        f"{name} {value}"
-        for name, value in record.items()
-        if name not in ("event", "step", "tokens", "time")
-    ]
+    known = ("event", "step", "tokens", "time")
+    facts = [f"{name} {value}" for name, value in record.items() if name not in known]
     return "  ".join([f"step {record.get('step', 0)}  {record['event']}", *facts])
 
 
-class Lines:
-    """A line of logging every `every_steps` steps, and for each evaluation and event."""
+class Console:
+    """Receives every record of the run, and shows nothing: "off"."""
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        """A training step is done."""
+
+    def evaluation(self, record: Mapping[str, Any]) -> None:
+        """An evaluation is done."""
+
+    def event(self, record: Mapping[str, Any]) -> None:
+        """Something else happened."""
+
+    def close(self) -> None:
+        """The run ends or stops."""
+
+
+class Lines(Console):
+    """A line of logging every `every_steps` steps, and for each evaluation and event: "plain"."""
 
     def __init__(self, eta: Eta, every_steps: int) -> None:
         self._eta = eta
@@ -121,16 +91,14 @@ class Lines:
         due = self._first or record["step"] % self._every_steps == 0 or tokens >= total
         self._first = False
         if due:
-            logger.info("%s", "  ".join(self._parts(record, tokens, total)))
-
-    def _parts(self, record: Mapping[str, Any], tokens: int, total: int) -> list[str]:
-        share = 100 * min(1.0, tokens / total)
-        return [
-            f"step {record['step']}",
-            f"tokens {amount(tokens)}/{amount(total)} ({share:.1f}%)",
-            *figures(record).values(),
-            f"eta {duration(self._eta.seconds(tokens))}",
-        ]
+            share = 100 * min(1.0, tokens / total)
+            texts = [
+                f"step {record['step']}",
+                f"tokens {amount(tokens)}/{amount(total)} ({share:.1f}%)",
+                *figures(record).values(),
+                f"eta {duration(self._eta.seconds(tokens))}",
+            ]
+            logger.info("%s", "  ".join(texts))
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
         logger.info("%s", evaluation_line(record))
@@ -138,24 +106,16 @@ class Lines:
     def event(self, record: Mapping[str, Any]) -> None:
         logger.info("%s", event_line(record))
 
-    def close(self) -> None: ...
 
-
-_BESIDE = 35
-"""Characters of the bar's line that are no figures: share, ETA, gaps and the bar itself."""
-_REDRAW_S = 0.1
-
-
-class Bar:
-    """A progress bar in tokens, with the last step's figures beside it."""
+class Bar(Lines):
+    """A progress bar in tokens with the last step's figures in it; lines for all else: "bar"."""
 
     def __init__(self, eta: Eta, done_tokens: int) -> None:
+        super().__init__(eta, every_steps=1)
         from rich.console import Console as Terminal
         from rich.progress import BarColumn, Progress, TextColumn
 
-        self._eta = eta
         before = (sys.stderr, sys.stdout)
-        self._terminal = Terminal(stderr=True)
         self._pending: Mapping[str, Any] | None = None
         self._drawn = 0.0
         self._progress = Progress(
@@ -164,7 +124,7 @@ class Bar:
             TextColumn("{task.percentage:>5.1f}%"),
             TextColumn("{task.fields[figures]}"),
             TextColumn("[dim]eta {task.fields[eta]}"),
-            console=self._terminal,
+            console=Terminal(stderr=True),
             refresh_per_second=4,
             expand=True,
         )
@@ -197,15 +157,9 @@ class Bar:
             self._task,
             completed=min(tokens, self._eta.total_tokens),
             description=title,
-            figures=fitting(figures(record), self._terminal.width - len(title) - _BESIDE),
+            figures=fitting(figures(record), self._progress.console.width - len(title) - _BESIDE),
             eta=duration(self._eta.seconds(tokens)),
         )
-
-    def evaluation(self, record: Mapping[str, Any]) -> None:
-        logger.info("%s", evaluation_line(record))
-
-    def event(self, record: Mapping[str, Any]) -> None:
-        logger.info("%s", event_line(record))
 
     def close(self) -> None:
         self._draw()
@@ -223,10 +177,20 @@ def _move_handlers(
     A handler keeps the stream it was made with: a message would land inside the bar.
     """
     moved: list[tuple[logging.StreamHandler[Any], Any]] = []
-    known = [logging.getLogger(name) for name in logging.root.manager.loggerDict]
-    for owner in [logging.root, *known]:
-        for handler in owner.handlers:
-            if isinstance(handler, logging.StreamHandler) and handler.stream in before:
-                moved.append((handler, handler.stream))
-                handler.setStream(stream)
+    loggers = [logging.root, *map(logging.getLogger, logging.root.manager.loggerDict)]
+    for handler in (handler for owner in loggers for handler in owner.handlers):
+        if isinstance(handler, logging.StreamHandler) and handler.stream in before:
+            moved.append((handler, handler.stream))
+            handler.setStream(stream)
     return moved
+
+
+def open_console(kind: str, eta: Eta, done_tokens: int, every_steps: int) -> Console:
+    """A console of one of KINDS; "auto" is "bar" where stderr is a terminal, "plain" elsewhere."""
+    if kind not in KINDS:
+        raise ValueError(f"console = {kind!r}: must be one of {', '.join(KINDS)}")
+    if kind == "auto":
+        kind = "bar" if sys.stderr.isatty() else "plain"
+    if kind == "bar":
+        return Bar(eta, done_tokens)
+    return Lines(eta, every_steps) if kind == "plain" else Console()

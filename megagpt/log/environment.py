@@ -1,4 +1,4 @@
-"""What the run runs on, for the record."""
+"""What the run runs on, for the record (L1, stdlib only)."""
 
 import os
 import platform
@@ -7,25 +7,32 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-_PACKAGES = ("megagpt", "torch", "deepspeed", "numpy", "tiktoken", "tensorboard", "triton")
+from megagpt import __version__
+
+PACKAGES = ("torch", "deepspeed", "numpy", "tiktoken", "tensorboard", "triton")
 _VARIABLES = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_JOB_ID", "CUDA_VISIBLE_DEVICES")
 
 
+def versions(*packages: str) -> dict[str, str]:
+    """Versions of megagpt, of Python, and of those packages that are installed."""
+    numbers = {"megagpt": __version__, "python": platform.python_version()}
+    for name in packages or PACKAGES:
+        try:
+            numbers[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return numbers
+
+
 def environment() -> dict[str, str]:
-    """Host, processors, package versions and the commit of the code, as name: text."""
+    """Host, processors, versions and the commit of the code, as name: text."""
     facts = {
         "host": platform.node(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "processors": str(os.cpu_count()),
-        "python": platform.python_version(),
     }
-    for name in _PACKAGES:
-        try:
-            facts[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    facts |= {name: os.environ[name] for name in _VARIABLES if name in os.environ}
-    return facts | _devices() | _commit()
+    variables = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
+    return facts | versions() | variables | _devices() | _commit()
 
 
 def _devices() -> dict[str, str]:
@@ -42,10 +49,9 @@ def _devices() -> dict[str, str]:
 
 def _commit() -> dict[str, str]:
     """The commit of the code, and whether it was changed since; nothing outside a checkout."""
-    here = Path(__file__)
     try:
         # An installed copy may lie inside the checkout of something else, which does not track it.
-        _git("ls-files", "--error-unmatch", here.name)
+        _git("ls-files", "--error-unmatch", Path(__file__).name)
         commit = _git("rev-parse", "HEAD")
         changes = _git("status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.SubprocessError):

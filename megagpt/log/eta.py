@@ -6,6 +6,7 @@ step time = a + b * batch, fitted to the step times seen at the last few batch s
 left to do is a times the steps left plus b times the tokens left.
 """
 
+import statistics
 import time
 from collections.abc import Callable
 
@@ -28,6 +29,7 @@ class Eta:
         self.total_tokens = total_tokens
         self._batch = batch
         self._means: dict[int, float] = {}
+        """Batch size -> mean seconds of its steps, the oldest size first."""
         self._counts: dict[int, int] = {}
         self._last = 0
         self._n_steps = 0
@@ -36,16 +38,18 @@ class Eta:
 
     def observe(self, batch_tokens: int, step_s: float) -> None:
         """Take the time of one step into account."""
-        self._n_steps += 1
-        if self._n_steps == 1:
-            # The first step of a session pays for caches, compilation and connections.
-            self._t0 = time.monotonic()
-            self._means[batch_tokens], self._counts[batch_tokens] = step_s, 0
-        else:
+        n = 0
+        if self._n_steps:
             self._busy_s += step_s
-            n = self._counts[batch_tokens] = self._counts.get(batch_tokens, 0) + 1
-            old = self._means.get(batch_tokens, step_s)
-            self._means[batch_tokens] = old + (step_s - old) * max(1.0 / n, _WEIGHT)
+            n = self._counts.get(batch_tokens, 0) + 1
+        else:
+            # The first step of a session pays for caches, compilation and connections: the
+            # second replaces its time.
+            self._t0 = time.monotonic()
+        mean_s = self._means.get(batch_tokens, step_s)
+        self._means[batch_tokens] = mean_s + (step_s - mean_s) * max(1 / max(n, 1), _WEIGHT)
+        self._counts[batch_tokens] = n
+        self._n_steps += 1
         self._last = batch_tokens
         while len(self._means) > _SIZES:
             oldest = next(iter(self._means))
@@ -70,17 +74,10 @@ class Eta:
     def _fit(self) -> tuple[float, float]:
         """(a, b) by least squares with both >= 0, through the mean time of the last batch size."""
         last_s = self._means[self._last]
-        proportional = (0.0, last_s / self._last)
-        centre = sum(self._means) / len(self._means)
-        mean_s = sum(self._means.values()) / len(self._means)
-        spread = sum((size - centre) ** 2 for size in self._means)
-        if not spread:
-            return proportional
-        slope = (
-            sum((size - centre) * (step_s - mean_s) for size, step_s in self._means.items())
-            / spread
-        )
-        slope = min(max(slope, 0.0), last_s / self._last)
+        slope = proportional = last_s / self._last
+        if len(self._means) > 1:
+            fitted = statistics.linear_regression(list(self._means), list(self._means.values()))
+            slope = min(max(fitted.slope, 0.0), proportional)
         return last_s - slope * self._last, slope
 
     def _steps_left(self, tokens: int) -> float:

@@ -23,18 +23,18 @@ _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 def plain(value: Any) -> Any:
     """The value in JSON's own types; scalars of numpy and torch become Python's."""
     if isinstance(value, Mapping):
-        return {str(key): plain(part) for key, part in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(part) for part in value]
+        return [plain(item) for item in value]
     return value.item() if hasattr(value, "item") else value
 
 
-def _strict(value: Any) -> Any:
-    """The value without the floats that JSON lacks."""
+def _finite(value: Any) -> Any:
+    """The plain value with strings for the floats that JSON lacks."""
     if isinstance(value, dict):
-        return {key: _strict(part) for key, part in value.items()}
+        return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_strict(part) for part in value]
+        return [_finite(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
     return value
@@ -42,7 +42,7 @@ def _strict(value: Any) -> Any:
 
 def encode(record: Mapping[str, Any]) -> bytes:
     """One line, newline included."""
-    return json.dumps(_strict(plain(record)), allow_nan=False, default=str).encode() + b"\n"
+    return json.dumps(_finite(plain(record)), allow_nan=False, default=str).encode() + b"\n"
 
 
 def decode(line: bytes) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def decode(line: bytes) -> dict[str, Any]:
 
 def _number(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _number(part) for key, part in value.items()}
+        return {key: _number(item) for key, item in value.items()}
     return _NON_FINITE.get(value, value) if isinstance(value, str) else value
 
 

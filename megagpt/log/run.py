@@ -1,19 +1,18 @@
 """RunLog: one call a step, and the step is in metrics.jsonl, TensorBoard and on the screen."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megagpt.errors import UsageError
-from megagpt.log.console import Console, Silence, logger, open_console
+from megagpt.log.boards import Board, TensorBoard, Wandb
+from megagpt.log.console import Console, logger, open_console
 from megagpt.log.environment import environment
 from megagpt.log.eta import Eta
 from megagpt.log.metrics import NAME, MetricsFile, cut, decode, plain
 from megagpt.log.tags import derived, tags
-from megagpt.log.tensorboard import Board
-from megagpt.log.wandb import WandbBoard
 
 _CONFIGURATION = ("config.toml", "ds_config.json", "run.json")
 """Files of the run folder that go to TensorBoard as text, where they are there."""
@@ -51,24 +50,23 @@ class RunLog:
         self._step, self._tokens = self.resume_step, self.resume_tokens
         self._eta = Eta(self.total_tokens, self.batch)
         self._metrics: MetricsFile | None = None
-        self._boards: list[Board | WandbBoard] = []
-        self._console: Console = Silence()
+        self._boards: list[Board] = []
+        self._console = Console()
         if self.writer:
             self._open()
 
     def _open(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / NAME
-        again = path.exists() and path.stat().st_size > 0
         kind, facts = "start", {}
-        if again:
-            last = _last_time(path)
+        if path.exists() and path.stat().st_size > 0:
+            last_time = _last_time(path)
             dropped = cut(path, self.resume_step)
-            kind, facts = "resume", _cost(dropped, last, self.resume_tokens)
+            kind, facts = "resume", _cost(dropped, last_time, self.resume_tokens)
         self._metrics = MetricsFile(path)
         if self.tensorboard:
-            board = Board(self.folder / "tensorboard", resume_tokens=self.resume_tokens)
-            self._boards.append(board)
+            folder = self.folder / "tensorboard"
+            self._boards.append(TensorBoard(folder, resume_tokens=self.resume_tokens))
         if self.wandb:
             self._open_wandb()
         self._console = open_console(self.console, self._eta, self.resume_tokens, self.every_steps)
@@ -78,13 +76,11 @@ class RunLog:
     def _open_wandb(self) -> None:
         """Refuses a run that begins; one that goes on does not end because of a board."""
         try:
-            found = WandbBoard(self.folder, self.wandb, resume_tokens=self.resume_tokens)
+            self._boards.append(Wandb(self.folder, self.wandb, resume_tokens=self.resume_tokens))
         except UsageError as error:
             if not self.resume_tokens:
                 raise
             logger.warning("going on without wandb: %s", error)
-        else:
-            self._boards.append(found)
 
     def _describe(self) -> None:
         """Configuration and environment, as texts."""
@@ -120,8 +116,12 @@ class RunLog:
         assert self._metrics is not None
         now = round(time.time(), 3)
         self._metrics.write({**record, "time": now})
+        if self._boards:
+            self._figures(tags(record) | derived(record), int(record["tokens"]), now)
+
+    def _figures(self, values: Mapping[str, float], tokens: int, now: float) -> None:
         for board in self._boards:
-            board.scalars(tags(record) | derived(record), int(record["tokens"]), now)
+            board.scalars(values, tokens, now)
 
     def text(self, tag: str, text: str, tokens: int) -> None:
         """A text (Markdown) for TensorBoard."""
@@ -134,10 +134,10 @@ class RunLog:
             return
         path = self.folder / "samples" / f"step_{self._step:08d}.txt"
         path.parent.mkdir(exist_ok=True)
-        marked = (f"--- {number} of {len(texts)} ---\n{text}\n" for number, text in _count(texts))
-        path.write_text("".join(marked), encoding="utf-8")
-        for number, text in _count(texts):
-            self.text(f"samples/{number}", _code(text), self._tokens)
+        with path.open("w", encoding="utf-8") as file:
+            for number, text in enumerate(texts, start=1):
+                file.write(f"--- {number} of {len(texts)} ---\n{text}\n")
+                self.text(f"samples/{number}", _code(text), self._tokens)
 
     def profile(self, table: str) -> None:
         """The costliest operations of the steps that were profiled."""
@@ -151,22 +151,20 @@ class RunLog:
             return []
         # A long run has hundreds of thousands of lines: only those in question are read as JSON.
         with (self.folder / NAME).open("rb") as file:
-            found = [decode(line) for line in file if f'"{name}":'.encode() in line]
-        return [record for record in found if name in record]
+            records = [decode(line) for line in file if f'"{name}":'.encode() in line]
+        return [record for record in records if name in record]
 
     def event(self, kind: str, **facts: Any) -> None:
         """Something that is no step: a checkpoint, a spike, a stop. A line in metrics.jsonl with
         "event": kind, at the last step seen."""
         if self._metrics is None:
             return
-        place = {"event": kind, "step": self._step, "tokens": self._tokens}
-        record = {**place, "time": round(time.time(), 3), **facts}
+        now = round(time.time(), 3)
+        record = {"event": kind, "step": self._step, "tokens": self._tokens, "time": now, **facts}
         self._metrics.write(record)
         self._console.event(record)
         if "stall_s" in facts:
-            stall = {"time/checkpoint_stall_s": float(facts["stall_s"])}
-            for board in self._boards:
-                board.scalars(stall, self._tokens)
+            self._figures({"time/checkpoint_stall_s": float(facts["stall_s"])}, self._tokens, now)
 
     def close(self) -> None:
         """Close all files; a second call does nothing."""
@@ -175,11 +173,7 @@ class RunLog:
             board.close()
         if self._metrics:
             self._metrics.close()
-        self._metrics, self._boards, self._console = None, [], Silence()
-
-
-def _count(texts: Sequence[str]) -> Iterable[tuple[int, str]]:
-    return enumerate(texts, start=1)
+        self._metrics, self._boards, self._console = None, [], Console()
 
 
 def _step_s(record: Mapping[str, Any]) -> float:

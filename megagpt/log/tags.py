@@ -23,60 +23,46 @@ _GROUPS = {
 _GROUP = {name: group for group, names in _GROUPS.items() for name in names.split()}
 _FOLDED = {"validation_losses": "validation"}
 """Groups of records in records whose own name says less than the group's."""
+_PERPLEXITIES = {
+    "loss": "train/perplexity",
+    "validation_loss": "validation/validation_perplexity",
+}
 AXIS = "tokens"
 
-FIRST_SCREEN: tuple[tuple[str, tuple[tuple[str, tuple[str, ...]], ...]], ...] = (
-    (
-        "Is it learning?",
-        (
-            ("loss, training and validation", (r"^train/loss$", r"^validation/validation_loss$")),
-            ("validation, by set", (r"^validation/(?!validation_)",)),
-            ("bits per byte", (r"^validation/validation_bits_per_byte$",)),
-            ("gradient norm", (r"^train/grad_norm$",)),
-        ),
-    ),
-    (
-        "Is it healthy?",
-        (
-            ("gradient norm of each layer", (r"^norms/gradient/",)),
-            ("update / weights of each layer", (r"^norms/ratio/",)),
-            ("weights of each layer", (r"^norms/parameter/",)),
-            ("activations of each layer (RMS)", (r"^activations/rms/",)),
-            ("loss scale and skipped steps", (r"^precision/",)),
-        ),
-    ),
-    (
-        "Is it on schedule?",
-        (
-            ("learning rate", (r"^train/lr$",)),
-            (
-                "batch and gradient noise scale (tokens)",
-                (r"^train/batch_tokens$", r"^noise/noise_scale_tokens$"),
-            ),
-        ),
-    ),
-    (
-        "Is it fast?",
-        (
-            ("tokens per second", (r"^speed/tokens_per_s$",)),
-            ("share of the hardware's FLOPs (MFU, HFU)", (r"^speed/(mfu|hfu)$",)),
-            (
-                "step time by part (s)",
-                (r"^time/(step|data|forward|backward|communication|optimizer)_s$",),
-            ),
-            ("beside the steps (s)", (r"^time/(evaluate|checkpoint_stall|details)_s$",)),
-            ("memory (bytes)", (r"^memory/",)),
-        ),
-    ),
-    (
-        "What has it read?",
-        (
-            ("tokens of each source", (r"^sources/.*/tokens$",)),
-            ("epochs of each source", (r"^sources/.*/epochs$",)),
-        ),
-    ),
-)
-"""Categories of TensorBoard's custom scalars: (title, ((chart, (regex of tags, ...)), ...))."""
+FIRST_SCREEN: dict[str, dict[str, list[str]]] = {
+    "Is it learning?": {
+        "loss, training and validation": [r"^train/loss$", r"^validation/validation_loss$"],
+        "validation, by set": [r"^validation/(?!validation_)"],
+        "bits per byte": [r"^validation/validation_bits_per_byte$"],
+        "gradient norm": [r"^train/grad_norm$"],
+    },
+    "Is it healthy?": {
+        "gradient norm of each layer": [r"^norms/gradient/"],
+        "update / weights of each layer": [r"^norms/ratio/"],
+        "weights of each layer": [r"^norms/parameter/"],
+        "activations of each layer (RMS)": [r"^activations/rms/"],
+        "loss scale and skipped steps": [r"^precision/"],
+    },
+    "Is it on schedule?": {
+        "learning rate": [r"^train/lr$"],
+        "batch and gradient noise scale (tokens)": [
+            r"^train/batch_tokens$",
+            r"^noise/noise_scale_tokens$",
+        ],
+    },
+    "Is it fast?": {
+        "tokens per second": [r"^speed/tokens_per_s$"],
+        "share of the hardware's FLOPs (MFU, HFU)": [r"^speed/(mfu|hfu)$"],
+        "step time by part (s)": [r"^time/(step|data|forward|backward|communication|optimizer)_s$"],
+        "beside the steps (s)": [r"^time/(evaluate|checkpoint_stall|details)_s$"],
+        "memory (bytes)": [r"^memory/"],
+    },
+    "What has it read?": {
+        "tokens of each source": [r"^sources/.*/tokens$"],
+        "epochs of each source": [r"^sources/.*/epochs$"],
+    },
+}
+"""TensorBoard's custom scalars: category -> chart -> regular expressions of the tags in it."""
 
 
 def tags(record: Mapping[str, Any]) -> dict[str, float]:
@@ -84,35 +70,30 @@ def tags(record: Mapping[str, Any]) -> dict[str, float]:
 
     Records in records keep their path. Text, lists and the axis itself are left out.
     """
-    found: dict[str, float] = {}
+    values: dict[str, float] = {}
     for name, value in record.items():
         if isinstance(value, Mapping):
-            found |= _nested(_FOLDED.get(name, name), value)
+            values |= _nested(_FOLDED.get(name, name), value)
         elif isinstance(value, int | float) and name not in (AXIS, "time"):
-            found[f"{_GROUP.get(name, 'more')}/{name}"] = float(value)
-    return found
+            values[f"{_GROUP.get(name, 'more')}/{name}"] = float(value)
+    return values
 
 
-def _nested(prefix: str, record: Mapping[str, Any]) -> dict[str, float]:
-    found: dict[str, float] = {}
+def _nested(path: str, record: Mapping[str, Any]) -> dict[str, float]:
+    values: dict[str, float] = {}
     for name, value in record.items():
         if isinstance(value, Mapping):
-            found |= _nested(f"{prefix}/{name}", value)
+            values |= _nested(f"{path}/{name}", value)
         elif isinstance(value, int | float):
-            found[f"{prefix}/{name}"] = float(value)
-    return found
+            values[f"{path}/{name}"] = float(value)
+    return values
 
 
 def derived(record: Mapping[str, Any]) -> dict[str, float]:
     """Figures that follow from the record's losses (nats per token): perplexity is exp(loss)."""
-    found: dict[str, float] = {}
-    if "loss" in record:
-        found["train/perplexity"] = _exp(float(record["loss"]))
-    if "validation_loss" in record:
-        found["validation/validation_perplexity"] = _exp(float(record["validation_loss"]))
-    return found
-
-
-def _exp(loss: float) -> float:
-    # Beyond 80 a float32, TensorBoard's number, would be infinite.
-    return math.exp(min(loss, 80.0)) if not math.isnan(loss) else math.nan
+    # Beyond 80 a float32, TensorBoard's number, would be infinite; min() would lose a NaN.
+    return {
+        tag: math.exp(80.0 if record[name] > 80.0 else record[name])
+        for name, tag in _PERPLEXITIES.items()
+        if name in record
+    }

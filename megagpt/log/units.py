@@ -14,16 +14,15 @@ def duration(seconds: float | None) -> str:
     return f"{whole} s"
 
 
-def amount(number: float) -> str:
-    """A count in three figures: 512, 32.8k, 1.25M, 300B."""
+def amount(number: float, figures: int = 3) -> str:
+    """A number in a few figures: 0.25, 512, 32.8k, 1.25M, 300B; below a thousandth 2.5e-4."""
+    if 0 < abs(number) < 1e-3:
+        return scientific(number)
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         # 999.96k would print as 1000k.
-        if abs(number) >= size * 0.9995:
-            scaled = number / size
-            digits = max(0, 2 - len(str(int(abs(scaled)))) + 1)
-            text = f"{scaled:.{digits}f}"
-            return (text.rstrip("0").rstrip(".") if "." in text else text) + unit
-    return f"{number:.0f}"
+        if abs(number) >= size * (1 - 0.5 * 10**-figures):
+            return f"{number / size:.{figures}g}{unit}"
+    return f"{number:.{figures}g}"
 
 
 def scientific(value: float) -> str:

@@ -5,24 +5,14 @@ import statistics
 import sys
 from pathlib import Path
 
-from megagpt import __version__
 from megagpt.config import RunConfig, dump_run
 from megagpt.errors import UsageError
 from megagpt.files import lock
 from megagpt.log import RunLog, read_metrics
-from megagpt.log.wandb import check_wandb
+from megagpt.log.boards import check_wandb
+from megagpt.log.environment import versions
 from megagpt.plan.layout import Layout
 from megagpt.run.state import RunState
-
-
-def versions() -> dict[str, str]:
-    """Versions of what computes the run."""
-    from importlib.metadata import version
-
-    names = ("torch", "deepspeed", "numpy", "tiktoken")
-    return {"megagpt": __version__, "python": sys.version.split()[0]} | {
-        name: version(name) for name in names
-    }
 
 
 def make_run_folder(config: RunConfig) -> None:

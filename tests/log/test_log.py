@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from megagpt.errors import DamageError, UsageError
 from megagpt.log import read_metrics
+from megagpt.log.boards import event_files
 from megagpt.log.environment import environment
 from megagpt.log.metrics import cut, decode, encode
-from megagpt.log.tensorboard import event_files
 from tests.lib.recorded import BATCH, curve, open_log, record, run_until_killed, steps
 
 

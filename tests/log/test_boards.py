@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megagpt.log.boards import TensorBoard, event_files
 from megagpt.log.tags import derived, tags
-from megagpt.log.tensorboard import Board, event_files
 from tests.lib.recorded import curve, open_log, record, run_until_killed
 
 
@@ -31,14 +31,14 @@ def test_a_tensorboard_open_since_before_the_kill_sees_one_curve(tmp_path):
 @given(st.data())
 def test_tensorboard_resumes_from_a_file_cut_anywhere(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("run")
-    board = Board(folder / "tensorboard")
+    board = TensorBoard(folder / "tensorboard")
     for step in range(1, 5):
         board.scalars({"train/loss": float(step)}, step)
     board.close()
     size = board.path.stat().st_size
     os.truncate(board.path, data.draw(st.integers(0, size)))
     left = curve_or_nothing(folder)
-    board = Board(folder / "tensorboard", resume_tokens=2)
+    board = TensorBoard(folder / "tensorboard", resume_tokens=2)
     board.scalars({"train/loss": 3.0}, 3)
     board.close()
     assert [step for step, _ in curve(folder, "train/loss")] == [*(s for s in left if s <= 2), 3]
@@ -54,9 +54,9 @@ def curve_or_nothing(folder: Path) -> list[int]:
 def test_the_new_event_file_sorts_last_even_when_the_clock_is_behind(tmp_path):
     ahead = int(time.time()) + 5000
     (tmp_path / f"events.out.tfevents.{ahead}.host.1.0").touch()
-    first = Board(tmp_path)
+    first = TensorBoard(tmp_path)
     first.scalars({"a": 1.0}, 1)
-    second = Board(tmp_path, resume_tokens=1)
+    second = TensorBoard(tmp_path, resume_tokens=1)
     assert event_files(tmp_path)[-2:] == [first.path, second.path]
     first.close()
     second.close()
