@@ -25,7 +25,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["megagpt", "megagpt.*"]),
     package_data={
-        "megagpt.report": ["*.css", "*.js"],
+        "megagpt.report": ["*.css", "*.html", "*.js", "uplot/*"],
         "megagpt.tokenizer": ["*.bpe", "LICENSE*"],
     },
     install_requires=PINS,

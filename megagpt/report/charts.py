@@ -1,48 +1,78 @@
-"""What the page draws: each chart as plain data, for page.js to draw (numpy only).
+"""What the page and the picture draw: each chart as plain data (numpy only).
 
 A chart is a dict: title, x ("tokens" or "PF-days"), unit of y, xlog, ylog, lines and marks. A
 line is name, colour, x, y, kind ("line", "faint", "dots", "step" or "dash"); a mark is a vertical
 line at x with a text and a kind ("restart", "rollback" or "spike").
+
+The published scaling laws beside a run's loss are fits to English web text in nats per token with
+vocabularies of 32k to 50k: for other text, or another tokenizer, slopes compare and levels do not.
 """
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from megagpt.report.look import ALARM, BATCH, COLOURS, GREY, RATE, TRAIN, VALIDATION, window
-from megagpt.report.reference import chinchilla, frontier, kaplan
-from megagpt.report.series import PF_DAY, Floats, Run, smooth, thin
+from megagpt.report.series import PF_DAY, Floats, Run, column, thin
+
+INK, FAINT, GRID, GREY = "#1f2933", "#66727f", "#e6e9ed", "#8a94a0"
+TRAIN, VALIDATION, RATE, BATCH, ALARM = "#2b6cb0", "#dd6b20", "#2f855a", "#6b46c1", "#c53030"
+COLOURS = (TRAIN, VALIDATION, RATE, BATCH, ALARM, "#0bb5c9", "#b7791f", "#d53f8c")
 
 Chart = dict[str, Any]
+Number = TypeVar("Number", float, Floats)
+_FIGURES: tuple[tuple[str, str, str, str, dict[str, Any]], ...] = (
+    ("lr", "learning rate", RATE, "line", {}),
+    ("batch_tokens", "batch size", BATCH, "step", {"unit": "tokens"}),
+    ("tokens_per_s", "throughput", TRAIN, "smooth", {"unit": "tokens/s"}),
+    ("mfu", "model FLOPs utilization", VALIDATION, "smooth", {"unit": "MFU, %"}),
+    ("grad_norm", "gradient norm, before clipping", ALARM, "line", {"ylog": True}),
+    ("loss_scale", "loss scale", GREY, "step", {"ylog": True}),
+)
+"""Figures with a chart of their own: (name in the record, title, colour, kind, chart's options)."""
+
+
+def frontier(pf_days: Number) -> Number:
+    """Validation loss of the best model for a compute budget: L(C) = 2.57 C^-0.048, C in
+    petaflop/s-days without the embeddings (GPT-3, figure 3.1)."""
+    return 2.57 * pf_days**-0.048
+
+
+def kaplan(n: float, tokens: Number) -> Number:
+    """Loss of n parameters (without embeddings) after `tokens`, trained to the end of a schedule
+    (Kaplan et al. 2020, equation 1.5 with table 2)."""
+    return ((6.4e13 / n) ** (0.076 / 0.103) + 1.8e13 / tokens) ** 0.103
+
+
+def chinchilla(n: float, tokens: Number) -> Number:
+    """Loss of n parameters after `tokens` (Hoffmann et al. 2022, equation 10)."""
+    return 1.69 + 406.4 / n**0.34 + 410.7 / tokens**0.28
 
 
 def charts(runs: Sequence[Run]) -> list[Chart]:
     """All charts that have something to show, the most asked for first."""
-    found = [
+    figures = {
+        key: _figure(runs, key, title, colour, kind, options)
+        for key, title, colour, kind, options in _FIGURES
+    }
+    loss_scale = figures.pop("loss_scale")
+    candidates = [
         _loss(runs),
         _compute(runs),
         _validation_sets(runs),
-        _plain(runs, "lr", "learning rate", RATE),
-        _plain(runs, "batch_tokens", "batch size", BATCH, kind="step", unit="tokens"),
-        _plain(runs, "tokens_per_s", "throughput", TRAIN, unit="tokens/s", smoothed=True),
-        _plain(
-            runs,
-            "mfu",
-            "model FLOPs utilization",
-            VALIDATION,
-            unit="MFU, %",
-            scale=100.0,
-            smoothed=True,
-        ),
-        _plain(runs, "grad_norm", "gradient norm, before clipping", ALARM, ylog=True, marked=True),
+        *figures.values(),
         _family(runs, "time of a step by part", "s", "_s"),
         _sources(runs),
         _family(runs, "memory of rank 0", "bytes", "_bytes"),
-        _plain(runs, "loss_scale", "loss scale", GREY, kind="step", ylog=True),
+        loss_scale,
     ]
-    return [chart for chart in found if chart["lines"]]
+    return [chart for chart in candidates if chart["lines"]]
+
+
+def colour_of(index: int) -> str:
+    """The colour of the index-th of several lines or runs."""
+    return COLOURS[index % len(COLOURS)]
 
 
 def _chart(title: str, **options: Any) -> Chart:
@@ -51,9 +81,9 @@ def _chart(title: str, **options: Any) -> Chart:
 
 
 def _line(name: str, colour: str, x: Floats, y: Floats, kind: str = "line") -> dict[str, Any]:
-    # What is not finite has no place on an axis: the line goes on at the next value.
-    known = np.isfinite(x) & np.isfinite(y)
-    x, y = thin(x[known], y[known])
+    # An axis has no point for what is not finite: the line goes on at the next value.
+    finite = np.isfinite(x) & np.isfinite(y)
+    x, y = thin(x[finite], y[finite])
     return {
         "name": name,
         "colour": colour,
@@ -61,10 +91,6 @@ def _line(name: str, colour: str, x: Floats, y: Floats, kind: str = "line") -> d
         "x": [float(f"{value:.7g}") for value in x],
         "y": [float(f"{value:.5g}") for value in y],
     }
-
-
-def _coloured(runs: Sequence[Run]) -> list[tuple[Run, str]]:
-    return [(run, COLOURS[index % len(COLOURS)]) for index, run in enumerate(runs)]
 
 
 def _marks(run: Run) -> list[dict[str, Any]]:
@@ -78,33 +104,34 @@ def _marks(run: Run) -> list[dict[str, Any]]:
         }
         for event in run.restarts
     ]
-    spikes = [
+    marks += [
         {"x": spike.tokens, "kind": "spike", "text": f"spike at step {spike.step}: {spike.reason}"}
         for spike in run.spikes
     ]
-    return sorted(marks + spikes, key=lambda mark: mark["x"])
+    return sorted(marks, key=lambda mark: mark["x"])
 
 
 def _loss(runs: Sequence[Run]) -> Chart:
     chart = _chart("loss", unit="nats per token", ylog=True)
-    single = len(runs) == 1
-    for run, colour in _coloured(runs):
-        mean = smooth(run.column("loss"), window(run))
-        at, validation = run.validation
-        if single:
+    if len(runs) == 1:
+        [run] = runs
+        chart["marks"] = _marks(run)
+        chart["lines"] = [
+            _line("each step", TRAIN, run.tokens, run.column("loss"), "faint"),
+            _line("training", TRAIN, run.tokens, run.smoothed("loss")),
+        ]
+        if run.evaluations:
+            chart["lines"].append(_line("validation", VALIDATION, *run.validation, "dots"))
+        return chart
+    for index, run in enumerate(runs):
+        colour, training = colour_of(index), run.smoothed("loss")
+        if run.evaluations:
             chart["lines"] += [
-                _line("each step", TRAIN, run.tokens, run.column("loss"), "faint"),
-                _line("training", TRAIN, run.tokens, mean),
+                _line(f"{run.name}, training", colour, run.tokens, training, "faint"),
+                _line(run.name, colour, *run.validation, "dots"),
             ]
-            chart["marks"] = _marks(run)
-        elif len(at):
-            chart["lines"].append(_line(f"{run.name}, training", colour, run.tokens, mean, "faint"))
         else:
-            chart["lines"].append(_line(run.name, colour, run.tokens, mean))
-        if len(at):
-            name = "validation" if single else run.name
-            shade = VALIDATION if single else colour
-            chart["lines"].append(_line(name, shade, at, validation, "dots"))
+            chart["lines"].append(_line(run.name, colour, run.tokens, training))
     return chart
 
 
@@ -122,110 +149,107 @@ def _compute(runs: Sequence[Run]) -> Chart:
         "levels do not.",
     )
     reach: list[float] = []
-    for run, colour in _coloured(runs):
-        compute = run.pf_days
-        if compute is None or run.parameters is None:
+    several = len(runs) > 1
+    for index, run in enumerate(runs):
+        compute = run.pf_days(run.tokens)
+        if compute is None:
             continue
         reach += [compute[0], compute[-1]]
-        mean = smooth(run.column("loss"), window(run))
-        name = run.name if len(runs) > 1 else "training"
-        chart["lines"].append(_line(name, colour, compute, mean))
-        at, validation = run.validation
-        seen = at > 0
-        if seen.any():
-            x = 6.0 * run.parameters[1] * at[seen] / PF_DAY
-            name = f"{run.name}, validation" if len(runs) > 1 else "validation"
-            shade = colour if len(runs) > 1 else VALIDATION
-            chart["lines"].append(_line(name, shade, x, validation[seen], "dots"))
-        if len(runs) == 1:
-            chart["lines"] += _laws(run.parameters, run.tokens)
+        colour = colour_of(index)
+        name = run.name if several else "training"
+        chart["lines"].append(_line(name, colour, compute, run.smoothed("loss")))
+        tokens, losses = run.validation
+        # A logarithmic axis has no zero, where the first evaluation lies.
+        x = run.pf_days(tokens[tokens > 0])
+        if x is not None and len(x):
+            name = f"{run.name}, validation" if several else "validation"
+            shade = colour if several else VALIDATION
+            chart["lines"].append(_line(name, shade, x, losses[tokens > 0], "dots"))
+        if not several:
+            chart["lines"] += _laws(run)
     if reach:
         x = np.geomspace(min(reach), max(reach) * 2, 40)
-        y = np.array([frontier(value) for value in x])
-        chart["lines"].append(_line("GPT-3 frontier 2.57 C^-0.048", GREY, x, y, "dash"))
+        chart["lines"].append(_line("GPT-3 frontier 2.57 C^-0.048", GREY, x, frontier(x), "dash"))
     return chart
 
 
-def _laws(parameters: tuple[int, int], tokens: Floats) -> list[dict[str, Any]]:
+def _laws(run: Run) -> list[dict[str, Any]]:
     """The two laws for a model of this size, where a loss of less than ln 50257 is predicted."""
-    at = np.geomspace(tokens[0], tokens[-1], 60)
-    laws = (
-        ("Kaplan 2020 at this size", "#b7791f", [kaplan(parameters[1], d) for d in at]),
-        ("Chinchilla 2022 at this size", "#0987a0", [chinchilla(parameters[0], d) for d in at]),
-    )
+    assert run.parameters is not None
+    total, inner = run.parameters
+    tokens = np.geomspace(run.tokens[0], run.tokens[-1], 60)
     lines = []
-    for name, colour, predicted in laws:
-        y = np.array(predicted)
-        x = 6.0 * parameters[1] * at / PF_DAY
-        low = y < math.log(50_257)
+    for name, colour, losses in (
+        ("Kaplan 2020 at this size", "#b7791f", kaplan(inner, tokens)),
+        ("Chinchilla 2022 at this size", "#0bb5c9", chinchilla(total, tokens)),
+    ):
+        low = losses < math.log(50_257)
         if low.sum() > 1:
-            lines.append(_line(name, colour, x[low], y[low], "dash"))
+            x = 6.0 * inner * tokens[low] / PF_DAY
+            lines.append(_line(name, colour, x, losses[low], "dash"))
     return lines
 
 
 def _validation_sets(runs: Sequence[Run]) -> Chart:
     chart = _chart("validation loss of each set", unit="nats per token", ylog=True)
-    sets = [
-        (f"{run.name}, {name}" if len(runs) > 1 else name, at, loss)
-        for run in runs
-        for name, (at, loss) in run.validation_sets.items()
-    ]
-    for index, (name, at, loss) in enumerate(sets):
-        chart["lines"].append(_line(name, COLOURS[index % len(COLOURS)], at, loss, "dots"))
+    for run in runs:
+        for name, losses in run.validation_sets.items():
+            shown = f"{run.name}, {name}" if len(runs) > 1 else name
+            colour = colour_of(len(chart["lines"]))
+            chart["lines"].append(_line(shown, colour, run.validation[0], losses, "dots"))
     return chart
 
 
-def _plain(
-    runs: Sequence[Run],
-    key: str,
-    title: str,
-    colour: str,
-    **options: Any,
+def _figure(
+    runs: Sequence[Run], key: str, title: str, colour: str, kind: str, options: dict[str, Any]
 ) -> Chart:
     """One figure of every run over tokens."""
-    scale, kind = options.pop("scale", 1.0), options.pop("kind", "line")
-    smoothed, marked = options.pop("smoothed", False), options.pop("marked", False)
     chart = _chart(title, **options)
-    if marked and len(runs) == 1:
+    scale = 100.0 if key == "mfu" else 1.0
+    if key == "grad_norm" and len(runs) == 1:
         chart["marks"] = _marks(runs[0])
-    for run, shade in _coloured(runs):
+    for index, run in enumerate(runs):
         values = scale * run.column(key)
         if not np.isfinite(values).any():
             continue
-        shade, name = (colour, title) if len(runs) == 1 else (shade, run.name)
-        if smoothed:
-            chart["lines"].append(_line(f"{name}, each step", shade, run.tokens, values, "faint"))
-            values = smooth(values, window(run))
-        chart["lines"].append(_line(name, shade, run.tokens, values, kind))
+        shade, name = (colour, title) if len(runs) == 1 else (colour_of(index), run.name)
+        if kind == "smooth":
+            chart["lines"] += [
+                _line(f"{name}, each step", shade, run.tokens, values, "faint"),
+                _line(name, shade, run.tokens, scale * run.smoothed(key)),
+            ]
+        else:
+            chart["lines"].append(_line(name, shade, run.tokens, values, kind))
     return chart
+
+
+def _of_first(title: str, runs: Sequence[Run]) -> str:
+    """The title of a chart that shows the first run only."""
+    return f"{title} ({runs[0].name})" if len(runs) > 1 else title
 
 
 def _family(runs: Sequence[Run], title: str, unit: str, ending: str) -> Chart:
     """Every figure whose name ends so, smoothed; of the first run only."""
     run = runs[0]
-    chart = _chart(title + (f" ({run.name})" if len(runs) > 1 else ""), unit=unit)
+    chart = _chart(_of_first(title, runs), unit=unit)
     # Some figures are measured every hundred steps.
     names = {name for step in run.steps[:200] for name in step if name.endswith(ending)}
     for name in sorted(names):
-        values = run.column(name)
-        if name.endswith("_per_s") or not np.isfinite(values).any():
-            continue
-        colour = COLOURS[len(chart["lines"]) % len(COLOURS)]
-        mean = smooth(values, window(run))
-        shown = name.removesuffix(ending).replace("_", " ")
-        chart["lines"].append(_line(shown, colour, run.tokens, mean))
+        if not name.endswith("_per_s") and np.isfinite(run.column(name)).any():
+            shown = name.removesuffix(ending).replace("_", " ")
+            colour = colour_of(len(chart["lines"]))
+            chart["lines"].append(_line(shown, colour, run.tokens, run.smoothed(name)))
     return chart
 
 
 def _sources(runs: Sequence[Run]) -> Chart:
     """Epochs of each source of data; of the first run only."""
     run = runs[0]
-    title = "epochs of each source" + (f" ({run.name})" if len(runs) > 1 else "")
-    chart = _chart(title)
+    chart = _chart(_of_first("epochs of each source", runs))
     last = run.steps[-1].get("sources")
-    for index, name in enumerate(last if isinstance(last, dict) else {}):
-        values = [step.get("sources", {}).get(name, {}).get("epochs") for step in run.steps]
-        y = np.array([math.nan if value is None else value for value in values], dtype=float)
-        if np.isfinite(y).any():
-            chart["lines"].append(_line(name, COLOURS[index % len(COLOURS)], run.tokens, y))
+    for name in last if isinstance(last, dict) else {}:
+        epochs = column([step.get("sources", {}).get(name, {}) for step in run.steps], "epochs")
+        if np.isfinite(epochs).any():
+            colour = colour_of(len(chart["lines"]))
+            chart["lines"].append(_line(name, colour, run.tokens, epochs))
     return chart

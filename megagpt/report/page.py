@@ -1,21 +1,22 @@
-"""report.html: one self-contained page, charts that answer the pointer, and the run's table."""
+"""report.html: one self-contained page, charts that answer the pointer, and the run's table.
+
+page.html is the frame, page.js draws the charts with uPlot, whose files lie in uplot/ with their
+licence. Everything goes into the one file, and its security policy forbids it to load more.
+"""
 
 import json
-import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
+from string import Template
 
-import numpy as np
-
-from megagpt.log.units import amount, duration
-from megagpt.report.charts import charts
-from megagpt.report.look import COLOURS
+from megagpt.log.units import duration
+from megagpt.report.charts import charts, colour_of
 from megagpt.report.series import Run
-from megagpt.report.table import facts, restart_rows, shares
+from megagpt.report.table import facts, headline, restart_rows, shares
 
-_HERE = Path(__file__).parent
+_FOLDER = Path(__file__).parent
 _SHARE_COLOURS = {
     "useful steps": "#2f855a",
     "steps done again": "#dd6b20",
@@ -24,139 +25,103 @@ _SHARE_COLOURS = {
     "checkpoints": "#6b46c1",
     "the rest": "#a0aec0",
 }
+_RESTARTS = "run,what,when,at step,at tokens,steps again,their time,time down,cost".split(",")
 
 
 def write_page(runs: Sequence[Run], path: Path) -> Path:
     """Writes the page of `runs` to `path` and returns it; the page loads nothing from elsewhere."""
-    title = runs[0].name if len(runs) == 1 else " and ".join(run.name for run in runs)
-    # "</" would end the script element wherever it stands.
-    data = json.dumps(charts(runs), separators=(",", ":")).replace("</", "<\\/")
-    path.write_text(
-        "\n".join(
-            [
-                "<!doctype html>",
-                '<html lang="en"><head><meta charset="utf-8">',
-                '<meta name="viewport" content="width=device-width, initial-scale=1">',
-                f"<title>{escape(title)}</title>",
-                f"<style>\n{(_HERE / 'page.css').read_text()}</style></head><body><main>",
-                f"<h1>{escape(title)}</h1>",
-                f'<p class="under">{escape(_under(runs))}</p>',
-                _tiles(runs[0]) if len(runs) == 1 else "",
-                '<div class="charts" id="charts"></div>',
-                _table(runs),
-                _goodput(runs),
-                _restarts(runs),
-                _configurations(runs),
-                f'<script type="application/json" id="data">{data}</script>',
-                f"<script>\n{(_HERE / 'page.js').read_text()}</script>",
-                "</main></body></html>",
-                "",
-            ]
-        ),
-        encoding="utf-8",
+    licence = f"/*\n{_text('uplot/LICENSE')}*/\n"
+    page = Template(_text("page.html")).substitute(
+        title=escape(" and ".join(run.name for run in runs)),
+        under=escape(_period(runs)),
+        style=_text("uplot/uPlot.min.css") + _text("page.css"),
+        tiles=_tiles(runs[0]) if len(runs) == 1 else "",
+        tables="\n".join([_facts(runs), _goodput(runs), _restarts(runs), _configurations(runs)]),
+        # "</" would end the script element wherever it stands.
+        data=json.dumps(charts(runs), separators=(",", ":")).replace("</", "<\\/"),
+        script=licence + _text("uplot/uPlot.iife.min.js") + _text("page.js"),
     )
+    path.write_text(page, encoding="utf-8")
     return path
 
 
-def _under(runs: Sequence[Run]) -> str:
-    times = [line["time"] for run in runs for line in [*run.events, *run.steps] if "time" in line]
+def _text(name: str) -> str:
+    return (_FOLDER / name).read_text(encoding="utf-8")
+
+
+def _period(runs: Sequence[Run]) -> str:
+    times = [moment for run in runs for moment in run.times or ()]
     if not times:
         return "megagpt"
     first, last = (
-        time.strftime("%Y-%m-%d %H:%M", time.gmtime(value)) for value in (min(times), max(times))
+        time.strftime("%Y-%m-%d %H:%M", time.gmtime(moment)) for moment in (min(times), max(times))
     )
     return f"megagpt, {first} to {last} UTC"
 
 
 def _tiles(run: Run) -> str:
-    _, validation = run.validation
-    known = validation[np.isfinite(validation)]
-    speeds = run.column("tokens_per_s")
-    tiles = [
-        (f"{known[-1]:.3f}", "validation loss") if len(known) else None,
-        (amount(run.tokens[-1]), "tokens"),
-        (amount(run.parameters[0]), "parameters") if run.parameters else None,
-        (amount(float(np.nanmedian(speeds))), "tokens/s (median)")
-        if np.isfinite(speeds).any()
-        else None,
-        (duration(run.wall_s), "wall time") if run.wall_s else None,
-        (f"{100 * run.goodput:.1f}%", "goodput") if math.isfinite(run.goodput) else None,
-    ]
-    shown = (tile for tile in tiles if tile)
-    return '<div class="tiles">{}</div>'.format(
-        "".join(
-            f'<div class="tile"><b>{value}</b><span>{name}</span></div>' for value, name in shown
-        )
-    )
+    tiles = (f"<div><b>{value}</b><span>{name}</span></div>" for name, value in headline(run))
+    return f'<div class="tiles">{"".join(tiles)}</div>'
 
 
-def _table(runs: Sequence[Run]) -> str:
+def _card(title: str, content: str) -> str:
+    """A titled part of the page, nothing where it has no content."""
+    return f'<h2>{title}</h2><div class="card scroll">{content}</div>' if content else ""
+
+
+def _table(head: str, rows: Iterable[str]) -> str:
+    return f"<table>{head}{''.join(rows)}</table>"
+
+
+def _cells(texts: Iterable[str]) -> str:
+    return "".join(f"<td>{escape(text)}</td>" for text in texts)
+
+
+def _facts(runs: Sequence[Run]) -> str:
     columns = [dict(facts(run)) for run in runs]
-    names = list(dict.fromkeys(name for column in columns for name in column))
-    head = ""
-    if len(runs) > 1:
-        cells = "".join(
-            f'<th style="color:{COLOURS[i % len(COLOURS)]}">{escape(run.name)}</th>'
-            for i, run in enumerate(runs)
-        )
-        head = f"<tr><th></th>{cells}</tr>"
-    rows = "".join(
-        f"<tr><th>{escape(name)}</th>"
-        + "".join(f"<td>{escape(column.get(name, ''))}</td>" for column in columns)
-        + "</tr>"
+    names = dict.fromkeys(name for column in columns for name in column)
+    heads = (
+        f'<th style="color:{colour_of(index)}">{escape(run.name)}</th>'
+        for index, run in enumerate(runs)
+    )
+    head = f"<tr><th></th>{''.join(heads)}</tr>" if len(runs) > 1 else ""
+    rows = (
+        f"<tr><th>{escape(name)}</th>{_cells(column.get(name, '') for column in columns)}</tr>"
         for name in names
     )
-    return f'<h2>The run</h2><div class="card scroll"><table>{head}{rows}</table></div>'
+    return _card("The run" if len(runs) == 1 else "The runs", _table(head, rows))
 
 
 def _goodput(runs: Sequence[Run]) -> str:
-    parts = []
+    """A bar for each run, divided by what its wall time was used for."""
+    content = ""
     for run in runs:
+        bar = key = ""
         named = shares(run)
         total = sum(seconds for _, seconds in named)
-        if not total:
-            continue
-        bar = "".join(
-            f'<div title="{name}: {duration(seconds)}" '
-            f'style="flex:{seconds / total:.6f};background:{_SHARE_COLOURS[name]}"></div>'
-            for name, seconds in named
-        )
-        key = "".join(
-            f'<span><span style="color:{_SHARE_COLOURS[name]}">&#9632;</span> {name} '
-            f"{duration(seconds)} ({100 * seconds / total:.1f}%)</span>"
-            for name, seconds in named
-        )
-        label = f"<b>{escape(run.name)}</b>" if len(runs) > 1 else ""
-        parts.append(f'{label}<div class="bar">{bar}</div><div class="key">{key}</div>')
-    if not parts:
-        return ""
-    return f'<h2>Where the wall time went</h2><div class="card">{"".join(parts)}</div>'
+        for name, seconds in named:
+            share, colour = seconds / total, _SHARE_COLOURS[name]
+            text = f"{name} {duration(seconds)} ({100 * share:.1f}%)"
+            bar += f'<div title="{text}" style="flex:{share:.6f};background:{colour}"></div>'
+            key += f'<span><span style="color:{colour}">&#9632;</span> {text}</span>'
+        if named:
+            content += f"<b>{escape(run.name)}</b>" if len(runs) > 1 else ""
+            content += f'<div class="bar">{bar}</div><div class="key">{key}</div>'
+    return _card("Where the wall time went", content)
 
 
 def _restarts(runs: Sequence[Run]) -> str:
-    rows = [[run.name, *row] for run in runs for row in restart_rows(run)]
-    if not rows:
-        return ""
-    head = ["run", "what", "when", "at step", "at tokens", "steps again", "their time"]
-    head += ["time down", "cost"]
-    cells = "".join(f"<th>{name}</th>" for name in head)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
-    )
-    return (
-        '<h2>What the restarts cost</h2><div class="card scroll">'
-        f"<table><tr>{cells}</tr>{body}</table></div>"
-    )
+    rows = [f"<tr>{_cells([run.name, *row])}</tr>" for run in runs for row in restart_rows(run)]
+    head = "".join(f"<th>{name}</th>" for name in _RESTARTS)
+    return _card("What the restarts cost", _table(f"<tr>{head}</tr>", rows) if rows else "")
 
 
 def _configurations(runs: Sequence[Run]) -> str:
-    parts = []
+    content = ""
     for run in runs:
         path = run.folder / "config.toml"
         if path.is_file():
             text = escape(path.read_text(encoding="utf-8", errors="replace"))
-            name = escape(run.name)
-            parts.append(
-                f"<details><summary>{name}/config.toml</summary><pre>{text}</pre></details>"
-            )
-    return f'<h2>Configuration</h2><div class="card">{"".join(parts)}</div>' if parts else ""
+            name = escape(f"{run.name}/config.toml")
+            content += f"<details><summary>{name}</summary><pre>{text}</pre></details>"
+    return _card("Configuration", content)

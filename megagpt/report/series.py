@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ class Run:
 
     def column(self, key: str) -> Floats:
         """A figure of every step, NaN where a step has none."""
-        return _column(self.steps, key)
+        return column(self.steps, key)
 
     @property
     def tokens(self) -> Floats:
@@ -64,39 +65,33 @@ class Run:
     @property
     def validation(self) -> tuple[Floats, Floats]:
         """(tokens, validation loss) of each evaluation."""
-        return _column(self.evaluations, "tokens"), _column(self.evaluations, "validation_loss")
+        return column(self.evaluations, "tokens"), column(self.evaluations, "validation_loss")
 
     @property
-    def validation_sets(self) -> dict[str, tuple[Floats, Floats]]:
-        """(tokens, loss) of each validation set by name, where a run has several."""
-        found: dict[str, tuple[list[float], list[float]]] = {}
-        for line in self.evaluations:
-            for name, loss in line.get("validation_losses", {}).items():
-                tokens, losses = found.setdefault(name, ([], []))
-                tokens.append(line["tokens"])
-                losses.append(loss)
-        if len(found) < 2:
-            return {}
-        return {name: (np.array(t, float), np.array(y, float)) for name, (t, y) in found.items()}
+    def validation_sets(self) -> dict[str, Floats]:
+        """Loss of each evaluation by validation set, where a run has several sets."""
+        losses = [line.get("validation_losses", {}) for line in self.evaluations]
+        names = dict.fromkeys(name for line in losses for name in line)
+        return {name: column(losses, name) for name in names} if len(names) > 1 else {}
 
     @property
     def restarts(self) -> list[dict[str, Any]]:
         """The "resume" events, each with its cause: "restart" of the command, or "rollback" of the
         run by itself."""
-        found = []
+        resumes: list[dict[str, Any]] = []
         for event in self.events:
             if event["event"] == "resume":
-                found.append(event | {"cause": "restart"})
-            elif event["event"] == "rollback" and found:
+                resumes.append(event | {"cause": "restart"})
+            elif event["event"] == "rollback" and resumes:
                 # The run resumed itself right before.
-                found[-1]["cause"] = "rollback"
-        return found
+                resumes[-1]["cause"] = "rollback"
+        return resumes
 
     @property
     def spikes(self) -> list[Spike]:
         """The steps that the run recorded as spikes, and the first of any in a row whose loss is no
         number, in order."""
-        found = {
+        spikes = {
             event["step"]: Spike(event["step"], event["tokens"], event.get("reason", ""))
             for event in self.events
             if event["event"] == "spike"
@@ -106,18 +101,20 @@ class Run:
             before, sound = sound, math.isfinite(step["loss"])
             if before and not sound:
                 reason = f"loss {step['loss']:g}"
-                found[step["step"]] = Spike(step["step"], step["tokens"], reason)
-        return [found[step] for step in sorted(found)]
+                spikes[step["step"]] = Spike(step["step"], step["tokens"], reason)
+        return [spikes[step] for step in sorted(spikes)]
+
+    @property
+    def times(self) -> tuple[float, float] | None:
+        """Seconds since 1970 of the first and the last line, None where no line tells."""
+        lines = (*self.steps, *self.evaluations, *self.events)
+        times = [line["time"] for line in lines if "time" in line]
+        return (min(times), max(times)) if times else None
 
     @property
     def wall_s(self) -> float:
         """Seconds from the first line to the last, pauses included."""
-        times = [line["time"] for line in self._all if "time" in line]
-        return max(times) - min(times) if times else 0.0
-
-    @property
-    def _all(self) -> list[dict[str, Any]]:
-        return [*self.steps, *self.evaluations, *self.events]
+        return self.times[1] - self.times[0] if self.times else 0.0
 
     @property
     def goodput(self) -> float:
@@ -134,16 +131,29 @@ class Run:
         embeddings = kinds["wte"] + kinds["wpe"] + kinds["head"]
         return sum(kinds.values()), sum(kinds.values()) - embeddings
 
+    def pf_days(self, tokens: Floats) -> Floats | None:
+        """Compute of so many tokens in petaflop/s-days, 6 N per token with N outside the
+        embeddings (Kaplan et al. 2020, section 2.1)."""
+        return 6.0 * self.parameters[1] * tokens / PF_DAY if self.parameters else None
+
     @property
-    def pf_days(self) -> Floats | None:
-        """Compute up to each step, 6 N per token with N outside the embeddings (Kaplan et al.
-        2020, section 2.1), in petaflop/s-days."""
-        if self.parameters is None:
-            return None
-        return 6.0 * self.parameters[1] * self.tokens / PF_DAY
+    def span_steps(self) -> int:
+        """Steps over which a curve is averaged."""
+        n_steps = len(self.steps)
+        return min(100, max(5, n_steps // 60)) if n_steps >= 24 else 1
+
+    def smoothed(self, key: str) -> Floats:
+        """A figure of every step, averaged over the steps around it."""
+        return smooth(self.column(key), self.span_steps)
+
+    def median(self, key: str) -> float:
+        """Median of a figure over the steps that have it, NaN where none has."""
+        values = self.column(key)
+        return float(np.nanmedian(values)) if np.isfinite(values).any() else math.nan
 
 
-def _column(lines: Sequence[dict[str, Any]], key: str) -> Floats:
+def column(lines: Sequence[dict[str, Any]], key: str) -> Floats:
+    """A figure of every line, NaN where a line has none."""
     values = (line.get(key) for line in lines)
     return np.array([math.nan if value is None else value for value in values], dtype=float)
 
@@ -220,17 +230,12 @@ def smooth(values: Floats, span_steps: int) -> Floats:
 
 def _fading(values: Floats, keep: float) -> Floats:
     """Sum up to each row, every earlier value weighing `keep` less for each row in between."""
-    found, total = np.empty(len(values)), 0.0
-    for row, value in enumerate(values.tolist()):
-        total = keep * total + value
-        found[row] = total
-    return found
+    return np.fromiter(accumulate(values.tolist(), lambda sum_, value: keep * sum_ + value), float)
 
 
-def thin(x: Floats, *columns: Floats, points: int = 2000) -> tuple[Floats, ...]:
+def thin(x: Floats, y: Floats, points: int = 2000) -> tuple[Floats, Floats]:
     """At most about `points` rows: every k-th row and the last."""
-    every = -(-len(x) // points) or 1
-    rows = np.arange(0, len(x), every)
+    rows = np.arange(0, len(x), -(-len(x) // points) or 1)
     if len(x):
         rows = np.unique(np.append(rows, len(x) - 1))
-    return tuple(np.asarray(column)[rows] for column in (x, *columns))
+    return x[rows], y[rows]

@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 
 from megagpt.log.units import amount, duration, scientific
-from megagpt.report.look import window
-from megagpt.report.series import Run, smooth
+from megagpt.report.series import Run
 
 Rows = list[tuple[str, str]]
 
@@ -17,6 +16,36 @@ def facts(run: Run) -> Rows:
     """(name, value) of everything known about the run, as text."""
     rows = _configuration(run) + _result(run) + _cost(run)
     return [(name, value) for name, value in rows if value]
+
+
+def headline(run: Run) -> Rows:
+    """(what it is, value) of the few figures that say most about the run."""
+    _, losses = run.validation
+    losses = losses[np.isfinite(losses)]
+    rows = [
+        ("validation loss", f"{losses[-1]:.3f}" if len(losses) else ""),
+        ("tokens", amount(run.tokens[-1])),
+        ("parameters", amount(run.parameters[0]) if run.parameters else ""),
+        ("tokens/s (median)", _known(amount, run.median("tokens_per_s"))),
+        ("MFU", _known(_percent, run.median("mfu"))),
+        ("wall time", duration(run.wall_s) if run.wall_s else ""),
+        ("goodput", _known(_percent, run.goodput)),
+    ]
+    return [(name, value) for name, value in rows if value]
+
+
+def count(run: Run, cause: str) -> int:
+    """How many restarts, or rollbacks, the run had."""
+    return sum(event["cause"] == cause for event in run.restarts)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}%"
+
+
+def _known(text: Any, value: float) -> str:
+    """The figure as text, nothing where it is not known."""
+    return text(value) if math.isfinite(value) else ""
 
 
 def _configuration(run: Run) -> Rows:
@@ -50,49 +79,40 @@ def _configuration(run: Run) -> Rows:
 
 
 def _result(run: Run) -> Rows:
-    tokens = amount(run.tokens[-1])
-    if run.config:
-        tokens += f" of {amount(run.config.schedule.total_tokens)}"
-    loss = float(smooth(run.column("loss"), window(run))[-1])
+    total = f" of {amount(run.config.schedule.total_tokens)}" if run.config else ""
+    loss = run.smoothed("loss")[-1]
     rows = [
-        ("tokens", tokens),
+        ("tokens", amount(run.tokens[-1]) + total),
         ("steps", str(int(run.steps[-1]["step"]))),
-        ("training loss", f"{loss:.4f} (mean of about {window(run)} steps)"),
+        ("training loss", f"{loss:.4f} (mean of about {run.span_steps} steps)"),
     ]
-    at, validation = run.validation
-    known = np.isfinite(validation)
+    tokens, losses = run.validation
+    known = np.isfinite(losses)
     if known.any():
-        last = float(validation[known][-1])
-        best = int(np.nanargmin(validation))
+        last = float(losses[known][-1])
+        best = int(np.nanargmin(losses))
         rows += [
             ("validation loss", f"{last:.4f}"),
             ("perplexity", f"{math.exp(min(last, 80)):.2f}"),
-            ("best validation loss", f"{validation[best]:.4f} at {amount(at[best])} tokens"),
+            ("best validation loss", f"{losses[best]:.4f} at {amount(tokens[best])} tokens"),
         ]
-    bits = [line.get("validation_bits_per_byte") for line in run.evaluations]
-    if bits and bits[-1] is not None:
-        rows.append(("bits per byte", f"{bits[-1]:.4f}"))
-    return rows
+    bits = run.evaluations[-1].get("validation_bits_per_byte") if run.evaluations else None
+    return [*rows, ("bits per byte", f"{bits:.4f}" if bits is not None else "")]
 
 
 def _cost(run: Run) -> Rows:
-    def median(key: str) -> float:
-        values = run.column(key)
-        return float(np.nanmedian(values)) if np.isfinite(values).any() else math.nan
-
-    speed, mfu = median("tokens_per_s"), median("mfu")
-    compute = run.pf_days
-    skipped = run.steps[-1].get("skipped_steps")
+    compute = run.pf_days(run.tokens[-1:])
+    speed = _known(amount, run.median("tokens_per_s"))
     return [
-        ("throughput", f"{amount(speed)} tokens/s" if math.isfinite(speed) else ""),
-        ("MFU", f"{100 * mfu:.1f}%" if math.isfinite(mfu) else ""),
-        ("compute", f"{compute[-1]:.3g} PF-days" if compute is not None else ""),
+        ("throughput", f"{speed} tokens/s" if speed else ""),
+        ("MFU", _known(_percent, run.median("mfu"))),
+        ("compute", f"{compute[0]:.3g} PF-days" if compute is not None else ""),
         ("wall time", duration(run.wall_s) if run.wall_s else ""),
-        ("goodput", f"{100 * run.goodput:.1f}%" if math.isfinite(run.goodput) else ""),
-        ("restarts", str(sum(event["cause"] == "restart" for event in run.restarts))),
-        ("rollbacks", str(sum(event["cause"] == "rollback" for event in run.restarts) or "")),
+        ("goodput", _known(_percent, run.goodput)),
+        ("restarts", str(count(run, "restart"))),
+        ("rollbacks", str(count(run, "rollback") or "")),
         ("spikes", str(len(run.spikes) or "")),
-        ("skipped steps", str(int(skipped)) if skipped else ""),
+        ("skipped steps", str(int(run.steps[-1].get("skipped_steps") or 0) or "")),
     ]
 
 
@@ -102,9 +122,8 @@ def shares(run: Run) -> list[tuple[str, float]]:
     waited for, and everything else (texts, checks, closing)."""
     if not run.wall_s:
         return []
-    useful = min(run.wall_s, float(np.nansum(run.step_s)))
     named = [
-        ("useful steps", useful),
+        ("useful steps", min(run.wall_s, float(np.nansum(run.step_s)))),
         ("steps done again", sum(event.get("lost_s", 0.0) for event in run.restarts)),
         ("down", sum(event.get("down_s", 0.0) for event in run.restarts)),
         ("evaluation", sum(line.get("evaluate_s", 0.0) for line in run.evaluations)),

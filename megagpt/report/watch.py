@@ -9,7 +9,6 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +17,8 @@ from megagpt.errors import UsageError
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from megagpt.report.series import Run
+    from megagpt.report.series import Floats, Run
 
-_BRAILLE = 0x2800
-_DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
-"""Bit of each dot of a Braille cell: column, then row from the top."""
 _QUIET_STEPS = 10
 """A run is quiet when nothing came for so many times its usual step time."""
 _QUIET_S = 60.0
@@ -53,9 +49,9 @@ class Follower:
                 "training has begun"
             ) from None
         with file:
-            inode, size = _identity(file.fileno())
-            if inode != self._inode or size < self._offset:
-                self.lines, self._inode, self._offset = [], inode, 0
+            status = os.fstat(file.fileno())
+            if status.st_ino != self._inode or status.st_size < self._offset:
+                self.lines, self._inode, self._offset = [], status.st_ino, 0
             file.seek(self._offset)
             for line in file:
                 if not line.endswith(b"\n"):
@@ -68,41 +64,15 @@ class Follower:
         return self.lines
 
 
-def _identity(descriptor: int) -> tuple[int, int]:
-    status = os.fstat(descriptor)
-    return status.st_ino, status.st_size
+def binned(values: "Floats", n: int) -> "Floats":
+    """The means of the finite values in at most n bins, NaN where a bin has none."""
+    import numpy as np
 
-
-def binned(values: Sequence[float], n: int) -> list[float]:
-    """The values in n bins of equal width, each the mean of its finite values, NaN without any."""
-    means: list[float] = []
-    for index in range(n):
-        first = index * len(values) // n
-        last = max(first + 1, (index + 1) * len(values) // n)
-        part = [value for value in values[first:last] if math.isfinite(value)]
-        means.append(sum(part) / len(part) if part else math.nan)
-    return means
-
-
-def plot(values: Sequence[float], height: int) -> list[str]:
-    """A curve in `height` lines of Braille characters, 2 x 4 dots each: one column of dots a
-    value, the largest at the top and the smallest at the bottom. NaN leaves a gap."""
-    rows = 4 * height
-    known = [value for value in values if math.isfinite(value)]
-    low, span = min(known, default=0.0), max(known, default=0.0) - min(known, default=0.0)
-    cells = [[0] * -(-len(values) // 2) for _ in range(height)]
-    before: int | None = None
-    for column, value in enumerate(values):
-        if not math.isfinite(value):
-            before = None
-            continue
-        row = round((1 - (value - low) / span) * (rows - 1)) if span else rows // 2
-        # The dots between two columns' values join them.
-        other = row if before is None else before
-        for dot in range(min(row, other), max(row, other) + 1):
-            cells[dot // 4][column // 2] |= _DOTS[column % 2][dot % 4]
-        before = row
-    return ["".join(chr(_BRAILLE + bits) for bits in line) for line in cells]
+    known = np.isfinite(values)
+    starts = np.unique(np.arange(n) * len(values) // n)
+    counts = np.add.reduceat(known.astype(float), starts)
+    sums = np.add.reduceat(np.where(known, values, 0.0), starts)
+    return np.divide(sums, counts, out=np.full(len(starts), math.nan), where=counts > 0)
 
 
 def alerts(run: "Run", now: float) -> list[str]:
@@ -113,7 +83,8 @@ def alerts(run: "Run", now: float) -> list[str]:
 
     found = []
     recent = run.steps[-_RECENT:]
-    usual_s = float(np.nanmedian(run.step_s[-500:])) if np.isfinite(run.step_s[-500:]).any() else 0
+    last_s = run.step_s[-500:]
+    usual_s = float(np.nanmedian(last_s)) if np.isfinite(last_s).any() else 0.0
     quiet_s = now - max(line.get("time", now) for line in recent)
     if not finished(run) and quiet_s > max(_QUIET_S, _QUIET_STEPS * usual_s):
         found.append(f"no step for {duration(quiet_s)}; a step takes {usual_s:.2g} s")
@@ -181,111 +152,105 @@ def frame(run: "Run", now: float, width: int = 100) -> "RenderableType":
 
     inner = max(30, width - 4)
     warnings = alerts(run, now)
-    parts: list[RenderableType] = [_progress(run, inner), Text("")]
-    loss = run.column("loss")
-    parts += _curve("loss", loss, f"{loss[-1]:.4f}", inner, 6, "cyan")
-    speed = run.column("tokens_per_s")
-    parts += _curve("tokens/s", speed, _amount(speed[-1]), inner, 3, "green")
-    parts += [Text(""), _figures(run, now)]
-    for warning in warnings:
-        parts.append(Text(f"! {warning}", style="bold red"))
+    parts = [
+        _progress(run, inner),
+        Text(""),
+        *_curve("loss", run, run.column("loss"), inner, 8, "cyan"),
+        *_curve("tokens/s", run, run.column("tokens_per_s"), inner, 5, "green"),
+        _figures(run, now, inner),
+        *(Text(f"! {warning}", style="bold red") for warning in warnings),
+    ]
     state = "complete" if finished(run) else ("look here" if warnings else "running")
     colour = {"complete": "green", "look here": "red", "running": "cyan"}[state]
-    return Panel(
-        Group(*parts), title=f"{run.name}: {state}", border_style=colour, width=max(34, width)
-    )
-
-
-def _amount(value: float) -> str:
-    from megagpt.log.units import amount
-
-    return amount(value) if math.isfinite(value) else "?"
+    return Panel(Group(*parts), title=f"{run.name}: {state}", border_style=colour, width=inner + 4)
 
 
 def _progress(run: "Run", width: int) -> "RenderableType":
-    from rich.text import Text
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
 
-    from megagpt.log.units import duration
+    from megagpt.log.units import amount, duration
 
-    tokens = float(run.tokens[-1])
+    tokens = run.tokens[-1]
     if run.config is None:
-        return Text(f"{_amount(tokens)} tokens")
+        return f"{amount(tokens)} tokens"
     total = run.config.schedule.total_tokens
-    share = min(1.0, tokens / total)
     left = "" if finished(run) else f"   {duration(seconds_left(run))} left"
-    label = f" {100 * share:5.1f}%  {_amount(tokens)} of {_amount(total)} tokens{left}"
-    cells = max(10, width - len(label))
-    full = round(share * cells)
-    bar = Text("\N{BOX DRAWINGS HEAVY HORIZONTAL}" * full, style="cyan")
-    bar.append("\N{BOX DRAWINGS HEAVY HORIZONTAL}" * (cells - full), style="grey37")
-    return bar.append(label, style="default")
+    share = 100 * min(1.0, tokens / total)
+    line = Table.grid(padding=(0, 1))
+    line.add_column(ratio=1)
+    line.add_column(no_wrap=True)
+    label = f"{share:5.1f}%  {amount(tokens)} of {amount(total)} tokens{left}"
+    line.add_row(ProgressBar(total, min(tokens, total), complete_style="cyan"), label)
+    line.width = width
+    return line
 
 
 def _curve(
-    name: str, values: Any, last: str, width: int, height: int, colour: str
+    name: str, run: "Run", values: "Floats", width: int, height: int, colour: str
 ) -> list["RenderableType"]:
-    """A title line, then the curve with its largest and smallest value at the left."""
+    """A title line, then the curve over tokens between its smallest and its largest value."""
+    import numpy as np
+    import plotext
     from rich.text import Text
 
-    means = binned(values.tolist(), 2 * (width - 9))
-    finite = [mean for mean in means if math.isfinite(mean)]
-    if not finite:
+    from megagpt.log.units import amount
+
+    # A Braille cell is two dots wide.
+    means, tokens = binned(values, 2 * width), binned(run.tokens, 2 * width)
+    known = np.isfinite(means)
+    if not known.any():
         return []
-    title = Text(f"{name}  ", style="bold").append(last, style=f"bold {colour}")
-    rows: list[RenderableType] = [title]
-    edges = {0: max(finite), height - 1: min(finite)}
-    for index, line in enumerate(plot(means, height)):
-        edge = edges.get(index, math.nan)
-        label = f"{edge:.3f}" if edge < 1000 else _amount(edge)
-        rows.append(
-            Text(f"{label if index in edges else '':>8} ", style="dim").append(line, colour)
-        )
-    return rows
+    low, high = means[known].min(), means[known].max()
+    # Heights from 0 to 1; a flat curve runs in the middle.
+    heights = (means[known] - low) / (high - low) if high > low else 0.5 + 0 * means[known]
+    edges = {0.0: low, 1.0: high} if high > low else {0.5: low}
+    ticks = np.linspace(0, run.tokens[-1], 5)
+    plotext.clear_figure()
+    plotext.theme("clear")
+    plotext.limit_size(False, False)  # the panel knows the width, the terminal may be none
+    plotext.plotsize(width, height)
+    plotext.xlim(0, run.tokens[-1])
+    plotext.ylim(0, 1)
+    plotext.plot(tokens[known].tolist(), heights.tolist(), marker="braille", color=colour)
+    plotext.xaxes(True, False)
+    plotext.yaxes(True, False)
+    plotext.xticks(ticks.tolist(), [amount(tick) for tick in ticks])
+    plotext.yticks(list(edges), [f"{amount(value, 4):>7}" for value in edges.values()])
+    title = Text(f"{name}  ", style="bold").append(amount(values[-1], 5), style=f"bold {colour}")
+    return [title, Text.from_ansi(plotext.build().rstrip("\n"))]
 
 
-def _figures(run: "Run", now: float) -> "RenderableType":
+def _figures(run: "Run", now: float, width: int) -> "RenderableType":
+    """The last step, the last checkpoint and the run's history."""
     from rich.table import Table
 
-    from megagpt.log.units import scientific
+    from megagpt.log.units import amount, duration, scientific
+
+    def ago(record: dict[str, Any]) -> str:
+        return f"{duration(max(0.0, now - record['time']))} ago"
 
     last = run.steps[-1]
-    cells = [("step", f"{last['step']:,}")]
-    if "lr" in last:
-        cells.append(("learning rate", scientific(last["lr"])))
-    if "batch_tokens" in last:
-        cells.append(("batch", f"{_amount(last['batch_tokens'])} tokens"))
-    if last.get("grad_norm") is not None:
-        cells.append(("gradient norm", f"{last['grad_norm']:.3g}"))
-    if "mfu" in last:
-        cells.append(("MFU", f"{100 * last['mfu']:.1f}%"))
-    _, validation = run.validation
-    if len(validation):
-        cells.append(("validation loss", f"{validation[-1]:.4f}"))
-    cells += _history(run, now)
-    table = Table.grid(padding=(0, 3))
-    for row in range(0, len(cells), 3):
-        part = cells[row : row + 3]
-        table.add_row(*(f"[dim]{name}[/] {value}" for name, value in part))
-    return table
-
-
-def _history(run: "Run", now: float) -> list[tuple[str, str]]:
-    """Ranks, last step, last checkpoint, restarts and goodput."""
-    from megagpt.log.units import duration
-
-    cells = []
-    if "layout" in run.facts:
-        cells.append(("layout", str(run.facts["layout"])))
-    if "time" in run.steps[-1]:
-        cells.append(("last step", f"{duration(max(0.0, now - run.steps[-1]['time']))} ago"))
     saved = [event for event in run.events if event["event"] == "checkpoint"]
-    if saved:
-        ago = duration(max(0.0, now - saved[-1]["time"]))
-        cells.append(("last checkpoint", f"step {saved[-1]['step']}, {ago} ago"))
-    cells.append(("restarts", str(len(run.restarts))))
-    if math.isfinite(run.goodput):
-        cells.append(("goodput", f"{100 * run.goodput:.1f}%"))
-    return cells
+    _, losses = run.validation
+    cells = [
+        ("step", f"{last['step']:,}"),
+        ("learning rate", scientific(last["lr"]) if "lr" in last else ""),
+        ("batch", f"{amount(last['batch_tokens'])} tokens" if "batch_tokens" in last else ""),
+        ("gradient norm", f"{last['grad_norm']:.3g}" if last.get("grad_norm") is not None else ""),
+        ("MFU", f"{100 * last['mfu']:.1f}%" if "mfu" in last else ""),
+        ("validation loss", f"{losses[-1]:.4f}" if len(losses) else ""),
+        ("layout", str(run.facts.get("layout", ""))),
+        ("last step", ago(last) if "time" in last else ""),
+        ("last checkpoint", f"step {saved[-1]['step']}, {ago(saved[-1])}" if saved else ""),
+        ("restarts", str(len(run.restarts))),
+        ("goodput", f"{100 * run.goodput:.1f}%" if math.isfinite(run.goodput) else ""),
+    ]
+    shown = [f"[dim]{name}[/] {value}" for name, value in cells if value]
+    table, columns = Table.grid(padding=(0, 3, 0, 0)), max(1, width // 28)
+    for first in range(0, len(shown), columns):
+        table.add_row(*shown[first : first + columns])
+    return table
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -95,8 +95,9 @@ def test_figures_of_a_run(tmp_path):
     assert len(run.steps) == 60 and run.restarts[0]["lost_steps"] == 10
     assert np.nansum(run.step_s) == pytest.approx(30.0)
     assert run.parameters == (125_226_240, 125_226_240 - (50_257 + 2048) * 768)
-    assert run.pf_days is not None
-    assert run.pf_days[-1] == pytest.approx(6 * 85_056_000 * 60_000 / 8.64e19)
+    compute = run.pf_days(run.tokens)
+    assert compute is not None
+    assert compute[-1] == pytest.approx(6 * 85_056_000 * 60_000 / 8.64e19)
     at, loss = run.validation
     assert at.tolist() == [20_000, 40_000, 60_000] and loss[0] == 9.0 / 20**0.3
 

@@ -4,11 +4,13 @@ import argparse
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,7 +20,7 @@ from megagpt.errors import UsageError
 from megagpt.log.metrics import cut, encode
 from megagpt.report import watch
 from megagpt.report.series import Run, read_facts, read_run
-from megagpt.report.watch import Follower, alerts, binned, finished, frame, plot, seconds_left
+from megagpt.report.watch import Follower, alerts, binned, finished, frame, seconds_left
 from tests.report.test_report import make_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,28 +63,37 @@ def test_follows_a_file_that_grows_and_is_cut(tmp_path):
     assert [line["step"] for line in follower.read()] == [1, 2, 3]
 
 
-def test_a_curve_by_hand():
-    # Left column: dot at the top (0x01), right column: from the top to the bottom (all four).
-    assert plot([1.0, 0.0], 1) == [chr(0x2800 + 0x01 + 0x08 + 0x10 + 0x20 + 0x80)]
-    assert plot([math.nan, math.nan], 1) == [chr(0x2800)]
+def drawn(folder: Path, losses: list[float]) -> list[str]:
+    """The lines of a frame's curve of the loss, behind its axis."""
+    lines = [step | {"loss": loss} for step, loss in zip(steps(len(losses)), losses, strict=True)]
+    console = Console(width=60, record=True, file=open(os.devnull, "w"))
+    console.print(frame(read_facts(folder, lines), 1e9, 60))
+    text = console.export_text().split("tokens/s")[0]
+    return re.findall(r"^\u2502 [^\u2502\u2524]*[\u2502\u2524](.*) \u2502$", text, re.MULTILINE)
+
+
+def test_a_curve_falls_from_its_largest_to_its_smallest_value(tmp_path):
+    curve = drawn(tmp_path, [5.0 - 0.01 * step for step in range(400)])
+    columns = [min(line.find(c) for c in line if ord(c) > 0x2800) for line in curve]
+    # One straight line from the top left to the bottom right, without a step in between.
+    assert columns[0] == 0 and columns == sorted(columns)
+    assert ord(curve[-1].rstrip()[-1]) > 0x2800 and len(curve[-1].rstrip()) >= 46
+
+
+@settings(max_examples=30, deadline=None)
+@given(losses=st.lists(st.floats(-1e30, 1e30) | st.just(math.nan), min_size=1, max_size=150))
+def test_any_losses_can_be_drawn(tmp_path_factory, losses):
+    folder = tmp_path_factory.mktemp("run")
+    curve = drawn(folder, losses)
+    dots = [c for line in curve for c in line if 0x2800 < ord(c) < 0x2900]
+    assert bool(dots) == any(map(math.isfinite, losses))
 
 
 def test_bins_by_hand():
-    assert binned([1, 3, 5, 7], 2) == [2, 6]
-    assert binned([1, 3], 4) == [1, 1, 3, 3]
-    assert binned([1, math.nan, math.inf, 5], 2) == [1, 5]
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.floats(allow_infinity=False), min_size=1, max_size=80), st.integers(1, 8))
-def test_every_value_has_a_dot(values, height):
-    values = [value if abs(value) < 1e300 else 0.0 for value in values]
-    lines = plot(values, height)
-    assert len(lines) == height and {len(line) for line in lines} == {-(-len(values) // 2)}
-    for column, value in enumerate(values):
-        bits = [ord(line[column // 2]) - 0x2800 for line in lines]
-        mask = 0x47 if column % 2 == 0 else 0xB8
-        assert any(bit & mask for bit in bits) == math.isfinite(value)
+    assert binned(np.array([1.0, 3, 5, 7]), 2).tolist() == [2, 6]
+    assert binned(np.array([1.0, 3]), 4).tolist() == [1, 3]
+    assert binned(np.array([1, math.nan, math.inf, 5]), 2).tolist() == [1, 5]
+    assert np.isnan(binned(np.array([math.nan, math.nan, 5, 5]), 2)).tolist() == [True, False]
 
 
 def test_a_sound_run_has_no_alerts(tmp_path):
