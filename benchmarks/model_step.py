@@ -85,7 +85,7 @@ SMALL = {
 def ours(options: argparse.Namespace) -> Step:
     import torch
 
-    from megagpt.engine.compiler import compile_modules
+    from megagpt.engine.compiler import compile_model
     from megagpt.model import GPT, decays, initialise
 
     config = shape(options)
@@ -103,7 +103,7 @@ def ours(options: argparse.Namespace) -> Step:
     ]
     optimizer = torch.optim.AdamW(groups, lr=6e-4, betas=(0.9, 0.95), fused=True)
     if options.compiles:
-        compile_modules([model], torch.device(options.device), first=True)
+        compile_model(model, "model" if options.device == "cpu" else "blocks")
     names = dict(model.named_parameters())
 
     def step(x: "Tensor", y: "Tensor") -> float:

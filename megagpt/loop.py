@@ -97,7 +97,8 @@ class Trainer:
         run, self.spikes.pairs = self.checkpoints.resume(allow_changes)
         # Not before: a run that is refused leaves the folder as it is.
         if self.ranks.rank == 0:
-            write_run_files(self.config, self.layout, self.ds_config)
+            computing = self.engine.choices.record()
+            write_run_files(self.config, self.layout, self.ds_config, computing)
         self.log = open_log(self.config, run, writer=self.ranks.rank == 0)
         self.meter.recall(self.log.records("noise_trace"))
         return run

@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megagpt.cluster.meeting import first_to_fail, join, leave
-from megagpt.cluster.ranks import discover, prepare_environment
+from megagpt.cluster.ranks import Ranks, discover, prepare_environment
 from megagpt.cluster.stop import StopRequest
 from megagpt.cluster.watchdog import Watchdog
-from megagpt.config import load_run
+from megagpt.config import RunConfig, load_run
 from megagpt.errors import EXIT_DAMAGE, EXIT_FAILURE, EXIT_OK, MegagptError
 from megagpt.plan.ds_config import read_ds_config, resolve
 from megagpt.plan.layout import layout_of
@@ -78,6 +78,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
+def set_environment(config: RunConfig, ranks: Ranks) -> None:
+    """Sets what torch and NCCL read when they are first used; what was exported stays."""
+    import torch
+
+    from megagpt.engine.device import environment
+
+    cuda = torch.cuda.is_available()
+    for name, value in environment(config, cuda, ranks.local_world).items():
+        os.environ.setdefault(name, value)
+
+
 def train(run: str, overrides: Sequence[str], allow_changes: bool = False) -> int:
     """Trains one run file on this rank, from its environment's place among the ranks.
 
@@ -88,12 +99,10 @@ def train(run: str, overrides: Sequence[str], allow_changes: bool = False) -> in
     layout = layout_of(config, ranks.world)
     ds_config = resolve(config, layout, read_ds_config(config.parallel.ds_config))
     prepare_environment(ranks, os.environ)
-    if not config.parallel.compile:
-        # Spares the import of the compiler, which takes longer than a small run's first steps.
-        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     folder, minutes = Path(config.output), config.log.watchdog_minutes
     stop = StopRequest(config.checkpoint, os.environ)
     with stop, Watchdog(folder, ranks, minutes) as watchdog:
+        set_environment(config, ranks)
         join(ranks, config)
         # From here on torch is there, with the environment that prepare_environment has set.
         from megagpt.loop import Trainer

@@ -125,8 +125,12 @@ class ParallelConfig:
     """With recompute = "full": only every k-th block."""
     dtype: Dtype = "bf16"
     """bf16, fp16 or fp32: weights and activations; masters and moments are always fp32."""
-    compile: bool = False
-    """Pass the model through torch.compile (falls back with a warning where none exists)."""
+    compile: Literal["auto", True, False] = "auto"
+    """torch.compile: auto (on CUDA each block, on a CPU nothing), true or false; where there is no
+    compiler the run goes on without one, with a warning."""
+    deterministic: bool = False
+    """Use only kernels that give the same bits in every run of the same layout; costs speed on
+    CUDA, and nothing on a CPU, whose kernels are of that kind."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,15 +1,14 @@
-"""torch.compile where there is a compiler, one warning where there is none (L2)."""
+"""torch.compile where there is a compiler (L2); megagpt.engine.device decides what is compiled."""
 
 import importlib.util
-import logging
 import os
 import shutil
-from collections.abc import Sequence
 
 import torch
 from torch import nn
 
-log = logging.getLogger(__name__)
+from megagpt.model.gpt import Block
+from megagpt.model.kernels.attention import COMPILATIONS
 
 
 def missing_compiler(device: str) -> str:
@@ -20,26 +19,30 @@ def missing_compiler(device: str) -> str:
     return "" if any(map(shutil.which, names)) else f"a C++ compiler ({' or '.join(names)})"
 
 
-def compile_modules(modules: Sequence[nn.Module], device: torch.device, first: bool) -> None:
-    """Compiles each module in place, so that its parameters keep their names.
+def compile_model(model: nn.Module, mode: str, whole_graphs: bool = True) -> None:
+    """Compiles a model in place, so that its parameters keep their names.
 
-    `first` is true on the rank that warns. Nothing is compiled before the first batch.
+    `mode`: no, blocks or model, as megagpt.engine.device chooses. `whole_graphs` is False where
+    something inside a block cannot be traced. Nothing is compiled before the first batch.
     """
-    lacking = missing_compiler(device.type)
-    if lacking:
-        if first:
-            log.warning(
-                "parallel.compile = true, but this host has not %s that torch.compile needs; "
-                "going on without compiling",
-                lacking,
-            )
+    if mode == "no":
         return
-    if device.type == "cpu":
-        import torch._functorch.config as functorch
+    import torch._dynamo.config as dynamo
 
-        # Norms and GELU are computed again in the backward pass, where they fuse with what is
-        # computed there anyway, and their results are not kept: a tenth of the memory of a step
-        # at 125M and no time (docs/benchmarks/model_step.md). Not measured on a GPU.
-        functorch.ban_recompute_materialized_backward = False
-    for module in modules:
-        module.compile()
+    # A graph serves one shape: every micro-batch size, with and without gradients, is compiled
+    # once. Beyond the limit Dynamo would go on uncompiled without a word.
+    dynamo.recompile_limit = max(dynamo.recompile_limit, COMPILATIONS)
+    dynamo.fail_on_recompile_limit_hit = True
+    if mode == "blocks":
+        for block in model.modules():
+            if isinstance(block, Block):
+                compute = torch.compile(block.compute, dynamic=False, fullgraph=whole_graphs)
+                block.compute = compute  # type: ignore[method-assign]
+        return
+    import torch._functorch.config as functorch
+
+    # Norms and GELU are computed again in the backward pass, where they fuse with what is computed
+    # there anyway, and their results are not kept: a tenth of the memory of a step at 125M and no
+    # time (docs/benchmarks/model_step.md).
+    functorch.ban_recompute_materialized_backward = False
+    model.compile()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from megagpt.cluster.ranks import Ranks
 from megagpt.config import RunConfig
 from megagpt.engine.clock import COMMUNICATION, Clock, time_collectives
+from megagpt.engine.device import Choices
 from megagpt.engine.optimizer import ask_before_update
 from megagpt.engine.slices import (
     OptimizerState,
@@ -73,6 +74,8 @@ class Engine(ABC):
         time_collectives(self.clock)
         self.parameters: list[OwnedParameter] = []
         """The parameters on this rank."""
+        self.choices: Choices
+        """What computes the run on this rank."""
         self.deepspeed: Any = None
         """DeepSpeed's engine."""
         self._skip: SkipUpdate | None = None

@@ -21,12 +21,13 @@ from megagpt.cluster.ranks import Ranks
 from megagpt.config import RunConfig
 from megagpt.engine import split
 from megagpt.engine.clock import COMMUNICATION
-from megagpt.engine.compiler import compile_modules
+from megagpt.engine.compiler import compile_model
+from megagpt.engine.device import decide
 from megagpt.engine.engine import Engine, MicroBatch, SkipUpdate, StepResult
 from megagpt.engine.optimizer import build_optimizer
 from megagpt.engine.slices import OwnedParameter, TensorShare, create_moments
 from megagpt.engine.tensor import TensorGroup, tensor_parts
-from megagpt.model import Layer, Parts, initial_value, layers
+from megagpt.model import Layer, LayerClasses, initial_value, layers
 from megagpt.plan.layout import Layout, padded_model
 from megagpt.plan.stages import stage_bounds
 
@@ -57,8 +58,10 @@ class Targets:
 class PipelinedGPT(PipelineModule):
     """The layer list cut into stages of nearly equal work."""
 
-    def __init__(self, config: RunConfig, layout: Layout, parts: Parts, targets: Targets) -> None:
-        chain = layers(padded_model(config, layout), parts)
+    def __init__(
+        self, config: RunConfig, layout: Layout, classes: LayerClasses, targets: Targets
+    ) -> None:
+        chain = layers(padded_model(config, layout), classes)
         # DeepSpeed's constructor asks for the stages, so they must be known before it.
         self.bounds = stage_bounds(config.model, layout.pipeline)
         self.layer_names = [layer.name for layer in chain]
@@ -163,6 +166,8 @@ class PipelineEngine(Engine):
         import deepspeed
 
         super().__init__(config, layout, ranks)
+        stage = ds_config["zero_optimization"]["stage"]
+        self.choices = decide(config, layout, self.device, stage, ranks.rank == 0)
         targets = Targets()
         model = PipelinedGPT(config, layout, tensor_parts(self._tensor_group()), targets)
         self.parameters = list(model.named(layout, ranks.rank))
@@ -178,8 +183,7 @@ class PipelineEngine(Engine):
         self._time_instructions()
         create_moments(self.deepspeed.optimizer)
         self._watch_updates()
-        if config.parallel.compile:
-            compile_modules([self.deepspeed.module], self.device, ranks.rank == 0)
+        compile_model(model, self.choices.compile, whole_graphs=layout.tensor == 1)
 
     def _tensor_group(self) -> TensorGroup:
         """The ranks that share this rank's layers; every rank takes part in making every group."""

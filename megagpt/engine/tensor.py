@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megagpt.model import Parts
+from megagpt.model import LayerClasses
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,12 +160,12 @@ def vocabulary_loss(module: nn.Module, hidden: Tensor, targets: Tensor) -> Tenso
     return loss.mean()
 
 
-def tensor_parts(ranks: TensorGroup) -> Parts:
+def tensor_parts(ranks: TensorGroup) -> LayerClasses:
     """The layer classes for one tensor-parallel group."""
     if ranks.size == 1:
-        return Parts()
+        return LayerClasses()
     held = {"ranks": ranks}
-    return Parts(
+    return LayerClasses(
         column=type("ColumnLinear", (ColumnLinear,), held),
         row=type("RowLinear", (RowLinear,), held),
         embedding=type("VocabularyEmbedding", (VocabularyEmbedding,), held),

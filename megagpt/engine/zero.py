@@ -10,7 +10,8 @@ from torch import nn
 
 from megagpt.cluster.ranks import Ranks
 from megagpt.config import RunConfig
-from megagpt.engine.compiler import compile_modules
+from megagpt.engine.compiler import compile_model
+from megagpt.engine.device import decide
 from megagpt.engine.engine import Engine, MicroBatch, SkipUpdate, StepResult
 from megagpt.engine.optimizer import build_optimizer
 from megagpt.engine.slices import OwnedParameter, create_moments
@@ -28,6 +29,7 @@ class ZeroEngine(Engine):
 
         super().__init__(config, layout, ranks)
         self.stage = ds_config["zero_optimization"]["stage"]
+        self.choices = decide(config, layout, self.device, self.stage, ranks.rank == 0)
         model = self._build_model(ds_config)
         self.parameters = [OwnedParameter(name=n, parameter=p) for n, p in model.named_parameters()]
         self.deepspeed, *_ = deepspeed.initialize(
@@ -38,12 +40,7 @@ class ZeroEngine(Engine):
         create_moments(self.deepspeed.optimizer)
         if self.stage > 0:
             self._watch_updates()
-        if config.parallel.compile:
-            # Under ZeRO-3 block by block: the head's weight is the embedding's, and compiled code
-            # would not see that DeepSpeed has to gather it there.
-            model = self.deepspeed.module
-            parts = list(model.h) if self.stage == 3 else [model]
-            compile_modules(parts, self.device, ranks.rank == 0)
+        compile_model(model, self.choices.compile, whole_graphs=self.stage < 3)
 
     def _build_model(self, ds_config: dict[str, Any]) -> GPT:
         """The model with its initial weights; under ZeRO-3 no rank ever holds it whole."""

@@ -72,8 +72,8 @@ class Details:
     def __init__(self, config: RunConfig, engine: Engine) -> None:
         self.config = config
         self.norms = Norms(config, engine)
-        # torch.compile does not call hooks that come after it.
-        modules = {} if config.parallel.compile else engine.layers()
+        # Within one graph of the whole model hooks are not called; blocks have theirs outside.
+        modules = {} if engine.choices.compile == "model" else engine.layers()
         self.activations = Activations(engine, modules, layer_names(config))
         self.micro_batches = MicroBatchNorms(engine)
 

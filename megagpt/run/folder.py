@@ -29,14 +29,20 @@ def make_run_folder(config: RunConfig) -> None:
     lock(Path(config.output))
 
 
-def write_run_files(config: RunConfig, layout: Layout, ds_config: dict[str, object]) -> None:
-    """The resolved configuration in the run folder: config.toml, ds_config.json, run.json."""
+def write_run_files(
+    config: RunConfig, layout: Layout, ds_config: dict[str, object], computing: dict[str, object]
+) -> None:
+    """The resolved configuration in the run folder: config.toml, ds_config.json, run.json.
+
+    `computing` is what the engine chose for this device.
+    """
     folder = Path(config.output)
     facts = {
         "command": sys.argv,
         "layout": str(layout),
         "steps": config.schedule.n_steps,
         "versions": versions(),
+        "computing": computing,
     }
     (folder / "config.toml").write_text(dump_run(config), encoding="utf-8")
     (folder / "ds_config.json").write_text(json.dumps(ds_config, indent=2) + "\n")

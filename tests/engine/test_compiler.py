@@ -8,10 +8,18 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from megagpt.engine.compiler import compile_modules, missing_compiler
+from megagpt.config import parse_run
+from megagpt.engine.compiler import compile_model, missing_compiler
+from megagpt.engine.device import decide
 from megagpt.model import GPT
+from megagpt.plan.layout import Layout
 from tests.model.test_model import BANDED, batch, build
 
+RUN = """
+model = "gpt3-125m"
+output = "runs/x"
+data.train = [{ path = "data" }]
+"""
 CPU = torch.device("cpu")
 needs_compiler = pytest.mark.skipif(
     bool(missing_compiler("cpu")), reason="torch.compile needs a C++ compiler"
@@ -38,7 +46,7 @@ def test_a_compiled_model_keeps_what_products_made_and_computes_gelu_again():
     plain, _ = loss_and_kept(model)
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
-    compile_modules([model], CPU, first=True)
+    compile_model(model, "model")
     found, kept = loss_and_kept(model)
     assert found == pytest.approx(plain, rel=1e-6)
     for name, p in model.named_parameters():
@@ -53,12 +61,15 @@ def test_without_a_compiler_one_rank_warns_and_the_model_runs_on(monkeypatch, ca
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     assert missing_compiler("cpu") == "a C++ compiler (g++ or clang++)"
-    model = build(BANDED)
+    config = parse_run(RUN, ["parallel.compile=true"])
     with caplog.at_level(logging.WARNING):
         for first in (True, False, False):
-            compile_modules([model], CPU, first)
+            choices = decide(config, Layout(), CPU, stage=1, first=first)
+            assert choices.compile == "no"
     [record] = caplog.records
     assert "parallel.compile = true, but this host has not a C++ compiler" in record.getMessage()
+    model = build(BANDED)
+    compile_model(model, choices.compile)
     assert loss_and_kept(model)[0] > 0
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import flex_attention
 
 from megagpt.model.kernels import attention
 from megagpt.model.kernels import attention_cpu as tiled
@@ -73,7 +74,8 @@ def test_equals_the_reference_after_a_cache(t, past, band, data):
 def test_flex_attention_equals_the_reference(t, band):
     """The form for CUDA, run here by its own slow interpreter, which is forward only."""
     q, k, v = (x.detach() for x in draw(t, t))
-    ours = attention._flex(q, k, v, band)
+    mask = attention.make_block_mask(t, band, q.device)
+    ours = flex_attention(q, k, v, block_mask=mask)
     torch.testing.assert_close(ours, attend_slowly(q, k, v, band), rtol=0, atol=1e-12)
 
 

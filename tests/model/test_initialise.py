@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import importlib
 import math
 
 import pytest
@@ -9,7 +10,6 @@ import torch
 
 from megagpt.config.presets import PRESETS, ModelConfig
 from megagpt.model import GPT, initial_value, initialise
-from megagpt.model import initialise as initial
 
 GPT2 = ModelConfig(n_layer=6, n_head=4, d_model=128, n_ctx=64, vocab_size=1000)
 BLOCK = {"attn.c_attn": 0.02, "mlp.c_fc": 0.02}
@@ -72,7 +72,9 @@ def test_a_value_depends_on_seed_and_name_alone():
 
 
 def test_blocks_do_not_depend_on_threads(monkeypatch):
-    monkeypatch.setattr(initial, "BLOCK", 1000)
+    # The package names the function; the module of that name holds the constant.
+    module = importlib.import_module("megagpt.model.initialise")
+    monkeypatch.setattr(module, "BLOCK", 1000)
     many = initial_value("wpe.weight", (64, 128), GPT2, 1)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -6,10 +6,15 @@ A banded query i sees the W keys i - W + 1 .. i, itself included (Sparse Transfo
 Dense: scaled_dot_product_attention. Banded: on CUDA flex_attention with a block mask, elsewhere
 scaled_dot_product_attention over blocks of W queries with 2 W keys each; both cost O(T W) time
 and memory. A CPU in bf16 has a faster form for both (`megagpt.model.kernels.attention_cpu`).
+`attention_form` decides, for the model and for the line in the log alike.
 `attend_slowly` is the mask written out, which the tests hold the others against.
 """
 
+import importlib.util
+import os
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,25 +22,64 @@ from torch import Tensor
 
 from megagpt.model.kernels.attention_cpu import attend_tiled
 
+COMPILATIONS = 64
+"""Shapes that flex_attention may be compiled for in one process."""
+
+
+def attention_form(device: str, dtype: torch.dtype, banded: bool, dropout: float) -> str:
+    """Which form computes attention in training on this type of device.
+
+    tiles: this package's own for CPUs; flex: flex_attention; sdpa: scaled_dot_product_attention;
+    blocks: the same over blocks of a band.
+    """
+    if device == "cpu" and dtype == torch.bfloat16 and dropout == 0.0:
+        return "tiles"
+    if not banded:
+        return "sdpa"
+    # flex_attention has no dropout.
+    return "flex" if device == "cuda" and dropout == 0.0 and _flex_fuses() else "blocks"
+
+
+@cache
+def _flex_fuses() -> bool:
+    """Whether flex_attention is one kernel here: it needs Triton, and Dynamo switched on."""
+    dynamo = os.environ.get("TORCHDYNAMO_DISABLE") != "1"
+    return dynamo and importlib.util.find_spec("triton") is not None
+
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, band: int | None = None, dropout: float = 0.0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    band: int | None = None,
+    dropout: float = 0.0,
+    mask: Any = None,
 ) -> Tensor:
     """Causal attention of queries q (B, H, T, E) over k, v (B, H, S, E), T <= S: (B, H, T, E).
 
     The queries are the last T of the S positions, so that a KV cache may hold the earlier ones.
     `band` is W, or None for dense. `dropout` acts on the attention weights; pass 0 to evaluate.
+    `mask` is the band's block mask where flex_attention is to compute it.
     """
     t, s = q.shape[2], k.shape[2]
-    if t == s > 1 and q.dtype == torch.bfloat16 and q.device.type == "cpu" and dropout == 0.0:
+    if t == s > 1 and attention_form(q.device.type, q.dtype, band is not None, dropout) == "tiles":
         return attend_tiled(q, k, v, band)
     if band is None or s <= band:  # the band holds every key: dense
         return _dense(q, k, v, dropout)
     if t < s:
         return _decode(q, k, v, band, dropout)
-    if q.is_cuda and dropout == 0.0:  # flex_attention has no dropout
-        return _flex(q, k, v, band)
+    if mask is not None:
+        return _flex(q, k, v, mask)
     return _blocked(q, k, v, band, dropout)
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
+    """CUDA: one fused kernel that skips the blocks outside the band."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    # Never without the compiler: by itself flex_attention writes out T x T scores in fp32.
+    compiling = torch.compiler.is_compiling()
+    return (flex_attention if compiling else _compiled_flex())(q, k, v, block_mask=mask)
 
 
 def attend_slowly(q: Tensor, k: Tensor, v: Tensor, band: int | None = None) -> Tensor:
@@ -102,28 +146,30 @@ def _fold(x: Tensor, band: int) -> Tensor:
     return x.view(b, h, t // band, band, e).transpose(1, 2).reshape(-1, h, band, e)
 
 
-def _flex(q: Tensor, k: Tensor, v: Tensor, band: int) -> Tensor:
-    """CUDA: one fused kernel that skips the blocks outside the band."""
+@cache
+def _compiled_flex() -> Any:
+    import torch._dynamo.config
     from torch.nn.attention.flex_attention import flex_attention
 
-    mask = _block_mask(q.shape[2], band, str(q.device))
-    if q.is_cuda and not torch.compiler.is_compiling():
-        return _compiled_flex()(q, k, v, block_mask=mask)
-    return flex_attention(q, k, v, block_mask=mask)
+    # Every batch size is a compilation of its own. Beyond the limit Dynamo would fall back to
+    # T x T scores without a word; with fullgraph it raises instead.
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = max(limit, COMPILATIONS)
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
-@cache
-def _compiled_flex():
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=False)
-
-
-@cache
-def _block_mask(t: int, band: int, device: str):
+def make_block_mask(t: int, band: int, device: torch.device) -> Any:
+    """flex_attention's block mask of T positions on themselves, for any batch and heads."""
     from torch.nn.attention.flex_attention import create_block_mask
+
+    return create_block_mask(_seen(band), None, None, t, t, device=str(device))
+
+
+@cache
+def _seen(band: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """One function for each width: compiled code is shared by the layers that share it."""
 
     def seen(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key <= query) & (query - key < band)
 
-    return create_block_mask(seen, None, None, t, t, device=device)
+    return seen
