@@ -18,11 +18,11 @@ from megagpt.errors import MegagptError, Stopped
 from megagpt.health.meter import Meter
 from megagpt.health.replicas import check_replicas
 from megagpt.health.spikes import Recent
-from megagpt.order.loader import TokenLoader, training_loader
+from megagpt.order.loader import TokenLoader, check_vocabulary, training_loader
 from megagpt.plan.layout import Layout
 from megagpt.run.evaluation import Evaluation
 from megagpt.run.folder import open_log, write_run_files
-from megagpt.run.inputs import check_data, check_vocabulary
+from megagpt.run.inputs import check_data
 from megagpt.run.saving import Checkpoints
 from megagpt.run.state import RunState, Step, crossed
 from megagpt.use.samples import write_samples

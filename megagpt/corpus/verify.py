@@ -48,16 +48,25 @@ def verify_shards(folder: Path | str, progress: Progress | None = None) -> list[
     return problems
 
 
-def _check_size(manifest: Manifest, shard: Shard) -> list[str]:
-    path = manifest.bin_path(shard)
+def file_problem(path: Path, size: int | None = None) -> str:
+    """What is wrong with a file that a manifest lists, without reading it; "" for nothing."""
     try:
-        size = path.stat().st_size
-        manifest.index_path(shard).stat()
+        actual = path.stat().st_size
+    except FileNotFoundError:
+        return f"{path}: missing, though the manifest beside it lists it"
     except OSError as error:
-        return [f"{error.filename}: {error.strerror}"]
-    if size != shard.bytes:
-        return [f"{path}: {size} bytes, the manifest says {shard.bytes}"]
-    return []
+        return f"{path}: {error.strerror}"
+    if size not in (None, actual):
+        return f"{path}: has {actual} bytes, the manifest beside it says {size}"
+    return ""
+
+
+def _check_size(manifest: Manifest, shard: Shard) -> list[str]:
+    problems = (
+        file_problem(manifest.bin_path(shard), shard.bytes),
+        file_problem(manifest.index_path(shard)),
+    )
+    return [problem for problem in problems if problem]
 
 
 def _check_digest(path: Path, expected: str, progress: Progress | None) -> list[str]:

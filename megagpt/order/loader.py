@@ -1,8 +1,8 @@
 """From sample numbers to the micro-batches of a data-parallel rank (L1; torch only for tensors).
 
     sample number -> (source, draw)   mixture.py
-    (source, draw) -> window          order.py
-    window -> tokens                  store.py
+    (source, draw) -> window          permutation.py
+    window -> tokens                  windows.py
 
 Each arrow is a pure function of (sources and weights, n_ctx, seed), so the number of samples
 consumed is the whole state of the data: nothing else is saved, and nothing depends on ranks,
@@ -23,7 +23,7 @@ from megagpt.corpus.manifest import Manifest
 from megagpt.errors import UsageError
 from megagpt.order.mixture import Mixture
 from megagpt.order.permutation import shuffle
-from megagpt.order.windows import TokenStore
+from megagpt.order.windows import TokenWindows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Places:
-    """Where a block of samples comes from; three arrays int64 (N,)."""
+class Samples:
+    """A block of samples by where they come from; three arrays int64 (N,)."""
 
     source: np.ndarray
     """Index into TokenLoader.stores."""
@@ -63,7 +63,7 @@ class TokenLoader:
         if not sources:
             raise UsageError("no data to read: list at least one folder with a manifest.json")
         self.n_ctx, self.seed, self.shuffle = n_ctx, seed, shuffle
-        self.stores = [TokenStore(Path(path)) for path, _ in sources]
+        self.stores = [TokenWindows(Path(path)) for path, _ in sources]
         _check(self.stores)
         self._n_windows = [store.n_windows(n_ctx) for store in self.stores]
         keys = [store.fingerprint for store in self.stores]
@@ -108,26 +108,24 @@ class TokenLoader:
         """Windows of all sources together."""
         return sum(self._n_windows)
 
-    def places(self, first: int, count: int) -> Places:
+    def places(self, first: int, count: int) -> Samples:
         """Where samples first ... first + count - 1 come from; reads no tokens."""
         source, draw = self.mixture.assign(first, count)
         window = np.empty_like(draw)
         for i, n in enumerate(self._n_windows):
-            here = np.flatnonzero(source == i)
-            if here.size:
-                window[here] = self._windows(i, n, draw[here])
-        return Places(source, draw, window)
-
-    def _windows(self, source: int, n: int, draws: np.ndarray) -> np.ndarray:
-        if not self.shuffle:
-            return draws % n
-        return shuffle(draws, n, self.seed, self.stores[source].fingerprint)
+            members = np.flatnonzero(source == i)
+            if members.size and self.shuffle:
+                key = self.stores[i].fingerprint
+                window[members] = shuffle(draw[members], n, self.seed, key)
+            elif members.size:
+                window[members] = draw[members] % n
+        return Samples(source, draw, window)
 
     def samples(self, first: int, count: int) -> np.ndarray:
         """Samples first ... first + count - 1: int64 (count, n_ctx + 1)."""
         return self._read(self.places(first, count), np.arange(count)).astype(np.int64)
 
-    def _read(self, places: Places, members: np.ndarray) -> np.ndarray:
+    def _read(self, places: Samples, members: np.ndarray) -> np.ndarray:
         """The tokens of some samples of a block: (len(members), n_ctx + 1), uint16 or int32."""
         source, window = places.source[members], places.window[members]
         if len(self.stores) == 1:
@@ -231,19 +229,45 @@ def training_loader(config: RunConfig) -> TokenLoader:
     return TokenLoader(sources, n_ctx, config.seed, changes=changes)
 
 
-def _check(stores: Sequence[TokenStore]) -> None:
-    """Raise UsageError unless the sources share a tokenizer and differ in what they hold."""
-    for i, store in enumerate(stores):
-        mine, first = store.manifest, stores[0].manifest
-        # An import may not know its tokenizer; its vocabulary must fit at least.
-        known = bool(mine.fingerprint and first.fingerprint)
-        if (known and mine.fingerprint != first.fingerprint) or (
-            (mine.vocab_size, mine.end_of_document) != (first.vocab_size, first.end_of_document)
-        ):
+def check_vocabulary(config: RunConfig, loaders: Sequence[TokenLoader]) -> None:
+    """Raises UsageError when the data's tokens do not fit the model's vocabulary, or were made by
+    another tokenizer than those of the first loader."""
+    first = loaders[0].stores[0].manifest
+    for loader in loaders:
+        manifest = loader.stores[0].manifest
+        if manifest.vocab_size != config.model.vocab_size:
             raise UsageError(
-                f"{store.folder} is tokenized with {_tokenizer(mine)}, but {stores[0].folder} with "
-                f"{_tokenizer(first)}; all sources of a run must share one tokenizer: prepare one "
-                "of them again"
+                f"{manifest.folder}: its tokenizer {manifest.tokenizer!r} has "
+                f"{manifest.vocab_size} tokens, but model.vocab_size = {config.model.vocab_size}; "
+                f"set model.vocab_size = {manifest.vocab_size}, or prepare the corpus with the "
+                "model's tokenizer"
+            )
+        if not _same_tokenizer(manifest, first):
+            raise UsageError(
+                f"{manifest.folder}: its tokenizer {manifest.tokenizer!r} is not that of "
+                f"{first.folder}, {first.tokenizer!r}, though as large; prepare the corpus with "
+                "the tokenizer of the training data"
+            )
+
+
+def _same_tokenizer(one: Manifest, other: Manifest) -> bool:
+    """Whether ids mean the same in both corpora, as far as is known.
+
+    An import may not know its tokenizer; its vocabulary must fit at least.
+    """
+    sizes = {(manifest.vocab_size, manifest.end_of_document) for manifest in (one, other)}
+    return len(sizes) == 1 and len({one.fingerprint, other.fingerprint} - {""}) <= 1
+
+
+def _check(stores: Sequence[TokenWindows]) -> None:
+    """Raises UsageError unless the sources share a tokenizer and differ in what they hold."""
+    first = stores[0].manifest
+    for i, store in enumerate(stores):
+        if not _same_tokenizer(store.manifest, first):
+            raise UsageError(
+                f"{store.folder} is tokenized with {_tokenizer(store.manifest)}, but "
+                f"{first.folder} with {_tokenizer(first)}; all sources of a run must share one "
+                "tokenizer: prepare one of them again"
             )
         for other in stores[:i]:
             if other.fingerprint == store.fingerprint:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from megagpt.config import RunConfig
     from megagpt.order.loader import TokenLoader
-    from megagpt.order.windows import TokenStore
+    from megagpt.order.windows import TokenWindows
 
     Text = Callable[[np.ndarray], str]
 
@@ -78,7 +78,7 @@ def trace(loader: TokenLoader, first: int, count: int) -> Iterator[Sample]:
         )
 
 
-def spans(store: TokenStore, first: int, count: int) -> Iterator[Span]:
+def spans(store: TokenWindows, first: int, count: int) -> Iterator[Span]:
     """The documents of tokens first ... first + count - 1 of a corpus.
 
     Binary search in the memory-mapped index: the cost does not grow with the corpus. Raises
@@ -101,7 +101,7 @@ def spans(store: TokenStore, first: int, count: int) -> Iterator[Span]:
         number += 1
 
 
-def _documents(store: TokenStore, number: int, here: range) -> Iterator[tuple[int, int, int]]:
+def _documents(store: TokenWindows, number: int, here: range) -> Iterator[tuple[int, int, int]]:
     """(number, first token, end) of the documents of a shard that hold tokens of `here`."""
     import numpy as np
 

@@ -21,13 +21,14 @@ from pathlib import Path
 import numpy as np
 
 from megagpt.corpus.manifest import read_manifest
+from megagpt.corpus.verify import file_problem
 from megagpt.errors import DamageError, UsageError
 
 MAX_OPEN = 128
-"""Shards of one store that are open at a time; 1024 descriptors is a common limit of a process."""
+"""Shards of one corpus that are open at a time; 1024 descriptors is a common limit of a process."""
 
 
-class TokenStore:
+class TokenWindows:
     """One corpus: a folder with a manifest. May be read from several threads."""
 
     def __init__(self, folder: Path) -> None:
@@ -38,21 +39,20 @@ class TokenStore:
         shards = self.manifest.shards
         self.paths = [self.manifest.bin_path(shard) for shard in shards]
         for path, shard in zip(self.paths, shards, strict=True):
-            _check_size(path, shard.bytes)
+            if problem := file_problem(path, shard.bytes):
+                raise DamageError(f"{problem}; prepare or copy it again")
         self.ends = np.cumsum([shard.tokens for shard in shards], dtype=np.int64)
         """Tokens of the corpus up to the end of each shard."""
         self._ends: list[int] = self.ends.tolist()
         self.n_tokens = self._ends[-1] if shards else 0
-        self.fingerprint = self._fingerprint()
-        self._files: OrderedDict[int, int] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def _fingerprint(self) -> str:
-        """Hex digest of what the corpus holds, wherever it lies: the checksums of its shards."""
         digest = hashlib.sha256(self.dtype.name.encode())
-        for shard in self.manifest.shards:
+        for shard in shards:
             digest.update(f" {shard.tokens} {shard.sha256}".encode())
-        return digest.hexdigest()
+        self.fingerprint = digest.hexdigest()
+        """Names what the corpus holds, wherever it lies: the checksums of its shards."""
+        self._files: OrderedDict[int, int] = OrderedDict()
+        """Descriptors of open shards by number, the one opened first in front."""
+        self._lock = threading.Lock()
 
     def n_windows(self, n_ctx: int) -> int:
         """Whole windows of n_ctx + 1 tokens. Raises UsageError when there is none."""
@@ -107,26 +107,20 @@ class TokenStore:
 
     def _read_shard(self, shard: int, offset: int, out: memoryview) -> None:
         """Fill `out` with the bytes of one shard from `offset` on."""
-        file = self._files.get(shard)
-        if file is None:
-            file = self._open(shard)
+        if shard not in self._files:
+            if len(self._files) >= MAX_OPEN:
+                os.close(self._files.popitem(last=False)[1])
+            self._files[shard] = os.open(self.paths[shard], os.O_RDONLY)
         done = 0
         while done < len(out):
-            got = os.preadv(file, [out[done:]], offset + done)
-            if got == 0:
+            size = os.preadv(self._files[shard], [out[done:]], offset + done)
+            if size == 0:
                 raise DamageError(
                     f"{self.paths[shard]}: ends at byte {offset + done}, before its "
                     f"{self.manifest.shards[shard].bytes} bytes; it was cut short after it was "
                     "opened. Prepare or copy it again"
                 )
-            done += got
-
-    def _open(self, shard: int) -> int:
-        """Open a shard for reading; the one opened first is closed when there are too many."""
-        if len(self._files) >= MAX_OPEN:
-            os.close(self._files.popitem(last=False)[1])
-        file = self._files[shard] = os.open(self.paths[shard], os.O_RDONLY)
-        return file
+            done += size
 
     def close(self) -> None:
         """Close the shards; reading opens them again."""
@@ -136,18 +130,3 @@ class TokenStore:
     def __del__(self) -> None:
         if hasattr(self, "_files"):
             self.close()
-
-
-def _check_size(path: Path, expected: int) -> None:
-    """Raise DamageError unless the file has the size that its manifest says."""
-    try:
-        size = path.stat().st_size
-    except FileNotFoundError:
-        raise DamageError(
-            f"{path}: missing, though the manifest beside it lists it; prepare or copy it again"
-        ) from None
-    if size != expected:
-        raise DamageError(
-            f"{path}: has {size} bytes, the manifest beside it says {expected}; prepare or copy it "
-            "again"
-        )

@@ -12,7 +12,7 @@ from megagpt.config import RunConfig
 from megagpt.corpus.manifest import Manifest, Shard
 from megagpt.corpus.verify import verify_files
 from megagpt.engine import Engine
-from megagpt.errors import DamageError, UsageError
+from megagpt.errors import DamageError
 from megagpt.files import write_file
 from megagpt.order.loader import TokenLoader
 
@@ -44,28 +44,6 @@ def check_data(
         )
     if engine.ranks.rank == 0 and unknown:
         write_file(run / MEMORY, json.dumps(sorted(_state(m, s) for m, s in shards)) + "\n")
-
-
-def check_vocabulary(config: RunConfig, loaders: Sequence[TokenLoader]) -> None:
-    """Raises UsageError when the data's tokens do not fit the model's vocabulary, or were made by
-    another tokenizer than those of the first loader."""
-    first = loaders[0].stores[0].manifest
-    for loader in loaders:
-        store = loader.stores[0]
-        if loader.vocab_size != config.model.vocab_size:
-            raise UsageError(
-                f"{store.folder}: its tokenizer {loader.tokenizer_name!r} has "
-                f"{loader.vocab_size} tokens, but model.vocab_size = {config.model.vocab_size}; "
-                f"set model.vocab_size = {loader.vocab_size}, or prepare the corpus with the "
-                "model's tokenizer"
-            )
-        # An import may not know its tokenizer.
-        if len({store.manifest.fingerprint, first.fingerprint} - {""}) > 1:
-            raise UsageError(
-                f"{store.folder}: its tokenizer {loader.tokenizer_name!r} is not that of "
-                f"{first.folder}, {loaders[0].tokenizer_name!r}, though as large; prepare the "
-                "corpus with the tokenizer of the training data"
-            )
 
 
 def evaluation_samples(config: RunConfig, n_windows: int) -> int:

@@ -20,7 +20,7 @@ from megagpt.corpus.verify import verify_files
 from megagpt.errors import DamageError, UsageError
 from megagpt.log.units import duration
 from megagpt.order.loader import TokenLoader
-from megagpt.order.windows import TokenStore
+from megagpt.order.windows import TokenWindows
 from megagpt.tokenizer import fingerprint
 from megagpt.use.tally import Result, Tally
 
@@ -154,7 +154,7 @@ def _check_options(options: Options, n_ctx: int) -> None:
         )
 
 
-def _check_corpus(store: TokenStore, encoding: "tiktoken.Encoding", vocab_size: int) -> None:
+def _check_corpus(store: TokenWindows, encoding: "tiktoken.Encoding", vocab_size: int) -> None:
     """Raises UsageError for another tokenizer than the model's, DamageError for damaged shards."""
     manifest = store.manifest
     # An import may not know its tokenizer; its vocabulary must fit at least.

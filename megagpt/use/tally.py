@@ -15,7 +15,7 @@ from megagpt.errors import DamageError
 if TYPE_CHECKING:
     import tiktoken
 
-    from megagpt.order.windows import TokenStore
+    from megagpt.order.windows import TokenWindows
 
 CONFIDENCE = 0.95
 """Of the intervals."""
@@ -60,7 +60,7 @@ class Result:
 class Tally:
     """What was scored, by document: nats, tokens and bytes, each (documents,)."""
 
-    def __init__(self, store: "TokenStore", encoding: "tiktoken.Encoding") -> None:
+    def __init__(self, store: "TokenWindows", encoding: "tiktoken.Encoding") -> None:
         """Raises DamageError when the index tells of other documents than the shards hold."""
         self.store = store
         self.ends = np.cumsum(document_sizes(store.manifest))

@@ -68,8 +68,8 @@ def test_missing_short_and_strange_files(manifest: Manifest) -> None:
         "web_00009.bin", "web_00000.idx", "web_00001.bin",
     ]  # fmt: skip
     assert "not in the manifest" in problems[0]
-    assert "No such file" in problems[1]
-    assert "2 bytes, the manifest says 42" in problems[2]
+    assert "missing, though the manifest beside it lists it" in problems[1]
+    assert "has 2 bytes, the manifest beside it says 42" in problems[2]
 
 
 def test_content_that_its_checksums_approve(manifest: Manifest) -> None:

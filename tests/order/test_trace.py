@@ -15,7 +15,7 @@ from megagpt.corpus.shards import HEADER, MAGIC, index_bytes
 from megagpt.errors import DamageError, UsageError
 from megagpt.order.loader import TokenLoader
 from megagpt.order.trace import add_parser, spans, trace
-from megagpt.order.windows import TokenStore
+from megagpt.order.windows import TokenWindows
 from megagpt.tokenizer import fingerprint, load_tokenizer
 from tests.order.test_windows import END, random_documents, write_corpus
 
@@ -81,7 +81,7 @@ def test_spans_are_the_documents(
     first = data.draw(st.integers(0, n_tokens - 1))
     count = data.draw(st.integers(1, n_tokens - first))
     at, last = 0, -1
-    for span in spans(TokenStore(folder), first, count):
+    for span in spans(TokenWindows(folder), first, count):
         assert span.start == at and span.tokens > 0 and span.document > last
         whole = [*documents[span.document], END]
         part = whole[span.offset : span.offset + span.tokens]
@@ -110,8 +110,8 @@ def test_documents_of_several_sequences(tmp_path: Path) -> None:
             shards=(Shard("s", 8, 3, 16, "0" * 64, "0" * 64),),
         )
     )
-    assert list(spans(TokenStore(tmp_path), 0, 8)) == [(0, 0, 0, 5), (2, 0, 5, 3)]
-    assert list(spans(TokenStore(tmp_path), 4, 3)) == [(0, 4, 0, 1), (2, 0, 1, 2)]
+    assert list(spans(TokenWindows(tmp_path), 0, 8)) == [(0, 0, 0, 5), (2, 0, 5, 3)]
+    assert list(spans(TokenWindows(tmp_path), 4, 3)) == [(0, 4, 0, 1), (2, 0, 1, 2)]
 
 
 def test_trace_is_what_the_loader_gives(run_file: Path, tmp_path: Path) -> None:
@@ -201,4 +201,4 @@ def test_an_index_that_does_not_fit_is_named(tmp_path: Path) -> None:
     with pytest.raises(
         DamageError, match=r"c_00000.idx: tells of no document at token 20 .* has 50"
     ):
-        list(spans(TokenStore(tmp_path / "c"), 20, 5))
+        list(spans(TokenWindows(tmp_path / "c"), 20, 5))

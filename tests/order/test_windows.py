@@ -12,7 +12,7 @@ import megagpt.order.windows as store_module
 from megagpt.corpus.manifest import Manifest, read_manifest, write_manifest
 from megagpt.corpus.writer import ShardWriter
 from megagpt.errors import DamageError, UsageError
-from megagpt.order.windows import TokenStore
+from megagpt.order.windows import TokenWindows
 
 END = 256
 
@@ -55,7 +55,7 @@ def random_documents(seed: int, n_tokens: int, longest: int = 30) -> list[list[i
 
 def test_sixteen_tokens_by_hand(tmp_path: Path) -> None:
     write_corpus(tmp_path / "c", [[1, 2, 3], [], [5, 6, 7, 8, 9], [10, 11, 12, 13]], shard_tokens=6)
-    store = TokenStore(tmp_path / "c")
+    store = TokenWindows(tmp_path / "c")
     # 1 2 3 E E | 5 6 7 8 9 E | 10 11 12 13 E: three shards, 16 tokens
     assert store.ends.tolist() == [5, 11, 16]
     assert store.n_windows(4) == 3
@@ -100,7 +100,7 @@ def test_each_token_is_a_target_once(
     folder = tmp_path_factory.mktemp("c") / "corpus"
     size = 70_000 if wide else 257
     tokens = write_corpus(folder, random_documents(seed, n_tokens), shard_tokens, size)
-    store = TokenStore(folder)
+    store = TokenWindows(folder)
     assert store.dtype == (np.int32 if wide else np.uint16)
     if n_tokens <= n_ctx:
         with pytest.raises(UsageError, match="do not fill one window"):
@@ -117,7 +117,7 @@ def test_each_token_is_a_target_once(
 def test_many_shards_need_few_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_module, "MAX_OPEN", 3)
     tokens = write_corpus(tmp_path / "c", random_documents(1, 500), shard_tokens=20)
-    store = TokenStore(tmp_path / "c")
+    store = TokenWindows(tmp_path / "c")
     order = np.random.default_rng(0).permutation(store.n_windows(7))
     for _ in range(2):
         windows = store.windows(order, 7)
@@ -132,7 +132,7 @@ def test_the_fingerprint_is_of_the_content(tmp_path: Path) -> None:
     write_corpus(tmp_path / "a", documents)
     write_corpus(tmp_path / "elsewhere" / "b", documents)
     write_corpus(tmp_path / "c", [*documents[:-1], [*documents[-1], 7]])
-    a, b, c = (TokenStore(tmp_path / p).fingerprint for p in ("a", "elsewhere/b", "c"))
+    a, b, c = (TokenWindows(tmp_path / p).fingerprint for p in ("a", "elsewhere/b", "c"))
     # The shards of a and b have different names and the same bytes.
     assert a == b != c
 
@@ -144,15 +144,15 @@ def test_a_shard_of_the_wrong_size_is_named(tmp_path: Path) -> None:
     path.write_bytes(content[:-2])
     message = rf"c_00001.bin: has {len(content) - 2} bytes, the manifest beside it says"
     with pytest.raises(DamageError, match=message):
-        TokenStore(tmp_path / "c")
+        TokenWindows(tmp_path / "c")
     path.unlink()
     with pytest.raises(DamageError, match=r"c_00001.bin: missing, though the manifest"):
-        TokenStore(tmp_path / "c")
+        TokenWindows(tmp_path / "c")
 
 
 def test_a_shard_cut_short_while_open_is_named(tmp_path: Path) -> None:
     write_corpus(tmp_path / "c", random_documents(1, 200), shard_tokens=100)
-    store = TokenStore(tmp_path / "c")
+    store = TokenWindows(tmp_path / "c")
     path = tmp_path / "c" / "c_00000.bin"
     path.write_bytes(path.read_bytes()[:10])
     with pytest.raises(DamageError, match=r"c_00000.bin: ends at byte 10, before its .* cut short"):
@@ -167,7 +167,7 @@ def test_a_token_outside_the_vocabulary_is_never_given_out(
     dtype = read_manifest(tmp_path / "c").dtype
     tokens[23] = token
     (tmp_path / "c" / "c_00000.bin").write_bytes(tokens.astype(dtype).tobytes())
-    store = TokenStore(tmp_path / "c")
+    store = TokenWindows(tmp_path / "c")
     store.window(0, 10)
     message = rf"token number 23 is {token}, outside the vocabulary of {vocab_size}.*data verify"
     with pytest.raises(DamageError, match=message):

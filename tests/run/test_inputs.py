@@ -11,10 +11,10 @@ import pytest
 from megagpt.config import RunConfig, load_run
 from megagpt.engine import Engine, Ranks, build_engine
 from megagpt.errors import DamageError, UsageError
-from megagpt.order.loader import TokenLoader
+from megagpt.order.loader import TokenLoader, check_vocabulary
 from megagpt.plan.ds_config import read_ds_config, resolve
 from megagpt.plan.layout import Layout
-from megagpt.run.inputs import MEMORY, check_data, check_vocabulary, evaluation_samples
+from megagpt.run.inputs import MEMORY, check_data, evaluation_samples
 from tests.lib.corpus import run_file
 from tests.lib.distributed import group_of_one
 

@@ -13,7 +13,7 @@ from megagpt.config import RunConfig
 from megagpt.corpus.verify import verify_shards
 from megagpt.errors import MegagptError, UsageError
 from megagpt.order.loader import TokenLoader, training_loader
-from megagpt.order.windows import TokenStore
+from megagpt.order.windows import TokenWindows
 from megagpt.plan.ds_config import read_ds_config, resolve
 from megagpt.plan.layout import layout_of, spans_hosts
 from megagpt.plan.memory import checkpoint_bytes, checkpoints_kept
@@ -65,7 +65,7 @@ def check_shards(config: RunConfig, full: bool) -> Iterator[Check]:
         yield from checks
 
 
-def _check_vocabulary(config: RunConfig, store: TokenStore) -> Check | None:
+def _check_vocabulary(config: RunConfig, store: TokenWindows) -> Check | None:
     held = store.manifest.vocab_size
     if held == config.model.vocab_size:
         return None
@@ -78,7 +78,7 @@ def _check_vocabulary(config: RunConfig, store: TokenStore) -> Check | None:
     )
 
 
-def _check_folder(store: TokenStore, full: bool) -> Check:
+def _check_folder(store: TokenWindows, full: bool) -> Check:
     """The files of a folder against its manifest: their sizes, or with `full` every byte."""
     folder, manifest = store.folder, store.manifest
     if full:
