@@ -13,6 +13,7 @@ PINS = [
     for line in (HERE / "requirements.txt").read_text().split("# tests and linters")[0].splitlines()
     if line.strip() and not line.startswith("#")
 ]
+SHIPPED = ["megagpt.ds_configs", "megagpt.launch", "megagpt.data_prep"]
 
 setup(
     name="megagpt",
@@ -23,8 +24,13 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.11",
-    packages=find_packages(include=["megagpt", "megagpt.*"]),
+    # What lies beside the package in the repository travels inside it: megagpt.files.shipped()
+    # finds it in both.
+    packages=[*find_packages(include=["megagpt", "megagpt.*"]), *SHIPPED],
+    package_dir={name: name.removeprefix("megagpt.") for name in SHIPPED},
     package_data={
+        "megagpt.ds_configs": ["*.json"],
+        "megagpt.launch": ["*.sh", "*.sbatch", "runs/*.toml"],
         "megagpt.report": ["*.css", "*.html", "*.js", "uplot/*"],
         "megagpt.tokenizer": ["*.bpe", "LICENSE*"],
     },

@@ -20,6 +20,14 @@ _BUSY = (BlockingIOError, PermissionError)
 """What POSIX raises for a lock that another process holds."""
 
 
+def shipped(name: str) -> Path:
+    """The folder `ds_configs` or `launch`: beside the package in a checkout, inside it once
+    installed."""
+    package = Path(__file__).resolve().parent
+    inside = package / name
+    return inside if inside.is_dir() else package.parent / name
+
+
 def file_sha256(path: Path, progress: Callable[[int], None] | None = None) -> str:
     """sha256 of a file in hex; `progress` is told the bytes of every block."""
     digest = hashlib.sha256()

@@ -14,10 +14,11 @@ from typing import Any
 
 from megagpt.config import RunConfig
 from megagpt.errors import UsageError
+from megagpt.files import shipped
 from megagpt.plan.layout import Layout, accumulation_steps, layout_problems
 
-FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
-"""The project's own files, beside the package."""
+FOLDER = shipped("ds_configs")
+"""The project's own files."""
 
 
 def read_ds_config(name: str) -> dict[str, Any]:
