@@ -170,9 +170,9 @@ def predicted_training(row: Training, card: roofline.Card) -> float | None:
     suffix = row.name.removeprefix(row.size).removeprefix("-")
     if suffix and suffix not in known:
         return None
-    forms = dataclasses.replace(
-        roofline.AFTER, compiled=suffix != "eager", recompute=suffix == "recompute"
-    )
+    # Under ZeRO-3 nothing is compiled: its hooks would cut each block into many graphs.
+    compiled = suffix not in ("eager", "zero3")
+    forms = dataclasses.replace(roofline.AFTER, compiled=compiled, recompute=suffix == "recompute")
     return roofline.predict(preset(row.size), row.micro_batch, forms, card, MICRO_BATCHES).mfu
 
 

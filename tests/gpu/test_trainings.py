@@ -7,12 +7,13 @@ import pytest
 
 from tests.lib.corpus import run_file
 from tests.lib.distributed import (
+    command,
     digest_of_weights,
     exact,
-    finish,
     free_port,
     kill_all,
     launch,
+    run_together,
     start,
     steps,
     trained,
@@ -107,17 +108,14 @@ def test_memory_of_the_gpu_stays_flat(device, tmp_path):
             assert max(settled) <= settled[0] * 1.01, key
 
 
-def test_one_visible_gpu_and_a_later_local_rank(device, tmp_path, monkeypatch):
+def test_one_visible_gpu_and_a_later_local_rank(device, tmp_path):
     """As `srun --gpus-per-task=1` starts the fourth task of a host, here the only one."""
-    monkeypatch.setattr("tests.lib.distributed.LAUNCH_VARIABLES", ())
     marks = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4"}
     marks |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     if device == "cuda":
         marks["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    for name, value in marks.items():
-        monkeypatch.setenv(name, value)
-    file = small(tmp_path, device, 3)
-    done = finish(start(file, 1, launcher="python"), 85)
+    train = command(small(tmp_path, device, 3), 1, launcher="python")
+    done = run_together(["env", *(f"{k}={v}" for k, v in marks.items()), *train], 85)
     assert done.returncode == 0, done.stderr
     assert len(steps(tmp_path / "run")) == 3
 
