@@ -158,10 +158,20 @@ def trainings(results: Results) -> str:
                 giga(r.get("peak_bytes")),
                 number(r.get("first_step_s"), ".1f"),
                 f"{r['first_loss']:.2f} to {r['last_loss']:.2f}" if "last_loss" in r else None,
+                computing(r.get("computing")),
             )
         )
     head = "training|sequences|predicted MFU|MFU|tokens/s|step ms|forward / backward / optimizer"
-    return lines(f"{head}|peak GB|first step s|loss", rows)
+    return lines(f"{head}|peak GB|first step s|loss|computed by", rows)
+
+
+def computing(chosen: dict[str, Any] | None) -> str | None:
+    """What run.json says of kernels and compiler, and what it warns of."""
+    if not chosen:
+        return None
+    kernels = [f"{layer} {form}" for layer, form in chosen["attention"].items()]
+    words = [*kernels, f"loss {chosen['loss']}", f"compile {chosen['compile']}"]
+    return ", ".join([*words, *(f"slow: {reason}" for reason in chosen["slow"])])
 
 
 def predicted_training(row: Training, card: roofline.Card) -> float | None:

@@ -5,6 +5,7 @@
 The run is ended once its steps are recorded: the checkpoint at its end would take longer than they.
 """
 
+import json
 import os
 import shutil
 import statistics
@@ -76,8 +77,11 @@ def main(name: str) -> None:
     kill_all(process)
     print(*process.communicate(), sep="\n")
     found = steps(run)
+    chosen = run / "run.json"
+    computing = json.loads(chosen.read_text()).get("computing") if chosen.exists() else None
     shutil.rmtree(run, ignore_errors=True)
-    record("train", name=training.name, steps=len(found), **summary(found))
+    facts = {"steps": len(found), "computing": computing, **summary(found)}
+    record("train", name=training.name, **facts)
     if not found:
         sys.exit(f"{name}: no step")
 

@@ -125,6 +125,16 @@ def test_a_table_of_measured_values():
             "largest_loss_difference": 2.5e-4,
             "weights_equal": False,
         },
+        {
+            "kind": "train",
+            "name": "350m",
+            "computing": {
+                "attention": {"dense": "sdpa cudnn", "banded": "flex"},
+                "loss": "triton",
+                "compile": "blocks",
+                "slow": ["something"],
+            },
+        },
         {"kind": "item", "item": "tests", "code": "limit", "s": 110.0},
         {"kind": "item", "item": "train.350m", "code": None, "s": 0.0},
     ]
@@ -134,6 +144,9 @@ def test_a_table_of_measured_values():
     (row,) = (line for line in table.splitlines() if line.startswith("| 125m | dense | ours |"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[5:] == ["41.0%", "65.0", "20.0", "32", "32", "44.0%", "540,000", "20.0"]
+    assert (
+        "| dense sdpa cudnn, banded flex, loss triton, compile blocks, slow: something |" in table
+    )
     assert "|  | differs from step 7, loss by up to 2.5e-04 |" in table
     assert "| tests | ended at its limit | 110 |" in table
     assert "| train.350m | not started: no time left | 0 |" in table
