@@ -12,6 +12,7 @@ behind its newest, and the same steps would have been the same points.
 
 import html
 import importlib.util
+import logging
 import os
 import platform
 import secrets
@@ -24,6 +25,7 @@ from typing import Any, Protocol
 from megagpt.errors import UsageError
 from megagpt.log.tags import FIRST_SCREEN
 
+log = logging.getLogger(__name__)
 _EVENTS = "events.out.tfevents."
 WANDB_ID = "wandb_id"
 """File of the run folder that names the run on the server, so that resuming goes on with it."""
@@ -154,3 +156,22 @@ class Wandb:
     def close(self) -> None:
         """Hand in what is not sent yet."""
         self._run.finish()
+
+
+def open_boards(folder: Path, tensorboard: bool, wandb: str, resume_tokens: int) -> list[Board]:
+    """The boards of the run in `folder`; wandb: its project, "" for none.
+
+    Raises UsageError where wandb refuses a run that begins; one that goes on does not end because
+    of a board.
+    """
+    boards: list[Board] = []
+    if tensorboard:
+        boards.append(TensorBoard(folder / "tensorboard", resume_tokens=resume_tokens))
+    if wandb:
+        try:
+            boards.append(Wandb(folder, wandb, resume_tokens=resume_tokens))
+        except UsageError as error:
+            if not resume_tokens:
+                raise
+            log.warning("going on without wandb: %s", error)
+    return boards

@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,29 +20,31 @@ NAME = "metrics.jsonl"
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
+def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    """The value in JSON's own containers, every number and text in it changed."""
+    if isinstance(value, Mapping):
+        return {str(key): _mapped(item, change) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_mapped(item, change) for item in value]
+    return change(value)
+
+
 def plain(value: Any) -> Any:
     """The value in JSON's own types; scalars of numpy and torch become Python's."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    return value.item() if hasattr(value, "item") else value
+    return _mapped(value, lambda leaf: leaf.item() if hasattr(leaf, "item") else leaf)
 
 
-def _finite(value: Any) -> Any:
-    """The plain value with strings for the floats that JSON lacks."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
-    return value
+def _named(leaf: Any) -> Any:
+    """A float that JSON lacks by its name."""
+    if isinstance(leaf, float) and not math.isfinite(leaf):
+        return "NaN" if math.isnan(leaf) else ("Infinity" if leaf > 0 else "-Infinity")
+    return leaf
 
 
 def encode(record: Mapping[str, Any]) -> bytes:
     """One line, newline included."""
-    return json.dumps(_finite(plain(record)), allow_nan=False, default=str).encode() + b"\n"
+    named = _mapped(plain(record), _named)
+    return json.dumps(named, allow_nan=False, default=str).encode() + b"\n"
 
 
 def decode(line: bytes) -> dict[str, Any]:
@@ -97,23 +99,25 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     return records
 
 
-def cut(path: Path, resume_step: int) -> list[dict[str, Any]]:
-    """Drop from the file the lines of steps after `resume_step`, and return them.
+def cut(path: Path, resume_step: int) -> tuple[list[dict[str, Any]], float | None]:
+    """Drop from the file the lines of steps after `resume_step`; (what was dropped, the time of
+    the last whole line in seconds since 1970, None where there is none).
 
     At 0 the run begins anew, and its first evaluation goes too: it is made again. Events stay,
     whatever their step: they are the run's history. Broken lines go. The file is replaced in one
     rename, and left untouched when nothing has to go.
     """
     dropped: list[dict[str, Any]] = []
-    broken = 0
+    broken, last_time = 0, None
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as out:
         for _, line, record in _lines(path):
             if record is None:
                 broken += 1
-            elif "event" not in record and (
-                resume_step == 0 or record.get("step", 0) > resume_step
-            ):
+                continue
+            last_time = record.get("time", last_time)
+            after = resume_step == 0 or record.get("step", 0) > resume_step
+            if "event" not in record and after:
                 dropped.append(record)
             else:
                 out.write(line)
@@ -125,7 +129,7 @@ def cut(path: Path, resume_step: int) -> list[dict[str, Any]]:
         os.replace(temporary, path)
     else:
         temporary.unlink()
-    return dropped
+    return dropped, last_time
 
 
 class MetricsFile:

@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megagpt.errors import UsageError
-from megagpt.log.boards import Board, TensorBoard, Wandb
+from megagpt.log.boards import Board, open_boards
 from megagpt.log.console import Console, logger, open_console
 from megagpt.log.environment import environment
 from megagpt.log.eta import Eta
@@ -60,27 +59,12 @@ class RunLog:
         path = self.folder / NAME
         kind, facts = "start", {}
         if path.exists() and path.stat().st_size > 0:
-            last_time = _last_time(path)
-            dropped = cut(path, self.resume_step)
-            kind, facts = "resume", _cost(dropped, last_time, self.resume_tokens)
+            kind, facts = "resume", _cost(*cut(path, self.resume_step), self.resume_tokens)
         self._metrics = MetricsFile(path)
-        if self.tensorboard:
-            folder = self.folder / "tensorboard"
-            self._boards.append(TensorBoard(folder, resume_tokens=self.resume_tokens))
-        if self.wandb:
-            self._open_wandb()
+        self._boards = open_boards(self.folder, self.tensorboard, self.wandb, self.resume_tokens)
         self._console = open_console(self.console, self._eta, self.resume_tokens, self.every_steps)
         self.event(kind, **facts)
         self._describe()
-
-    def _open_wandb(self) -> None:
-        """Refuses a run that begins; one that goes on does not end because of a board."""
-        try:
-            self._boards.append(Wandb(self.folder, self.wandb, resume_tokens=self.resume_tokens))
-        except UsageError as error:
-            if not self.resume_tokens:
-                raise
-            logger.warning("going on without wandb: %s", error)
 
     def _describe(self) -> None:
         """Configuration and environment, as texts."""
@@ -182,19 +166,6 @@ def _step_s(record: Mapping[str, Any]) -> float:
         return float(record["step_s"])
     speed = float(record.get("tokens_per_s") or 0.0)
     return float(record.get("batch_tokens") or 0) / speed if speed else 0.0
-
-
-def _last_time(path: Path) -> float | None:
-    """Wall time of the last whole line, None where there is none."""
-    with path.open("rb") as file:
-        # Two lines from the end are enough: at most one is broken. A line has some hundred bytes.
-        file.seek(max(0, path.stat().st_size - 65_536))
-        for line in reversed(file.readlines()):
-            try:
-                return float(decode(line)["time"])
-            except (ValueError, KeyError):
-                continue
-    return None
 
 
 def _cost(

@@ -167,7 +167,7 @@ def test_decode_refuses_what_is_not_an_object():
 def test_cutting_goes_on_past_damage(tmp_path, caplog):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n\0\0\n{"step": 2}\n{"event": "x", "step": 9}\n{"st')
-    assert cut(path, 1) == [{"step": 2}]
+    assert cut(path, 1) == ([{"step": 2}], None)
     assert path.read_bytes() == b'{"step": 1}\n{"event": "x", "step": 9}\n'
     assert "dropped 2 broken lines" in caplog.text
 
