@@ -4,8 +4,8 @@
     python benchmarks/monitoring.py meter [--steps 40] [--run RUN.toml] [section.key=value ...]
 
 record: writes a run with the figures that the trainer reports to a temporary folder; microseconds
-that a step waits for its record (median and 99th percentile), bytes written, and the shortest step
-of which the median is under 1%. meter: trains for real in one process, every second step with a
+that a step waits for its record (median and 99th percentile), CPU time of a step, which other
+programs do not change, bytes written, and the shortest step of which the wait is under 1%. meter: trains for real in one process, every second step with a
 closer look; what the meter takes of every step and what a closer look adds to one, in CPU time of
 the process, which other programs on the machine do not change. It needs the run's data (make
 quickstart prepares data/python-stdlib).
@@ -61,8 +61,10 @@ def record(step: int, sources: int, layers: int) -> dict:
     return plain | {"norms": norms, "activations": activations, "noise_scale_tokens": 1.2e6 + step}
 
 
-def measure(folder: Path, args: argparse.Namespace, **options: object) -> tuple[list[float], int]:
-    """(seconds of each call of step, bytes written)."""
+def measure(
+    folder: Path, args: argparse.Namespace, **options: object
+) -> tuple[list[float], float, int]:
+    """(seconds of each call of step, CPU seconds of the median one, bytes written)."""
     log = RunLog(
         folder,
         total_tokens=args.steps * 524_288,
@@ -71,14 +73,16 @@ def measure(folder: Path, args: argparse.Namespace, **options: object) -> tuple[
         batch=lambda tokens: 524_288,
         **options,
     )
-    elapsed_s = []
+    elapsed_s, cpu_s = [], []
     for step in range(1, args.steps + 1):
         line = record(step, args.sources, args.layers)
-        t0 = time.perf_counter()
+        t0, cpu0 = time.perf_counter(), time.process_time()
         log.step(line)
         elapsed_s.append(time.perf_counter() - t0)
+        cpu_s.append(time.process_time() - cpu0)
     log.close()
-    return elapsed_s, sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return elapsed_s, statistics.median(cpu_s), size
 
 
 def records(args: argparse.Namespace) -> None:
@@ -90,16 +94,16 @@ def records(args: argparse.Namespace) -> None:
         ("and the bar, no lines", {"console": "bar"}),
         ("not the writing rank", {"writer": False}),
     ]
-    print("| record | median us | 99% us | bytes a step | under 1% of steps over |")
-    print("|---|---|---|---|---|")
+    print("| record | median us | 99% us | CPU us | bytes a step | under 1% of steps over |")
+    print("|---|---|---|---|---|---|")
     for name, options in rows:
         with tempfile.TemporaryDirectory() as folder:
-            elapsed_s, size = measure(Path(folder), args, **options)
+            elapsed_s, cpu_s, size = measure(Path(folder), args, **options)
         median = statistics.median(elapsed_s)
         worst = statistics.quantiles(elapsed_s, n=100)[98]
         print(
-            f"| {name} | {1e6 * median:.0f} | {1e6 * worst:.0f} | {size / args.steps:.0f} "
-            f"| {1e5 * median:.1f} ms |",
+            f"| {name} | {1e6 * median:.0f} | {1e6 * worst:.0f} | {1e6 * cpu_s:.0f} "
+            f"| {size / args.steps:.0f} | {1e5 * median:.1f} ms |",
             flush=True,
         )
 

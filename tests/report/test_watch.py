@@ -19,8 +19,9 @@ from rich.console import Console
 from megagpt.errors import UsageError
 from megagpt.log.metrics import cut, encode
 from megagpt.report import watch
+from megagpt.report.dashboard import alerts, binned, finished, frame, seconds_left
 from megagpt.report.series import Run, read_facts, read_run
-from megagpt.report.watch import Follower, alerts, binned, finished, frame, seconds_left
+from megagpt.report.watch import Follower
 from tests.report.test_report import make_run
 
 ROOT = Path(__file__).resolve().parents[2]
