@@ -19,7 +19,7 @@ from megagpt.health.meter import Meter
 from megagpt.health.replicas import check_replicas
 from megagpt.health.spikes import Recent
 from megagpt.order.loader import TokenLoader, check_vocabulary, training_loader
-from megagpt.plan.layout import Layout
+from megagpt.plan.layout import Layout, micro_batch_of
 from megagpt.run.evaluation import Evaluation
 from megagpt.run.folder import open_log, write_run_files
 from megagpt.run.inputs import check_data
@@ -117,12 +117,12 @@ class Trainer:
             skips = _always
         elif self.config.optimizer.spike_action == "skip":
             skips = self._spikes
-        return self.engine.train_step(batches, step.lr, run.step, skips)
+        return self.engine.train_step(batches, step.lr, run.step, skips, step.n_samples)
 
     def _share(self, step: Step) -> tuple[int, int, int, int, int]:
         """The loader's arguments for this rank's samples of a step."""
         rank = self.layout.data_rank(self.ranks.rank)
-        micro_batch = self.config.parallel.micro_batch
+        micro_batch = micro_batch_of(self.config, self.layout, step.batch_tokens)
         return step.first_sample, step.n_samples, rank, self.layout.data, micro_batch
 
     def _spikes(self, loss: float, norm: float) -> bool:

@@ -3,7 +3,8 @@
 A miniature of the run (few layers, narrow, short context; its data, pattern of attention,
 optimizer and seed) is trained in one process, then under ZeRO 0-3, offload, pipeline and tensor
 splits, by real processes on this machine. Losses and gradient norms must agree at every step of a
-ramp that changes the batch several times, with clipping, weight decay and tied embeddings on.
+ramp that changes the batch and the micro-batch several times and leaves some ranks idle, with
+clipping, weight decay and tied embeddings on.
 """
 
 import argparse
@@ -27,7 +28,11 @@ log = logging.getLogger(__name__)
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 2e-2}
 """Largest relative difference of a loss that is rounding. Of a gradient norm it is ten times that:
 DeepSpeed adds up the squares of each rank's stretch in fp32, so the cut shows a little."""
-MICRO_BATCH = 2
+SEQUENCES = 6
+"""Of the first batch, by which it grows to four times as many. Two data ranks share each batch, in
+micro-batches of 3 or 4; four ranks cannot share the first and the third."""
+MICRO_BATCH = 4
+"""Sequences at most; the reference takes one after another."""
 PEAK_LR = 1e-3
 """Largest peak learning rate of the miniature: near instability rounding grows without bound."""
 
@@ -49,6 +54,7 @@ CASES = (
     Case("ZeRO-1 x2", 2, "zero1"),
     Case("ZeRO-2 x2", 2, "zero2"),
     Case("ZeRO-3 x2", 2, "zero3"),
+    Case("ZeRO-1 x4", 4, "zero1"),
     Case("ZeRO-3 offload x2", 2, "zero3_offload"),
     Case("PP2", 2, "pipeline", pipeline=2),
     Case("PP2 x DP2", 4, "pipeline", pipeline=2),
@@ -126,7 +132,7 @@ def miniature(config: RunConfig, steps: int, dtype: Dtype, full_shape: bool = Fa
         model = dataclasses.replace(
             model, n_layer=4, n_head=4, d_model=64, n_ctx=min(64, model.n_ctx), band_width=16
         )
-    start = 4 * MICRO_BATCH * model.n_ctx
+    start = SEQUENCES * model.n_ctx
     # Batches of 1, 2, 3 and then 4 starts: ramp steps, then the rest at the full batch.
     total = int(steps * 2.5 * start)
     schedule = dataclasses.replace(
@@ -159,7 +165,11 @@ def train(config: RunConfig, case: Case, folder: Path) -> list[dict[str, Any]]:
     """Trains one layout in processes of its own; its steps' records."""
     output = folder / case.name.replace(" ", "-")
     parallel = dataclasses.replace(
-        config.parallel, ds_config=case.ds_config, pipeline=case.pipeline, tensor=case.tensor
+        config.parallel,
+        ds_config=case.ds_config,
+        micro_batch=1 if case == REFERENCE else config.parallel.micro_batch,
+        pipeline=case.pipeline,
+        tensor=case.tensor,
     )
     own = dataclasses.replace(config, output=str(output), parallel=parallel)
     file = folder / f"{output.name}.toml"

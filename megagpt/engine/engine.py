@@ -32,7 +32,7 @@ from megagpt.plan.layout import Layout
 from megagpt.plan.speed import peak_tflops
 
 MicroBatch = tuple[Tensor, Tensor]
-"""(inputs, targets), each (micro_batch, n_ctx) int64."""
+"""(inputs, targets), each (sequences, n_ctx) int64."""
 SkipUpdate = Callable[[float, float], bool]
 """(loss, gradient norm) of a step -> whether its update is skipped."""
 
@@ -86,12 +86,18 @@ class Engine(ABC):
 
     @abstractmethod
     def train_step(
-        self, batches: Sequence[MicroBatch], lr: float, step: int, skip: SkipUpdate | None = None
+        self,
+        batches: Sequence[MicroBatch],
+        lr: float,
+        step: int,
+        skip: SkipUpdate | None = None,
+        sequences: int | None = None,
     ) -> StepResult:
         """Forward and backward over this rank's micro-batches, then one update at `lr`.
 
-        `step` is the number of steps done before; with the seed it decides dropout. `skip`
-        is asked once loss and norm are known and finite; one rank that says yes speaks for all.
+        `step` is the number of steps done before; with the seed it decides dropout. `skip` is
+        asked once loss and norm are known and finite; one rank that says yes speaks for all.
+        `sequences` is how many samples the step has on all ranks; None: as many as are given.
         """
 
     @abstractmethod
@@ -99,18 +105,34 @@ class Engine(ABC):
         """The loss of the step in progress, once its last backward pass is done."""
 
     @abstractmethod
-    def evaluate(self, batches: Sequence[MicroBatch]) -> float:
+    def evaluate(self, batches: Sequence[MicroBatch], sequences: int | None = None) -> float:
         """Mean loss over the micro-batches of all ranks, dropout off; nothing is changed."""
 
+    def _weights(self, batches: Sequence[MicroBatch], sequences: int | None) -> list[float]:
+        """What each of this rank's micro-batches counts in the mean over a step; 1 on average.
+
+        Micro-batch i of data rank r is number i * ranks + r of the step. Those beyond the step's
+        samples weigh nothing and the others more, so that the mean over ranks and passes, which
+        is what DeepSpeed computes, is the mean over the samples.
+        """
+        data, rank = self.layout.data, self.layout.data_rank(self.ranks.rank)
+        size, places = len(batches[0][0]), len(batches) * data
+        count = places if sequences is None else sequences // size
+        numbers = range(rank, places, data)
+        return [places / count if number < count else 0.0 for number in numbers]
+
     def _prepare_step(
-        self, n_micro_batches: int, lr: float, step: int, skip: SkipUpdate | None
+        self, batches: Sequence[MicroBatch], lr: float, step: int, skip: SkipUpdate | None
     ) -> None:
-        """Tells DeepSpeed the rate and the number of micro-batches of the step that begins."""
+        """Tells DeepSpeed the rate, and the size and number of the micro-batches to come."""
         self._skip, self._skips = skip, None
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
-        micro_batch = self.config.parallel.micro_batch
-        self.deepspeed.set_train_batch_size(n_micro_batches * micro_batch * self.layout.data)
+        size = len(batches[0][0])
+        # The first sets the size alone; the second the number of passes, by which DeepSpeed
+        # divides each loss.
+        self.deepspeed.set_train_micro_batch_size(size)
+        self.deepspeed.set_train_batch_size(len(batches) * size * self.layout.data)
         self.seed_step(step)
 
     def seed_step(self, step: int) -> None:

@@ -47,12 +47,20 @@ class Targets:
     """Holds the targets of the micro-batch that the last stage is about to score."""
 
     def __init__(self) -> None:
-        self.held: Tensor | None = None
+        self.targets: Tensor | None = None
+        self.weight = 1.0
+        """What the micro-batch counts in the mean of the step's losses."""
 
-    def stash(self, batch: Any) -> Any:
-        """DeepSpeed's batch hook: remembers the targets and passes the batch on."""
-        self.held = batch[1].to(torch.accelerator.current_accelerator() or "cpu")
-        return batch
+    def stash(self, batch: tuple[Tensor, Tensor, float]) -> tuple[Tensor, Tensor]:
+        """DeepSpeed's batch hook: remembers the targets and passes the batch on.
+
+        It goes to the device here: DeepSpeed would clone it into pageable memory first, and then
+        wait for the copy.
+        """
+        device = torch.accelerator.current_accelerator() or "cpu"
+        x, self.targets = (part.to(device, non_blocking=True) for part in batch[:2])
+        self.weight = batch[2]
+        return x, self.targets
 
 
 class PipelinedGPT(PipelineModule):
@@ -120,8 +128,9 @@ def _score(
     module: nn.Module,
     hidden: Tensor,
 ) -> Tensor:
-    assert targets.held is not None
-    return loss(module, hidden, targets.held)
+    assert targets.targets is not None
+    found = loss(module, hidden, targets.targets)
+    return found if targets.weight == 1.0 else found * targets.weight
 
 
 def _loss_is_output(output: Tensor, _: Tensor) -> Tensor:
@@ -195,12 +204,32 @@ class PipelineEngine(Engine):
         return own
 
     def train_step(
-        self, batches: Sequence[MicroBatch], lr: float, step: int, skip: SkipUpdate | None = None
+        self,
+        batches: Sequence[MicroBatch],
+        lr: float,
+        step: int,
+        skip: SkipUpdate | None = None,
+        sequences: int | None = None,
     ) -> StepResult:
         engine = self.deepspeed
-        self._prepare_step(len(batches), lr, step, skip)
-        loss = float(engine.train_batch(iter(batches)))
+        self._prepare_step(batches, lr, step, skip)
+        loss = float(engine.train_batch(self._weighed(batches, sequences)))
         return self._result(loss, float(engine.get_global_grad_norm()))
+
+    def _weighed(
+        self, batches: Sequence[MicroBatch], sequences: int | None
+    ) -> Iterator[tuple[Tensor, Tensor, float]]:
+        """What Targets.stash takes; the stages are told first when the micro-batch has changed.
+
+        DeepSpeed agrees once on the shapes that the stages send each other, and would receive a
+        micro-batch of another size into the old buffers.
+        """
+        size = len(batches[0][0])
+        if size != self.deepspeed.micro_batch_size:
+            self.deepspeed.reset_activation_shape()
+            self.deepspeed.micro_batch_size = size
+        weights = self._weights(batches, sequences)
+        return ((x, y, weight) for (x, y), weight in zip(batches, weights, strict=True))
 
     def _loss(self) -> float:
         # As train_batch itself does at its end; the update comes before that.
@@ -223,5 +252,6 @@ class PipelineEngine(Engine):
         return self.deepspeed.module.own_layers()
 
     @torch.no_grad()
-    def evaluate(self, batches: Sequence[MicroBatch]) -> float:
-        return float(self.deepspeed.eval_batch(iter(batches), num_micro_batches=len(batches)))
+    def evaluate(self, batches: Sequence[MicroBatch], sequences: int | None = None) -> float:
+        weighed = self._weighed(batches, sequences)
+        return float(self.deepspeed.eval_batch(weighed, num_micro_batches=len(batches)))

@@ -1,12 +1,11 @@
 """ZeRO 0 to 3 on the plain module: one process, or data parallel (L2)."""
 
-import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megagpt.cluster.ranks import Ranks
 from megagpt.config import RunConfig
@@ -16,7 +15,7 @@ from megagpt.engine.engine import Engine, MicroBatch, SkipUpdate, StepResult
 from megagpt.engine.optimizer import build_optimizer
 from megagpt.engine.slices import OwnedParameter, create_moments
 from megagpt.model import GPT, initialise
-from megagpt.plan.layout import Layout
+from megagpt.plan.layout import Layout, padded_model
 
 
 class ZeroEngine(Engine):
@@ -47,36 +46,41 @@ class ZeroEngine(Engine):
         import deepspeed
 
         config, parallel = self.config, self.config.parallel
+        shape = padded_model(config, self.layout)
         every = parallel.recompute_every if parallel.recompute == "full" else 0
-        sharded = self.stage == 3
-        place = deepspeed.zero.Init(config_dict_or_path=ds_config) if sharded else None
-        with place or contextlib.nullcontext():
-            model = GPT(config.model, recompute_every=every)
-        for one in model.named_parameters():
-            gathered = (
-                deepspeed.zero.GatheredParameters([one[1]], modifier_rank=0)
-                if sharded
-                else contextlib.nullcontext()
-            )
-            with gathered:
-                if not sharded or self.ranks.rank == 0:
-                    initialise([one], config.model, config.seed)
+        if self.stage < 3:
+            model = GPT(shape, recompute_every=every)
+            initialise(model.named_parameters(), config.model, config.seed)
+            return model
+        # Each parameter is cut as it is built, gathered for rank 0 to fill, and cut again.
+        with deepspeed.zero.Init(config_dict_or_path=ds_config):
+            model = GPT(shape, recompute_every=every)
+        for name, parameter in model.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                if self.ranks.rank == 0:
+                    initialise([(name, parameter)], config.model, config.seed)
         return model
 
     def train_step(
-        self, batches: Sequence[MicroBatch], lr: float, step: int, skip: SkipUpdate | None = None
+        self,
+        batches: Sequence[MicroBatch],
+        lr: float,
+        step: int,
+        skip: SkipUpdate | None = None,
+        sequences: int | None = None,
     ) -> StepResult:
         engine = self.deepspeed
-        self._prepare_step(len(batches), lr, step, skip)
+        self._prepare_step(batches, lr, step, skip)
         engine.train()
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self._n_micro_batches = len(batches)
-        for i, (x, y) in enumerate(batches):
+        weights = self._weights(batches, sequences)
+        for i, (batch, weight) in enumerate(zip(batches, weights, strict=True)):
             # DeepSpeed counts micro-steps over the whole run, so its own boundary would come too
             # early or late once the ramp has changed their number.
             engine.set_gradient_accumulation_boundary(i == len(batches) - 1)
             with self.clock.part("forward"):
-                loss = engine(x.to(self.device), y.to(self.device))
+                loss = self._forward(batch, weight)
             with self.clock.part("backward"):
                 engine.backward(loss)
             self._loss_sum += loss.detach()
@@ -87,9 +91,15 @@ class ZeroEngine(Engine):
             norm = self._step_stage_0() if self.stage == 0 else float(engine.get_global_grad_norm())
         return self._result(self._loss(), norm)
 
+    def _forward(self, batch: MicroBatch, weight: float) -> Tensor:
+        """The weighed loss; from pinned memory the copies run behind what the GPU still does."""
+        x, y = (part.to(self.device, non_blocking=True) for part in batch)
+        loss: Tensor = self.deepspeed(x, y)
+        return loss if weight == 1.0 else loss * weight
+
     def _loss(self) -> float:
-        own = float(self._loss_sum) / self._n_micro_batches
-        return self.total([own])[0] / self.layout.world
+        mean = float(self._loss_sum) / self._n_micro_batches
+        return self.total([mean])[0] / self.layout.world
 
     def _step_stage_0(self) -> float:
         """The update without ZeRO, whose step would neither report the norm nor skip a NaN."""
@@ -109,9 +119,11 @@ class ZeroEngine(Engine):
         return {"wte": model.wte, "wpe": model.wpe, **blocks, "ln_f": model.ln_f}
 
     @torch.no_grad()
-    def evaluate(self, batches: Sequence[MicroBatch]) -> float:
+    def evaluate(self, batches: Sequence[MicroBatch], sequences: int | None = None) -> float:
         self.deepspeed.eval()
-        losses = [float(self.deepspeed(x.to(self.device), y.to(self.device))) for x, y in batches]
+        weights = self._weights(batches, sequences)
+        # Added up on the device: a float of each loss would wait for the GPU each time.
+        losses = [self._forward(b, w).double() for b, w in zip(batches, weights, strict=True)]
         self.deepspeed.train()
-        totals = self.total([sum(losses), float(len(losses))])
-        return totals[0] / totals[1]
+        mean = float(torch.stack(losses).mean())
+        return self.total([mean])[0] / self.layout.world

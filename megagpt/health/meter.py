@@ -13,7 +13,7 @@ from megagpt.health.noise import MicroBatchNorms, NoiseScale, sample
 from megagpt.health.norms import Norms, layer_names
 from megagpt.health.usage import Speed, memory, reset_peak_memory
 from megagpt.log.profile import Profile
-from megagpt.plan.layout import Layout, accumulation_steps
+from megagpt.plan.layout import Layout, micro_batch_of
 
 
 class Meter:
@@ -55,8 +55,9 @@ class Meter:
         self.table = self.profile.end(self._step) if self.profile is not None else None
         if self._details is not None:
             t0 = time.perf_counter()
-            n_micro_batches = accumulation_steps(self.config, self.layout, batch_tokens)
-            record |= self._details.end(result, batch_tokens, n_micro_batches, lr)
+            sequences = micro_batch_of(self.config, self.layout, batch_tokens)
+            micro_tokens = sequences * self.config.model.n_ctx
+            record |= self._details.end(result, batch_tokens, micro_tokens, lr)
             record |= self.noise.add(record)
             record["details_s"] = time.perf_counter() - t0
         return record
@@ -78,19 +79,19 @@ class Details:
         self.micro_batches = MicroBatchNorms(engine)
 
     def end(
-        self, result: StepResult, batch_tokens: int, n_micro_batches: int, lr: float
+        self, result: StepResult, batch_tokens: int, micro_tokens: int, lr: float
     ) -> dict[str, Any]:
         """The figures; norms and noise only of a step that was applied."""
         activations = self.activations.collect()
         record: dict[str, Any] = {"activations": activations} if activations["rms"] else {}
-        small = self.micro_batches.collect(n_micro_batches)
+        small = self.micro_batches.collect(batch_tokens // micro_tokens)
         if result.applied:
             norms = self.norms.after(lr, result.grad_norm)
             whole = {key: sum(x * x for x in norms[key].values()) ** 0.5 for key in norms}
             record |= {"param_norm": whole["parameter"], "update_norm": whole["update"]}
             record["update_ratio"] = whole["update"] / whole["parameter"]
             record["norms"] = norms
-            record |= sample(self.config, small, norms["gradient"], batch_tokens)
+            record |= sample(small, micro_tokens, norms["gradient"], batch_tokens)
         return record
 
 

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megagpt.config import RunConfig
 from megagpt.engine import Engine
 from megagpt.health.norms import layer_of, square
 
@@ -44,12 +43,13 @@ class MicroBatchNorms:
         self._squares += square(grad)
 
     def collect(self, n_micro_batches: int) -> float:
-        """Ends watching; mean of |g|^2 over the step's micro-batches, so many on each rank."""
+        """Ends watching; mean of |g|^2 over the step's micro-batches, so many on all ranks."""
         for hook in self._hooks:
             hook.remove()
         total = self.engine.total([float(self._squares)])[0]
-        # DeepSpeed divides each micro-batch's loss by their number on a rank.
-        return total * n_micro_batches / self.engine.layout.data / self._scale**2
+        # Each loss is divided by the number on a rank, or by what comes to the same where some
+        # ranks are idle.
+        return total * n_micro_batches / self.engine.layout.data**2 / self._scale**2
 
 
 def unknowns(
@@ -80,14 +80,14 @@ class NoiseScale:
 
 
 def sample(
-    config: RunConfig, small: float, gradients: Mapping[str, float], batch_tokens: int
+    small: float, small_tokens: int, gradients: Mapping[str, float], batch_tokens: int
 ) -> dict[str, float]:
     """What is recorded of a step: gradient_square is |G|^2, and noise_trace tr(S), in tokens times
     the unit of the first. Nothing where the step is one micro-batch.
 
-    `small` is the mean of |g|^2 over the micro-batches, `gradients` the norm of each layer's.
+    `small` is the mean of |g|^2 over the micro-batches of `small_tokens`, `gradients` the norm of
+    each layer's.
     """
-    small_tokens = config.parallel.micro_batch * config.model.n_ctx
     if batch_tokens <= small_tokens:
         return {}
     large = sum(norm**2 for layer, norm in gradients.items() if layer != LEFT_OUT)

@@ -144,10 +144,12 @@ class TokenLoader:
         """The micro-batches (x, y) of data-parallel rank `rank`; int64 (micro_batch, n_ctx) each.
 
         Micro-batch i holds the samples first + (i * ranks + rank) * micro_batch + [0, micro_batch);
-        y is x shifted by one token. A step that prefetch() was given is taken from there.
+        y is x shifted by one token. Every rank gets equally many: where there are not enough, the
+        last of some ranks are samples of the same step again, for the engine to weigh at nothing.
+        A step that prefetch() was given is taken from there.
         """
         wanted = (first, count, rank, ranks, micro_batch)
-        assert count % (ranks * micro_batch) == 0 and 0 <= rank < ranks, wanted
+        assert count % micro_batch == 0 and 0 <= rank < ranks, wanted
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead[0] == wanted:
             return iter(ahead[1].result())
@@ -162,7 +164,7 @@ class TokenLoader:
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="megagpt-data")
         wanted = (first, count, rank, ranks, micro_batch)
-        assert count % (ranks * micro_batch) == 0 and 0 <= rank < ranks, wanted
+        assert count % micro_batch == 0 and 0 <= rank < ranks, wanted
         self._ahead = (wanted, self._thread.submit(lambda: list(self._cut(*wanted))))
 
     def _cut(
@@ -172,7 +174,8 @@ class TokenLoader:
 
         pinned = torch.cuda.is_available()
         places = self.places(first, count)
-        for start in range(rank * micro_batch, count, ranks * micro_batch):
+        for round_ in range(0, count, ranks * micro_batch):
+            start = (round_ + rank * micro_batch) % count
             tokens = self._read(places, np.arange(start, start + micro_batch))
             # Embeddings take int64; numpy converts and copies in one pass.
             x = torch.from_numpy(tokens[:, :-1].astype(np.int64))

@@ -6,7 +6,8 @@ from megagpt.config import load_run
 from megagpt.config.flops import flops_per_token, parameters
 from megagpt.plan.ds_config import read_ds_config, resolve
 from megagpt.plan.layout import Layout, layout_of
-from megagpt.plan.table import as_text, ramp, stages_as_text
+from megagpt.plan.memory import activation_bytes, state_bytes
+from megagpt.plan.table import as_text, idle_as_text, ramp, stages_as_text
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -34,12 +35,20 @@ def run(args: argparse.Namespace) -> int:
     world = share if args.gpus is None else args.gpus
     layout: Layout = layout_of(config, world)
     ds_config = resolve(config, layout, read_ds_config(config.parallel.ds_config))
+    rows = ramp(config, layout)
     n_parameters, schedule = parameters(config.model), config.schedule
     flops = flops_per_token(config.model) * schedule.end_tokens
     print(f"{args.file}: {n_parameters:,} parameters, {config.model.n_layer} layers")
     print(
         f"layout: {layout}, ZeRO stage {ds_config['zero_optimization']['stage']}, "
-        f"micro-batch {config.parallel.micro_batch}, {config.parallel.dtype}"
+        f"micro-batch up to {config.parallel.micro_batch}, {config.parallel.dtype}"
+    )
+    stage = ds_config["zero_optimization"]["stage"]
+    states, most = state_bytes(config, layout, stage), max(row.micro_batch for row in rows)
+    print(
+        f"memory: {states / 1e9:.3g} GB a rank for weights, gradients and optimizer without "
+        f"offload, {activation_bytes(config, layout, most) / 1e9:.3g} GB for activations with "
+        f"micro-batches of {most}"
     )
     print(
         f"run: {schedule.end_tokens:,} tokens in {schedule.n_steps:,} steps, {flops:.3e} model "
@@ -47,5 +56,7 @@ def run(args: argparse.Namespace) -> int:
     )
     if layout.pipeline > 1:
         print(stages_as_text(config, layout) + "\n")
-    print(as_text(ramp(config, layout)))
+    print(as_text(rows))
+    if idle := idle_as_text(config, layout, rows):
+        print("\n" + idle)
     return 0

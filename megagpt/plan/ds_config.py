@@ -15,7 +15,7 @@ from typing import Any
 from megagpt.config import RunConfig
 from megagpt.errors import UsageError
 from megagpt.files import shipped
-from megagpt.plan.layout import Layout, accumulation_steps, layout_problems
+from megagpt.plan.layout import Layout, accumulation_steps, layout_problems, micro_batch_of
 
 FOLDER = shipped("ds_configs")
 """The project's own files."""
@@ -85,13 +85,14 @@ def _malformed(tree: dict[str, Any]) -> Iterator[str]:
 
 def _missing(tree: dict[str, Any], facts: dict[str, Any]) -> Iterator[str]:
     """Keys that the file must have, because DeepSpeed without them would do something else."""
-    dtypes = [d for d in ("bf16", "fp16") if facts[f"{d}.enabled"]]
+    dtype = next((d for d in ("bf16", "fp16") if facts[f"{d}.enabled"]), "fp32")
     # What DeepSpeed takes where a file is silent.
     defaults = {
-        "gradient_clipping": 0.0,
+        "gradient_clipping": 1.0,
         "bf16.enabled": False,
         "fp16.enabled": False,
-        "data_types.grad_accum_dtype": (dtypes or ["fp32"])[0],
+        "data_types.grad_accum_dtype": dtype,
+        "communication_data_type": dtype,
     }
     for key, fact in facts.items():
         *sections, last = key.split(".")
@@ -108,8 +109,10 @@ _BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumu
 def _batch(config: RunConfig, layout: Layout) -> tuple[int, int, int]:
     """The values of _BATCH for the first step."""
     start = config.schedule.start_tokens
-    micro_batch = config.parallel.micro_batch
-    return start // config.model.n_ctx, micro_batch, accumulation_steps(config, layout, start)
+    micro_batch = micro_batch_of(config, layout, start)
+    steps = accumulation_steps(config, layout, start)
+    # DeepSpeed wants the product, which counts the passes of idle ranks too.
+    return micro_batch * steps * layout.data, micro_batch, steps
 
 
 def _facts(config: RunConfig, stage: int) -> dict[str, Any]:
@@ -120,11 +123,13 @@ def _facts(config: RunConfig, stage: int) -> dict[str, Any]:
         "bf16.enabled": dtype == "bf16",
         "fp16.enabled": dtype == "fp16",
     }
-    # With hundreds of micro-steps bf16 would lose the small gradients. Stage 0 carries fp32
-    # alone, where DeepSpeed accumulates in fp32 anyway.
+    # With hundreds of micro-steps bf16 would lose the small gradients, and so would a reduction
+    # in bf16: what was added up in fp32 travels in fp32. Stage 0 carries fp32 alone, where
+    # DeepSpeed does both anyway.
     if stage > 0:
         kind = "fp16" if dtype == "fp16" and stage < 2 else "fp32"
         facts["data_types.grad_accum_dtype"] = kind
+        facts["communication_data_type"] = kind
     return facts
 
 

@@ -12,6 +12,10 @@ from dataclasses import dataclass
 from megagpt.config import RunConfig
 from megagpt.config.presets import ModelConfig
 
+ROW_MULTIPLE = 128
+"""Rows of the output matrix on each rank come in multiples of this: products of aligned 16-bit
+matrices run at full speed on every GPU so far (NVIDIA, "Matrix Multiplication Background")."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
@@ -56,24 +60,49 @@ def layout_of(config: RunConfig, world: int) -> Layout:
     return Layout(world=world, pipeline=config.parallel.pipeline, tensor=config.parallel.tensor)
 
 
-def accumulation_steps(config: RunConfig, layout: Layout, batch_tokens: int) -> int:
-    """Forward and backward passes of each rank in a step of `batch_tokens`."""
+def micro_batch_of(config: RunConfig, layout: Layout, batch_tokens: int) -> int:
+    """Sequences of each micro-batch in a step of `batch_tokens`: the most that may be used.
+
+    The largest number up to parallel.micro_batch that divides a data rank's share of the step.
+    Where the ranks cannot share the step evenly, the one that takes the ranks the shortest time.
+    """
     sequences = batch_tokens // config.model.n_ctx
-    return sequences // (layout.data * config.parallel.micro_batch)
+    sizes = [m for m in range(1, config.parallel.micro_batch + 1) if sequences % m == 0]
+    return min(sizes, key=lambda m: (m * -(-sequences // (m * layout.data)), -m))
+
+
+def accumulation_steps(config: RunConfig, layout: Layout, batch_tokens: int) -> int:
+    """Forward and backward passes of each rank in a step of `batch_tokens`.
+
+    Micro-batches are dealt out to the data ranks in turn. Where their number is no multiple of
+    the ranks, some have none left in the last pass: they go through it with samples that weigh
+    nothing, because ZeRO's collectives need every rank.
+    """
+    micro_batch = micro_batch_of(config, layout, batch_tokens)
+    return -(-batch_tokens // (config.model.n_ctx * micro_batch * layout.data))
+
+
+def idle_share(config: RunConfig, layout: Layout, batch_tokens: int) -> float:
+    """Share of the ranks' passes in a step of `batch_tokens` that have nothing to learn from."""
+    micro_batch = micro_batch_of(config, layout, batch_tokens)
+    passes = accumulation_steps(config, layout, batch_tokens) * layout.data
+    return 1.0 - batch_tokens / (config.model.n_ctx * micro_batch * passes)
 
 
 def padded_model(config: RunConfig, layout: Layout) -> ModelConfig:
-    """The run's model with its vocabulary padded so that the tensor split shares it out evenly.
+    """The run's model with its vocabulary padded for 16-bit tensor cores and the tensor split.
 
-    Padding is never scored, so it changes no result; checkpoints are read with any padding.
+    Padding is never scored, so it changes no result but rounding; checkpoints are read with any
+    padding, and consolidated weights have none.
     """
-    multiple = math.lcm(config.model.vocab_multiple, layout.tensor)
+    rows = ROW_MULTIPLE if config.parallel.dtype != "fp32" else 1
+    multiple = math.lcm(config.model.vocab_multiple, rows * layout.tensor)
     return dataclasses.replace(config.model, vocab_multiple=multiple)
 
 
 def layout_problems(config: RunConfig, layout: Layout) -> Iterator[str]:
     """Why this run cannot go on this layout, each with its remedy; none when it can."""
-    model, parallel = config.model, config.parallel
+    model = config.model
     share = layout.pipeline * layout.tensor
     if layout.world < 1 or layout.world % share:
         yield (
@@ -81,14 +110,10 @@ def layout_problems(config: RunConfig, layout: Layout) -> Iterator[str]:
             f"({layout.pipeline} x {layout.tensor} = {share})"
         )
         return
-    increment = config.schedule.increment_tokens // model.n_ctx
-    if increment % (layout.data * parallel.micro_batch):
-        yield (
-            f"schedule.ramp_increment_tokens = {config.schedule.increment_tokens} ({increment} "
-            f"sequences): must be a multiple of data ranks x micro_batch ({layout.data} x "
-            f"{parallel.micro_batch}), so that every batch of the ramp divides evenly; lower "
-            "parallel.micro_batch, use fewer data ranks, or raise schedule.ramp_start_tokens"
-        )
+    # Earlier batches of the ramp may leave some ranks idle for a while, the last one never.
+    full = config.schedule.segments[-1].batch_tokens
+    if full // model.n_ctx % layout.data:
+        yield _uneven(config, layout, full)
     if layout.pipeline > model.n_layer:
         yield (
             f"parallel.pipeline = {layout.pipeline}: must not be more than model.n_layer "
@@ -105,6 +130,37 @@ def layout_problems(config: RunConfig, layout: Layout) -> Iterator[str]:
             f"model.family = {model.family!r}: pipeline and tensor parallel carry GPT-2 and GPT-3 "
             "only; use a zero*.json"
         )
+
+
+def _uneven(config: RunConfig, layout: Layout, full: int) -> str:
+    """The refusal of a full batch that the data ranks cannot share, with what they could."""
+    sequences, share = full // config.model.n_ctx, layout.pipeline * layout.tensor
+    fitting = [n for n in range(1, sequences + 1) if sequences % n == 0]
+    near = [max(n for n in fitting if n < layout.data)]
+    near += [n for n in fitting if n > layout.data][:1]
+    ranks = " or ".join(f"{n * share:,}" for n in near)
+    unit = math.lcm(config.schedule.increment_tokens, config.model.n_ctx * layout.data)
+    tokens = " or ".join(f"{n}" for n in (full // unit * unit, -(-full // unit) * unit) if n)
+    return (
+        f"schedule.batch_tokens = {config.schedule.batch_tokens}: the run's last batch has "
+        f"{sequences} sequences, which must be a multiple of the {layout.data} data ranks that "
+        f"share it; use {ranks} ranks, or a batch of {tokens} tokens"
+    )
+
+
+def busy_start_tokens(config: RunConfig, layout: Layout) -> int | None:
+    """The smallest schedule.ramp_start_tokens (and increment) from the run's own on with which no
+    data rank is ever idle; None where only another batch_tokens would do."""
+    schedule, unit = config.schedule, config.model.n_ctx * layout.data
+    first = -(-schedule.start_tokens // unit) * unit
+    return next(
+        (
+            n
+            for n in range(first, schedule.batch_tokens + 1, unit)
+            if schedule.batch_tokens % n == 0
+        ),
+        None,
+    )
 
 
 def spans_hosts(layout: Layout, ranks_per_host: int) -> str:

@@ -1,14 +1,23 @@
 """What accelerators can do, from their data sheets (L0, stdlib only)."""
 
 PEAK_TFLOPS = {
+    # Blackwell (HGX and NVL72 data sheets: 4.5 and 5 PFLOP/s of bf16 with sparsity).
+    "GB300": 2500.0,
     "GB200": 2500.0,
+    "B300": 2250.0,
     "B200": 2250.0,
+    # Hopper: 1,979 TFLOP/s with sparsity as SXM, 1,671 as NVL, 1,513 as PCIe; H20: 148 without.
+    "H200 NVL": 835.5,
     "H200": 989.0,
+    "H100 PCIe": 756.5,
+    "H100 NVL": 835.5,
     "H100": 989.0,
+    "H20": 148.0,
     "A100": 312.0,
     "V100": 125.0,
 }
-"""Dense bf16 (V100: fp16) matrix products, 10^12 FLOP/s, of the SXM form, without sparsity."""
+"""Dense bf16 (V100: fp16) matrix products, 10^12 FLOP/s: half of what data sheets print "with
+sparsity". A name comes before those that are part of it; one without a form is the SXM form."""
 
 
 def peak_tflops(device: str) -> float | None:

@@ -5,8 +5,20 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from megagpt.config import RunConfig
-from megagpt.plan.layout import Layout, accumulation_steps, padded_model
+from megagpt.config.flops import flops_per_token
+from megagpt.plan.layout import (
+    Layout,
+    accumulation_steps,
+    busy_start_tokens,
+    idle_share,
+    micro_batch_of,
+    padded_model,
+)
+from megagpt.plan.speed import PEAK_TFLOPS
 from megagpt.plan.stages import layer_costs, stage_bounds, stage_parameters
+
+UTILISATION = 0.4
+"""Of an H100's peak, where hours are reckoned before anything was measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,8 +30,12 @@ class Row:
     last_tokens: int
     batch_tokens: int
     n_steps: int
+    micro_batch: int
+    """Sequences of each forward and backward pass."""
     accumulation: int
     """Forward and backward passes of each rank in a step."""
+    idle: float
+    """Share of those passes that find no samples left."""
     first_lr: float
     """Learning rate of the first of them."""
     last_lr: float
@@ -34,7 +50,9 @@ def ramp(config: RunConfig, layout: Layout) -> list[Row]:
             last_tokens=one.last_tokens,
             batch_tokens=one.batch_tokens,
             n_steps=one.n_steps,
+            micro_batch=micro_batch_of(config, layout, one.batch_tokens),
             accumulation=accumulation_steps(config, layout, one.batch_tokens),
+            idle=idle_share(config, layout, one.batch_tokens),
             first_lr=schedule.lr(one.first_tokens + one.batch_tokens),
             last_lr=schedule.lr(one.last_tokens),
         )
@@ -47,7 +65,9 @@ HEAD = (
     "to tokens",
     "batch tokens",
     "steps",
+    "micro-batch",
     "passes per rank",
+    "idle",
     "first LR",
     "last LR",
 )
@@ -56,21 +76,38 @@ HEAD = (
 def as_text(rows: list[Row]) -> str:
     """The rows as aligned columns."""
     cells = [
-        HEAD,
-        *(
-            (
-                f"{row.first_tokens:,}",
-                f"{row.last_tokens:,}",
-                f"{row.batch_tokens:,}",
-                f"{row.n_steps:,}",
-                f"{row.accumulation:,}",
-                f"{row.first_lr:.3e}",
-                f"{row.last_lr:.3e}",
-            )
-            for row in rows
-        ),
+        (
+            f"{row.first_tokens:,}",
+            f"{row.last_tokens:,}",
+            f"{row.batch_tokens:,}",
+            f"{row.n_steps:,}",
+            f"{row.micro_batch:,}",
+            f"{row.accumulation:,}",
+            f"{row.idle:.0%}" if row.idle else "-",
+            f"{row.first_lr:.3e}",
+            f"{row.last_lr:.3e}",
+        )
+        for row in rows
     ]
-    return aligned(cells)
+    return aligned([HEAD, *cells])
+
+
+def idle_as_text(config: RunConfig, layout: Layout, rows: Sequence[Row]) -> str:
+    """How long which share of the ranks has nothing to do, and how to avoid it; empty: never."""
+    idle = [row for row in rows if row.idle]
+    if not idle:
+        return ""
+    # Tokens that each data rank goes through, those of no weight included.
+    tokens = [r.n_steps * r.accumulation * r.micro_batch * config.model.n_ctx for r in idle]
+    rate = UTILISATION * PEAK_TFLOPS["H100"] * 1e12 * layout.pipeline * layout.tensor
+    hours = sum(tokens) * flops_per_token(config.model) / rate / 3600
+    share = sum(t * row.idle for t, row in zip(tokens, idle, strict=True)) / sum(tokens)
+    start = busy_start_tokens(config, layout)
+    remedy = f"; none with schedule.ramp_start_tokens = {start}" if start else ""
+    return (
+        f"idle: {share:.0%} of the ranks for {hours:,.2g} hours of H100s at {UTILISATION:.0%} of "
+        f"their peak, while {layout.data} data ranks cannot share the batch evenly{remedy}"
+    )
 
 
 def stages_as_text(config: RunConfig, layout: Layout) -> str:

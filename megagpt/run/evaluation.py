@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from megagpt.config import RunConfig
 from megagpt.engine import Engine
 from megagpt.order.loader import TokenLoader
-from megagpt.plan.layout import Layout
+from megagpt.plan.layout import Layout, micro_batch_of
 from megagpt.run.inputs import evaluation_samples
 
 
@@ -50,9 +50,9 @@ class Evaluation:
         """Mean loss of one set, nats per token."""
         count = evaluation_samples(self.config, loader.n_windows)
         rank = self.layout.data_rank(self.engine.ranks.rank)
-        micro_batch = self.config.parallel.micro_batch
+        micro_batch = micro_batch_of(self.config, self.layout, count * self.config.model.n_ctx)
         batches = loader.micro_batches(0, count, rank, self.layout.data, micro_batch)
-        return self.engine.evaluate(list(batches))
+        return self.engine.evaluate(list(batches), count)
 
 
 def bytes_per_token(loader: TokenLoader) -> float:

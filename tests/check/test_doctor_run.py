@@ -63,7 +63,7 @@ def test_layout(tmp_path):
     config = load_run(path)
     assert inputs.check_layout(config, Place(ranks=2, ranks_here=2)).detail == "2 ranks = data 2"
     wrong = inputs.check_layout(config, Place(ranks=3, ranks_here=3))
-    assert wrong.status == FAIL and "must be a multiple of data ranks x micro_batch" in wrong.detail
+    assert wrong.status == FAIL and "must be a multiple of the 3 data ranks" in wrong.detail
     split = load_run(path, ["parallel.tensor=2", "parallel.ds_config=pipeline"])
     across = inputs.check_layout(split, Place(hosts=2, ranks=2, ranks_here=1))
     assert across.status == WARN and "does not divide the 1 ranks of a host" in across.detail

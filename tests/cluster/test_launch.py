@@ -242,9 +242,12 @@ def test_a_chain_as_long_as_the_run_needs(tmp_path, capsys):
     ("arguments", "message"),
     [
         (("--nodes", "0"), "--nodes 0: must be 1 or more"),
-        (("--gpus-per-node", "3"), "must be a multiple of data ranks x micro_batch (3 x 2)"),
+        (("--gpus-per-node", "3"), "must be a multiple of the 3 data ranks"),
         (("parallel.pipeline=3",), "2 ranks: must be a positive multiple of pipeline x tensor"),
-        (("--sweep", "parallel.micro_batch=1,3"), "(2 x 3)"),
+        (
+            ("--sweep", "parallel.tensor=1,4"),
+            "2 ranks: must be a positive multiple of pipeline x tensor",
+        ),
         (("--sweep", "schedule.peek_lr=1"), "unknown key 'schedule.peek_lr'"),
         (("--sweep", "seed"), "--sweep seed: must be section.key=value,value,..."),
         (("--sweep", "output=a,b"), "of a key other than output"),

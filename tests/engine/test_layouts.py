@@ -39,6 +39,10 @@ SPLIT: list[Layout] = [
 ]
 
 
+MICRO_BATCH = {"zero0": 1, "zero1": 8, "zero2": 3, "zero3": 2, "pipeline": 4}
+"""Of each ds_config, at most: the ramp's steps are cut differently before and after a reshape."""
+
+
 def name(layout: Layout) -> str:
     return "-".join(map(str, layout))
 
@@ -57,7 +61,7 @@ class Reshaping:
         for split in sorted({(n, p, t) for _, _, (n, _, p, t) in hops}):
             ranks = split[0]
             plan = [
-                (source, str(output), *layout[1:])
+                (source, str(output), *layout[1:], f"parallel.micro_batch={MICRO_BATCH[layout[1]]}")
                 for source, output, layout in hops
                 if (layout[0], *layout[2:]) == split
             ]

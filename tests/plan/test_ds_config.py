@@ -1,6 +1,7 @@
 """ds_configs: each file resolves on each layout, or is refused with its reason."""
 
 import json
+import operator
 from typing import Any
 
 import pytest
@@ -77,6 +78,11 @@ def test_each_file_on_each_layout(name, where, dtype):
     assert made["gradient_clipping"] == 1.0
     assert made["bf16"]["enabled"] == (dtype == "bf16")
     assert made["fp16"]["enabled"] == (dtype == "fp16")
+    # What is added up in fp32 travels in fp32.
+    kind = "fp16" if dtype == "fp16" and stage == 1 else "fp32"
+    assert made.get("communication_data_type", "fp32") == kind
+    # DeepSpeed's timer would wait for the GPU around each pass.
+    assert made["timers"]["throughput"]["enabled"] is False
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name != "zero3_nvme"])
@@ -88,6 +94,54 @@ def test_deepspeed_itself_takes_what_is_resolved(name):
     assert taken.train_batch_size == 8
     assert taken.gradient_clipping == 0.5
     assert taken.zero_optimization_stage == made["zero_optimization"]["stage"]
+
+
+RELIED_ON = {
+    "managed_gradient_accumulation": True,
+    "gradient_allreduce_op": "mean",
+    "prescale_gradients": False,
+    "gradient_predivide_factor": 1.0,
+    "bfloat16_config.check_grad_overflow": True,
+    "bfloat16_config.bf16_master_weights_and_grads": False,
+    "bfloat16_config.bf16_optimizer_states": False,
+    "float16_config.fp16_master_weights_and_grads": False,
+    "float16_config.loss_scale": 0,
+    "float16_config.auto_cast": False,
+    "float16_config.consecutive_hysteresis": False,
+    "torch_autocast_enabled": False,
+    "zero_config.contiguous_gradients": True,
+    "zero_config.use_multi_rank_bucket_allreduce": True,
+    "zero_config.allgather_partitions": True,
+    "zero_config.compute_grad_norm": True,
+    "zero_config.round_robin_gradients": False,
+    "zero_config.parameter_alignment": False,
+    "zero_config.ignore_unused_parameters": True,
+    "zero_config.zero_hpz_partition_size": 1,
+    "zero_config.zero_quantized_weights": False,
+    "zero_config.zero_quantized_gradients": False,
+    "zero_config.zero_quantized_nontrainable_weights": False,
+    "zero_config.memory_efficient_linear": True,
+    "zero_config.override_module_apply": True,
+    "wall_clock_breakdown": False,
+    "memory_breakdown": False,
+    "dump_state": False,
+}
+"""DeepSpeed's defaults that docs/layouts.md says the files rely on, by attribute."""
+
+
+@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3", "pipeline"])
+def test_the_defaults_that_the_files_rely_on(name):
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    layout = Layout(world=2, pipeline=2) if name == "pipeline" else Layout()
+    taken = DeepSpeedConfig(resolved(name, layout))
+    found = {key: operator.attrgetter(key)(taken) for key in RELIED_ON}
+    assert found == RELIED_ON
+    split = {"pipe_partitioned": True, "grad_partitioned": True, "seed_layers": False}
+    assert split.items() <= taken.pipeline.items()
+    text = (FOLDER.parent / "docs" / "layouts.md").read_text()
+    words = [key.rpartition(".")[2].removesuffix("_enabled") for key in [*RELIED_ON, *split]]
+    assert [word for word in words if word not in text] == []
 
 
 @pytest.mark.parametrize(
@@ -104,6 +158,12 @@ def test_deepspeed_itself_takes_what_is_resolved(name):
             Layout(),
             ["parallel.dtype=fp32"],
             'train_batch_size = 16: the run file says 8; write "auto" here',
+        ),
+        (
+            {"communication_data_type": "bf16", "zero_optimization": {"stage": 2}},
+            Layout(),
+            [],
+            'communication_data_type = "bf16": the run file says "fp32"; write "auto" here',
         ),
         (
             {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}},
@@ -154,17 +214,22 @@ def test_each_refusal_says_why(tree, layout, overrides, message):
 
 
 def test_a_file_may_not_be_silent_where_deepspeeds_default_differs():
-    found = refusal({"zero_optimization": {"stage": 1}}, Layout())
+    half = ["optimizer.gradient_clipping=0.5"]
+    found = refusal({"zero_optimization": {"stage": 1}}, Layout(), *half)
     for message in (
-        'gradient_clipping is missing: the run file says 1.0; add it as "auto"',
+        'gradient_clipping is missing: the run file says 0.5; add it as "auto"',
         'bf16.enabled is missing: the run file says true; add it as "auto"',
         'data_types.grad_accum_dtype is missing: the run file says "fp32"; add it as "auto"',
+        'communication_data_type is missing: the run file says "fp32"; add it as "auto"',
         'train_batch_size is missing: the run file says 8; add it as "auto"',
     ):
         assert message in found
     sound = dict.fromkeys(BATCH, "auto") | {"zero_optimization": {"stage": 1}}
+    plain = config_for(Layout(), "parallel.dtype=fp32")
+    assert resolve(plain, Layout(), sound)["train_batch_size"] == 8
+    # DeepSpeed clips at 1.0 where a file is silent.
     off = ["parallel.dtype=fp32", "optimizer.gradient_clipping=0"]
-    assert resolve(config_for(Layout(), *off), Layout(), sound)["train_batch_size"] == 8
+    assert "gradient_clipping is missing: the run file says 0" in refusal(sound, Layout(), *off)
 
 
 def test_a_layout_that_cannot_be_is_the_only_problem():
@@ -178,10 +243,11 @@ def test_a_layout_that_cannot_be_is_the_only_problem():
 def test_every_problem_at_once_the_layouts_too():
     tree = {"zero_optimization": {"stage": 3, "sub_group_size": "auto"}, "scheduler": {}}
     tree |= {"bf16": {"enabled": "auto"}, "data_types": {"grad_accum_dtype": "auto"}}
-    found = refusal(tree, Layout(world=2, pipeline=2), "parallel.micro_batch=3")
-    assert found.startswith("parallel.ds_config = 'zero1', 2 ranks = pipeline 2:\n")
-    assert len(found.splitlines()) == 6, found
-    assert "schedule.ramp_increment_tokens = 128" in found
+    half = "optimizer.gradient_clipping=0.5"
+    found = refusal(tree, Layout(world=6, pipeline=2), half)
+    assert found.startswith("parallel.ds_config = 'zero1', 6 ranks = pipeline 2 x data 3:\n")
+    assert len(found.splitlines()) == 7, found
+    assert "schedule.batch_tokens = 512" in found
 
 
 def test_a_file_of_ones_own(tmp_path):

@@ -1,9 +1,20 @@
 """Rank numbering against DeepSpeed's own, and every reason why a layout cannot carry a run."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megagpt.config import RunConfig, parse_run
-from megagpt.plan.layout import Layout, accumulation_steps, layout_of, layout_problems
+from megagpt.plan.layout import (
+    Layout,
+    accumulation_steps,
+    busy_start_tokens,
+    idle_share,
+    layout_of,
+    layout_problems,
+    micro_batch_of,
+    padded_model,
+)
 
 RUN = """
 output = "x"
@@ -56,15 +67,57 @@ def test_names_of_layouts():
     assert str(full) == "8 ranks = pipeline 2 x data 2 x tensor 2"
 
 
-def test_passes_of_a_step_follow_the_ramp():
-    run = config("parallel.micro_batch=2")
+def test_each_step_takes_the_largest_micro_batch_that_divides_a_ranks_share():
+    run = config("parallel.micro_batch=12")
     layout = layout_of(run, 2)
-    assert [accumulation_steps(run, layout, tokens) for tokens in (128, 256, 512)] == [2, 4, 8]
+    # 8, 16, 24 and 32 sequences on two ranks: 4, 8, 12 and 16 each.
+    batches = [8 * 16, 16 * 16, 24 * 16, 32 * 16]
+    assert [micro_batch_of(run, layout, tokens) for tokens in batches] == [4, 8, 12, 8]
+    assert [accumulation_steps(run, layout, tokens) for tokens in batches] == [1, 1, 1, 2]
+    small = config("parallel.micro_batch=2")
+    assert [accumulation_steps(small, layout, tokens) for tokens in batches] == [2, 4, 6, 8]
+    # The largest number up to 3 that divides 8: a micro-batch that divides nothing is no error.
+    assert micro_batch_of(config("parallel.micro_batch=3"), layout_of(run, 1), 128) == 2
+
+
+@given(sequences=st.integers(1, 400), data=st.integers(1, 64), most=st.integers(1, 24))
+def test_every_sample_has_its_pass_and_no_rank_waits_for_long(sequences, data, most):
+    run = config(f"parallel.micro_batch={most}")
+    layout, tokens = layout_of(run, data), 16 * sequences
+    size = micro_batch_of(run, layout, tokens)
+    passes = accumulation_steps(run, layout, tokens)
+    idle = idle_share(run, layout, tokens)
+    assert 1 <= size <= most and sequences % size == 0
+    assert (passes - 1) * size * data < sequences <= passes * size * data
+    assert 0 <= idle < 1 and sequences == pytest.approx((1 - idle) * passes * size * data)
+    if sequences % data == 0:
+        share = sequences // data
+        assert idle == 0 and size == max(m for m in range(1, most + 1) if share % m == 0)
+    else:
+        assert size * passes <= -(-sequences // data)
 
 
 def test_a_sound_layout_has_no_problems():
     run = config("parallel.pipeline=4", "parallel.tensor=2", "parallel.micro_batch=2")
     assert list(layout_problems(run, layout_of(run, 16))) == []
+    # More data ranks than the first batch has sequences, or than divide it.
+    assert list(layout_problems(config(), layout_of(config(), 16))) == []
+    assert busy_start_tokens(config(), layout_of(config(), 16)) == 256
+    assert busy_start_tokens(config(), layout_of(config(), 4)) == 128
+    assert busy_start_tokens(config(), layout_of(config(), 24)) is None
+
+
+def test_the_vocabulary_is_padded_for_tensor_cores_on_every_rank():
+    rows = [padded_model(config(), Layout(world=n, tensor=n)).embedding_rows for n in (1, 2, 4)]
+    assert rows == [128, 256, 512]
+    own = config("model.vocab_multiple=96")
+    assert padded_model(own, Layout()).embedding_rows == 384
+    whole = config("model.vocab_size=50304")
+    assert padded_model(whole, Layout(world=8)).embedding_rows == 50_304
+    # No tensor core multiplies fp32 matrices.
+    exact = config("parallel.dtype=fp32")
+    assert padded_model(exact, Layout()).embedding_rows == 100
+    assert padded_model(exact, Layout(world=8, tensor=8)).embedding_rows == 104
 
 
 @pytest.mark.parametrize(
@@ -76,16 +129,16 @@ def test_a_sound_layout_has_no_problems():
             "6 ranks: must be a positive multiple of pipeline x tensor (2 x 2 = 4)",
         ),
         (
-            1,
-            ["parallel.micro_batch=3"],
-            "schedule.ramp_increment_tokens = 128 (8 sequences): must be a multiple of data ranks "
-            "x micro_batch (1 x 3)",
+            24,
+            [],
+            "schedule.batch_tokens = 512: the run's last batch has 32 sequences, which must be a "
+            "multiple of the 24 data ranks that share it; use 16 or 32 ranks, or a batch of 384 or "
+            "768 tokens",
         ),
         (
-            16,
-            [],
-            "schedule.ramp_increment_tokens = 128 (8 sequences): must be a multiple of data ranks "
-            "x micro_batch (16 x 1)",
+            96,
+            ["parallel.tensor=2"],
+            "multiple of the 48 data ranks that share it; use 64 ranks, or a batch of 768 tokens",
         ),
         (
             5,

@@ -5,6 +5,7 @@ import pytest
 from megagpt.cli import main
 from megagpt.config import load_run
 from megagpt.plan.layout import Layout
+from megagpt.plan.speed import peak_tflops
 from megagpt.plan.table import HEAD, as_text, ramp
 
 GPT3 = 'model = "gpt3-125m"\noutput = "x"\n[data]\ntrain = [{ path = "x" }]\n'
@@ -52,15 +53,49 @@ def test_the_command(run_file, capsys):
     assert main(["plan", str(run_file), "parallel.micro_batch=2", "--gpus", "8"]) == 0
     out = capsys.readouterr().out
     assert "125,226,240 parameters, 12 layers" in out
-    assert "8 ranks = data 8, ZeRO stage 1, micro-batch 2, bf16" in out
+    assert "8 ranks = data 8, ZeRO stage 1, micro-batch up to 2, bf16" in out
     # The paper's Table D.1 gives 2.60 PF-days.
     assert "PF-days" in out
+
+
+def test_it_tells_how_long_which_ranks_are_idle(run_file, capsys):
+    assert main(["plan", str(run_file), "--gpus", "32"]) == 0
+    out = capsys.readouterr().out
+    # 16 sequences on 32 ranks, then 32 on 32, then 48 on 64 passes.
+    assert out.count("50%") == 1 and out.count(" 25%") == 1
+    [line] = [line for line in out.splitlines() if line.startswith("idle: ")]
+    assert "cannot share the batch evenly; none with schedule.ramp_start_tokens = 65536" in line
+    assert main(["plan", str(run_file), "--gpus", "32", "schedule.ramp_start_tokens=65536"]) == 0
+    assert "idle: " not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("device", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756.5),
+        ("NVIDIA H100 NVL", 835.5),
+        ("NVIDIA H200", 989),
+        ("NVIDIA H200 NVL", 835.5),
+        ("NVIDIA H20", 148),
+        ("NVIDIA H20-3e", 148),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA B300 SXM6 AC", 2250),
+        ("NVIDIA GB200", 2500),
+        ("NVIDIA GB300", 2500),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("Tesla V100-SXM2-32GB", 125),
+        ("NVIDIA GeForce GTX 1080", None),
+    ],
+)
+def test_peaks_by_the_drivers_names(device, peak):
+    assert peak_tflops(device) == peak
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--gpus", "32"], "must be a multiple of data ranks x micro_batch (32 x 1)"),
+        (["--gpus", "24"], "256 sequences, which must be a multiple of the 24 data ranks"),
         (["--gpus", "-1"], "-1 ranks: must be a positive multiple of pipeline x tensor"),
         (["--gpus", "0"], "0 ranks: must be a positive multiple of pipeline x tensor"),
         (["parallel.ds_config=zero0"], "zero_optimization.stage = 0 with parallel.dtype = 'bf16'"),

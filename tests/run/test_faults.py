@@ -55,7 +55,7 @@ def test_an_unknown_key_is_exit_code_2_before_anything_starts(tmp_path):
     file = run_file(tmp_path)
     for override, message in (
         ("modle=x", "unknown key 'modle' (did you mean 'model'?)"),
-        ("parallel.micro_batch=3", "must be a multiple of data ranks x micro_batch"),
+        ("parallel.tensor=2", "1 ranks: must be a positive multiple of pipeline x tensor"),
     ):
         # In a process of its own: training leaves the process group that it ends in.
         done = launch(file, 1, override, launcher="python")
