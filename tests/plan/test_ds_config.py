@@ -10,6 +10,7 @@ from megagpt.config import RunConfig, parse_run
 from megagpt.errors import UsageError
 from megagpt.plan.ds_config import FOLDER, read_ds_config, resolve
 from megagpt.plan.layout import Layout
+from tests.lib.distributed import ROOT
 from tests.plan.test_layout import RUN
 
 FILES = sorted(path.stem for path in FOLDER.glob("*.json"))
@@ -139,7 +140,7 @@ def test_the_defaults_that_the_files_rely_on(name):
     assert found == RELIED_ON
     split = {"pipe_partitioned": True, "grad_partitioned": True, "seed_layers": False}
     assert split.items() <= taken.pipeline.items()
-    text = (FOLDER.parent / "docs" / "layouts.md").read_text()
+    text = (ROOT / "docs" / "layouts.md").read_text()
     words = [key.rpartition(".")[2].removesuffix("_enabled") for key in [*RELIED_ON, *split]]
     assert [word for word in words if word not in text] == []
 
