@@ -21,7 +21,7 @@ COMMANDS = {
     "plan": ("megagpt.plan.command", "what a run will do: layout, batch ramp, steps"),
     "launch": ("megagpt.cluster.launch", "write and submit a job of SLURM that is made for a run"),
     "data": (
-        "megagpt.corpus.command",
+        "megagpt.order.command",
         "what is in the shards; are they whole; one step's documents",
     ),
     "checkpoint": (

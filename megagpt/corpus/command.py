@@ -1,9 +1,8 @@
-"""`megagpt data inspect | verify | import | batch`: the command line of this room."""
+"""`megagpt data inspect | verify | import`; megagpt.order.command adds `batch`."""
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,18 +10,8 @@ from typing import Any
 from megagpt.errors import EXIT_DAMAGE, EXIT_OK
 
 
-def add_parser(commands: Any) -> None:
-    """Add `data` and its commands to the command line."""
-    made = commands.add_parser(
-        "data",
-        help="what is in the shards; are they whole; one step's documents",
-        description="Looks into, checks and imports folders of shards.",
-    )
-    add_parsers(made.add_subparsers(metavar="ACTION", required=True))
-
-
 def add_parsers(subparsers: Any) -> None:
-    """Add this room's commands; each sets `run`, a function of the parsed arguments."""
+    """Add the commands about shards; each sets `run`, a function of the parsed arguments."""
     inspect = subparsers.add_parser("inspect", help="what is in a folder of shards")
     inspect.add_argument("folder", type=Path, metavar="DIR", help="folder with a manifest.json")
     inspect.add_argument(
@@ -54,11 +43,6 @@ def add_parsers(subparsers: Any) -> None:
     )
     adopt.add_argument("--shard-tokens", type=int, metavar="N", help="tokens of a shard")
     adopt.set_defaults(run=run_import)
-
-    if importlib.util.find_spec("megagpt.order.trace"):
-        from megagpt.order.trace import add_parser
-
-        add_parser(subparsers)
 
 
 def run_inspect(args: argparse.Namespace) -> int:

@@ -13,8 +13,9 @@ from megagpt.config import load_run
 from megagpt.corpus.manifest import Manifest, Shard, write_manifest
 from megagpt.corpus.shards import HEADER, MAGIC, index_bytes
 from megagpt.errors import DamageError, UsageError
+from megagpt.order.command import add_batch
 from megagpt.order.loader import TokenLoader
-from megagpt.order.trace import add_parser, spans, trace
+from megagpt.order.trace import spans, trace
 from megagpt.order.windows import TokenWindows
 from megagpt.tokenizer import fingerprint, load_tokenizer
 from tests.order.test_windows import END, random_documents, write_corpus
@@ -55,7 +56,7 @@ def run_file(tmp_path: Path) -> Path:
 def batch(*words: object) -> int:
     """The command as the command line runs it."""
     parser = argparse.ArgumentParser()
-    add_parser(parser.add_subparsers())
+    add_batch(parser.add_subparsers())
     args = parser.parse_args(["batch", *map(str, words)])
     return args.run(args)
 
