@@ -7,8 +7,8 @@ sample-100BT, sample-350BT or a crawl such as CC-MAIN-2024-10 are larger; --edu 
 
 import sys
 
+from megagpt.corpus.command import parser, prepare_with, run
 from megagpt.corpus.huggingface import hub_documents
-from megagpt.corpus.script import parser, prepare_with, run
 
 
 def main() -> int:

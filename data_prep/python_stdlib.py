@@ -10,7 +10,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from megagpt.corpus.script import parser, prepare_with, run
+from megagpt.corpus.command import parser, prepare_with, run
 
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 

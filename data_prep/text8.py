@@ -13,8 +13,8 @@ import sys
 import zipfile
 from pathlib import Path
 
+from megagpt.corpus.command import parser, prepare_by_place, run
 from megagpt.corpus.download import fetch
-from megagpt.corpus.script import parser, prepare_by_place, run
 from megagpt.errors import DamageError
 
 URL = "http://mattmahoney.net/dc/text8.zip"

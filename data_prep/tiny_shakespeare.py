@@ -10,8 +10,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from megagpt.corpus.command import parser, prepare_by_place, run
 from megagpt.corpus.download import fetch
-from megagpt.corpus.script import parser, prepare_by_place, run
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 

@@ -11,9 +11,9 @@ The same command continues a killed run.
 import sys
 from pathlib import Path
 
+from megagpt.corpus.command import file_options, parser, prepare_with, run
+from megagpt.corpus.documents import Documents
 from megagpt.corpus.huggingface import hub_documents
-from megagpt.corpus.script import file_options, parser, prepare_with, run
-from megagpt.corpus.source import Documents
 
 
 def source(text: str, text_field: str) -> str | Path | Documents:

@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megagpt.corpus.script import file_options, run
+from megagpt.corpus.command import file_options, run
 from megagpt.errors import EXIT_OK
 
 

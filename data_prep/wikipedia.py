@@ -5,8 +5,8 @@ python data_prep/wikipedia.py --language en --output data/wikipedia
 
 import sys
 
+from megagpt.corpus.command import parser, prepare_with, run
 from megagpt.corpus.huggingface import hub_documents
-from megagpt.corpus.script import parser, prepare_with, run
 
 
 def main() -> int:

@@ -15,12 +15,18 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from megagpt.corpus.manifest import MANIFEST, Manifest, Shard, write_manifest
-from megagpt.corpus.shards import Index, read_index, token_dtype
-from megagpt.corpus.writer import SHARD_TOKENS, ShardWriter
+from megagpt.corpus.manifest import MANIFEST, Manifest, new_manifest, write_manifest
+from megagpt.corpus.shards import (
+    SHARD_TOKENS,
+    Index,
+    Shard,
+    ShardWriter,
+    read_index,
+    token_dtype,
+)
 from megagpt.errors import DamageError, UsageError
 from megagpt.files import file_sha256
-from megagpt.tokenizer import end_of_document, fingerprint, load_tokenizer
+from megagpt.tokenizer import end_of_document, load_tokenizer
 
 LLMC_MAGIC = 20240520
 LLMC_HEADER = 1024
@@ -76,7 +82,7 @@ def import_shards(
             writer.add(tokens, sizes)
             if progress:
                 progress(tokens.nbytes)
-    manifest = _manifest(output, tokenizer, tuple(writer.close()), files)
+    manifest = _manifest(output, tokenizer, writer.close(), files)
     write_manifest(manifest)
     return manifest
 
@@ -127,7 +133,7 @@ def _adopt(files: list[_File], tokenizer: str, progress: Callable[[int], None] |
         if reason:
             raise UsageError(f"{path}: {reason}; convert it with --output DIR")
         shards.append(_shard(path, index, progress))
-    manifest = _manifest(folder, tokenizer, tuple(shards), files)
+    manifest = _manifest(folder, tokenizer, shards, files)
     write_manifest(manifest)
     return manifest
 
@@ -176,14 +182,8 @@ def _shard(path: Path, index: Index, progress: Callable[[int], None] | None) -> 
 
 
 def _manifest(
-    folder: Path, tokenizer: str, shards: tuple[Shard, ...], files: list[_File]
+    folder: Path, tokenizer: str, shards: Sequence[Shard], files: list[_File]
 ) -> Manifest:
-    encoding = load_tokenizer(tokenizer)
-    name = encoding.name
-    path = Path(tokenizer)
-    if name not in ("gpt2", "bytes") and path.is_file():
-        (folder / "tokenizer.json").write_bytes(path.read_bytes())
-        name = "tokenizer.json"
     totals = {
         "documents": sum(shard.documents for shard in shards),
         "tokens": sum(shard.tokens for shard in shards),
@@ -197,14 +197,11 @@ def _manifest(
         }
         for file in files
     )
-    return Manifest(
-        folder=folder,
-        tokenizer_name=name,
-        vocab_size=encoding.n_vocab,
-        end_of_document=end_of_document(encoding),
-        fingerprint=fingerprint(encoding),
-        dtype=token_dtype(encoding.n_vocab),
-        shards=shards,
+    return new_manifest(
+        folder,
+        tokenizer,
+        load_tokenizer(tokenizer),
+        shards,
         sources=sources,
         totals=totals,
         preparation={"imported": sorted({file.format for file in files})},

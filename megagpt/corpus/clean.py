@@ -1,119 +1,110 @@
-"""Documents that may be removed from a corpus on request: copies and near-copies of others.
+"""The second step of a worker's pipe: what of each text stays, and what is known of it.
 
-- Exact duplicates: a 64-bit hash of the text; the first document stays. With 10^9 documents the
-  chance that one document is dropped wrongly is about 3%.
-- Near-duplicates: MinHash over 5-word shingles and LSH (datasketch); a document whose estimated
-  Jaccard similarity with an earlier one that stayed reaches the threshold goes. GPT-3 did the same
-  on Spark with 10 hashes (Brown et al. 2020, appendix A).
+    read -> clean (here) -> encode -> write
+
+Decides the split by a hash of the text, cuts evaluation text out, makes the signature for the
+search of near-copies. Long documents pass piece by piece unless a filter needs the whole text.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import Any, Literal
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from megagpt.corpus.words import MULTIPLIER, row_hashes, word_hashes
-
-SHINGLE = 5
-SCHEME: Literal["affine32"] = "affine32"
-"""datasketch's family of hash functions with 32-bit values."""
-
-
-def text_hash(content: bytes) -> int:
-    """64 bits of a document's UTF-8 text; decides its split and finds its copies."""
-    return int.from_bytes(blake2b(content, digest_size=8).digest(), "little")
+from megagpt.corpus.contamination import clean_pieces
+from megagpt.corpus.duplicates import Hashes, signature, text_hash
+from megagpt.corpus.read import Item, Problem, join, utf8
+from megagpt.tokenizer import END_OF_DOCUMENT
 
 
-class Seen:
-    """A set of 64-bit hashes in 8 bytes each: sorted runs that are merged as they grow."""
+@dataclass(frozen=True)
+class Rules:
+    """What is done to every text."""
 
-    def __init__(self) -> None:
-        self._runs: list[npt.NDArray[np.uint64]] = []
-
-    def first(self, hashes: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
-        """(n,) whether each hash is new, in order; all are known afterwards."""
-        new = np.zeros(len(hashes), bool)
-        unique, places = np.unique(hashes, return_index=True)
-        fresh = np.ones(len(unique), bool)
-        for run in self._runs:
-            at = np.minimum(np.searchsorted(run, unique), len(run) - 1)
-            fresh &= run[at] != unique
-        new[places[fresh]] = True
-        self._insert(unique[fresh])
-        return new
-
-    def _insert(self, run: npt.NDArray[np.uint64]) -> None:
-        if not len(run):
-            return
-        while self._runs and len(self._runs[-1]) < 2 * len(run):
-            run = np.sort(np.concatenate((self._runs.pop(), run)), kind="stable")
-        self._runs.append(run)
+    validation_fraction: float = 0.0
+    hashed: bool = False
+    """Whether documents are hashed for the search of duplicates."""
+    minhashes: int = 0
+    """Hashes of a MinHash signature; 0 makes none."""
+    grams: Hashes = field(default_factory=lambda: np.zeros(0, np.uint64))
+    """13-grams to remove, sorted."""
 
 
-@lru_cache(maxsize=1)
-def _permutations(hashes: int) -> Any:
-    """datasketch's, which it would draw again for each document."""
-    from datasketch import MinHash
+class Document(NamedTuple):
+    """What is known of a document whose text has come to its end."""
 
-    return MinHash(num_perm=hashes, scheme=SCHEME).permutations
-
-
-def signature(text: str, hashes: int) -> npt.NDArray[np.uint32]:
-    """(hashes,) MinHash over the 5-word shingles of a document."""
-    from datasketch import MinHash
-
-    words = word_hashes(text.lower().split())
-    shingles = np.unique(row_hashes(words, min(len(words), SHINGLE)) >> np.uint64(32))
-    sketch = MinHash(
-        num_perm=hashes, scheme=SCHEME, hashfunc=int, permutations=_permutations(hashes)
-    )
-    sketch.update_batch(shingles)
-    return np.asarray(sketch.hashvalues, np.uint32)
+    item: int
+    bytes: int
+    """Of the UTF-8 text."""
+    hash: int
+    validation: bool
+    signature: npt.NDArray[np.uint32] | None
 
 
-class Similar:
-    """Which documents are near-copies of an earlier one that stayed.
+class Text(NamedTuple):
+    """Text to be encoded; `document` is None until the last piece of a document."""
 
-    datasketch chooses the bands for the threshold; its index of them is spelled out here, for all
-    bands of a batch at once, because one process has to keep up with all workers.
-    """
+    item: int
+    text: str
+    document: Document | None
 
-    def __init__(self, threshold: float, hashes: int) -> None:
-        from datasketch import MinHashLSH
 
-        chosen = MinHashLSH(threshold=threshold, num_perm=hashes)
-        self._threshold, self._bands, self._rows = threshold, chosen.b, chosen.r
-        self._index: dict[int, tuple[int, ...]] = {}
-        """Band to the places of the documents that have it."""
-        self._kept: list[npt.NDArray[np.uint32]] = []
+class Note(NamedTuple):
+    """Something remarkable about a document that stays."""
 
-    def first(self, signatures: npt.NDArray[np.uint32]) -> npt.NDArray[np.bool_]:
-        """(n,) whether each document stays, in order; `signatures` is (n, hashes)."""
-        bands = self._band_hashes(signatures).tolist()
-        rows = zip(signatures, bands, strict=True)
-        return np.array([self._add(row, own) for row, own in rows], bool)
+    text: str
 
-    def _band_hashes(self, signatures: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint64]:
-        """(n, bands) a hash of each band's rows, other ones for the same rows in another band."""
-        width = self._bands * self._rows
-        shape = (len(signatures), self._bands, self._rows)
-        parts = signatures[:, :width].reshape(shape).astype(np.uint64)
-        result = np.arange(self._bands, dtype=np.uint64) * np.ones((len(parts), 1), np.uint64)
-        for row in range(self._rows):
-            result = (result ^ parts[:, :, row]) * MULTIPLIER
-            result ^= result >> np.uint64(29)
-        return result
 
-    def _add(self, row: npt.NDArray[np.uint32], bands: list[int]) -> bool:
-        for place in {place for band in bands for place in self._index.get(band, ())}:
-            if np.mean(self._kept[place] == row) >= self._threshold:
-                return False
-        place = len(self._kept)
-        for band in bands:
-            self._index[band] = (*self._index.get(band, ()), place)
-        self._kept.append(row)
-        return True
+def clean(items: Iterable[Item], rules: Rules) -> Iterator[Text | Problem | Note]:
+    """Apply the rules to every document; problems pass, and what came before them of the same
+    document counts for nothing."""
+    limit = int(rules.validation_fraction * 2**64)
+    hashed = bool(limit) or rules.hashed
+    digest, length, literal = None, 0, False
+    for item in join(items) if len(rules.grams) or rules.minhashes else items:
+        if isinstance(item, Problem):
+            digest, length, literal = None, 0, False
+            yield item
+            continue
+        text, content = utf8(item.text)
+        if text is not item.text:
+            yield Note("lone surrogates replaced by U+FFFD")
+        if hashed:
+            digest = digest or blake2b(digest_size=8)
+            digest.update(content)
+        length += len(content)
+        literal |= END_OF_DOCUMENT in text
+        if not item.last:
+            yield Text(item.item, text, None)
+            continue
+        if literal:
+            yield Note(f"the literal {END_OF_DOCUMENT} kept as text")
+        code = int.from_bytes(digest.digest(), "little") if digest else 0
+        if len(rules.grams):
+            yield from _cut(item.item, text, code < limit, rules)
+        else:
+            document = Document(item.item, length, code, code < limit, _signature(text, rules))
+            yield Text(item.item, text, document)
+        digest, length, literal = None, 0, False
+
+
+def _cut(item: int, text: str, validation: bool, rules: Rules) -> Iterator[Text | Problem | Note]:
+    """What stays of a document without evaluation text: each piece is a document."""
+    pieces = clean_pieces(text, rules.grams)
+    if not pieces:
+        yield Problem(item, "evaluation text")
+    elif pieces[0] != text:
+        yield Note("evaluation text cut out")
+    for piece in pieces:
+        content, made = piece.encode(), _signature(piece, rules)
+        document = Document(item, len(content), text_hash(content), validation, made)
+        yield Text(item, piece, document)
+
+
+def _signature(text: str, rules: Rules) -> npt.NDArray[np.uint32] | None:
+    return signature(text, rules.minhashes) if rules.minhashes else None

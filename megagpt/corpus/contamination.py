@@ -10,21 +10,32 @@ count once: the paper's corpora had been deduplicated before, and a leaked page 
 eleven times would pass for a common phrase.
 
 Sets of 13-grams are sorted arrays of 64-bit hashes, which worker processes share.
+
+A first pass over the corpus counts: a worker writes what it saw in a unit to `N.grams`, the parent
+puts them together, and `rare.grams` keeps the 13-grams that are to be removed. All of it stays
+until the preparation ends: a killed run continues, and the second pass knows whether it reads the
+same documents.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from megagpt.corpus.source import find_sources, plan_units
-from megagpt.corpus.unit import LargeText, unit_items
-from megagpt.corpus.words import Hashes, row_hashes, word_hashes
+from megagpt.corpus.documents import Source, Unit, find_sources, plan_units
+from megagpt.corpus.duplicates import Hashes, row_hashes, text_hash, word_hashes
+from megagpt.corpus.progress import Progress
+from megagpt.corpus.read import texts, utf8
+from megagpt.corpus.state import State, payload_digest, unit_path
+from megagpt.corpus.workers import Workers
 from megagpt.errors import UsageError
+from megagpt.files import write_durably
 
 GRAM = 13
 WINDOW = 200
@@ -71,8 +82,9 @@ def evaluation_grams(paths: Sequence[str], text_field: str) -> Hashes:
 
     Raises UsageError when the files hold no 13-gram at all.
     """
-    texts = evaluation_texts(paths, text_field)
-    parts = [np.unique(part) for text in texts for part in _text_grams(text)]
+    units = plan_units(find_sources([Path(path) for path in paths]).sources)
+    documents = (text for unit in units for text in texts(unit, text_field))
+    parts = [np.unique(part) for text in documents for part in _text_grams(text)]
     grams = np.unique(np.concatenate(parts)) if parts else np.zeros(0, np.uint64)
     if not len(grams):
         raise UsageError(
@@ -80,16 +92,6 @@ def evaluation_grams(paths: Sequence[str], text_field: str) -> Hashes:
             "text files or JSON lines with the text field"
         )
     return grams
-
-
-def evaluation_texts(paths: Sequence[str], text_field: str) -> Iterator[str]:
-    """The documents of evaluation files, damaged ones left out."""
-    for unit in plan_units(find_sources([Path(path) for path in paths]).sources):
-        for item in unit_items(unit, text_field):
-            if isinstance(item, LargeText):
-                yield "".join(item.pieces())
-            elif isinstance(item, str):
-                yield item
 
 
 def shared_grams(text: str, grams: Hashes) -> npt.NDArray[np.intp]:
@@ -140,11 +142,11 @@ def _merged(spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
         yield first, last
 
 
-# --- common phrases -----------------------------------------------------------------------------
+# --- the first pass: common phrases ---------------------------------------------------------------
 
 
 def sightings(places: npt.NDArray[np.intp], document: int) -> Hashes:
-    """One number for each 13-gram (by its place) that was seen in a document (by its hash)."""
+    """One number for each 13-gram (by its index) that was seen in a document (by its hash)."""
     return (places.astype(np.uint64) << np.uint64(32)) | np.uint64(document & 0xFFFFFFFF)
 
 
@@ -158,6 +160,59 @@ def enough(seen: Hashes) -> Hashes:
 
 
 def common(seen: Hashes) -> npt.NDArray[np.intp]:
-    """Places of the 13-grams that were seen in more than COMMON documents."""
+    """Indices of the 13-grams that were seen in more than COMMON documents."""
     places, counts = np.unique(enough(seen) >> np.uint64(32), return_counts=True)
     return places[counts > COMMON].astype(np.intp)
+
+
+@dataclass(frozen=True)
+class GramCounter:
+    """Writes the sightings of a unit, in a worker process; see megagpt.corpus.workers."""
+
+    folder: Path
+    text_field: str
+    grams: Hashes
+
+    def __call__(self, unit: Unit) -> str:
+        """Of texts with a problem the second pass says what is wrong."""
+        seen = [np.zeros(0, np.uint64)]
+        for text in texts(unit, self.text_field):
+            text, content = utf8(text)
+            places = shared_grams(text, self.grams)
+            if len(places):
+                seen.append(sightings(places, text_hash(content)))
+        head = json.dumps({"digest": payload_digest(unit.payload)}).encode() + b"\n"
+        raw = enough(np.concatenate(seen)).astype("<u8").tobytes()
+        write_durably(unit_path(self.folder, unit.number, "grams"), head + raw)
+        return ""
+
+
+def rare_grams(
+    grams: Hashes,
+    sources: Sequence[Source],
+    state: State,
+    *,
+    text_field: str,
+    workers: int,
+    unit_bytes: int,
+) -> Hashes:
+    """Those of `grams` that are no common phrases of the sources, sorted; reads all of them."""
+    result = state.folder / "rare.grams"
+    if result.exists():
+        return np.fromfile(result, "<u8")
+    seen, waiting, size = np.zeros(0, np.uint64), [np.zeros(0, np.uint64)], 0
+    units = plan_units(sources, unit_bytes)
+    with (
+        Workers(workers, GramCounter(state.folder, text_field, grams)) as pool,
+        Progress("counting 13-grams", sum(source.bytes for source in sources)) as progress,
+    ):
+        for unit in pool.in_order(units, lambda unit: state.is_done(unit, "grams")):
+            content = unit_path(state.folder, unit.number, "grams").read_bytes()
+            waiting.append(np.frombuffer(content.partition(b"\n")[2], "<u8"))
+            size += len(waiting[-1])
+            if size > len(seen) + (1 << 20):
+                seen, waiting, size = enough(np.concatenate((seen, *waiting))), [], 0
+            progress.add(unit.size)
+    rare = np.delete(grams, common(np.concatenate((seen, *waiting))))
+    write_durably(result, rare.astype("<u8").tobytes())
+    return rare

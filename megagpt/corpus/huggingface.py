@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megagpt.corpus.source import Documents
+from megagpt.corpus.documents import Documents
 from megagpt.errors import UsageError
 
 

@@ -16,15 +16,20 @@ When the tokenizer is a file, its name is `tokenizer.json`, a copy in the folder
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megagpt.corpus.shards import Index, read_index, token_dtype
+from megagpt.corpus.shards import Shard, token_dtype
 from megagpt.errors import DamageError, UsageError
 from megagpt.files import write_durably
+from megagpt.tokenizer import end_of_document, fingerprint
+
+if TYPE_CHECKING:
+    import tiktoken
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -36,30 +41,13 @@ SPLIT_RULE = (
 __all__ = [
     "MANIFEST",
     "SPLIT_RULE",
-    "Index",
     "Manifest",
     "Shard",
     "Split",
-    "read_index",
+    "new_manifest",
     "read_manifest",
     "write_manifest",
 ]
-
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """One pair of files."""
-
-    name: str
-    tokens: int
-    """Tokens in .bin, END-OF-DOCUMENT included."""
-    documents: int
-    bytes: int
-    """Size of .bin."""
-    sha256: str
-    """Of .bin."""
-    index_sha256: str
-    """Of .idx."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +185,28 @@ def _contradiction(manifest: Manifest) -> str | None:
         if manifest.totals.get(key, count) != count:
             return f"totals say {manifest.totals[key]} {key}, the shards hold {count}"
     return None
+
+
+def new_manifest(
+    folder: Path, tokenizer: str, encoding: tiktoken.Encoding, shards: Sequence[Shard], **more: Any
+) -> Manifest:
+    """The manifest of shards that `encoding` made; `more` are the other fields. `tokenizer` is what
+    `load_tokenizer` took: a file of it is copied into the folder."""
+    name, path = encoding.name, Path(tokenizer)
+    path = path / "tokenizer.json" if path.is_dir() else path
+    if name not in ("gpt2", "bytes") and path.is_file():
+        write_durably(folder / "tokenizer.json", path.read_bytes())
+        name = "tokenizer.json"
+    return Manifest(
+        folder=folder,
+        tokenizer_name=name,
+        vocab_size=encoding.n_vocab,
+        end_of_document=end_of_document(encoding),
+        fingerprint=fingerprint(encoding),
+        dtype=token_dtype(encoding.n_vocab),
+        shards=tuple(shards),
+        **more,
+    )
 
 
 def write_manifest(manifest: Manifest) -> None:

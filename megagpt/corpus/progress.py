@@ -1,22 +1,21 @@
-"""One line that tells how a long job goes: redrawn on a terminal, every few seconds elsewhere."""
+"""How a long job goes: a bar on a terminal, a line every few seconds elsewhere."""
 
 from __future__ import annotations
 
 import sys
 import time
-from typing import TextIO
+from typing import Any
 
 
 class Progress:
     """Counts bytes (and tokens) of a job; `total_bytes` 0 means that the end is not known."""
 
-    def __init__(self, label: str, total_bytes: int = 0, stream: TextIO | None = None) -> None:
-        self._stream = stream or sys.stderr
-        self._live = self._stream.isatty()
+    def __init__(self, label: str, total_bytes: int = 0) -> None:
         self._label, self._total = label, total_bytes
         self._t0 = self._shown = time.monotonic()
         self._bytes = self._skipped = self._tokens = 0
-        self._every_s = 0.2 if self._live else 10.0
+        self._bar = _bar(label, total_bytes) if sys.stderr.isatty() else None
+        self._every_s = 0.2 if self._bar else 10.0
 
     def skip(self, size: int) -> None:
         """Bytes that an earlier run has done: part of the whole, not of the rate."""
@@ -28,14 +27,17 @@ class Progress:
         self._bytes += size
         self._tokens += tokens
         now = time.monotonic()
-        if now - self._shown >= self._every_s:
-            self._shown = now
-            end = "" if self._live else "\n"
-            start = "\r\x1b[K" if self._live else ""
-            print(start + self.line(now - self._t0), end=end, file=self._stream, flush=True)
+        if now - self._shown < self._every_s:
+            return
+        self._shown = now
+        state = self.state(now - self._t0)
+        if self._bar:
+            self._bar.update(0, completed=self._bytes, state=state, refresh=True)
+        else:
+            print(f"{self._label}: {state}", file=sys.stderr, flush=True)
 
-    def line(self, elapsed_s: float) -> str:
-        """The text of the line."""
+    def state(self, elapsed_s: float) -> str:
+        """The figures in words."""
         rate = (self._bytes - self._skipped) / max(elapsed_s, 1e-9)
         parts = [f"{self._bytes / 1e6:,.0f} MB"]
         if self._total:
@@ -46,9 +48,34 @@ class Progress:
         if self._total and rate:
             left = int(max(self._total - self._bytes, 0) / rate)
             parts.append(f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left")
-        return f"{self._label}: " + ", ".join(parts)
+        return ", ".join(parts)
 
     def close(self) -> None:
-        """Clear the line of a terminal."""
-        if self._live:
-            print("\r\x1b[K", end="", file=self._stream, flush=True)
+        """Clear the bar."""
+        if self._bar:
+            self._bar.stop()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _bar(label: str, total: int) -> Any:
+    # 0.1 s of imports that nobody waits for where no terminal is.
+    from rich import progress
+    from rich.console import Console
+
+    # No thread refreshes it, so that the process may still fork.
+    bar = progress.Progress(
+        "{task.description}",
+        progress.BarColumn(),
+        "{task.fields[state]}",
+        console=Console(stderr=True),
+        transient=True,
+        auto_refresh=False,
+    )
+    bar.add_task(label, total=total or None, state="")
+    bar.start()
+    return bar

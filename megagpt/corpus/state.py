@@ -1,9 +1,8 @@
 """What an unfinished preparation remembers, in `.preparation/` of its output folder.
 
 `plan.json` says what is being prepared, so that another corpus is refused; `state.json` how many
-units lie flushed in shards; `N.bin` and `N.doc` are parts of units (see part.py),
-`N.grams` what counting.py saw in them. One process at
-a time holds `lock`.
+units lie flushed in shards; `N.bin` and `N.doc` are parts of units (part.py), `N.grams` what the
+first pass saw in them (contamination.py). One process at a time holds `lock`.
 """
 
 from __future__ import annotations
@@ -15,17 +14,31 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from megagpt.corpus.manifest import MANIFEST, Shard
-from megagpt.corpus.part import Part, part_path, payload_digest, read_digest, read_part
-from megagpt.corpus.source import Source, Unit
+from megagpt.corpus.documents import Source, Unit
+from megagpt.corpus.manifest import MANIFEST
+from megagpt.corpus.shards import Shard
 from megagpt.errors import UsageError
 from megagpt.files import write_durably
 
 FOLDER = ".preparation"
 LOCK_WAIT_S = 10.0
+
+
+def unit_path(folder: Path, number: int, ending: str) -> Path:
+    """`N.bin`, `N.doc` or `N.grams` of a unit."""
+    return folder / f"{number:09d}.{ending}"
+
+
+def payload_digest(payload: Any) -> str:
+    """A digest of what a unit carries; empty when it carries nothing."""
+    if payload is None:
+        return ""
+    content = payload if isinstance(payload, bytes) else repr(payload).encode("utf-8", "replace")
+    return blake2b(content, digest_size=16).hexdigest()
 
 
 class State:
@@ -55,7 +68,10 @@ class State:
             stale.unlink()
 
     def _wait_for_lock(self, output: Path) -> None:
-        """Take the lock; workers of a killed run hold it for a moment longer than their parent."""
+        """Take the lock, which workers of a killed run hold a moment longer than their parent.
+
+        filelock would close it in them: the next run would write beside them.
+        """
         deadline = time.monotonic() + LOCK_WAIT_S
         while True:
             try:
@@ -86,13 +102,16 @@ class State:
                 "it, or remove the folder to start again"
             )
 
-    def done(self, unit: Unit, ending: str = "doc") -> bool:
+    def is_done(self, unit: Unit, ending: str = "doc") -> bool:
         """Whether a file of the unit exists already. Raises UsageError when its input differs."""
-        path = part_path(self.folder, unit.number, ending)
+        path = unit_path(self.folder, unit.number, ending)
         if not path.exists():
             return False
-        if unit.payload is not None and read_digest(path) != payload_digest(unit.payload):
-            raise self.other_input()
+        if unit.payload is not None:
+            with path.open("rb") as file:
+                digest = json.loads(file.readline())["digest"]
+            if digest != payload_digest(unit.payload):
+                raise self.other_input()
         return True
 
     def other_input(self) -> UsageError:
@@ -102,10 +121,6 @@ class State:
             "input; give the same input again, or remove the folder to start again"
         )
 
-    def part(self, number: int) -> Part:
-        """What is known of a unit that is done."""
-        return read_part(part_path(self.folder, number, "doc"))
-
     def save(self, units: int, finished: list[list[Shard]]) -> None:
         """Remember that `units` lie flushed in shards, and drop their tokens."""
         data = {
@@ -114,17 +129,19 @@ class State:
         }
         write_durably(self.folder / "state.json", json.dumps(data).encode())
         for number in range(self.units, units):
-            part_path(self.folder, number, "bin").unlink(missing_ok=True)
+            unit_path(self.folder, number, "bin").unlink(missing_ok=True)
         self.units = units
-
-    def release(self) -> None:
-        """Let another process work here."""
-        self._lock.close()
 
     def remove(self) -> None:
         """Everything is in shards and manifests now."""
         shutil.rmtree(self.folder)
-        self.release()
+
+    def __enter__(self) -> State:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let another process work here."""
+        self._lock.close()
 
 
 def plan_difference(before: dict[str, Any], now: dict[str, Any]) -> str:

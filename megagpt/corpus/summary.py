@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from megagpt.errors import DamageError
+
+SHOWN = 20
+"""Problems of a kind that are described; the rest is counted."""
+
+log = logging.getLogger("megagpt.data")
 
 
 @dataclass
@@ -27,6 +35,20 @@ class Summary:
     elapsed_s: float = 0.0
     finished_before: bool = False
     """Nothing was done, the output was complete."""
+    strict: bool = False
+    """Whether the first document that has to be left out ends the preparation."""
+    _described: Counter[str] = field(default_factory=Counter)
+
+    def describe(self, reason: str, where: str, detail: str) -> None:
+        """Say once what is left out. Raises DamageError when strict."""
+        text = f"{where}: {reason}" + (f" ({detail})" if detail else "")
+        if self.strict:
+            raise DamageError(f"{text}; repair the input, or run without --strict to leave it out")
+        self._described[reason] += 1
+        if self._described[reason] <= SHOWN:
+            log.warning("%s; left out", text)
+        elif self._described[reason] == SHOWN + 1:
+            log.warning("further cases of %r are only counted", reason)
 
     def text(self) -> str:
         """The summary as lines."""

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from megagpt.corpus.manifest import Manifest, Shard, read_manifest
-from megagpt.corpus.shards import BLOCK, Index, read_index
+from megagpt.corpus.manifest import Manifest, read_manifest
+from megagpt.corpus.shards import Index, Shard, read_index
 from megagpt.errors import DamageError
-from megagpt.files import file_sha256
+from megagpt.files import BLOCK, file_sha256
 
 Progress = Callable[[int], None]
 """Told the bytes that have been read since the last call."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
+from megagpt.corpus.documents import find_sources, plan_units
 from megagpt.corpus.huggingface import hub_documents
-from megagpt.corpus.source import find_sources, plan_units
-from megagpt.corpus.unit import LargeText, unit_items
+from megagpt.corpus.read import Piece, read
 from megagpt.errors import DamageError, UsageError
 from megagpt.tokenizer import END_OF_DOCUMENT
 from megagpt.tokenizer.json import read_tokenizer_file, write_tokenizer_file
@@ -24,15 +24,10 @@ def texts(inputs: Sequence[str], args: Namespace) -> Iterator[str]:
     items = [hub_documents(x, args.text_field) if x.startswith("hf:") else x for x in inputs]
     left = args.sample_bytes
     for unit in plan_units(find_sources(items, args.format).sources):
-        for item in unit_items(unit, args.text_field):
-            parts: Iterable[str] = ()
-            if isinstance(item, str):
-                parts = [item]
-            elif isinstance(item, LargeText):
-                parts = item.pieces()
-            for text in parts:
-                yield text
-                left -= len(text.encode("utf-8", "replace"))
+        for item in read(unit, args.text_field):
+            if isinstance(item, Piece):
+                yield item.text
+                left -= len(item.text.encode("utf-8", "replace"))
                 if left <= 0:
                     return
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megagpt.corpus import contamination as overlap
-from megagpt.corpus import words as words_module
+from megagpt.corpus import duplicates as duplicates_module
 from megagpt.corpus.contamination import (
     COMMON,
     GRAM,
@@ -24,9 +24,10 @@ from megagpt.corpus.contamination import (
     shared_grams,
     sightings,
 )
-from megagpt.corpus.prepare import Options, prepare
-from megagpt.corpus.source import Documents
-from megagpt.corpus.words import word_hashes
+from megagpt.corpus.documents import Documents
+from megagpt.corpus.duplicates import word_hashes
+from megagpt.corpus.pipe import prepare
+from megagpt.corpus.recipe import PrepareOptions
 from megagpt.errors import Stopped, UsageError
 from tests.corpus.test_prepare import content, decoded, jsonl
 
@@ -115,7 +116,7 @@ def test_evaluation_text_is_cut_out(tmp_path: Path) -> None:
     torn = " ".join(f"{clean} {question}" for _ in range(PIECES))
     near = f"{clean} {' '.join(question.split()[:12])}"
     path = jsonl(tmp_path / "in.jsonl", [clean, f"{left} {question} {right}", short, torn, near])
-    options = Options(output=tmp_path / "out", decontaminate=(str(tmp_path / "eval.txt"),))
+    options = PrepareOptions(output=tmp_path / "out", decontaminate=(str(tmp_path / "eval.txt"),))
     summary = prepare([path], options)
     cut = [left[: len(left) + 1 - WINDOW], (" " + right)[WINDOW:]]
     assert decoded(tmp_path / "out") == [clean, *cut, near]
@@ -147,7 +148,7 @@ def test_phrases_of_more_than_ten_documents_stay(
     outputs = []
     for workers, unit_bytes in ((1, 1 << 20), (2, 700), (7, 3000)):
         output = tmp_path / f"{workers}" / "out"
-        options = Options(
+        options = PrepareOptions(
             output=output, decontaminate=files, workers=workers, unit_bytes=unit_bytes,
             validation_fraction=0.2, backend="tiktoken",
         )  # fmt: skip
@@ -166,8 +167,8 @@ def test_a_stop_in_either_pass_changes_nothing(
 ) -> None:
     texts, files, _ = phrases
 
-    def options(name: str) -> Options:
-        return Options(
+    def options(name: str) -> PrepareOptions:
+        return PrepareOptions(
             output=tmp_path / name, decontaminate=files, unit_bytes=2000, backend="tiktoken"
         )
 
@@ -191,10 +192,10 @@ def test_a_stop_in_either_pass_changes_nothing(
 def test_an_input_that_reads_differently_the_second_time_is_refused(tmp_path: Path) -> None:
     (tmp_path / "eval.txt").write_text(words(random.Random(1), 20))
     once = iter(["first", "second"])
-    options = Options(output=tmp_path / "out", decontaminate=(str(tmp_path / "eval.txt"),))
+    options = PrepareOptions(output=tmp_path / "out", decontaminate=(str(tmp_path / "eval.txt"),))
     with pytest.raises(UsageError, match="had read other documents from this input"):
         prepare([Documents("mine", lambda: once)], options)
-    standard = Options(output=tmp_path / "other", decontaminate=("-",))
+    standard = PrepareOptions(output=tmp_path / "other", decontaminate=("-",))
     for source, asked in (("-", options), (tmp_path / "eval.txt", standard)):
         with pytest.raises(UsageError, match="reads its input twice, which standard input does"):
             prepare([source], asked)
@@ -204,7 +205,7 @@ def test_word_hashes_do_not_depend_on_what_is_remembered(monkeypatch: pytest.Mon
     row = [*"abcab", "long" * 20, *"cba"]
     expected = word_hashes(row)
     assert len(set(expected.tolist())) == len(set(row))
-    monkeypatch.setattr(words_module, "_REMEMBERED", 2)
+    monkeypatch.setattr(duplicates_module, "_REMEMBERED", 2)
     assert word_hashes(row).tolist() == word_hashes(row).tolist() == expected.tolist()
 
 
@@ -213,7 +214,7 @@ def test_other_evaluation_text_is_another_corpus(tmp_path: Path) -> None:
     file = tmp_path / "evaluation/a.txt"
     file.write_text(words(random.Random(1), 20))
     path = jsonl(tmp_path / "in.jsonl", ["some text"])
-    options = Options(output=tmp_path / "out", decontaminate=(str(tmp_path / "evaluation"),))
+    options = PrepareOptions(output=tmp_path / "out", decontaminate=(str(tmp_path / "evaluation"),))
     prepare([path], options)
     assert prepare([path], options).finished_before
     file.write_text(words(random.Random(2), 20))

@@ -9,11 +9,12 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-import zstandard
+from backports import zstd
 
-from megagpt.corpus import unit as unit_module
-from megagpt.corpus.array import array_elements
-from megagpt.corpus.prepare import Options, prepare
+from megagpt.corpus import read as read_module
+from megagpt.corpus.open import array_elements
+from megagpt.corpus.pipe import prepare
+from megagpt.corpus.recipe import PrepareOptions
 from megagpt.errors import DamageError, UsageError
 from megagpt.tokenizer import encoder as encoder_module
 from megagpt.tokenizer import load_tokenizer
@@ -21,8 +22,10 @@ from megagpt.tokenizer.encoder import Encoder, pieces
 from tests.corpus.test_prepare import content, decoded, jsonl, sample_texts
 
 
-def options(folder: Path, **changes: object) -> Options:
-    return Options(output=folder / "out", **({"backend": "tiktoken", "workers": 2} | changes))
+def options(folder: Path, **changes: object) -> PrepareOptions:
+    return PrepareOptions(
+        output=folder / "out", **({"backend": "tiktoken", "workers": 2} | changes)
+    )
 
 
 BROKEN = [
@@ -96,7 +99,7 @@ def test_truncated_compressed_files(
     raw = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
     if name == "a.json":
         raw = json.dumps(texts).encode()
-    packed = gzip.compress(raw) if ending == "gz" else zstandard.ZstdCompressor().compress(raw)
+    packed = gzip.compress(raw) if ending == "gz" else zstd.compress(raw)
     path = tmp_path / f"{name}.{ending}"
     path.write_bytes(packed[: len(packed) * 3 // 4])
     good = jsonl(tmp_path / "good.jsonl", ["good"])
@@ -144,10 +147,10 @@ def test_json_arrays_element_by_element(
 ) -> None:
     import io
 
-    from megagpt.corpus import array
+    from megagpt.corpus import open as open_module
 
     for chunk in (1, 2, 5, 1 << 20):
-        monkeypatch.setattr(array, "CHUNK", chunk)
+        monkeypatch.setattr(open_module, "CHUNK", chunk)
         found = []
         try:
             for element in array_elements(io.BytesIO(text.encode())):
@@ -224,11 +227,11 @@ def test_large_text_files_are_read_in_pieces(
         (tmp_path / f"{name}.txt{ending}").write_bytes(data)
     (tmp_path / f"c.txt{ending}").write_bytes(data[:-9] if ending else raw + b"\xff")
     inputs = [tmp_path / f"{name}.txt{ending}" for name in "acb"]
-    monkeypatch.setattr(unit_module, "LARGE_FILE", 100)
+    monkeypatch.setattr(read_module, "PIECE_BYTES", 100)
     summary = prepare(inputs, options(tmp_path / "large"))
     assert decoded(tmp_path / "large/out") == texts
     assert sum(summary.left_out.values()) == 1
-    monkeypatch.setattr(unit_module, "LARGE_FILE", 1 << 30)
+    monkeypatch.setattr(read_module, "PIECE_BYTES", 1 << 30)
     prepare(inputs, options(tmp_path / "whole"))
     assert content(tmp_path / "large/out") == content(tmp_path / "whole/out")
 

@@ -13,15 +13,16 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-import zstandard
+from backports import zstd
 from datasketch import MinHash, MinHashLSH
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from megagpt.corpus.clean import Seen, Similar
+from megagpt.corpus.documents import Documents, find_sources, plan_units
+from megagpt.corpus.duplicates import Seen, Similar
 from megagpt.corpus.manifest import read_manifest
-from megagpt.corpus.prepare import Options, prepare
-from megagpt.corpus.source import Documents, find_sources, plan_units
+from megagpt.corpus.pipe import prepare
+from megagpt.corpus.recipe import PrepareOptions
 from megagpt.corpus.verify import verify_shards
 from megagpt.errors import UsageError
 from megagpt.tokenizer import load_tokenizer
@@ -77,7 +78,7 @@ def test_tokens_are_conserved(
 ) -> None:
     folder = tmp_path_factory.mktemp("conserved")
     path = jsonl(folder / "in.jsonl", texts)
-    options = Options(
+    options = PrepareOptions(
         output=folder / "out", workers=workers, unit_bytes=unit_bytes, shard_tokens=shard_tokens
     )
     kept = [text for text in texts if text]
@@ -99,7 +100,7 @@ def test_bytes_do_not_depend_on_workers_or_units(tmp_path: Path, backend: str) -
     outputs = []
     for workers, unit_bytes in ((1, 1 << 20), (1, 500), (2, 500), (7, 777)):
         folder = tmp_path / f"{workers}-{unit_bytes}" / "web"
-        options = Options(
+        options = PrepareOptions(
             output=folder, workers=workers, unit_bytes=unit_bytes, shard_tokens=1000,
             validation_fraction=0.2, deduplicate=True, backend=backend,
         )  # fmt: skip
@@ -114,7 +115,7 @@ def test_validation_depends_on_the_text_alone(tmp_path: Path) -> None:
     splits = []
     for name, order in (("a", texts), ("b", texts[::-1])):
         path = jsonl(tmp_path / f"{name}.jsonl", order)
-        prepare([path], Options(output=tmp_path / name, validation_fraction=0.1, workers=1))
+        prepare([path], PrepareOptions(output=tmp_path / name, validation_fraction=0.1, workers=1))
         splits.append(set(decoded(tmp_path / f"{name}-validation")))
         assert splits[-1] | set(decoded(tmp_path / name)) == set(texts)
     assert splits[0] == splits[1]
@@ -131,8 +132,7 @@ def pack(content: bytes, ending: str) -> bytes:
         ".xz": lzma.compress,
         # Two frames in a row, as parallel compressors write them.
         ".zst": lambda data: b"".join(
-            zstandard.ZstdCompressor().compress(part)
-            for part in (data[: len(data) // 2], data[len(data) // 2 :])
+            zstd.compress(part) for part in (data[: len(data) // 2], data[len(data) // 2 :])
         ),
     }[ending](content)
 
@@ -146,7 +146,7 @@ def test_every_format_and_compression(tmp_path: Path, ending: str) -> None:
     for name, data in files.items():
         (tmp_path / (name + ending)).write_bytes(pack(data, ending))
     inputs = [tmp_path / (name + ending) for name in files]
-    options = Options(output=tmp_path / "out", workers=2, unit_bytes=400)
+    options = PrepareOptions(output=tmp_path / "out", workers=2, unit_bytes=400)
     prepare(inputs, options)
     assert decoded(tmp_path / "out") == [*texts, *texts, *texts, texts[0]]
 
@@ -170,7 +170,7 @@ def test_parquet_row_groups_and_other_columns(tmp_path: Path) -> None:
     texts = sample_texts(50)
     table = pyarrow.table({"id": range(50), "body": texts})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=7)
-    prepare([tmp_path / "a.parquet"], Options(output=tmp_path / "out", text_field="body"))
+    prepare([tmp_path / "a.parquet"], PrepareOptions(output=tmp_path / "out", text_field="body"))
     assert decoded(tmp_path / "out") == texts
 
 
@@ -183,7 +183,7 @@ def test_folders_globs_and_python_documents_keep_their_order(tmp_path: Path) -> 
         tmp_path / "in",
         str(tmp_path / "in/s*/*.txt"),
     ]
-    summary = prepare(inputs, Options(output=tmp_path / "out", unit_bytes=1))
+    summary = prepare(inputs, PrepareOptions(output=tmp_path / "out", unit_bytes=1))
     assert decoded(tmp_path / "out") == ["first", "second", "a.txt", "b.txt", "sub/c.txt"]
     assert summary.left_out == {"file given more than once": 1}
     assert summary.notes["files of folders with an unknown ending"] == 1
@@ -193,7 +193,7 @@ def test_manifest_says_where_the_tokens_come_from(tmp_path: Path) -> None:
     import hashlib
 
     path = jsonl(tmp_path / "in.jsonl", sample_texts(30))
-    prepare([path], Options(output=tmp_path / "out", unit_bytes=100))
+    prepare([path], PrepareOptions(output=tmp_path / "out", unit_bytes=100))
     manifest = read_manifest(tmp_path / "out")
     data = path.read_bytes()
     assert manifest.sources == (
@@ -204,7 +204,7 @@ def test_manifest_says_where_the_tokens_come_from(tmp_path: Path) -> None:
 
 def test_a_second_run_says_that_it_is_finished(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "in.jsonl", sample_texts(30))
-    options = Options(output=tmp_path / "out", validation_fraction=0.5)
+    options = PrepareOptions(output=tmp_path / "out", validation_fraction=0.5)
     first = prepare([path], options)
     before = content(tmp_path / "out")
     again = prepare([path], options)
@@ -219,22 +219,22 @@ def test_an_output_with_another_corpus_is_refused(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "in.jsonl", sample_texts(30))
     other = jsonl(tmp_path / "other.jsonl", sample_texts(31))
     output = tmp_path / "out"
-    prepare([path], Options(output=output))
+    prepare([path], PrepareOptions(output=output))
     with pytest.raises(UsageError, match="already holds another corpus .the input files differ"):
-        prepare([other], Options(output=output))
+        prepare([other], PrepareOptions(output=output))
     with pytest.raises(UsageError, match="deduplicate was False, now it is True"):
-        prepare([path], Options(output=output, deduplicate=True))
+        prepare([path], PrepareOptions(output=output, deduplicate=True))
     with pytest.raises(UsageError, match="another corpus .tokenizer was"):
-        prepare([path], Options(output=output, tokenizer="bytes"))
+        prepare([path], PrepareOptions(output=output, tokenizer="bytes"))
     same_size = path.read_text().replace("the", "THE")
     path.write_text(same_size)
     os.utime(path, ns=(2**62, 2**62))
     with pytest.raises(UsageError, match="input files differ or have changed"):
-        prepare([path], Options(output=output))
+        prepare([path], PrepareOptions(output=output))
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign/x.bin").touch()
     with pytest.raises(UsageError, match="already holds another corpus .x.bin"):
-        prepare([path], Options(output=tmp_path / "foreign"))
+        prepare([path], PrepareOptions(output=tmp_path / "foreign"))
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,7 @@ def test_an_output_with_another_corpus_is_refused(tmp_path: Path) -> None:
 )
 def test_wrong_options_are_refused(tmp_path: Path, changes: dict, message: str) -> None:
     path = jsonl(tmp_path / "in.jsonl", ["x"])
-    options = Options(output=tmp_path / "out", **changes)
+    options = PrepareOptions(output=tmp_path / "out", **changes)
     if not message:
         assert prepare([path], options).backend == "bytes"
         return
@@ -258,7 +258,7 @@ def test_wrong_options_are_refused(tmp_path: Path, changes: dict, message: str) 
 
 
 def test_wrong_inputs_are_refused(tmp_path: Path) -> None:
-    options = Options(output=tmp_path / "out")
+    options = PrepareOptions(output=tmp_path / "out")
     (tmp_path / "a.xyz").write_text("x")
     with pytest.raises(UsageError, match="nothing.txt: no such file or folder"):
         prepare([tmp_path / "nothing.txt"], options)
@@ -266,13 +266,17 @@ def test_wrong_inputs_are_refused(tmp_path: Path) -> None:
         prepare([tmp_path / "a.xyz"], options)
     with pytest.raises(UsageError, match="the inputs hold no file"):
         prepare([tmp_path], options)
-    assert prepare([tmp_path / "a.xyz"], Options(output=tmp_path / "out", format="text")).tokens
+    assert prepare(
+        [tmp_path / "a.xyz"], PrepareOptions(output=tmp_path / "out", format="text")
+    ).tokens
 
 
 def test_exact_duplicates_go_and_the_first_stays(tmp_path: Path) -> None:
     texts = sample_texts(50)
     path = jsonl(tmp_path / "in.jsonl", [*texts, *texts[:20], "new", *texts[40:]])
-    summary = prepare([path], Options(output=tmp_path / "out", deduplicate=True, unit_bytes=300))
+    summary = prepare(
+        [path], PrepareOptions(output=tmp_path / "out", deduplicate=True, unit_bytes=300)
+    )
     assert decoded(tmp_path / "out") == [*texts, "new"]
     assert summary.left_out["duplicate"] == 30
 
@@ -320,7 +324,9 @@ def test_near_duplicates_go(tmp_path: Path) -> None:
     outputs = []
     for workers in (1, 3):
         folder = tmp_path / str(workers) / "out"
-        options = Options(output=folder, near_duplicates=0.8, workers=workers, unit_bytes=3000)
+        options = PrepareOptions(
+            output=folder, near_duplicates=0.8, workers=workers, unit_bytes=3000
+        )
         summary = prepare([path], options)
         assert summary.left_out == {"near-duplicate": 5}
         outputs.append(content(folder))
@@ -334,7 +340,7 @@ def test_tokenizer_file_travels_with_the_shards(tmp_path: Path) -> None:
     source = tmp_path / "mine.json"
     write_tokenizer_file(source, [("t", "h"), ("th", "e")], "<|endoftext|>")
     path = jsonl(tmp_path / "in.jsonl", sample_texts(30))
-    summary = prepare([path], Options(output=tmp_path / "out", tokenizer=str(source)))
+    summary = prepare([path], PrepareOptions(output=tmp_path / "out", tokenizer=str(source)))
     assert summary.backend == "fastokens"
     source.unlink()
     manifest = read_manifest(tmp_path / "out")
@@ -350,6 +356,6 @@ def test_large_vocabularies_become_int32(tmp_path: Path) -> None:
     pairs = [(a, b) for a in letters for b in letters]
     write_tokenizer_file(tmp_path / "big.json", pairs, "<|endoftext|>")
     path = jsonl(tmp_path / "in.jsonl", sample_texts(30))
-    prepare([path], Options(output=tmp_path / "out", tokenizer=str(tmp_path / "big.json")))
+    prepare([path], PrepareOptions(output=tmp_path / "out", tokenizer=str(tmp_path / "big.json")))
     assert read_manifest(tmp_path / "out").dtype == np.int32
     assert decoded(tmp_path / "out") == sample_texts(30)

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from megagpt.corpus.documents import Documents
 from megagpt.corpus.manifest import read_manifest
-from megagpt.corpus.prepare import prepare
-from megagpt.corpus.source import Documents
+from megagpt.corpus.pipe import prepare
 from megagpt.errors import Stopped, UsageError
 from tests.corpus.test_damage import options
 from tests.corpus.test_prepare import content, decoded, jsonl, sample_texts
@@ -48,8 +48,8 @@ def kill_child(path: Path, output: Path, delay_s: float, victim: str) -> bool:
     was still at work."""
     code = (
         "import sys; from pathlib import Path\n"
-        "from megagpt.corpus.prepare import Options, prepare\n"
-        "prepare([Path(sys.argv[1])], Options(output=Path(sys.argv[2]), workers=2, "
+        "from megagpt.corpus.pipe import PrepareOptions, prepare\n"
+        "prepare([Path(sys.argv[1])], PrepareOptions(output=Path(sys.argv[2]), workers=2, "
         "backend='tiktoken', unit_bytes=1 << 19, deduplicate=True, shard_tokens=700_000))\n"
     )
     child = subprocess.Popen(

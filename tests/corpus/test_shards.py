@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megagpt.corpus.manifest import Manifest, Shard, read_manifest, write_manifest
-from megagpt.corpus.shards import index_bytes, read_index, token_dtype
+from megagpt.corpus.shards import ShardWriter, index_bytes, read_index, token_dtype
 from megagpt.corpus.verify import verify_shards
-from megagpt.corpus.writer import ShardWriter
 from megagpt.errors import DamageError, UsageError
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from megagpt.corpus.manifest import Manifest, Split, write_manifest
-from megagpt.corpus.writer import ShardWriter
+from megagpt.corpus.shards import ShardWriter
 from megagpt.tokenizer import fingerprint, load_tokenizer
 
 WORDS = "the a small large model learns reads writes token tokens from text and then stops".split()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import megagpt.order.windows as store_module
 from megagpt.corpus.manifest import Manifest, read_manifest, write_manifest
-from megagpt.corpus.writer import ShardWriter
+from megagpt.corpus.shards import ShardWriter
 from megagpt.errors import DamageError, UsageError
 from megagpt.order.windows import TokenWindows
 

@@ -1,0 +1,147 @@
+"""The sources as a manifest lists them: path, size and sha256 of what was read."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from megagpt.corpus.documents import Source, Unit
+from megagpt.corpus.manifest import MANIFEST, Manifest
+from megagpt.corpus.workers import STOPS
+from megagpt.errors import UsageError
+from megagpt.files import BLOCK, file_sha256
+
+LISTED = 10_000
+"""Sources that a manifest lists one by one; more become one entry."""
+
+
+class Digests:
+    """sha256 and size of every source, made in a thread beside the work; a context manager."""
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self._sources = sources
+        # Signals are for the main thread, which may have to wake up for them.
+        self._thread = ThreadPoolExecutor(
+            1, initializer=signal.pthread_sigmask, initargs=(signal.SIG_BLOCK, STOPS)
+        )
+        self._whole: dict[int, Future[str]] = {}
+        self._running: dict[int, Any] = {}
+        self._sizes: Counter[int] = Counter()
+        self._last: Future[None] | None = None
+
+    def take(self, unit: Unit) -> None:
+        """Hash what the unit reads; units come in order."""
+        index = unit.sources[0]
+        source = self._sources[index]
+        if unit.kind == "range":
+            digest = self._running.setdefault(index, hashlib.sha256())
+            self._last = self._thread.submit(_hash_range, digest, source.path, unit.start, unit.end)
+        elif source.path == "-" or source.documents:
+            digest = self._running.setdefault(index, hashlib.sha256())
+            for content in _contents(unit.payload):
+                digest.update(content)
+                self._sizes[index] += len(content)
+        elif unit.last:
+            for index in unit.sources:
+                whole = Path(self._sources[index].path)
+                self._whole[index] = self._thread.submit(_file_digest, whole)
+
+    def entries(self) -> list[dict[str, Any]]:
+        """The `sources` of the manifest. Raises UsageError when a file changed meanwhile."""
+        self._thread.shutdown(wait=True)
+        if self._last is not None:
+            self._last.result()
+        entries = []
+        for index, source in enumerate(self._sources):
+            _check_unchanged(source)
+            if index in self._whole:
+                digest = self._whole[index].result()
+            else:
+                digest = self._running.get(index, hashlib.sha256()).hexdigest()
+            size = source.bytes or self._sizes[index]
+            entries.append({"path": source.path, "bytes": size, "sha256": digest})
+        return _collapsed(entries)
+
+    def __enter__(self) -> Digests:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+
+def made_of(manifest: Manifest, sources: Sequence[Source]) -> bool:
+    """Whether a corpus was made of these sources: path and size of each, and the content of those
+    that are newer than the manifest."""
+    written = (manifest.folder / MANIFEST).stat().st_mtime_ns
+    known = {entry["path"]: entry["sha256"] for entry in manifest.sources}
+    entries = []
+    for source in sources:
+        digest = known.get(source.path, "")
+        if (source.mtime_ns > written or not digest) and source.mtime_ns:
+            digest = file_sha256(Path(source.path))
+        entries.append({"path": source.path, "bytes": source.bytes, "sha256": digest})
+    entries = _collapsed(entries)
+    for entry, before in zip(entries, manifest.sources, strict=False):
+        # The size of standard input and of iterators is not known before reading.
+        entry["bytes"] = entry["bytes"] or before["bytes"]
+    return entries == list(manifest.sources)
+
+
+def _collapsed(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The entries, or one for all when there are too many to list."""
+    if len(entries) <= LISTED:
+        return entries
+    listing = "".join(f"{entry['sha256']}  {entry['path']}\n" for entry in entries)
+    return [
+        {
+            "path": os.path.commonpath([entry["path"] for entry in entries]),
+            "files": len(entries),
+            "bytes": sum(entry["bytes"] for entry in entries),
+            "sha256": hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest(),
+        }
+    ]
+
+
+def _contents(payload: Any) -> list[bytes]:
+    if isinstance(payload, bytes):
+        return [payload]
+    return [
+        item if isinstance(item, bytes) else str(item).encode("utf-8", "replace") + b"\0"
+        for item in payload
+    ]
+
+
+def _file_digest(path: Path) -> str:
+    """sha256, or nothing for a file that cannot be read: its unit reports it."""
+    try:
+        return file_sha256(path)
+    except OSError:
+        return ""
+
+
+def _hash_range(digest: Any, path: str, start: int, end: int) -> None:
+    with open(path, "rb", buffering=0) as file:
+        file.seek(start)
+        while start < end and (block := file.read(min(BLOCK, end - start))):
+            digest.update(block)
+            start += len(block)
+
+
+def _check_unchanged(source: Source) -> None:
+    if source.documents or source.path == "-":
+        return
+    try:
+        stat = os.stat(source.path)
+        same = (stat.st_size, stat.st_mtime_ns) == (source.bytes, source.mtime_ns)
+    except OSError:
+        same = False
+    if not same:
+        raise UsageError(
+            f"{source.path} changed while it was read; remove the output folder and start again"
+        )

@@ -1,0 +1,331 @@
+"""A corpus of any size into verified shards: `prepare(inputs, options)`.
+
+    python data_prep/tokenize_corpus.py INPUT... --output DIR
+
+1) Inputs become units of about 8 MB, by the input alone (documents.py).
+2) Worker processes make a part of each: read, clean, encode, write (read.py, clean.py, encode.py,
+   part.py); neither text nor tokens of files travel between processes (workers.py).
+3) This process takes the parts in order: it keeps or drops each document (duplicates.py), adds it
+   to the shards (shards.py), flushes them and remembers how far it is (state.py). So the bytes are
+   the same for any number of workers, and a killed run decides the same again from the parts.
+4) The manifest comes last (manifest.py).
+
+A decontamination reads the inputs once before, to know common phrases (contamination.py).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megagpt.corpus.clean import Rules
+from megagpt.corpus.contamination import evaluation_grams, rare_grams
+from megagpt.corpus.digests import Digests, made_of
+from megagpt.corpus.documents import Documents, Inputs, Source, Unit, find_sources, plan_units
+from megagpt.corpus.duplicates import Duplicates, Hashes
+from megagpt.corpus.manifest import MANIFEST, Split, new_manifest, read_manifest, write_manifest
+from megagpt.corpus.part import Part, PartMaker, read_part
+from megagpt.corpus.progress import Progress
+from megagpt.corpus.recipe import PrepareOptions, check_inputs, check_options, recipe_of
+from megagpt.corpus.shards import ShardWriter
+from megagpt.corpus.state import FOLDER, State, plan_difference, source_plan, unit_path
+from megagpt.corpus.summary import Summary
+from megagpt.corpus.workers import Workers
+from megagpt.errors import DamageError, MegagptError, Stopped, UsageError
+from megagpt.tokenizer import load_tokenizer
+from megagpt.tokenizer.encoder import Encoder
+
+if TYPE_CHECKING:
+    import tiktoken
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+FLUSH_UNITS = 32
+"""Units between two flushes: what a killed run may have to add to the shards again."""
+
+
+def validation_folder(output: Path) -> Path:
+    """Where the validation split of a corpus goes."""
+    return output.with_name(output.name + "-validation")
+
+
+def prepare(inputs: Iterable[str | Path | Documents], options: PrepareOptions) -> Summary:
+    """Tokenize `inputs` into shards in `options.output`.
+
+    Continues a killed run; does nothing when the output is finished. Raises UsageError for wrong
+    options, inputs or an output that holds something else, DamageError in strict mode, Stopped for
+    SIGINT, and MegagptError when the disk is full or a worker died.
+    """
+    output = options.output
+    t0 = time.monotonic()
+    try:
+        check_options(options)
+        encoding = load_tokenizer(options.tokenizer)
+        found = find_sources(inputs, options.format)
+        check_inputs(options, found.sources)
+        recipe = recipe_of(options, encoding)
+        summary = _finished(options, found.sources, recipe)
+        if summary is None:
+            summary = _Pipe(options, encoding, found, recipe).run()
+            summary.elapsed_s = time.monotonic() - t0
+        return summary
+    except KeyboardInterrupt:
+        raise Stopped(f"{output}: stopped; run the same command again to continue") from None
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise MegagptError(
+            f"{output}: {error.strerror}; make space and run the same command again, it continues "
+            "where it stopped"
+        ) from None
+
+
+def _finished(
+    options: PrepareOptions, sources: list[Source], recipe: dict[str, Any]
+) -> Summary | None:
+    """A summary when the output is this very corpus; None when it is still to be made."""
+    output = options.output
+    if not (output / MANIFEST).exists():
+        return None
+    manifest = read_manifest(output)
+    difference = plan_difference(manifest.preparation, recipe) if manifest.preparation else "other"
+    if difference == "nothing" and not made_of(manifest, sources):
+        difference = "the input files differ or have changed"
+    if difference != "nothing":
+        raise UsageError(
+            f"{output} already holds another corpus ({difference}); choose another --output, or "
+            "remove it first"
+        )
+    shutil.rmtree(output / FOLDER, ignore_errors=True)  # killed just before its end
+    manifests = [manifest]
+    if options.validation_fraction:
+        manifests.append(read_manifest(validation_folder(output)))
+    return Summary(
+        folders=(output,),
+        finished_before=True,
+        documents=[each.documents for each in manifests],
+        tokens=[each.tokens for each in manifests],
+    )
+
+
+class _Pipe:
+    """One run of `prepare` over an output that is not finished."""
+
+    def __init__(
+        self,
+        options: PrepareOptions,
+        encoding: tiktoken.Encoding,
+        inputs: Inputs,
+        recipe: dict[str, Any],
+    ) -> None:
+        self._options, self._encoding, self._recipe = options, encoding, recipe
+        self._inputs, self._sources = inputs, inputs.sources
+        self._folders = [options.output]
+        if options.validation_fraction:
+            self._folders.append(validation_folder(options.output))
+        self._workers = options.workers or len(os.sched_getaffinity(0))
+        self._summary = Summary(folders=tuple(self._folders), strict=options.strict)
+        self._duplicates = Duplicates(options.deduplicate, options.near_duplicates, options.hashes)
+        self._first_item: Counter[int] = Counter()
+        """Lines, rows or elements of each source in the parts so far."""
+
+    def run(self) -> Summary:
+        """Prepare, or continue where a killed run was."""
+        options = self._options
+        sources = source_plan(self._sources)
+        plan = {**self._recipe, "sources": sources, "unit_bytes": options.unit_bytes}
+        with State(self._folders, plan) as self._state:
+            for folder in self._folders:
+                folder.mkdir(parents=True, exist_ok=True)
+            grams = self._rare_grams()
+            encoder = Encoder(self._encoding, options.backend)
+            self._writers = [
+                ShardWriter(
+                    folder,
+                    self._encoding.n_vocab,
+                    shard_tokens=options.shard_tokens,
+                    finished=finished,
+                )
+                for folder, finished in zip(self._folders, self._state.finished, strict=True)
+            ]
+            self._describe_inputs()
+            self._resumed = self._state.units
+            self._work(grams, encoder)
+        return self._summary
+
+    def _work(self, grams: Hashes, encoder: Encoder) -> None:
+        options, summary = self._options, self._summary
+        rules = Rules(
+            validation_fraction=options.validation_fraction,
+            hashed=options.deduplicate,
+            minhashes=options.hashes if options.near_duplicates else 0,
+            grams=grams,
+        )
+        maker = PartMaker(self._state.folder, options.text_field, rules, encoder)
+        # The workers first: what follows may start threads.
+        with (
+            Workers(self._workers, maker) as workers,
+            Digests(self._sources) as digests,
+            Progress("tokenizing", sum(source.bytes for source in self._sources)) as progress,
+        ):
+
+            def is_done(unit: Unit) -> bool:
+                digests.take(unit)
+                # Where the first pass has read it, the second must read the same.
+                if options.decontaminate and not self._state.is_done(unit, "grams"):
+                    raise self._state.other_input()
+                return self._state.is_done(unit)
+
+            count = 0
+            for unit in workers.in_order(plan_units(self._sources, options.unit_bytes), is_done):
+                part = read_part(unit_path(self._state.folder, unit.number, "doc"))
+                self._take(unit, part)
+                count = unit.number + 1
+                if count - self._state.units >= FLUSH_UNITS:
+                    self._flush(count)
+                # Of standard input and iterators only the text is known.
+                size = unit.size or int(part.bytes.sum())
+                if count <= self._resumed:
+                    progress.skip(size)
+                else:
+                    progress.add(size, int(part.sizes.sum()))
+            self._flush(max(count, self._state.units))
+            self._write_manifests(digests.entries())
+        summary.backend = "tiktoken" if any(workers.notes) else encoder.backend
+        summary.messages = sorted({*workers.notes, encoder.note} - {""})
+
+    def _rare_grams(self) -> Hashes:
+        options = self._options
+        if not options.decontaminate:
+            return np.zeros(0, np.uint64)
+        grams = evaluation_grams(options.decontaminate, options.text_field)
+        rare = rare_grams(
+            grams,
+            self._sources,
+            self._state,
+            text_field=options.text_field,
+            workers=self._workers,
+            unit_bytes=options.unit_bytes,
+        )
+        if len(grams) > len(rare):
+            note = "13-grams of evaluation files left as common"
+            self._summary.notes[note] = len(grams) - len(rare)
+        return rare
+
+    def _describe_inputs(self) -> None:
+        for path in self._inputs.twice:
+            self._summary.describe("file given more than once", path, "")
+            self._summary.left_out["file given more than once"] += 1
+        if self._inputs.others:
+            note = "files of folders with an unknown ending"
+            self._summary.notes[note] = self._inputs.others
+
+    # --- parts in order -------------------------------------------------------------------------
+
+    def _take(self, unit: Unit, part: Part) -> None:
+        """Keep or drop the documents of a part, and add them to the shards."""
+        summary = self._summary
+        for item, reason, detail, path in part.problems:
+            summary.describe(reason, path or self._place(unit, item), detail)
+        keep, gone = self._duplicates.keep(part.hashes, part.signatures)
+        for counts in (part.counts, gone):
+            summary.left_out.update(counts)
+        summary.notes.update(part.notes)
+        self._add(unit, part, keep)
+        sizes = np.where(keep, part.sizes, 0)
+        if len(sizes) and int(sizes.max()) > summary.longest_tokens:
+            longest = int(np.argmax(sizes))
+            summary.longest_tokens = int(sizes[longest])
+            summary.longest_place = self._place(unit, int(part.items[longest]))
+        if len(unit.sources) == 1:
+            self._first_item[unit.sources[0]] += part.n_items
+
+    def _place(self, unit: Unit, item: int) -> str:
+        """file:line of an item, or the file that it is."""
+        if unit.kind == "files":
+            return unit.files[item][0]
+        source = self._sources[unit.sources[0]]
+        number = self._first_item[unit.sources[0]] + item + 1
+        if source.format == "jsonl":
+            name = "standard input" if source.path == "-" else source.path
+            return f"{name}:{number}"
+        return f"{source.path}: document {number}"
+
+    def _add(self, unit: Unit, part: Part, keep: npt.NDArray[np.bool_]) -> None:
+        """Add the documents that stay to the shards of their split."""
+        summary = self._summary
+        tokens = None
+        for split, writer in enumerate(self._writers):
+            chosen = keep & (part.validation == split)
+            sizes = part.sizes[chosen]
+            if not len(sizes):
+                continue
+            summary.documents[split] += len(sizes)
+            summary.tokens[split] += int(sizes.sum())
+            summary.text_bytes[split] += int(part.bytes[chosen].sum())
+            if unit.number < self._resumed:
+                writer.skip(sizes)
+                continue
+            if tokens is None:
+                tokens = self._tokens(unit, part, writer.dtype)
+            writer.add(tokens if chosen.all() else tokens[np.repeat(chosen, part.sizes)], sizes)
+
+    def _tokens(self, unit: Unit, part: Part, dtype: np.dtype) -> npt.NDArray:
+        path = unit_path(self._state.folder, unit.number, "bin")
+        tokens: npt.NDArray
+        try:
+            tokens = np.memmap(path, dtype=dtype, mode="r")
+        except (OSError, ValueError):
+            tokens = np.zeros(0, dtype)
+        if len(tokens) != int(part.sizes.sum()):
+            raise DamageError(
+                f"{path}: {len(tokens)} tokens, its .doc says {int(part.sizes.sum())}; remove "
+                f"{self._options.output} and start again"
+            )
+        return tokens
+
+    def _flush(self, units: int) -> None:
+        """Put all shards on the disk and remember how far they are."""
+        for writer in self._writers:
+            writer.flush()
+        self._state.save(units, [writer.shards for writer in self._writers])
+
+    def _write_manifests(self, sources: list[dict[str, Any]]) -> None:
+        summary, options = self._summary, self._options
+        left_out = dict(sorted(summary.left_out.items()))
+        if not sum(summary.documents):
+            reasons = ", ".join(f"{key} {n}" for key, n in left_out.items())
+            self._state.remove()
+            raise UsageError(f"no document is left to write ({reasons or 'the inputs are empty'})")
+        shards = [writer.close() for writer in self._writers]
+        # Train last: its manifest says that everything is there.
+        for index in reversed(range(len(shards))):
+            totals: dict[str, Any] = {
+                "documents": summary.documents[index],
+                "tokens": summary.tokens[index],
+                "text_bytes": summary.text_bytes[index],
+            }
+            if index == 0:
+                totals["left_out"] = left_out
+                totals["longest_document_tokens"] = summary.longest_tokens
+            name = ("train", "validation")[index]
+            manifest = new_manifest(
+                self._folders[index],
+                options.tokenizer,
+                self._encoding,
+                shards[index],
+                split=options.split or Split(name, options.validation_fraction),
+                sources=tuple(sources),
+                totals=totals,
+                preparation=self._recipe,
+            )
+            write_manifest(manifest)
+        self._state.remove()
