@@ -16,17 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from megagpt.corpus.manifest import MANIFEST, Manifest, new_manifest, write_manifest
-from megagpt.corpus.shards import (
-    SHARD_TOKENS,
-    Index,
-    Shard,
-    ShardWriter,
-    read_index,
-    token_dtype,
-)
+from megagpt.corpus.shards import SHARD_TOKENS, Index, Shard, ShardWriter, read_index
 from megagpt.errors import DamageError, UsageError
 from megagpt.files import file_sha256
-from megagpt.tokenizer import end_of_document, load_tokenizer
+from megagpt.tokenizer import end_of_document, load_tokenizer, token_dtype
 
 LLMC_MAGIC = 20240520
 LLMC_HEADER = 1024

@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megagpt.corpus.shards import Shard, token_dtype
+from megagpt.corpus.shards import Shard
 from megagpt.errors import DamageError, UsageError
 from megagpt.files import write_durably
-from megagpt.tokenizer import end_of_document, fingerprint
+from megagpt.tokenizer import end_of_document, fingerprint, token_dtype
 
 if TYPE_CHECKING:
     import tiktoken

@@ -192,7 +192,8 @@ class _Pipe:
                 if count - self._state.units >= FLUSH_UNITS:
                     self._flush(count)
                 # Of standard input and iterators only the text is known.
-                size = unit.size or int(part.bytes.sum())
+                known = self._sources[unit.sources[0]].bytes
+                size = unit.size if known else int(part.bytes.sum())
                 if count <= self._resumed:
                     progress.skip(size)
                 else:

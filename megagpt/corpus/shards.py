@@ -32,6 +32,7 @@ import numpy.typing as npt
 
 from megagpt.errors import DamageError, UsageError
 from megagpt.files import BLOCK, sync_folder, write_durably
+from megagpt.tokenizer import token_dtype
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
@@ -80,11 +81,6 @@ class Index:
     """(sequences,) byte offset of each sequence in .bin."""
     documents: npt.NDArray[np.int64]
     """(documents + 1,) the sequence at which each document starts, and the number of sequences."""
-
-
-def token_dtype(vocab_size: int) -> np.dtype:
-    """uint16 when every id fits, int32 otherwise."""
-    return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<i4")
 
 
 def read_index(path: Path) -> Index:

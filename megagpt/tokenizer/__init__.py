@@ -19,6 +19,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from megagpt.errors import UsageError
 
 if TYPE_CHECKING:
@@ -30,7 +32,7 @@ END_OF_DOCUMENT = "<|endoftext|>"
 DOWNLOAD_SECONDS = 60
 """How long a download of one of tiktoken's vocabularies may take; tiktoken has no limit."""
 
-__all__ = ["END_OF_DOCUMENT", "end_of_document", "fingerprint", "load_tokenizer"]
+__all__ = ["END_OF_DOCUMENT", "end_of_document", "fingerprint", "load_tokenizer", "token_dtype"]
 
 
 def load_tokenizer(name: str | Path) -> tiktoken.Encoding:
@@ -67,6 +69,11 @@ def end_of_document(encoding: tiktoken.Encoding) -> int:
             "document; choose another tokenizer or add the token to its file"
         )
     return token
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """What holds an id: uint16 when every one fits, int32 otherwise."""
+    return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<i4")
 
 
 @lru_cache(maxsize=8)

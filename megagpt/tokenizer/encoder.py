@@ -14,16 +14,15 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from megagpt.corpus.shards import token_dtype
 from megagpt.errors import DamageError, UsageError
-from megagpt.tokenizer import end_of_document
+from megagpt.tokenizer import token_dtype
 from megagpt.tokenizer.gpt2 import GPT2_PATTERN
 from megagpt.tokenizer.json import encoding_merges, tokenizer_json
 
@@ -86,7 +85,7 @@ def _fast_encoder(encoding: tiktoken.Encoding) -> FastEncoder | None:
 
 
 class Encoder:
-    """Encodes documents and ends each with END-OF-DOCUMENT.
+    """Encodes texts; megagpt.corpus.encode ends each document with END-OF-DOCUMENT.
 
     `backend` is what is in use after construction; `note` says why it is not the fast one.
     Constructing starts no thread, so that a process may fork afterwards.
@@ -99,7 +98,6 @@ class Encoder:
         self.dtype = token_dtype(encoding.n_vocab)
         self.backend = "tiktoken"
         self.note = ""
-        self._end = end_of_document(encoding)
         self._fast: FastEncoder | None = None
         self._count = 0
         if encoding.name == "bytes":
@@ -123,24 +121,13 @@ class Encoder:
             self.backend = "tiktoken"
             self.note = "fastokens gave other ids than tiktoken in the self-check; using tiktoken"
 
-    def encode(self, texts: Sequence[str]) -> tuple[npt.NDArray, npt.NDArray[np.int64]]:
-        """(tokens, sizes): the ids of all texts in a row, END-OF-DOCUMENT after each, and the
-        number of ids of each text, END-OF-DOCUMENT included.
-
-        Texts must not hold lone surrogates. Raises ValueError for a text that tiktoken cannot
-        split, DamageError when the fast backend differs from tiktoken.
-        """
-        parts: list[str] = []
-        ends = []
-        for text in texts:
-            parts.extend(pieces(text, self.encoding._pat_str))
-            ends.append(len(parts))
-        tokens, sizes = self.encode_pieces(parts)
-        bounds = np.concatenate(([0], np.cumsum(sizes)))[np.array([0, *ends])]
-        return np.insert(tokens, bounds[1:], self._end), np.diff(bounds) + 1
-
     def encode_pieces(self, parts: list[str]) -> tuple[npt.NDArray, npt.NDArray[np.int64]]:
-        """(tokens, sizes) of texts that are encoded as they are, without END-OF-DOCUMENT."""
+        """(tokens, sizes): the ids of all texts in a row, and the number of ids of each.
+
+        Texts must not hold lone surrogates; what `pieces` would cut may be too long for tiktoken.
+        Raises ValueError for a text that tiktoken cannot split, DamageError when the fast backend
+        differs from tiktoken.
+        """
         if not parts:
             return np.zeros(0, self.dtype), np.zeros(0, np.int64)
         if self.backend == "bytes":

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megagpt.corpus.manifest import Manifest, Shard, read_manifest, write_manifest
-from megagpt.corpus.shards import ShardWriter, index_bytes, read_index, token_dtype
+from megagpt.corpus.shards import ShardWriter, index_bytes, read_index
 from megagpt.corpus.verify import verify_shards
 from megagpt.errors import DamageError, UsageError
+from megagpt.tokenizer import token_dtype
 
 
 def write_folder(folder: Path, documents: list[list[int]], shard_tokens: int = 100) -> Manifest:
