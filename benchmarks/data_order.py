@@ -25,7 +25,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 
-from megagpt.corpus.manifest import Manifest, Shard, write_manifest
+from megagpt.corpus.manifest import CorpusManifest, Shard, write_manifest
 from megagpt.order.loader import TokenLoader
 from megagpt.order.mixture import Mixture
 from megagpt.order.permutation import Permutation
@@ -83,7 +83,7 @@ def corpus(folder: Path, n_shards: int, shard_tokens: int, sparse: bool) -> Path
                 file.write(rng.integers(0, 50257, shard_tokens, np.uint16).tobytes())
         shards.append(Shard(name, shard_tokens, 1, 2 * shard_tokens, made_up, made_up))
     write_manifest(
-        Manifest(
+        CorpusManifest(
             folder=folder,
             tokenizer_name="gpt2",
             vocab_size=50257,

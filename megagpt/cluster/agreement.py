@@ -14,7 +14,7 @@ from pathlib import Path
 
 from megagpt.cluster.code import code_digest
 from megagpt.config import RunConfig, dump_run
-from megagpt.corpus.manifest import Manifest, read_manifest
+from megagpt.corpus.manifest import CorpusManifest, read_manifest
 from megagpt.errors import MegagptError
 from megagpt.plan.ds_config import read_ds_config
 
@@ -75,7 +75,7 @@ def _corpus(folder: Path) -> str:
     return _incomplete(manifest) or alike
 
 
-def _incomplete(manifest: Manifest) -> str:
+def _incomplete(manifest: CorpusManifest) -> str:
     """The first shard that is missing or not of its size, "" when there is none."""
     for shard in manifest.shards:
         path = manifest.bin_path(shard)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from megagpt.corpus.manifest import MANIFEST, Manifest, new_manifest, write_manifest
+from megagpt.corpus.manifest import MANIFEST, CorpusManifest, new_manifest, write_manifest
 from megagpt.corpus.shards import SHARD_TOKENS, Index, Shard, ShardWriter, read_index
 from megagpt.errors import DamageError, UsageError
 from megagpt.files import file_sha256
@@ -47,7 +47,7 @@ def import_shards(
     tokenizer: str = "gpt2",
     shard_tokens: int = SHARD_TOKENS,
     progress: Callable[[int], None] | None = None,
-) -> Manifest:
+) -> CorpusManifest:
     """Make shards of others ours; `inputs` are .bin files, Megatron prefixes or a folder of them.
 
     Without `output` the inputs must be Megatron pairs in one folder that can stay as they are; a
@@ -105,7 +105,9 @@ def _format(path: Path) -> str:
     return "llmc" if head == LLMC_MAGIC.to_bytes(4, "little") else "nanogpt"
 
 
-def _adopt(files: list[_File], tokenizer: str, progress: Callable[[int], None] | None) -> Manifest:
+def _adopt(
+    files: list[_File], tokenizer: str, progress: Callable[[int], None] | None
+) -> CorpusManifest:
     """Write a manifest beside Megatron pairs. Raises UsageError when they have to be converted."""
     folder = files[0].path.parent
     encoding = load_tokenizer(tokenizer)
@@ -176,7 +178,7 @@ def _shard(path: Path, index: Index, progress: Callable[[int], None] | None) -> 
 
 def _manifest(
     folder: Path, tokenizer: str, shards: Sequence[Shard], files: list[_File]
-) -> Manifest:
+) -> CorpusManifest:
     totals = {
         "documents": sum(shard.documents for shard in shards),
         "tokens": sum(shard.tokens for shard in shards),

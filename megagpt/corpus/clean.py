@@ -35,23 +35,17 @@ class Rules:
     """13-grams to remove, sorted."""
 
 
-class Document(NamedTuple):
-    """What is known of a document whose text has come to its end."""
-
-    item: int
-    bytes: int
-    """Of the UTF-8 text."""
-    hash: int
-    validation: bool
-    signature: npt.NDArray[np.uint32] | None
-
-
 class Text(NamedTuple):
-    """Text to be encoded; `document` is None until the last piece of a document."""
+    """Text to be encoded, and with the last piece of a document what is known of all of it."""
 
     item: int
     text: str
-    document: Document | None
+    last: bool
+    bytes: int = 0
+    """Of the document's UTF-8 text."""
+    hash: int = 0
+    validation: bool = False
+    signature: npt.NDArray[np.uint32] | None = None
 
 
 class Note(NamedTuple):
@@ -80,7 +74,7 @@ def clean(items: Iterable[Item], rules: Rules) -> Iterator[Text | Problem | Note
         length += len(content)
         literal |= END_OF_DOCUMENT in text
         if not item.last:
-            yield Text(item.item, text, None)
+            yield Text(item.item, text, False)
             continue
         if literal:
             yield Note(f"the literal {END_OF_DOCUMENT} kept as text")
@@ -88,8 +82,8 @@ def clean(items: Iterable[Item], rules: Rules) -> Iterator[Text | Problem | Note
         if len(rules.grams):
             yield from _cut(item.item, text, code < limit, rules)
         else:
-            document = Document(item.item, length, code, code < limit, _signature(text, rules))
-            yield Text(item.item, text, document)
+            made = signature(text, rules.minhashes) if rules.minhashes else None
+            yield Text(item.item, text, True, length, code, code < limit, made)
         digest, length, literal = None, 0, False
 
 
@@ -101,10 +95,6 @@ def _cut(item: int, text: str, validation: bool, rules: Rules) -> Iterator[Text 
     elif pieces[0] != text:
         yield Note("evaluation text cut out")
     for piece in pieces:
-        content, made = piece.encode(), _signature(piece, rules)
-        document = Document(item, len(content), text_hash(content), validation, made)
-        yield Text(item, piece, document)
-
-
-def _signature(text: str, rules: Rules) -> npt.NDArray[np.uint32] | None:
-    return signature(text, rules.minhashes) if rules.minhashes else None
+        content = piece.encode()
+        made = signature(piece, rules.minhashes) if rules.minhashes else None
+        yield Text(item, piece, True, len(content), text_hash(content), validation, made)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megagpt.corpus.documents import FORMATS, Documents
-from megagpt.corpus.manifest import Split
+from megagpt.corpus.manifest import Subset
 from megagpt.corpus.shards import SHARD_TOKENS
 from megagpt.errors import EXIT_DAMAGE, EXIT_OK, EXIT_STOPPED, MegagptError
 
@@ -108,7 +108,7 @@ def prepare_by_place(args: argparse.Namespace, text: str, percent: dict[str, int
             [documents],
             output=output,
             validation_fraction=0.0,
-            split=Split(name, rule=rule),
+            split=Subset(name, rule=rule),
         )
         start = end
     return EXIT_OK

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megagpt.corpus.documents import Source, Unit
-from megagpt.corpus.manifest import MANIFEST, Manifest
+from megagpt.corpus.manifest import MANIFEST, CorpusManifest
 from megagpt.corpus.workers import STOPS
 from megagpt.errors import UsageError
 from megagpt.files import BLOCK, file_sha256
@@ -75,7 +75,7 @@ class Digests:
         self._thread.shutdown(wait=True, cancel_futures=True)
 
 
-def made_of(manifest: Manifest, sources: Sequence[Source]) -> bool:
+def made_of(manifest: CorpusManifest, sources: Sequence[Source]) -> bool:
     """Whether a corpus was made of these sources: path and size of each, and the content of those
     that are newer than the manifest."""
     written = (manifest.folder / MANIFEST).stat().st_mtime_ns

@@ -11,10 +11,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from megagpt.corpus.clean import Document, Note, Text
+from megagpt.corpus.clean import Note, Text
 from megagpt.corpus.read import Problem
 from megagpt.tokenizer import end_of_document
-from megagpt.tokenizer.encoder import Encoder, pieces
+from megagpt.tokenizer.encoder import PIECE, Encoder, pieces
 
 BATCH = 1 << 20
 """Characters that are encoded at a time: bounds a worker's memory."""
@@ -24,8 +24,8 @@ class Encoded(NamedTuple):
     """Tokens of documents in a row."""
 
     tokens: npt.NDArray
-    documents: list[Document]
-    """Those that end in `tokens`."""
+    documents: list[Text]
+    """The last pieces of those that end in `tokens`."""
     sizes: list[int]
     """Tokens of each, END-OF-DOCUMENT included."""
     unfinished: int
@@ -62,7 +62,7 @@ class _Batch:
         self._parts: list[str] = []
         self._ends: list[int] = []
         """Number of parts up to the end of each document."""
-        self._documents: list[Document] = []
+        self._documents: list[Text] = []
         self._rest = ""
         """Text after the last safe cut: a token may join it with the next piece."""
         self._unfinished = 0
@@ -70,15 +70,18 @@ class _Batch:
 
     def add(self, text: Text) -> None:
         """The next text."""
-        *parts, rest = pieces(self._rest + text.text, self._pattern)
-        self._parts += parts
-        self._rest = rest
+        rest = self._rest + text.text
+        # Most texts are short, and a generator for each would take a tenth of all time.
+        if len(rest) > PIECE:
+            *parts, rest = pieces(rest, self._pattern)
+            self._parts += parts
         self.characters += len(text.text)
-        if text.document is not None:
+        self._rest = rest
+        if text.last:
             self._parts.append(rest)
             self._rest = ""
             self._ends.append(len(self._parts))
-            self._documents.append(text.document)
+            self._documents.append(text)
 
     def drop_unfinished(self) -> None:
         """Forget the pieces after the last whole document."""
@@ -93,7 +96,7 @@ class _Batch:
             yield from self._encode(parts, ends, documents)
 
     def _encode(
-        self, parts: list[str], ends: list[int], documents: list[Document]
+        self, parts: list[str], ends: list[int], documents: list[Text]
     ) -> Iterator[Encoded | Problem]:
         try:
             tokens, sizes = self._encoder.encode_pieces(parts)

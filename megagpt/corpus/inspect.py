@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from megagpt.corpus.manifest import Manifest, read_manifest
+from megagpt.corpus.manifest import CorpusManifest, read_manifest
 from megagpt.corpus.shards import read_index
 from megagpt.errors import DamageError, UsageError
 from megagpt.tokenizer import fingerprint, load_tokenizer
@@ -17,7 +17,7 @@ BAR = 40
 """Characters of the longest bar of the histogram."""
 
 
-def document_sizes(manifest: Manifest) -> npt.NDArray[np.int64]:
+def document_sizes(manifest: CorpusManifest) -> npt.NDArray[np.int64]:
     """(documents,) tokens of each document, END-OF-DOCUMENT included, in order."""
     sizes = []
     for shard in manifest.shards:
@@ -28,7 +28,7 @@ def document_sizes(manifest: Manifest) -> npt.NDArray[np.int64]:
     return np.concatenate([np.zeros(0, np.int64), *sizes])
 
 
-def first_documents(manifest: Manifest, count: int) -> Iterator[npt.NDArray]:
+def first_documents(manifest: CorpusManifest, count: int) -> Iterator[npt.NDArray]:
     """The tokens of the first documents, END-OF-DOCUMENT included."""
     for shard in manifest.shards:
         index = read_index(manifest.index_path(shard))
@@ -69,7 +69,7 @@ def describe(folder: Path | str, documents: int = 3, characters: int = 300) -> s
     return "\n".join(lines)
 
 
-def _totals(manifest: Manifest) -> list[str]:
+def _totals(manifest: CorpusManifest) -> list[str]:
     size = sum(shard.bytes for shard in manifest.shards)
     lines = [
         f"{manifest.folder}: {manifest.split.name} split, {len(manifest.shards)} shards, "

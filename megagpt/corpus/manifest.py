@@ -41,9 +41,9 @@ SPLIT_RULE = (
 __all__ = [
     "MANIFEST",
     "SPLIT_RULE",
-    "Manifest",
+    "CorpusManifest",
     "Shard",
-    "Split",
+    "Subset",
     "new_manifest",
     "read_manifest",
     "write_manifest",
@@ -51,7 +51,7 @@ __all__ = [
 
 
 @dataclass(frozen=True, slots=True)
-class Split:
+class Subset:
     """Which documents of the corpus the folder holds."""
 
     name: str = "train"
@@ -61,7 +61,7 @@ class Split:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Manifest:
+class CorpusManifest:
     """A folder of shards."""
 
     folder: Path
@@ -72,7 +72,7 @@ class Manifest:
     fingerprint: str
     """`megagpt.tokenizer.fingerprint` of the encoding; empty when an import did not know it."""
     dtype: np.dtype
-    split: Split = Split()
+    split: Subset = Subset()
     shards: tuple[Shard, ...]
     sources: tuple[dict[str, Any], ...] = ()
     totals: dict[str, Any] = field(default_factory=dict)
@@ -104,7 +104,7 @@ class Manifest:
         return self.folder / f"{shard.name}.idx"
 
 
-def read_manifest(folder: Path | str) -> Manifest:
+def read_manifest(folder: Path | str) -> CorpusManifest:
     """The manifest in `folder`.
 
     Raises UsageError when the folder holds no prepared corpus, DamageError when its manifest
@@ -152,17 +152,17 @@ def _missing(folder: Path) -> str:
     return f"{folder} holds no {MANIFEST}; prepare a corpus there with data_prep/tokenize_corpus.py"
 
 
-def _parse(folder: Path, data: dict[str, Any]) -> Manifest:
+def _parse(folder: Path, data: dict[str, Any]) -> CorpusManifest:
     """The dataclass of the JSON object. Raises KeyError, TypeError or ValueError."""
     tokenizer = data["tokenizer"]
-    return Manifest(
+    return CorpusManifest(
         folder=folder,
         tokenizer_name=str(tokenizer["name"]),
         vocab_size=int(tokenizer["vocab_size"]),
         end_of_document=int(tokenizer["end_of_document"]),
         fingerprint=str(tokenizer["fingerprint"]),
         dtype=np.dtype(data["dtype"]).newbyteorder("<"),
-        split=Split(**data["split"]),
+        split=Subset(**data["split"]),
         shards=tuple(Shard(**shard) for shard in data["shards"]),
         sources=tuple(data.get("sources", ())),
         totals=dict(data.get("totals", {})),
@@ -170,7 +170,7 @@ def _parse(folder: Path, data: dict[str, Any]) -> Manifest:
     )
 
 
-def _contradiction(manifest: Manifest) -> str | None:
+def _contradiction(manifest: CorpusManifest) -> str | None:
     """What in the manifest contradicts itself."""
     if manifest.dtype != token_dtype(manifest.vocab_size):
         return f"dtype {manifest.dtype} does not follow from {manifest.vocab_size} tokens"
@@ -189,7 +189,7 @@ def _contradiction(manifest: Manifest) -> str | None:
 
 def new_manifest(
     folder: Path, tokenizer: str, encoding: tiktoken.Encoding, shards: Sequence[Shard], **more: Any
-) -> Manifest:
+) -> CorpusManifest:
     """The manifest of shards that `encoding` made; `more` are the other fields. `tokenizer` is what
     `load_tokenizer` took: a file of it is copied into the folder."""
     name, path = encoding.name, Path(tokenizer)
@@ -197,7 +197,7 @@ def new_manifest(
     if name not in ("gpt2", "bytes") and path.is_file():
         write_durably(folder / "tokenizer.json", path.read_bytes())
         name = "tokenizer.json"
-    return Manifest(
+    return CorpusManifest(
         folder=folder,
         tokenizer_name=name,
         vocab_size=encoding.n_vocab,
@@ -209,7 +209,7 @@ def new_manifest(
     )
 
 
-def write_manifest(manifest: Manifest) -> None:
+def write_manifest(manifest: CorpusManifest) -> None:
     """Write manifest.json, whole or not at all; it is the last file of a preparation."""
     data = {
         "format": FORMAT,

@@ -129,7 +129,7 @@ class _PartWriter:
             view = view[self._file.write(view) :]
         self._unfinished_bytes = encoded.unfinished * encoded.tokens.itemsize
         for document, size in zip(encoded.documents, encoded.sizes, strict=True):
-            item, length, code, validation, signature = document
+            item, _, _, length, code, validation, signature = document
             self._records.append((item, size, length, code, validation))
             if signature is not None:
                 self._signatures.append(signature)

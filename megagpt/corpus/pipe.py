@@ -32,7 +32,7 @@ from megagpt.corpus.contamination import evaluation_grams, rare_grams
 from megagpt.corpus.digests import Digests, made_of
 from megagpt.corpus.documents import Documents, Inputs, Source, Unit, find_sources, plan_units
 from megagpt.corpus.duplicates import Duplicates, Hashes
-from megagpt.corpus.manifest import MANIFEST, Split, new_manifest, read_manifest, write_manifest
+from megagpt.corpus.manifest import MANIFEST, Subset, new_manifest, read_manifest, write_manifest
 from megagpt.corpus.part import Part, PartMaker, read_part
 from megagpt.corpus.progress import Progress
 from megagpt.corpus.recipe import PrepareOptions, check_inputs, check_options, recipe_of
@@ -323,7 +323,7 @@ class _Pipe:
                 options.tokenizer,
                 self._encoding,
                 shards[index],
-                split=options.split or Split(name, options.validation_fraction),
+                split=options.split or Subset(name, options.validation_fraction),
                 sources=tuple(sources),
                 totals=totals,
                 preparation=self._recipe,

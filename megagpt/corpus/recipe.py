@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megagpt.corpus.documents import FORMATS, UNIT_BYTES, Source, find_sources
-from megagpt.corpus.manifest import Split
+from megagpt.corpus.manifest import Subset
 from megagpt.corpus.shards import SHARD_TOKENS
 from megagpt.errors import UsageError
 from megagpt.files import file_sha256
@@ -33,7 +33,7 @@ class PrepareOptions:
     """Processes; 0 means one for each core."""
     validation_fraction: float = 0.0
     """Share of documents that goes to validation, chosen by a hash of the text."""
-    split: Split | None = None
+    split: Subset | None = None
     """What `output` holds, where the inputs have been split before."""
     shard_tokens: int = SHARD_TOKENS
     deduplicate: bool = False

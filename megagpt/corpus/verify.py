@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megagpt.corpus.manifest import Manifest, read_manifest
+from megagpt.corpus.manifest import CorpusManifest, read_manifest
 from megagpt.corpus.shards import Index, Shard, read_index
 from megagpt.errors import DamageError
 from megagpt.files import BLOCK, file_sha256
@@ -22,7 +22,7 @@ Progress = Callable[[int], None]
 
 
 def verify_files(
-    manifest: Manifest, shard_names: Iterable[str] | None = None, progress: Progress | None = None
+    manifest: CorpusManifest, shard_names: Iterable[str] | None = None, progress: Progress | None = None
 ) -> list[str]:
     """Compare size and sha256 of `.bin` and `.idx` with the manifest; `shard_names` limits it."""
     wanted = None if shard_names is None else set(shard_names)
@@ -61,7 +61,7 @@ def file_problem(path: Path, size: int | None = None) -> str:
     return ""
 
 
-def _check_size(manifest: Manifest, shard: Shard) -> list[str]:
+def _check_size(manifest: CorpusManifest, shard: Shard) -> list[str]:
     problems = (
         file_problem(manifest.bin_path(shard), shard.bytes),
         file_problem(manifest.index_path(shard)),
@@ -78,14 +78,14 @@ def _wrong_digest(path: Path, found: str, expected: str) -> str:
     return f"{path}: sha256 {found[:12]}..., the manifest says {expected[:12]}...: damaged"
 
 
-def _check_strangers(manifest: Manifest) -> list[str]:
+def _check_strangers(manifest: CorpusManifest) -> list[str]:
     """Files that look like shards and that the manifest does not know."""
     known = {shard.name for shard in manifest.shards}
     strangers = [path for path in manifest.folder.glob("*.bin") if path.stem not in known]
     return [f"{path}: not in the manifest" for path in sorted(strangers)]
 
 
-def _check_shard(manifest: Manifest, shard: Shard, progress: Progress | None) -> list[str]:
+def _check_shard(manifest: CorpusManifest, shard: Shard, progress: Progress | None) -> list[str]:
     path = manifest.bin_path(shard)
     index_path = manifest.index_path(shard)
     problems = _check_digest(index_path, shard.index_sha256, progress)
@@ -125,7 +125,7 @@ def _check_shard(manifest: Manifest, shard: Shard, progress: Progress | None) ->
     return problems
 
 
-def _check_index(manifest: Manifest, shard: Shard, index: Index) -> list[str]:
+def _check_index(manifest: CorpusManifest, shard: Shard, index: Index) -> list[str]:
     """The index alone: type, counts, and offsets that follow from the lengths."""
     path = manifest.index_path(shard)
     if index.dtype != manifest.dtype:
@@ -145,7 +145,7 @@ def _check_index(manifest: Manifest, shard: Shard, index: Index) -> list[str]:
     return []
 
 
-def _check_ends(manifest: Manifest, shard: Shard, index: Index, ends: int) -> list[str]:
+def _check_ends(manifest: CorpusManifest, shard: Shard, index: Index, ends: int) -> list[str]:
     """Every document ends with END-OF-DOCUMENT, and the token stands nowhere else."""
     path = manifest.bin_path(shard)
     tokens = np.memmap(path, dtype=manifest.dtype, mode="r")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megagpt.config import RunConfig
-from megagpt.corpus.manifest import Manifest
+from megagpt.corpus.manifest import CorpusManifest
 from megagpt.errors import UsageError
 from megagpt.order.mixture import Mixture
 from megagpt.order.permutation import shuffle
@@ -280,7 +280,7 @@ def _check(stores: Sequence[TokenWindows]) -> None:
                 )
 
 
-def _tokenizer(manifest: Manifest) -> str:
+def _tokenizer(manifest: CorpusManifest) -> str:
     """A corpus's tokenizer for a message."""
     name = f"{manifest.tokenizer_name} ({manifest.vocab_size} tokens"
     return f"{name}, fingerprint {manifest.fingerprint[:12] or 'unknown'})"

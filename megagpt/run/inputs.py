@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megagpt.config import RunConfig
-from megagpt.corpus.manifest import Manifest, Shard
+from megagpt.corpus.manifest import CorpusManifest, Shard
 from megagpt.corpus.verify import verify_files
 from megagpt.engine import Engine
 from megagpt.errors import DamageError
@@ -61,7 +61,7 @@ def _recall(run: Path) -> list[str]:
     return [one for one in found if isinstance(one, str)] if isinstance(found, list) else []
 
 
-def _state(manifest: Manifest, shard: Shard) -> str:
+def _state(manifest: CorpusManifest, shard: Shard) -> str:
     """Changes whenever the files or what is expected of them change."""
     path = manifest.bin_path(shard)
     try:

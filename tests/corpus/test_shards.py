@@ -8,21 +8,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megagpt.corpus.manifest import Manifest, Shard, read_manifest, write_manifest
+from megagpt.corpus.manifest import CorpusManifest, Shard, read_manifest, write_manifest
 from megagpt.corpus.shards import ShardWriter, index_bytes, read_index
 from megagpt.corpus.verify import verify_shards
 from megagpt.errors import DamageError, UsageError
 from megagpt.tokenizer import token_dtype
 
 
-def write_folder(folder: Path, documents: list[list[int]], shard_tokens: int = 100) -> Manifest:
+def write_folder(
+    folder: Path, documents: list[list[int]], shard_tokens: int = 100
+) -> CorpusManifest:
     """A folder of documents of tokens below 256; 256 is END-OF-DOCUMENT."""
     folder.mkdir(parents=True, exist_ok=True)
     writer = ShardWriter(folder, 257, shard_tokens=shard_tokens)
     for document in documents:
         tokens = np.array([*document, 256], np.uint16)
         writer.add(tokens, np.array([len(tokens)]))
-    manifest = Manifest(
+    manifest = CorpusManifest(
         folder=folder,
         tokenizer_name="bytes",
         vocab_size=257,

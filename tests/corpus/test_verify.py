@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megagpt.corpus.manifest import Manifest, write_manifest
+from megagpt.corpus.manifest import CorpusManifest, write_manifest
 from megagpt.corpus.shards import index_bytes
 from megagpt.corpus.verify import verify_files, verify_shards
 from megagpt.files import file_sha256
@@ -16,11 +16,11 @@ DOCUMENTS = [[1, 2, 3], [], [4] * 20, [5, 6]]
 
 
 @pytest.fixture
-def manifest(tmp_path: Path) -> Manifest:
+def manifest(tmp_path: Path) -> CorpusManifest:
     return write_folder(tmp_path / "web", DOCUMENTS, shard_tokens=10)
 
 
-def resign(manifest: Manifest) -> None:
+def resign(manifest: CorpusManifest) -> None:
     """Write the manifest again with the digests of the files as they are now."""
     shards = [
         replace(
@@ -33,7 +33,7 @@ def resign(manifest: Manifest) -> None:
     write_manifest(replace(manifest, shards=tuple(shards)))
 
 
-def test_whole_shards_have_no_problems(manifest: Manifest) -> None:
+def test_whole_shards_have_no_problems(manifest: CorpusManifest) -> None:
     read: list[int] = []
     assert verify_shards(manifest.folder, read.append) == []
     size = sum(path.stat().st_size for path in manifest.folder.glob("*_*"))
@@ -41,7 +41,7 @@ def test_whole_shards_have_no_problems(manifest: Manifest) -> None:
     assert verify_files(manifest) == []
 
 
-def test_every_flipped_byte_is_found(manifest: Manifest) -> None:
+def test_every_flipped_byte_is_found(manifest: CorpusManifest) -> None:
     for path in sorted(manifest.folder.glob("*_*")):
         good = path.read_bytes()
         for place in range(len(good)):
@@ -51,14 +51,14 @@ def test_every_flipped_byte_is_found(manifest: Manifest) -> None:
         path.write_bytes(good)
 
 
-def test_hashing_can_be_limited_to_some_shards(manifest: Manifest) -> None:
+def test_hashing_can_be_limited_to_some_shards(manifest: CorpusManifest) -> None:
     first, last = manifest.shards[0], manifest.shards[-1]
     manifest.bin_path(first).write_bytes(bytes(first.bytes))
     assert verify_files(manifest, [last.name]) == []
     assert "web_00000.bin: sha256" in verify_files(manifest, [first.name])[0]
 
 
-def test_missing_short_and_strange_files(manifest: Manifest) -> None:
+def test_missing_short_and_strange_files(manifest: CorpusManifest) -> None:
     first, second = manifest.shards[:2]
     manifest.index_path(first).unlink()
     manifest.bin_path(second).write_bytes(b"\0\0")
@@ -72,7 +72,7 @@ def test_missing_short_and_strange_files(manifest: Manifest) -> None:
     assert "has 2 bytes, the manifest beside it says 42" in problems[2]
 
 
-def test_content_that_its_checksums_approve(manifest: Manifest) -> None:
+def test_content_that_its_checksums_approve(manifest: CorpusManifest) -> None:
     """Files written wrong from the start: only reading the tokens shows it."""
     shard = manifest.shards[0]
     good = np.fromfile(manifest.bin_path(shard), manifest.dtype)
@@ -93,7 +93,7 @@ def test_content_that_its_checksums_approve(manifest: Manifest) -> None:
     assert "3 END-OF-DOCUMENT tokens for 2 documents" in problem([256, 2, 3, 256, 256])
 
 
-def test_indexes_that_contradict_the_manifest(manifest: Manifest) -> None:
+def test_indexes_that_contradict_the_manifest(manifest: CorpusManifest) -> None:
     path = manifest.index_path(manifest.shards[0])
     kind = np.dtype("<u2")
     good = index_bytes(np.array([4, 1]), kind)

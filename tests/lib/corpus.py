@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megagpt.corpus.manifest import Manifest, Split, write_manifest
+from megagpt.corpus.manifest import CorpusManifest, Subset, write_manifest
 from megagpt.corpus.shards import ShardWriter
 from megagpt.tokenizer import fingerprint, load_tokenizer
 
@@ -28,14 +28,14 @@ def write_corpus(folder: Path, documents: list[str], tokenizer: str = "bytes") -
         writer.add(tokens, np.array([len(tokens)]))
     shards = tuple(writer.close())
     write_manifest(
-        Manifest(
+        CorpusManifest(
             folder=folder,
             tokenizer_name=tokenizer,
             vocab_size=encoding.n_vocab,
             end_of_document=encoding.eot_token,
             fingerprint=fingerprint(encoding),
             dtype=np.dtype(np.uint16),
-            split=Split(name="train", validation_fraction=0.0, rule="all documents"),
+            split=Subset(name="train", validation_fraction=0.0, rule="all documents"),
             shards=shards,
             sources=(),
             totals={

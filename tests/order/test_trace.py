@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megagpt.config import load_run
-from megagpt.corpus.manifest import Manifest, Shard, write_manifest
+from megagpt.corpus.manifest import CorpusManifest, Shard, write_manifest
 from megagpt.corpus.shards import HEADER, MAGIC, index_bytes
 from megagpt.errors import DamageError, UsageError
 from megagpt.order.command import add_batch
@@ -101,7 +101,7 @@ def test_documents_of_several_sequences(tmp_path: Path) -> None:
     ]
     (tmp_path / "s.idx").write_bytes(HEADER.pack(MAGIC, 1, 8, 3, 4) + b"".join(arrays))
     write_manifest(
-        Manifest(
+        CorpusManifest(
             folder=tmp_path,
             tokenizer_name="bytes",
             vocab_size=257,

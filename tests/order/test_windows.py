@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import megagpt.order.windows as store_module
-from megagpt.corpus.manifest import Manifest, read_manifest, write_manifest
+from megagpt.corpus.manifest import CorpusManifest, read_manifest, write_manifest
 from megagpt.corpus.shards import ShardWriter
 from megagpt.errors import DamageError, UsageError
 from megagpt.order.windows import TokenWindows
@@ -30,7 +30,7 @@ def write_corpus(
     for document in documents:
         writer.add(np.array([*document, END]), np.array([len(document) + 1]))
     write_manifest(
-        Manifest(
+        CorpusManifest(
             folder=folder,
             tokenizer_name="bytes",
             vocab_size=vocab_size,
