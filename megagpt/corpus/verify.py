@@ -22,7 +22,9 @@ Progress = Callable[[int], None]
 
 
 def verify_files(
-    manifest: CorpusManifest, shard_names: Iterable[str] | None = None, progress: Progress | None = None
+    manifest: CorpusManifest,
+    shard_names: Iterable[str] | None = None,
+    progress: Progress | None = None,
 ) -> list[str]:
     """Compare size and sha256 of `.bin` and `.idx` with the manifest; `shard_names` limits it."""
     wanted = None if shard_names is None else set(shard_names)

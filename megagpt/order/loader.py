@@ -253,7 +253,7 @@ def check_vocabulary(config: RunConfig, loaders: Sequence[TokenLoader]) -> None:
             )
 
 
-def _same_tokenizer(one: Manifest, other: Manifest) -> bool:
+def _same_tokenizer(one: CorpusManifest, other: CorpusManifest) -> bool:
     """Whether ids mean the same in both corpora, as far as is known.
 
     An import may not know its tokenizer; its vocabulary must fit at least.
