@@ -65,25 +65,26 @@ def clean(items: Iterable[Item], rules: Rules) -> Iterator[Text | Problem | Note
             digest, length, literal = None, 0, False
             yield item
             continue
-        text, content = utf8(item.text)
-        if text is not item.text:
+        number, given, last = item
+        text, content = utf8(given)
+        if text is not given:
             yield Note("lone surrogates replaced by U+FFFD")
         if hashed:
             digest = digest or blake2b(digest_size=8)
             digest.update(content)
         length += len(content)
         literal |= END_OF_DOCUMENT in text
-        if not item.last:
-            yield Text(item.item, text, False)
+        if not last:
+            yield Text(number, text, False)
             continue
         if literal:
             yield Note(f"the literal {END_OF_DOCUMENT} kept as text")
         code = int.from_bytes(digest.digest(), "little") if digest else 0
         if len(rules.grams):
-            yield from _cut(item.item, text, code < limit, rules)
+            yield from _cut(number, text, code < limit, rules)
         else:
             made = signature(text, rules.minhashes) if rules.minhashes else None
-            yield Text(item.item, text, True, length, code, code < limit, made)
+            yield Text(number, text, True, length, code, code < limit, made)
         digest, length, literal = None, 0, False
 
 

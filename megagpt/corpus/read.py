@@ -22,14 +22,9 @@ ROWS = 256
 """Rows of a Parquet file that are in memory at a time."""
 
 
-class Piece(NamedTuple):
-    """Some text of a document."""
-
-    item: int
-    """Number of the line, row, file or element within the unit, from 0."""
-    text: str
-    last: bool = True
-    """Whether the document ends with it."""
+Piece = tuple[int, str, bool]
+"""Some text of a document: number of the line, row, file or element within the unit, from 0; the
+text; whether the document ends with it. A plain tuple: there is one for each short line."""
 
 
 class Problem(NamedTuple):
@@ -71,12 +66,13 @@ def join(items: Iterable[Item]) -> Iterator[Item]:
     """The same with every document in one piece."""
     before: list[str] = []
     for item in items:
-        if isinstance(item, Piece):
-            if not item.last:
-                before.append(item.text)
+        if not isinstance(item, Problem):
+            number, text, last = item
+            if not last:
+                before.append(text)
                 continue
             if before:
-                item = Piece(item.item, "".join((*before, item.text)))
+                item = (number, "".join((*before, text)), True)
         before = []
         yield item
 
@@ -84,8 +80,8 @@ def join(items: Iterable[Item]) -> Iterator[Item]:
 def texts(unit: Unit, text_field: str) -> Iterator[str]:
     """The whole documents of a unit, without those that have a problem."""
     for item in join(read(unit, text_field)):
-        if isinstance(item, Piece):
-            yield item.text
+        if not isinstance(item, Problem):
+            yield item[1]
 
 
 def utf8(text: str) -> tuple[str, bytes]:
@@ -156,7 +152,7 @@ def _element(item: int, element: Any, text_field: str) -> Item:
             return Problem(item, "invalid UTF-8", f"byte {error.start + 1}: {error.reason}")
     if not isinstance(element, str):
         return Problem(item, "text is not a string", f"it is {type(element).__name__}")
-    return Piece(item, element) if element else Problem(item, "empty document")
+    return (item, element, True) if element else Problem(item, "empty document")
 
 
 def _file(item: int, path: str, compression: str) -> Iterator[Item]:
@@ -174,7 +170,7 @@ def _file(item: int, path: str, compression: str) -> Iterator[Item]:
                 return
             while True:
                 waiting = len(decoder.getstate()[0])
-                yield Piece(item, decoder.decode(block, last), last)
+                yield item, decoder.decode(block, last), last
                 if last:
                     return
                 before += len(block)

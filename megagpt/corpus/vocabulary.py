@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from megagpt.corpus.documents import find_sources, plan_units
 from megagpt.corpus.huggingface import hub_documents
-from megagpt.corpus.read import Piece, read
+from megagpt.corpus.read import Problem, read
 from megagpt.errors import DamageError, UsageError
 from megagpt.tokenizer import END_OF_DOCUMENT
 from megagpt.tokenizer.json import read_tokenizer_file, write_tokenizer_file
@@ -25,9 +25,9 @@ def texts(inputs: Sequence[str], args: Namespace) -> Iterator[str]:
     left = args.sample_bytes
     for unit in plan_units(find_sources(items, args.format).sources):
         for item in read(unit, args.text_field):
-            if isinstance(item, Piece):
-                yield item.text
-                left -= len(item.text.encode("utf-8", "replace"))
+            if not isinstance(item, Problem):
+                yield item[1]
+                left -= len(item[1].encode("utf-8", "replace"))
                 if left <= 0:
                     return
 
