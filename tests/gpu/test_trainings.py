@@ -112,7 +112,7 @@ def test_memory_of_the_gpu_stays_flat(device, tmp_path):
 
 def test_one_visible_gpu_and_a_later_local_rank(device, tmp_path):
     """As `srun --gpus-per-task=1` starts the fourth task of a host, here the only one."""
-    marks = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4"}
+    marks = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "3", "LOCAL_SIZE": "4"}
     marks |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     if device == "cuda":
         marks["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
