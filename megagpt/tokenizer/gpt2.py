@@ -20,8 +20,6 @@ GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s
 """GPT-2's pre-tokenization: contractions, letters, numbers, the rest, white space (Radford et al.
 2019, encoder.py). Possessive quantifiers change the speed, not the matches."""
 
-BYTES_PATTERN = r"(?s:.)"
-
 
 def byte_order() -> list[int]:
     """The 256 bytes in the order of GPT-2's first ids: the printable ones of Latin-1 first."""
@@ -32,22 +30,19 @@ def byte_order() -> list[int]:
 @cache
 def byte_letters() -> dict[int, str]:
     """byte -> the visible character that stands for it in byte-level BPE files."""
-    order = byte_order()
-    return {
-        byte: chr(byte) if place < 188 else chr(256 + place - 188)
-        for place, byte in enumerate(order)
-    }
+    # The 188 printable bytes stand for themselves, the others for U+0100 onwards.
+    order = enumerate(byte_order())
+    return {byte: chr(byte if rank < 188 else 256 + rank - 188) for rank, byte in order}
 
 
 @cache
-def letter_bytes() -> dict[str, int]:
-    """The inverse of `byte_letters`."""
+def _letter_bytes() -> dict[str, int]:
     return {letter: byte for byte, letter in byte_letters().items()}
 
 
 def word_bytes(word: str) -> bytes:
     """The bytes of a word in the visible alphabet. Raises KeyError outside the alphabet."""
-    table = letter_bytes()
+    table = _letter_bytes()
     return bytes([table[letter] for letter in word])
 
 
@@ -69,33 +64,25 @@ def gpt2_merges() -> list[tuple[str, str]]:
 @cache
 def gpt2_encoding() -> tiktoken.Encoding:
     """GPT-2's encoding from the packaged merge list (about 0.1 s, no network)."""
-    import tiktoken
-
-    from megagpt.tokenizer import END_OF_DOCUMENT
-
     # Ids are the 256 bytes in GPT-2's order, then the merges in file order: equal to encoder.json.
-    ranks = {bytes([byte]): rank for rank, byte in enumerate(byte_order())}
-    for left, right in gpt2_merges():
-        ranks[word_bytes(left) + word_bytes(right)] = len(ranks)
-    assert len(ranks) == 50256
-    return tiktoken.Encoding(
-        "gpt2",
-        pat_str=GPT2_PATTERN,
-        mergeable_ranks=ranks,
-        special_tokens={END_OF_DOCUMENT: len(ranks)},
-    )
+    words = [bytes([byte]) for byte in byte_order()]
+    words += [word_bytes(left) + word_bytes(right) for left, right in gpt2_merges()]
+    assert len(words) == 50256
+    return _encoding("gpt2", GPT2_PATTERN, words)
 
 
 @cache
 def bytes_encoding() -> tiktoken.Encoding:
     """Every byte is its own id; END-OF-DOCUMENT is 256."""
+    return _encoding("bytes", r"(?s:.)", [bytes([byte]) for byte in range(256)])
+
+
+def _encoding(name: str, pattern: str, words: list[bytes]) -> tiktoken.Encoding:
+    """The words in the order of their ids, and END-OF-DOCUMENT after them."""
     import tiktoken
 
     from megagpt.tokenizer import END_OF_DOCUMENT
 
-    return tiktoken.Encoding(
-        "bytes",
-        pat_str=BYTES_PATTERN,
-        mergeable_ranks={bytes([byte]): byte for byte in range(256)},
-        special_tokens={END_OF_DOCUMENT: 256},
-    )
+    ranks = {word: rank for rank, word in enumerate(words)}
+    special = {END_OF_DOCUMENT: len(words)}
+    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megagpt.errors import DamageError, UsageError
+from megagpt.files import write_file
 from megagpt.tokenizer.gpt2 import GPT2_PATTERN, byte_letters, gpt2_merges, word_bytes
 
 if TYPE_CHECKING:
@@ -71,17 +72,17 @@ def _unsupported(data: dict[str, Any]) -> str | None:
 def _pattern(data: dict[str, Any]) -> str:
     """The regular expression of the pre-tokenizer, or nothing when tiktoken has no equal."""
     pre = data.get("pre_tokenizer") or {}
-    steps = pre.get("pretokenizers", []) if pre.get("type") == "Sequence" else [pre]
-    last = steps[-1] if steps else {}
-    if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
-        return ""
-    if len(steps) == 1:
-        return GPT2_PATTERN if last.get("use_regex", True) else ""
-    first = steps[0]
-    isolated = first.get("behavior") == "Isolated" and not first.get("invert")
-    if len(steps) > 2 or first.get("type") != "Split" or not isolated or last.get("use_regex"):
-        return ""
-    return str(first.get("pattern", {}).get("Regex", ""))
+    match pre.get("pretokenizers", []) if pre.get("type") == "Sequence" else [pre]:
+        case [*_, {"add_prefix_space": True}]:
+            return ""
+        case [{"type": "ByteLevel", **options}] if options.get("use_regex", True):
+            return GPT2_PATTERN
+        case [
+            {"type": "Split", "behavior": "Isolated", "pattern": {"Regex": str(regex)}, **options},
+            {"type": "ByteLevel", "use_regex": False},
+        ] if not options.get("invert"):
+            return regex
+    return ""
 
 
 def _merge_problem(
@@ -112,9 +113,7 @@ def write_tokenizer_file(path: Path, merges: list[tuple[str, str]], special: str
     token = len(data["model"]["vocab"])
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     data["added_tokens"] = [{"id": token, "content": special, **flags, "special": True}]
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(data, ensure_ascii=False, indent=1), encoding="utf-8")
-    temporary.replace(path)
+    write_file(path, json.dumps(data, ensure_ascii=False, indent=1))
 
 
 def tokenizer_json(merges: list[tuple[str, str]]) -> dict[str, Any]:
@@ -159,8 +158,8 @@ def encoding_merges(encoding: tiktoken.Encoding) -> list[tuple[str, str]] | None
         parts = [bytes([byte]) for byte in word]
         while len(parts) > 2:
             pairs = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:], strict=False)]
-            place = pairs.index(min(pairs))
-            parts[place : place + 2] = [parts[place] + parts[place + 1]]
+            lowest = pairs.index(min(pairs))
+            parts[lowest : lowest + 2] = [parts[lowest] + parts[lowest + 1]]
         left, right = ("".join(letters[byte] for byte in part) for part in parts)
         merges.append((left, right))
     return merges

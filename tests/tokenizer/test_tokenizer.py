@@ -125,9 +125,29 @@ def test_merges_of_gpt2_are_found_from_ranks_alone() -> None:
     assert encoding_merges(load_tokenizer("bytes")) is None
 
 
+SPLIT = {"type": "Split", "pattern": {"Regex": r"\w+|\W"}, "behavior": "Isolated", "invert": False}
+
+
+def sequence(*steps: dict) -> dict:
+    return {"pre_tokenizer": {"type": "Sequence", "pretokenizers": list(steps)}}
+
+
+def test_the_pattern_of_a_split_is_taken(tmp_path: Path) -> None:
+    changes = sequence(SPLIT, {"type": "ByteLevel", "use_regex": False})
+    assert read_tokenizer_file(small_file(tmp_path / "t.json", **changes))._pat_str == r"\w+|\W"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        # Without the key Hugging Face splits by GPT-2's pattern once more.
+        (sequence(SPLIT, {"type": "ByteLevel"}), "not ByteLevel or Split and ByteLevel"),
+        (
+            sequence({**SPLIT, "invert": True}, {"type": "ByteLevel", "use_regex": False}),
+            "not Byte",
+        ),
+        (sequence(SPLIT, SPLIT, {"type": "ByteLevel", "use_regex": False}), "not ByteLevel or"),
+        ({"pre_tokenizer": {"type": "ByteLevel", "use_regex": False}}, "not ByteLevel or"),
         ({"normalizer": {"type": "NFC"}}, "it has a normalizer"),
         ({"type": "Unigram"}, "its model is Unigram, not BPE"),
         ({"dropout": 0.1}, "its model sets dropout"),
