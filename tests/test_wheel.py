@@ -94,7 +94,7 @@ def test_what_lies_beside_the_package_travels_with_it(installed):
 
 def test_a_run_is_planned_away_from_the_checkout(installed, tmp_path):
     (tmp_path / "run.toml").write_text(RUN)
-    assert "zero1" in call(installed, tmp_path, "megagpt", "plan", "run.toml")
+    assert "ZeRO stage 1" in call(installed, tmp_path, "megagpt", "plan", "run.toml")
     where = "import megagpt.files as f; print(f.__file__, f.shipped('launch'))"
     (tmp_path / "where.py").write_text(where)
     expected = f"{installed}/megagpt/files.py {installed}/megagpt/launch"
