@@ -220,7 +220,6 @@ CONTENDERS = {"ours": ours, "nanogpt": nanogpt, "transformers": transformers, "m
 def contend(options: argparse.Namespace) -> None:
     """A contender's process: two steps to warm up, then one for each line on stdin."""
     import torch
-
     from megagpt.engine.malloc import keep_freed_memory
 
     torch.set_num_threads(options.threads)

@@ -15,11 +15,11 @@ from megagpt.errors import MegagptError
 
 COMMANDS = {
     "doctor": (
-        "megagpt.check.doctor",
+        "megagpt.check.command",
         "will training work here: versions, GPUs, network, disks, hosts, shards",
     ),
     "plan": ("megagpt.plan.command", "what a run will do: layout, batch ramp, steps"),
-    "launch": ("megagpt.cluster.launch", "write and submit a job of SLURM that is made for a run"),
+    "launch": ("megagpt.cluster.command", "write and submit a job of SLURM that is made for a run"),
     "data": (
         "megagpt.order.command",
         "what is in the shards; are they whole; one step's documents",

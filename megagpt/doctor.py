@@ -3,8 +3,7 @@
 import argparse
 import sys
 
-from megagpt.check.doctor import DESCRIPTION, add_arguments, run
-from megagpt.cluster.meeting import first_to_fail
+from megagpt.check.command import DESCRIPTION, add_arguments, run
 from megagpt.errors import MegagptError
 
 
@@ -15,6 +14,9 @@ def main() -> int:
     try:
         return run(parser.parse_intermixed_args())
     except MegagptError as error:
+        # Only now: a host may lack packages that this needs.
+        from megagpt.cluster.process import first_to_fail
+
         if first_to_fail():
             print(f"megagpt: {error}", file=sys.stderr, flush=True)
         return error.exit_code

@@ -16,8 +16,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megagpt.cluster.meeting import first_to_fail, join, leave
-from megagpt.cluster.ranks import Ranks, discover, prepare_environment
+from megagpt.cluster.process import first_to_fail, join, leave, prepare_environment
+from megagpt.cluster.ranks import Ranks, discover
 from megagpt.cluster.stop import StopRequest
 from megagpt.cluster.watchdog import Watchdog
 from megagpt.config import RunConfig, load_run

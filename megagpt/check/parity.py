@@ -9,7 +9,6 @@ clipping, weight decay and tied embeddings on.
 
 import argparse
 import dataclasses
-import logging
 import os
 import subprocess
 import sys
@@ -22,8 +21,6 @@ from typing import Any
 from megagpt.config import Dtype, RunConfig, dump_run, load_run
 from megagpt.errors import EXIT_FAILURE, EXIT_OK, EXIT_STOPPED, MegagptError, UsageError
 from megagpt.log.metrics import read_metrics
-
-log = logging.getLogger(__name__)
 
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 2e-2}
 """Largest relative difference of a loss that is rounding. Of a gradient norm it is ten times that:
@@ -63,17 +60,6 @@ CASES = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """How far a layout is from the reference."""
-
-    loss: float
-    """Largest relative difference of a step's loss."""
-    grad_norm: float
-    """Largest relative difference of a step's gradient norm."""
-    steps: int
-
-
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Adds the command to the command line."""
     made = commands.add_parser(
@@ -105,23 +91,21 @@ def run(args: argparse.Namespace) -> int:
     if unknown:
         raise UsageError(f"--only {unknown.pop()!r}: must be one of {', '.join(names())}")
     config = miniature(load_run(args.file, args.overrides), args.steps, args.dtype, args.full_shape)
-    cases = [c for c in CASES if not args.only or c.name in args.only]
-    if args.dtype != "fp32":
-        # Refused by the trainer: see megagpt.plan.ds_config.
-        cases = [c for c in cases if c.ds_config != "zero0"]
+    # The trainer refuses ZeRO-0 in 16 bits: see megagpt.plan.ds_config.
+    possible = [c for c in CASES if args.dtype == "fp32" or c.ds_config != "zero0"]
+    cases = [c for c in possible if not args.only or c.name in args.only]
     allowed = TOLERANCE[args.dtype]
     sound = True
     with tempfile.TemporaryDirectory(prefix="megagpt-parity-") as folder:
-        expected = train(config, REFERENCE, Path(folder))
+        expected = train_case(config, REFERENCE, Path(folder))
         print(f"{len(expected)} steps, {args.dtype}, against {REFERENCE.name}; relative to it:\n")
         print(f"{'layout':<18}  {'loss':>8}  {'grad norm':>9}")
         for case in cases:
-            found = compare(expected, train(config, case, Path(folder)))
-            good = found.loss <= allowed and found.grad_norm <= 10 * allowed
+            loss, grad_norm = differences(expected, train_case(config, case, Path(folder)))
+            good = loss <= allowed and grad_norm <= 10 * allowed
             sound = sound and good
             verdict = "" if good else f"  DIFFERS (allowed {allowed:g})"
-            row = f"{case.name:<18}  {found.loss:8.1e}  {found.grad_norm:9.1e}{verdict}"
-            print(row, flush=True)
+            print(f"{case.name:<18}  {loss:8.1e}  {grad_norm:9.1e}{verdict}", flush=True)
     return EXIT_OK if sound else EXIT_FAILURE
 
 
@@ -161,9 +145,8 @@ def miniature(config: RunConfig, steps: int, dtype: Dtype, full_shape: bool = Fa
     )
 
 
-def train(config: RunConfig, case: Case, folder: Path) -> list[dict[str, Any]]:
-    """Trains one layout in processes of its own; its steps' records."""
-    output = folder / case.name.replace(" ", "-")
+def train_case(config: RunConfig, case: Case, folder: Path) -> list[dict[str, Any]]:
+    """Trains one layout; its steps' records."""
     parallel = dataclasses.replace(
         config.parallel,
         ds_config=case.ds_config,
@@ -171,10 +154,20 @@ def train(config: RunConfig, case: Case, folder: Path) -> list[dict[str, Any]]:
         pipeline=case.pipeline,
         tensor=case.tensor,
     )
-    own = dataclasses.replace(config, output=str(output), parallel=parallel)
-    file = folder / f"{output.name}.toml"
-    file.write_text(dump_run(own), encoding="utf-8")
-    launch(["-m", "megagpt.train", str(file)], case.ranks)
+    config = dataclasses.replace(config, parallel=parallel)
+    return train(config, folder / case.name.replace(" ", "-"), case.ranks)
+
+
+def train(
+    config: RunConfig, output: Path, ranks: int, *overrides: str, stops: bool = False
+) -> list[dict[str, Any]]:
+    """Trains in processes of its own, in the run folder `output`; its steps' records so far.
+
+    stops: see launch.
+    """
+    file = output.with_name(f"{output.name}.toml")
+    file.write_text(dump_run(dataclasses.replace(config, output=str(output))), encoding="utf-8")
+    launch(["-m", "megagpt.train", str(file), *overrides], ranks, stops)
     return [record for record in read_metrics(output) if "loss" in record]
 
 
@@ -200,16 +193,20 @@ def launch(command: Sequence[str], ranks: int, stops: bool = False) -> None:
         raise MegagptError(f"training on {ranks} ranks ended with {done.returncode}:\n{tail}")
 
 
-def compare(expected: list[dict[str, Any]], found: list[dict[str, Any]]) -> Difference:
-    """The largest differences over all steps; the steps themselves must be the same."""
-    facts = [
-        [(r["step"], r["tokens"], r["lr"], r["digest"]) for r in rs] for rs in (expected, found)
-    ]
-    if facts[0] != facts[1]:
+def differences(
+    expected: list[dict[str, Any]], records: list[dict[str, Any]]
+) -> tuple[float, float]:
+    """The largest relative differences of a step's loss and gradient norm.
+
+    Raises MegagptError where the steps are not the same.
+    """
+    steps, others = (
+        [(r["step"], r["tokens"], r["lr"], r["digest"]) for r in run] for run in (expected, records)
+    )
+    if steps != others:
         raise MegagptError("the layouts did not take the same steps over the same samples")
-    pairs = list(zip(expected, found, strict=True))
-    worst = {
-        key: max(abs(a[key] - b[key]) / abs(a[key]) for a, b in pairs)
+    loss, grad_norm = (
+        max(abs(a[key] - b[key]) / abs(a[key]) for a, b in zip(expected, records, strict=True))
         for key in ("loss", "grad_norm")
-    }
-    return Difference(worst["loss"], worst["grad_norm"], len(pairs))
+    )
+    return loss, grad_norm

@@ -11,15 +11,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from megagpt.check.parity import launch, miniature
+from megagpt.check.parity import miniature, train
 from megagpt.checkpoint.record import CheckpointRecord, list_checkpoints, read_record
-from megagpt.config import RunConfig, dump_run, load_run
+from megagpt.config import RunConfig, load_run
 from megagpt.errors import EXIT_FAILURE, EXIT_OK, UsageError
-from megagpt.log.metrics import read_metrics
 from megagpt.plan.layout import layout_of, layout_problems
 
 EXACT = ("step", "tokens", "samples", "batch_tokens", "loss", "grad_norm", "lr", "digest")
 """What a step's record says of the training; the rest is time."""
+Outcome = tuple[list[dict[str, Any]], CheckpointRecord]
+"""Records of all steps of a run, and its last checkpoint."""
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -58,9 +59,13 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--ranks {ranks}: " + "; ".join(problems))
     n = config.schedule.n_steps // 2
     with tempfile.TemporaryDirectory(prefix="megagpt-verify-resume-") as folder:
-        whole = train(config, Path(folder) / "whole", ranks)
-        parts = train(config, Path(folder) / "parts", ranks, stop_after=n)
-        rows = compare(whole, parts)
+        whole, parts = Path(folder) / "whole", Path(folder) / "parts"
+        expected = train(config, whole, ranks)
+        train(config, parts, ranks, f"checkpoint.stop_after_steps={n}", stops=True)
+        # The rest may be one step longer than the first part.
+        records = train(config, parts, ranks)
+        states = [read_record(list_checkpoints(output)[-1]) for output in (whole, parts)]
+    rows = compare((expected, states[0]), (records, states[1]))
     split = f"{config.parallel.ds_config}, {config.parallel.dtype}, {ranks} rank(s)"
     print(f"{config.schedule.n_steps} steps against {n} + {config.schedule.n_steps - n}: {split}\n")
     for name, difference in rows.items():
@@ -79,56 +84,29 @@ def shortened(config: RunConfig, n: int, full_shape: bool) -> RunConfig:
         deterministic=True,
     )
     # The default of a run that saves in the background is what must resume exactly.
-    checkpoint = dataclasses.replace(short.checkpoint, stop_after_minutes=0.0)
+    checkpoint = dataclasses.replace(short.checkpoint, stop_after_minutes=0.0, stop_after_steps=0)
     return dataclasses.replace(short, parallel=parallel, checkpoint=checkpoint)
 
 
-def train(
-    config: RunConfig, output: Path, ranks: int, stop_after: int = 0
-) -> tuple[list[dict[str, Any]], CheckpointRecord]:
-    """Trains to the end, with a stop and a new start after `stop_after` steps; what is left."""
-    checkpoint = dataclasses.replace(config.checkpoint, stop_after_steps=stop_after)
-    own = dataclasses.replace(config, output=str(output), checkpoint=checkpoint)
-    file = output.with_suffix(".toml")
-    file.write_text(dump_run(own), encoding="utf-8")
-    command = ["-m", "megagpt.train", str(file)]
-    if stop_after:
-        launch(command, ranks, stops=True)
-    # The rest may be one step longer than the first part.
-    launch([*command, "checkpoint.stop_after_steps=0"], ranks)
-    steps = [record for record in read_metrics(output) if "loss" in record]
-    return steps, read_record(list_checkpoints(output)[-1])
-
-
-def compare(
-    whole: tuple[list[dict[str, Any]], CheckpointRecord],
-    parts: tuple[list[dict[str, Any]], CheckpointRecord],
-) -> dict[str, str]:
+def compare(expected: Outcome, outcome: Outcome) -> dict[str, str]:
     """What was compared -> how it differs, "" where it does not."""
-    return {
-        **{key: _differing_step(whole[0], parts[0], key) for key in EXACT},
-        "weights and moments": _differing_files(whole[1], parts[1]),
-        "updates": _pair(whole[1].updates, parts[1].updates),
-        "loss scale": _pair(whole[1].loss_scale, parts[1].loss_scale),
-    }
-
-
-def _differing_step(a: list[dict[str, Any]], b: list[dict[str, Any]], key: str) -> str:
-    if len(a) != len(b):
-        return f"{len(a)} steps -> {len(b)}"
-    for x, y in zip(a, b, strict=True):
-        # repr, so that NaN is the same as NaN.
-        if repr(x[key]) != repr(y[key]):
-            return f"DIFFERS from step {x['step']} on: {x[key]!r} -> {y[key]!r}"
-    return ""
-
-
-def _differing_files(a: CheckpointRecord, b: CheckpointRecord) -> str:
-    """The checksums of the ranks' files: the same layout writes the same bytes."""
-    sums = [{f.name: f.sha256 for f in m.files if f.name.startswith("rank_")} for m in (a, b)]
-    names = [name for name in sums[0] if sums[0][name] != sums[1].get(name)]
-    return f"DIFFER: {', '.join(names)}" if names else ""
-
-
-def _pair(a: object, b: object) -> str:
-    return "" if a == b else f"DIFFERS: {a!r} -> {b!r}"
+    (steps, state), (other_steps, other_state) = expected, outcome
+    rows = dict.fromkeys(EXACT, "")
+    if len(steps) != len(other_steps):
+        rows = dict.fromkeys(EXACT, f"{len(steps)} steps -> {len(other_steps)}")
+    for a, b in zip(steps, other_steps, strict=False):
+        for key in EXACT:
+            # repr, so that NaN is the same as NaN.
+            if not rows[key] and repr(a[key]) != repr(b[key]):
+                rows[key] = f"DIFFERS from step {a['step']} on: {a[key]!r} -> {b[key]!r}"
+    # The same layout writes the same bytes.
+    sums, other_sums = (
+        {file.name: file.sha256 for file in record.files if file.name.startswith("rank_")}
+        for record in (state, other_state)
+    )
+    files = [name for name in sums if sums[name] != other_sums.get(name)]
+    rows["weights and moments"] = f"DIFFER: {', '.join(files)}" if files else ""
+    for name in ("updates", "loss_scale"):
+        a, b = getattr(state, name), getattr(other_state, name)
+        rows[name.replace("_", " ")] = "" if a == b else f"DIFFERS: {a!r} -> {b!r}"
+    return rows

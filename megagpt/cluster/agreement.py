@@ -1,78 +1,91 @@
-"""What must be the same on every host before they train together (L1, no torch).
+"""What must be the same on every host before they train together (L2, no torch).
 
-Each rank says its facts, one compares them and names what differs, and where. An older copy of the
-code, another run file or a shard that one host lacks would otherwise train a different run, or end
-this one in the middle with a message that says nothing.
+Each rank says the facts of its host, rank 0 compares them and names what differs, and where. An
+older copy of the code, another run file or a shard that one host lacks would otherwise train a
+different run, or end this one in the middle with a message that says nothing.
 """
 
 import hashlib
 import json
-import sys
+import platform
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib import metadata
 from pathlib import Path
 
-from megagpt.cluster.code import code_digest
 from megagpt.config import RunConfig, dump_run
 from megagpt.corpus.manifest import CorpusManifest, read_manifest
 from megagpt.errors import MegagptError
 from megagpt.plan.ds_config import read_ds_config
 
-Facts = Mapping[str, str]
-"""Name of a fact, as a message calls it -> what holds on this host."""
+PACKAGE = Path(__file__).resolve().parents[1]
 COMPUTING = ("torch", "deepspeed", "numpy")
 """Packages whose version decides what is computed."""
+MOST_HOSTS = 4
+"""Hosts that a message names."""
 
 
 def facts_of_code() -> dict[str, str]:
-    """What computes on this host, whatever the run."""
-    found = {"the code of megagpt": _short(code_digest()), "python": sys.version.split()[0]}
-    return found | {name: _version(name) for name in COMPUTING}
+    """What computes on this host, whatever the run: name, as a message calls it -> value."""
+    facts = {"the code of megagpt": _short(code_digest()), "python": platform.python_version()}
+    for name in COMPUTING:
+        try:
+            facts[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            facts[name] = "not installed"
+    return facts
 
 
-def facts(config: RunConfig) -> dict[str, str]:
+def facts_of_run(config: RunConfig) -> dict[str, str]:
     """What holds on this host; of the shards only that they are there, with the right sizes."""
-    found = facts_of_code()
-    found["the run file with its overrides"] = _short(_digest(dump_run(config).encode()))
-    tree = json.dumps(read_ds_config(config.parallel.ds_config), sort_keys=True)
-    found[f"DeepSpeed's {config.parallel.ds_config}"] = _short(_digest(tree.encode()))
+    ds_config = json.dumps(read_ds_config(config.parallel.ds_config), sort_keys=True)
     sources = [*config.data.train, *config.data.validation]
-    return found | {source.path: _corpus(Path(source.path)) for source in sources}
+    return {
+        **facts_of_code(),
+        "the run file with its overrides": _short(_sha256(dump_run(config))),
+        f"DeepSpeed's {config.parallel.ds_config}": _short(_sha256(ds_config)),
+        **{source.path: _corpus(Path(source.path)) for source in sources},
+    }
 
 
-def disagreements(hosts: Sequence[str], said: Sequence[Facts]) -> list[str]:
+def disagreements(hosts: Sequence[str], facts: Sequence[Mapping[str, str]]) -> list[str]:
     """One sentence for each fact that is not the same everywhere; [] when all agree.
 
-    hosts, said: of every rank; of the ranks on one host only one need know the facts.
+    hosts, facts: of every rank; of the ranks on one host only one need know the facts.
     """
-    names = dict.fromkeys(name for facts in said for name in facts)
-    found = []
-    for name in names:
-        places: dict[str, list[str]] = {}
-        for host, facts in zip(hosts, said, strict=True):
-            if name in facts:
-                places.setdefault(facts[name], []).append(host)
-        if len(places) > 1:
-            told = (f"{value} on {_hosts(where)}" for value, where in places.items())
-            found.append(f"{name} is not the same on all hosts: {'; '.join(told)}")
-    return found
+    problems = []
+    for name in dict.fromkeys(name for said in facts for name in said):
+        hosts_of: dict[str, list[str]] = {}
+        for host, said in zip(hosts, facts, strict=True):
+            if name in said:
+                hosts_of.setdefault(said[name], []).append(host)
+        if len(hosts_of) > 1:
+            values = (f"{value} on {_names(where)}" for value, where in hosts_of.items())
+            problems.append(f"{name} is not the same on all hosts: {'; '.join(values)}")
+    return problems
 
 
-def _hosts(names: Sequence[str]) -> str:
-    """The first few hosts, each once."""
-    once = list(dict.fromkeys(names))
-    return ", ".join(once[:4]) + (f" and {len(once) - 4} more" if len(once) > 4 else "")
+def code_digest(folder: Path = PACKAGE) -> str:
+    """sha256, in hex, over names and bytes of every .py file below `folder`, in order of name.
+
+    Versions do not tell: an edited checkout keeps its number.
+    """
+    digest = hashlib.sha256()
+    names = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*.py")}
+    for name, path in sorted(names.items()):
+        content = path.read_bytes()
+        digest.update(f"{name}\0{len(content)}\0".encode())
+        digest.update(content)
+    return digest.hexdigest()
 
 
 def _corpus(folder: Path) -> str:
-    """What a folder of shards is on this host."""
+    """What a folder of shards is on this host, or the first thing that is wrong with it."""
     try:
         manifest = read_manifest(folder)
     except MegagptError as error:
         return str(error).partition(";")[0]
     sums = " ".join(f"{shard.name} {shard.sha256}" for shard in manifest.shards)
-    alike = f"{len(manifest.shards)} shards {_short(_digest(sums.encode()))}"
-    return _incomplete(manifest) or alike
+    return _incomplete(manifest) or f"{len(manifest.shards)} shards {_short(_sha256(sums))}"
 
 
 def _incomplete(manifest: CorpusManifest) -> str:
@@ -89,15 +102,15 @@ def _incomplete(manifest: CorpusManifest) -> str:
     return ""
 
 
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
+def _names(hosts: Sequence[str]) -> str:
+    """The first few hosts, each once."""
+    once = list(dict.fromkeys(hosts))
+    more = f" and {len(once) - MOST_HOSTS} more" if len(once) > MOST_HOSTS else ""
+    return ", ".join(once[:MOST_HOSTS]) + more
 
 
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _short(digest: str) -> str:

@@ -5,9 +5,7 @@ only SLURM's variables, which say where rank 0 is too; plain `python -m megagpt.
 and is a world of one.
 """
 
-import os
-import socket
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megagpt.cluster.slurm import expand_counts, expand_hosts
@@ -19,7 +17,7 @@ MASTER = ("MASTER_ADDR", "MASTER_PORT")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ranks:
-    """One process's place: global rank of `world`, and its place on its own host."""
+    """Which process this is: its rank of all `world`, and its rank among those of its host."""
 
     rank: int = 0
     world: int = 1
@@ -29,7 +27,7 @@ class Ranks:
 
 
 def discover(environ: Mapping[str, str]) -> Ranks:
-    """The place that the launcher gave this process.
+    """The ranks that the launcher left in the environment.
 
     Raises UsageError when variables are missing, are not what their launcher would set, or
     contradict each other.
@@ -64,7 +62,7 @@ def discover(environ: Mapping[str, str]) -> Ranks:
 
 
 def _from_variables(environ: Mapping[str, str], launcher: str) -> Ranks:
-    """The place by RANK and its like; `launcher` where no launcher left its own mark."""
+    """The ranks by RANK and its like; `launcher` where no launcher left its own mark."""
     missing = [k for k in ("WORLD_SIZE", "LOCAL_RANK") if k not in environ]
     if missing:
         raise UsageError(
@@ -90,7 +88,7 @@ _MARKS = {"CROSS_SIZE": "deepspeed", "GROUP_WORLD_SIZE": "torchrun"}
 
 
 def _from_slurm(environ: Mapping[str, str]) -> Ranks:
-    """The place by the variables of SLURM's step."""
+    """The ranks by the variables of SLURM's step."""
     world, local_rank = _step_tasks(environ), _number(environ, "SLURM_LOCALID")
     local_world = min(world, local_rank + 1)
     if environ.get("SLURM_STEP_TASKS_PER_NODE"):
@@ -106,7 +104,7 @@ def _from_slurm(environ: Mapping[str, str]) -> Ranks:
 
 
 def _check_against_slurm(ranks: Ranks, environ: Mapping[str, str]) -> None:
-    """Raises UsageError where the place is not one that fits the step of SLURM it runs in."""
+    """Raises UsageError where the ranks do not fit the step of SLURM that they run in."""
     tasks = _step_tasks(environ)
     for mark, launcher in _MARKS.items():
         if ranks.launcher == launcher and environ.get(mark, str(tasks)) != str(tasks):
@@ -142,7 +140,7 @@ def _number(environ: Mapping[str, str], name: str) -> int:
     return int(value)
 
 
-def slurm_meeting_place(environ: Mapping[str, str]) -> tuple[str, str]:
+def slurm_address(environ: Mapping[str, str]) -> tuple[str, str]:
     """(host, port) where the ranks of a step meet: its first host, where SLURM puts rank 0.
 
     The port follows from job and step, so that two steps on one host do not meet each other; it
@@ -151,30 +149,3 @@ def slurm_meeting_place(environ: Mapping[str, str]) -> tuple[str, str]:
     hosts = expand_hosts(environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_NODELIST", ""))
     job, step = _number(environ, "SLURM_JOB_ID"), _number(environ, "SLURM_STEP_ID")
     return hosts[0], str(20000 + (8 * job + step) % 12000)
-
-
-def prepare_environment(ranks: Ranks, environ: MutableMapping[str, str]) -> None:
-    """Sets what torch and DeepSpeed read from the environment; call before importing either."""
-    environ["RANK"], environ["WORLD_SIZE"] = str(ranks.rank), str(ranks.world)
-    environ["LOCAL_RANK"] = str(ranks.local_rank)
-    if ranks.launcher == "srun":
-        # What was exported stays: another name of that host may be the faster network.
-        for name, found in zip(MASTER, slurm_meeting_place(environ), strict=True):
-            environ[name] = environ.get(name) or found
-    # torchrun serves its own store at the port it gives, to a single rank too.
-    elif ranks.launcher == "python" or not environ.get("MASTER_PORT"):
-        environ["MASTER_ADDR"], environ["MASTER_PORT"] = "127.0.0.1", str(_free_port())
-    # Idle threads that spin would starve the other ranks of a shared CPU.
-    environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // max(1, ranks.local_world))))
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

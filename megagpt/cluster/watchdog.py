@@ -16,6 +16,8 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
+
 from megagpt.cluster.ranks import Ranks
 from megagpt.errors import EXIT_FAILURE
 
@@ -29,6 +31,8 @@ ORPHAN_S = 20.0
 LOOK_S = 0.5
 """Seconds between two looks."""
 FOLDER = "stacks"
+"""In the run folder."""
+SHELLS = ("sh", "bash", "dash", "zsh", "ksh", "csh", "tcsh")
 
 
 class Watchdog:
@@ -121,21 +125,20 @@ def launchers(launcher: str) -> dict[int, int]:
     if launcher == "python":
         return {}
     parent = os.getppid()
-    chain = {os.getpid(): parent}
-    by_deepspeed = b"deepspeed.launcher.launch" in words_of(parent)
-    process, more = parent, {}
+    chain, above_launcher = {os.getpid(): parent}, {}
+    by_deepspeed = "deepspeed.launcher.launch" in _command(parent)[1]
+    process = parent
     while (above := parent_of(process)) is not None:
-        more[process] = above
-        name = name_of(above)
-        if name == "slurmstepd" or by_deepspeed and _starts_launchers(above):
-            return chain | more
-        if name not in _SHELLS:
+        above_launcher[process] = above
+        name, words = _command(above)
+        runs_deepspeed = any(os.path.basename(word) in ("deepspeed", "ds") for word in words[:3])
+        starts_launchers = runs_deepspeed or name.startswith("sshd")
+        if name == "slurmstepd" or by_deepspeed and starts_launchers:
+            return chain | above_launcher
+        if name not in SHELLS:
             break
         process = above
     return chain
-
-
-_SHELLS = ("sh", "bash", "dash", "zsh", "ksh", "csh", "tcsh")
 
 
 def orphaned(chain: dict[int, int]) -> bool:
@@ -144,33 +147,17 @@ def orphaned(chain: dict[int, int]) -> bool:
 
 
 def parent_of(process: int) -> int | None:
-    """The parent's id, None where it is not known: the process is gone, or there is no /proc."""
-    if process == os.getpid():
-        return os.getppid()
+    """The parent's id, None where it is not known: the process is gone or hidden."""
     try:
-        # The second field is the name in brackets, which may hold blanks and brackets itself.
-        return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
-    except (OSError, ValueError, IndexError):
+        return psutil.Process(process).ppid()
+    except psutil.Error:
         return None
 
 
-def name_of(process: int) -> str:
-    """The name of the program, "" where it is not known."""
+def _command(process: int) -> tuple[str, list[str]]:
+    """Name of a program and the words of its command line, empty where they are not known."""
     try:
-        return Path(f"/proc/{process}/comm").read_text().strip()
-    except OSError:
-        return ""
-
-
-def words_of(process: int) -> list[bytes]:
-    """The words of the command line, [] where they are not known."""
-    try:
-        return Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
-    except OSError:
-        return []
-
-
-def _starts_launchers(process: int) -> bool:
-    """Whether it is the `deepspeed` command, or sshd's process of a connection."""
-    named = any(word.rpartition(b"/")[2] in (b"deepspeed", b"ds") for word in words_of(process)[:3])
-    return named or name_of(process).startswith("sshd")
+        found = psutil.Process(process)
+        return found.name(), found.cmdline()
+    except psutil.Error:
+        return "", []

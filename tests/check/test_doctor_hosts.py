@@ -1,21 +1,19 @@
 """The doctor over ranks and hosts: real processes, a host with a name and mounts of its own."""
 
+import dataclasses
+import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 
 import pytest
 
-from megagpt.check.doctor import bandwidth
-from megagpt.check.doctor.check import OK, WARN
-from megagpt.check.doctor.examine import Order
-from megagpt.check.doctor.host import Place
-from megagpt.check.doctor.hostfile import command, deepspeed_environment, read_hostfile
-from megagpt.check.doctor.meeting import Meeting
-from megagpt.cluster import meeting as group
-from megagpt.cluster.ranks import Ranks
+from megagpt.check import bandwidth
+from megagpt.check.findings import OK, WARN, Order
+from megagpt.check.ssh import command, deepspeed_environment, read_hostfile
 from megagpt.errors import MegagptError, UsageError
 from tests.lib.corpus import run_file
 from tests.lib.distributed import (
@@ -197,9 +195,12 @@ def test_what_deepspeed_exports_reaches_the_hosts(tmp_path):
     found = deepspeed_environment([tmp_path / "home", tmp_path])
     assert found == {"A": "2=3", "GLOO_SOCKET_IFNAME": "eth0"}
     order = Order(run="run file.toml", overrides=("seed=1",), full=True)
-    words = command(order, Place(), {"PYTHONPATH": "/x", "HOME": "/y", "NCCL_DEBUG": "INFO"})
+    words = command(order, {"PYTHONPATH": "/x", "HOME": "/y", "NCCL_DEBUG": "INFO"})
     assert words.startswith(f"cd {os.getcwd()} && env PYTHONPATH=/x NCCL_DEBUG=INFO ")
-    assert "'run file.toml' seed=1 --full --report" in words
+    assert json.loads(shlex.split(words)[-1]) == dataclasses.asdict(order) | {
+        "overrides": ["seed=1"],
+        "shared_file": ["", ""],
+    }
 
 
 def by_ssh(hosts, environ, *arguments, tmp_path):
@@ -220,13 +221,3 @@ def test_without_ssh(tmp_path):
     done = by_ssh("localhost slots=1\n", environ, tmp_path=tmp_path)
     assert done.returncode == 2
     assert failures(done.stdout) == [("reach", "ssh is not installed here")]
-
-
-def test_what_is_never_said_is_not_waited_for_in_silence(monkeypatch):
-    monkeypatch.setattr(group, "_meetings", [])
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("MASTER_PORT", str(free_port()))
-    meeting = Meeting(Ranks(), wait_s=10)
-    assert meeting.gather("host", "a") == ["a"]
-    with pytest.raises(MegagptError, match="rank 0 on .* waited for news: "):
-        meeting.get("news", wait_s=0.1)

@@ -1,7 +1,6 @@
 """Jobs of SLURM made for a run: what the script says, what is refused, what SLURM is told."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -11,14 +10,15 @@ from pathlib import Path
 import pytest
 
 from megagpt.cli import main
-from megagpt.cluster.job import Job, directives, lead_s, script, seconds_of, sweep_of, time_of
-from megagpt.cluster.launch import TEMPLATE, recent_steps, starts_needed
+from megagpt.cluster.command import recent_steps, starts_needed
+from megagpt.cluster.job import LAUNCH, lead_s, seconds_of, sweep_of
 from megagpt.config import load_run
 from megagpt.errors import UsageError
 from megagpt.plan.memory import checkpoint_bytes
 from tests.lib.corpus import run_file
 from tests.lib.distributed import ROOT, undisturbed
 
+TEMPLATE = LAUNCH / "slurm.sbatch"
 SHELLCHECK = Path(sys.executable).with_name("shellcheck")
 SIZE = ("--nodes", "1", "--gpus-per-node", "2", "--time", "1:00:00")
 
@@ -63,30 +63,34 @@ def test_a_job_for_a_run(tmp_path, capsys):
         "ntasks-per-node": "2",
         "gpus-per-node": "2",
         "cpus-per-task": "4",
-        "time": "0-01:00:00",
+        "time": "1:00:00",
         "signal": "B:USR1@180",
         "output": f"{tmp_path}/run/job.log",
         "partition": "low",
         "account": "us",
         "qos": "long",
     }
+    assert text.startswith("#!/usr/bin/env bash\n# Written by `megagpt launch slurm`")
     assert "#SBATCH --job-name='my job'\n" in text
     assert f"\nset -- {path} schedule.peak_lr=1e-3\n" in text
     checked_by_shellcheck(tmp_path / "run" / "job.sbatch")
     told = capsys.readouterr().out
-    assert "2 ranks = data 2, 1 x 2 GPUs, 0-01:00:00" in told
+    assert "2 ranks = data 2, 1 x 2 GPUs, 1:00:00" in told
     assert "told to save and stop 180 s before its end" in told
 
 
 def test_all_that_a_job_does_stands_in_the_template(tmp_path):
     text = launched(run_file(tmp_path), *SIZE)
-    template = TEMPLATE.read_text()
-    commands = [line for line in template.splitlines() if line and not line.startswith("#")]
-    own = [line for line in text.splitlines() if line and not line.startswith("#")]
-    assert [line for line in own if not line.startswith("set -- ")] == commands
-    assert own.index(f"set -- {tmp_path}/run.toml") == 1
-    # Everything else is as the template has it, such as --requeue and --open-mode=append.
-    assert options(text).keys() == options(template).keys()
+    commands = [line for line in text.splitlines() if line and not line.startswith("#")]
+    assert commands == [
+        f"set -- {tmp_path}/run.toml",
+        f"export PYTHON=${{PYTHON:-{sys.executable}}} MEGAGPT_LAUNCH={ROOT}/launch",
+        'exec bash "$MEGAGPT_LAUNCH/slurm.sbatch" "$@"',
+    ]
+    # Every option of the template, such as --requeue and --open-mode=append.
+    there = options(TEMPLATE.read_text())
+    assert options(text).keys() == there.keys()
+    assert all(options(text)[name] == there[name] for name in ("requeue", "open-mode"))
 
 
 def test_words_with_blanks_and_quotes_arrive_whole(tmp_path):
@@ -119,7 +123,7 @@ def test_the_175b_run(tmp_path):
         *("--nodes", "128", "--gpus-per-node", "8", "--time", "2-0"),
         f"output={tmp_path}/175b",
     )
-    assert options(text)["nodes"] == "128" and options(text)["time"] == "2-00:00:00"
+    assert options(text)["nodes"] == "128" and options(text)["time"] == "2-0"
 
 
 def test_a_sweep_is_an_array_of_runs_with_folders_of_their_own(tmp_path, capsys):
@@ -181,7 +185,6 @@ def test_a_value_that_is_a_list_is_one_value():
 )
 def test_times_as_slurm_reads_them(text, seconds):
     assert seconds_of(text) == seconds
-    assert seconds_of(time_of(seconds)) == seconds
 
 
 @pytest.mark.parametrize("text", ["", "0", "1h", "1:2:3:4", "-5", "UNLIMITED"])
@@ -191,16 +194,15 @@ def test_times_that_are_none(text):
 
 
 def test_a_large_model_is_told_earlier(tmp_path):
-    job = Job(nodes=16, gpus_per_node=8, seconds=86400, name="x")
     small = load_run(run_file(tmp_path))
     large = load_run("launch/runs/gpt3-175b.toml")
-    assert lead_s(small, job) == 180
+    assert lead_s(small, 16, "1-0") == 180
     # 12 bytes for each of 175 billion parameters, by 16 hosts of 0.5 GB/s, twice.
     save = checkpoint_bytes(large.model) / 16 / 0.5e9
-    assert 2 * (save + 60) <= lead_s(large, job) < 2 * (save + 60) + 60
-    assert lead_s(large, job, step_s=600) - lead_s(large, job) in (1080, 1020, 1140)
+    assert 2 * (save + 60) <= lead_s(large, 16, "1-0") < 2 * (save + 60) + 60
+    assert lead_s(large, 16, "1-0", step_s=600) - lead_s(large, 16, "1-0") in (1080, 1020, 1140)
     with pytest.raises(UsageError, match=r"told \d+ s before its end .* more than half of it"):
-        lead_s(large, Job(nodes=1, gpus_per_node=8, seconds=3600, name="x"))
+        lead_s(large, 1, "60")
 
 
 def test_starts_that_a_run_needs():
@@ -264,11 +266,13 @@ def test_what_cannot_be_is_refused(tmp_path, capsys, arguments, message):
     assert (tmp_path / "run" / "job.sbatch").exists() == (arguments == ("--submit",))
 
 
-def test_elsewhere_than_in_the_root_of_the_repository(tmp_path, monkeypatch, capsys):
+def test_elsewhere_than_in_the_root_of_the_repository(tmp_path, monkeypatch):
     path = run_file(tmp_path)
     monkeypatch.chdir(tmp_path)
-    assert main(["launch", "slurm", str(path), *SIZE]) == 2
-    assert "launch/slurm.sbatch: not in" in capsys.readouterr().err
+    text = launched(path, *SIZE)
+    # What the job runs is there, whatever the folder that it is submitted from.
+    (folder,) = re.findall(r"MEGAGPT_LAUNCH=(\S+)", text)
+    assert (Path(folder) / "slurm.sbatch").is_file() and (Path(folder) / "env.sh").is_file()
 
 
 def test_an_option_that_is_none_is_no_override(tmp_path, capsys):
@@ -280,13 +284,5 @@ def test_an_option_that_is_none_is_no_override(tmp_path, capsys):
 
 def test_a_job_of_a_chain_is_not_queued_again(tmp_path, capsys):
     text = launched(run_file(tmp_path), *SIZE, "--chain", "3")
-    assert "requeue" not in options(text) and "no-requeue" in options(text)
+    assert "requeue" not in options(text) and options(text)["no-requeue"] == ""
     assert "which queues 3 jobs" in capsys.readouterr().out
-
-
-def test_the_template_is_where_the_script_expects_it():
-    job = Job(nodes=1, gpus_per_node=1, seconds=60, name="x", requeue=False)
-    text = script(TEMPLATE.read_text(), directives(job, 30, "x.log"), ["run.toml"])
-    assert text.startswith("#!/usr/bin/env bash\n# Written by `megagpt launch slurm`")
-    assert text.count("#SBATCH") == TEMPLATE.read_text().count("#SBATCH")
-    assert shutil.which("bash", path=os.defpath)

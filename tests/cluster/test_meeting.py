@@ -7,12 +7,15 @@ import sys
 
 import pytest
 
+from megagpt.cluster import process as group
 from megagpt.cluster.meeting import _spans
+from megagpt.cluster.ranks import Ranks
+from megagpt.errors import MegagptError
 from tests.lib.distributed import environment, free_port
 
 MEET = """
 import json, os, sys, time
-from megagpt.cluster import meeting as group
+from megagpt.cluster import process as group
 from megagpt.cluster.ranks import Ranks
 from megagpt.errors import MegagptError
 rank, world, minutes = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
@@ -104,3 +107,15 @@ def test_ranks_of_another_run_at_the_same_port_are_not_met():
     said = [json.loads(process.communicate(timeout=90)[0])[1] for process in ends]
     assert said[0].startswith("rank 1 of 2 did not come within 0.1 minutes")
     assert said[1] == "rank 1: rank 0 ended before all ranks had come"
+
+
+def test_what_is_never_said_is_not_waited_for_in_silence(monkeypatch):
+    monkeypatch.setattr(group, "_meetings", [])
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    meeting = group.meet(Ranks(), {}, 0.1)
+    assert meeting.hosts == [os.uname().nodename]
+    meeting.put("word", [1, "a"])
+    assert meeting.has("word") and meeting.get("word") == [1, "a"]
+    with pytest.raises(MegagptError, match="rank 0 on .* waited for news: "):
+        meeting.get("news", wait_s=0.1)

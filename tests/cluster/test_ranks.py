@@ -2,13 +2,8 @@
 
 import pytest
 
-from megagpt.cluster.ranks import (
-    Ranks,
-    cores,
-    discover,
-    prepare_environment,
-    slurm_meeting_place,
-)
+from megagpt.cluster.process import cores, prepare_environment
+from megagpt.cluster.ranks import Ranks, discover, slurm_address
 from megagpt.errors import UsageError
 
 MASTER = {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
@@ -179,7 +174,7 @@ def test_what_was_exported_for_srun_stays():
     environ = SRUN | {"MASTER_ADDR": "node1-ib"}
     prepare_environment(discover(environ), environ)
     assert environ["MASTER_ADDR"] == "node1-ib"
-    assert environ["MASTER_PORT"] == slurm_meeting_place(SRUN)[1]
+    assert environ["MASTER_PORT"] == slurm_address(SRUN)[1]
 
 
 def test_jobs_and_steps_side_by_side_meet_at_ports_of_their_own():
@@ -188,4 +183,4 @@ def test_jobs_and_steps_side_by_side_meet_at_ports_of_their_own():
         for job in range(4711, 5711)
         for step in range(8)
     ]
-    assert len({slurm_meeting_place(step)[1] for step in steps}) == len(steps)
+    assert len({slurm_address(step)[1] for step in steps}) == len(steps)

@@ -18,8 +18,8 @@ from typing import Any
 
 from megagpt.checkpoint import list_checkpoints
 from megagpt.checkpoint.slice_file import SliceReader
-from megagpt.cluster.meeting import join, leave
-from megagpt.cluster.ranks import Ranks, prepare_environment
+from megagpt.cluster.process import join, leave, prepare_environment
+from megagpt.cluster.ranks import Ranks
 from megagpt.engine.slices import STATES
 from megagpt.log import read_metrics
 from tests.lib.corpus import run_file

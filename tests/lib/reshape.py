@@ -12,8 +12,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from megagpt.cluster.meeting import join, leave
-from megagpt.cluster.ranks import discover, prepare_environment
+from megagpt.cluster.process import join, leave, prepare_environment
+from megagpt.cluster.ranks import discover
 from megagpt.cluster.stop import StopRequest
 from megagpt.config import load_run
 from megagpt.plan.ds_config import read_ds_config, resolve

@@ -8,8 +8,8 @@ import sys
 
 import torch
 
-from megagpt.cluster.meeting import join, leave
-from megagpt.cluster.ranks import discover, prepare_environment
+from megagpt.cluster.process import join, leave, prepare_environment
+from megagpt.cluster.ranks import discover
 from megagpt.config import load_run
 from megagpt.engine import build_engine
 from megagpt.engine.slices import STATES

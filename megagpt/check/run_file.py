@@ -6,9 +6,11 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from megagpt.check.doctor.check import FAIL, OK, WARN, Check
-from megagpt.check.doctor.host import Gpu, Place
-from megagpt.check.doctor.shared import existing
+import psutil
+
+from megagpt.check.examine import existing
+from megagpt.check.findings import FAIL, OK, WARN, Check, Order
+from megagpt.check.machine import Gpu
 from megagpt.config import RunConfig
 from megagpt.corpus.verify import verify_shards
 from megagpt.errors import MegagptError, UsageError
@@ -20,31 +22,35 @@ from megagpt.plan.memory import checkpoint_bytes, checkpoints_kept
 
 WITHOUT_BF16 = ("P100", "V100", "T4", "RTX 20", "Quadro RTX")
 """GPUs before the Ampere generation, by what is in their names."""
+MOST_PROBLEMS = 5
+"""Lines that a folder of shards may take."""
 
 
-def check_run(config: RunConfig, place: Place, cards: list[Gpu], full: bool) -> Iterator[Check]:
-    """All checks of a run file. full: read every byte of every shard."""
-    yield check_layout(config, place)
-    yield from check_shards(config, full)
+def check_run(config: RunConfig, order: Order, cards: list[Gpu]) -> Iterator[Check]:
+    """All checks of a run file."""
+    yield check_layout(config, order)
+    yield from check_shards(config, order.full)
     yield check_precision(config.parallel.dtype, cards)
     yield check_disk(config)
-    yield check_memory(config, place, available_memory())
+    yield check_memory(config, order, psutil.virtual_memory().available)
 
 
-def check_layout(config: RunConfig, place: Place) -> Check:
+def check_layout(config: RunConfig, order: Order) -> Check:
     """The run divides over the ranks as the launcher gives them."""
-    parallel = config.parallel
-    world = place.ranks or parallel.pipeline * parallel.tensor
-    layout = layout_of(config, world)
+    layout = layout_of(config, _ranks(config, order))
     try:
-        resolve(config, layout, read_ds_config(parallel.ds_config))
+        resolve(config, layout, read_ds_config(config.parallel.ds_config))
     except UsageError as error:
         return Check("layout", FAIL, str(error))
-    slow = spans_hosts(layout, place.ranks_here) if place.ranks_here else ""
-    if slow:
+    if order.ranks_here and (slow := spans_hosts(layout, order.ranks_here)):
         return Check("layout", WARN, f"{layout}: {slow}")
-    guess = "" if place.ranks else ", the fewest this run can have"
+    guess = "" if order.ranks else ", the fewest this run can have"
     return Check("layout", OK, f"{layout}{guess}")
+
+
+def _ranks(config: RunConfig, order: Order) -> int:
+    """Ranks of the job, or the fewest that the run can have."""
+    return order.ranks or config.parallel.pipeline * config.parallel.tensor
 
 
 # --- data ---------------------------------------------------------------------------------------
@@ -52,35 +58,26 @@ def check_layout(config: RunConfig, place: Place) -> Check:
 
 def check_shards(config: RunConfig, full: bool) -> Iterator[Check]:
     """Opens the mixture and each validation set as training does, and looks at each folder."""
-    n_ctx = config.model.n_ctx
     openers: list[Callable[[], TokenLoader]] = [functools.partial(training_loader, config)]
     for source in config.data.validation:
-        openers.append(functools.partial(TokenLoader, [(Path(source.path), 1.0)], n_ctx, 0))
+        folders = [(Path(source.path), 1.0)]
+        openers.append(functools.partial(TokenLoader, folders, config.model.n_ctx, 0))
     for opener in openers:
         try:
-            loader = opener()
-            checks = [_check_vocabulary(config, s) or _check_folder(s, full) for s in loader.stores]
+            checks = [_check_store(config, store, full) for store in opener().stores]
         except (MegagptError, OSError) as error:
             checks = [Check("shards", FAIL, str(error))]
         yield from checks
 
 
-def _check_vocabulary(config: RunConfig, store: TokenWindows) -> Check | None:
-    held = store.manifest.vocab_size
-    if held == config.model.vocab_size:
-        return None
-    return Check(
-        "shards",
-        FAIL,
-        f"{store.folder}: {held} tokens in its vocabulary, but model.vocab_size = "
-        f"{config.model.vocab_size}",
-        f"set model.vocab_size = {held}, or prepare the corpus with the model's tokenizer",
-    )
-
-
-def _check_folder(store: TokenWindows, full: bool) -> Check:
-    """The files of a folder against its manifest: their sizes, or with `full` every byte."""
+def _check_store(config: RunConfig, store: TokenWindows, full: bool) -> Check:
+    """A folder's vocabulary, and its files against its manifest: their sizes, or every byte."""
     folder, manifest = store.folder, store.manifest
+    size, wanted = manifest.vocab_size, config.model.vocab_size
+    if size != wanted:
+        detail = f"{folder}: {size} tokens in its vocabulary, but model.vocab_size = {wanted}"
+        remedy = f"set model.vocab_size = {size}, or prepare the corpus with the model's tokenizer"
+        return Check("shards", FAIL, detail, remedy)
     if full:
         problems = verify_shards(folder)
     else:
@@ -88,12 +85,13 @@ def _check_folder(store: TokenWindows, full: bool) -> Check:
         indexes = (manifest.index_path(shard) for shard in manifest.shards)
         problems = [f"{path}: No such file" for path in indexes if not path.exists()]
     if problems:
-        lines = "\n".join(problems[:5]) + ("\n..." if len(problems) > 5 else "")
-        return Check("shards", FAIL, lines, "restore the files, or prepare the corpus again")
+        lines = [*problems[:MOST_PROBLEMS], *["..."] * (len(problems) > MOST_PROBLEMS)]
+        remedy = "restore the files, or prepare the corpus again"
+        return Check("shards", FAIL, "\n".join(lines), remedy)
     looked = "every byte read" if full else "sizes as in the manifest"
     count = len(manifest.shards)
-    held = f"{count} shard{'s' * (count > 1)}, {manifest.tokens:,} tokens"
-    return Check("shards", OK, f"{folder}: {held}, {looked}")
+    shards = f"{count} shard{'s' * (count > 1)}, {manifest.tokens:,} tokens"
+    return Check("shards", OK, f"{folder}: {shards}, {looked}")
 
 
 # --- precision, disk, memory --------------------------------------------------------------------
@@ -102,9 +100,8 @@ def _check_folder(store: TokenWindows, full: bool) -> Check:
 def check_precision(dtype: str, cards: list[Gpu]) -> Check:
     """The devices carry parallel.dtype."""
     if dtype == "fp16" and not cards:
-        return Check(
-            "precision", FAIL, "parallel.dtype = 'fp16' needs a GPU", "use bf16 or fp32 on CPUs"
-        )
+        detail = "parallel.dtype = 'fp16' needs a GPU"
+        return Check("precision", FAIL, detail, "use bf16 or fp32 on CPUs")
     old = [card.name for card in cards if any(name in card.name for name in WITHOUT_BF16)]
     if dtype == "bf16" and old:
         detail = f"parallel.dtype = 'bf16': {old[0]} has no bf16"
@@ -115,51 +112,38 @@ def check_precision(dtype: str, cards: list[Gpu]) -> Check:
 def check_disk(config: RunConfig) -> Check:
     """Room for all checkpoints that the run will keep at once, besides those it has already."""
     run = Path(config.output)
-    place = existing(run)
-    if not os.access(place, os.W_OK):
+    folder = existing(run)
+    if not os.access(folder, os.W_OK):
         remedy = "mend its permissions, or choose another `output`"
-        return Check("disk", FAIL, f"{place}: cannot write there", remedy)
-    free = shutil.disk_usage(place).free
+        return Check("disk", FAIL, f"{folder}: cannot write there", remedy)
+    free = shutil.disk_usage(folder).free
     one, count = checkpoint_bytes(config.model), checkpoints_kept(config)
     there = sum(f.stat().st_size for f in (run / "checkpoints").rglob("*.safetensors"))
     needed = max(0, one * count - there)
-    text = (
-        f"{place}: {_size(free)} free, {_size(needed)} needed: {count} checkpoints of {_size(one)}"
+    detail = (
+        f"{folder}: {_size(free)} free, {_size(needed)} needed: {count} checkpoints of {_size(one)}"
         + (f" less {_size(there)} there" if there else "")
     )
     if free < needed:
-        return Check(
-            "disk",
-            FAIL,
-            text,
+        remedy = (
             "make space, choose another `output`, or lower checkpoint.keep_last or "
-            "raise checkpoint.keep_every_tokens",
+            "raise checkpoint.keep_every_tokens"
         )
-    return Check("disk", OK, text)
+        return Check("disk", FAIL, detail, remedy)
+    return Check("disk", OK, detail)
 
 
-def available_memory(path: Path = Path("/proc/meminfo")) -> int:
-    """Bytes of host memory that programs can still have; 0 where the system does not say."""
-    try:
-        lines = path.read_text().splitlines()
-    except OSError:
-        return 0
-    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return 1024 * int(found[0]) if found else 0
-
-
-def check_memory(config: RunConfig, place: Place, available: int) -> Check:
-    """Host memory for the copy from which checkpoints are written while training goes on."""
-    world = place.ranks or config.parallel.pipeline * config.parallel.tensor
-    here = place.ranks_here or world
+def check_memory(config: RunConfig, order: Order, available: int) -> Check:
+    """Host memory, in bytes, for the copy from which checkpoints are written during training."""
+    ranks = _ranks(config, order)
     # Each rank copies the part that it owns and nothing else.
-    needed = checkpoint_bytes(config.model) * here // world
-    if not config.checkpoint.background or not available:
+    needed = checkpoint_bytes(config.model) * (order.ranks_here or ranks) // ranks
+    if not config.checkpoint.background:
         return Check("memory", OK, f"{_size(available)} available")
-    text = f"{_size(available)} available, {_size(needed)} for the copy of a checkpoint"
+    detail = f"{_size(available)} available, {_size(needed)} for the copy of a checkpoint"
     if available < needed:
-        return Check("memory", FAIL, text, "set checkpoint.background = false, or use more hosts")
-    return Check("memory", OK, text)
+        return Check("memory", FAIL, detail, "set checkpoint.background = false, or use more hosts")
+    return Check("memory", OK, detail)
 
 
 def _size(count: float) -> str:

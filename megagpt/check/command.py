@@ -9,23 +9,12 @@ Exit code 0: training can begin; 2: it would fail, or go wrong.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 from pathlib import Path
 
 from megagpt.errors import EXIT_OK, EXIT_USAGE, UsageError
-
-
-def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Adds the command to the command line."""
-    add_arguments(
-        commands.add_parser(
-            "doctor",
-            help="will training work here: versions, GPUs, network, disks, hosts, shards",
-            description=DESCRIPTION,
-        )
-    )
-
 
 LAUNCHED = ("RANK", "SLURM_STEP_NUM_TASKS")
 """Variables of which a launcher sets one at least: only then are ranks, and torch, asked for."""
@@ -33,6 +22,12 @@ DESCRIPTION = (
     "Examines this machine, or every host that it is launched on: deepspeed --module "
     "megagpt.doctor RUN.toml, torchrun -m megagpt.doctor, srun python -m megagpt.doctor."
 )
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Adds the command to the command line."""
+    text = "will training work here: versions, GPUs, network, disks, hosts, shards"
+    add_arguments(commands.add_parser("doctor", help=text, description=DESCRIPTION))
 
 
 def add_arguments(made: argparse.ArgumentParser) -> None:
@@ -52,22 +47,21 @@ def add_arguments(made: argparse.ArgumentParser) -> None:
     )
     # The deepspeed launcher adds the first; a host that is asked by ssh is given the second.
     made.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    made.add_argument("--report", metavar="PLACE", help=argparse.SUPPRESS)
+    made.add_argument("--order", help=argparse.SUPPRESS)
     made.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Examines and prints. Raises UsageError for options that do not go together."""
-    from megagpt.check.doctor.check import as_text, as_tree, failed, merged
-    from megagpt.check.doctor.examine import Order, examine
-    from megagpt.check.doctor.host import Place
+    from megagpt.check.examine import examine
+    from megagpt.check.findings import Order, as_text, failed, merged
 
-    order = Order(run=args.run_file or "", overrides=tuple(args.overrides), full=args.full)
-    if args.report:
-        print(json.dumps(as_tree(examine(order, Place(**json.loads(args.report))))))
+    if args.order:
+        print(json.dumps(dataclasses.asdict(examine(Order(**json.loads(args.order))))))
         return EXIT_OK
+    order = Order(run=args.run_file or "", overrides=args.overrides, full=args.full)
     if any(name in os.environ for name in LAUNCHED):
-        from megagpt.check.doctor.ranks import examine_together
+        from megagpt.check.launched import examine_together
         from megagpt.cluster.ranks import discover
 
         ranks = discover(os.environ)
@@ -79,9 +73,10 @@ def run(args: argparse.Namespace) -> int:
         if ranks.world > 1:
             return examine_together(order, ranks, args.wait)
     if args.hostfile:
-        from megagpt.check.doctor.hostfile import examine_by_ssh
+        from megagpt.check.ssh import examine_by_ssh
 
-        return examine_by_ssh(order, args.hostfile)
-    checks = merged([examine(order, Place())])
+        checks = examine_by_ssh(order, args.hostfile)
+    else:
+        checks = merged([examine(order)])
     print(as_text(checks))
     return EXIT_USAGE if failed(checks) else EXIT_OK

@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from megagpt.check.doctor.check import OK, WARN, Check, names
+from megagpt.check.findings import OK, WARN, Check, names
 from megagpt.errors import MegagptError
 
 REPEATS = 5

@@ -14,14 +14,12 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from megagpt.cluster.job import Job, directives, lead_s, script, seconds_of, sweep_of, time_of
+from megagpt.cluster.job import lead_s, script, seconds_of, sweep_of
 from megagpt.config import RunConfig, load_run
 from megagpt.errors import EXIT_OK, UsageError
 from megagpt.plan.ds_config import read_ds_config, resolve
-from megagpt.plan.layout import Layout, layout_of, spans_hosts
+from megagpt.plan.layout import layout_of, spans_hosts
 
-TEMPLATE = Path("launch/slurm.sbatch")
-"""In the root of the repository, where jobs are submitted."""
 RECENT = 100
 """Steps that tell a run's speed."""
 
@@ -75,56 +73,46 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def run(args: argparse.Namespace) -> int:
     """Writes the script. Raises UsageError for a run that cannot go so, and what SLURM refuses."""
+    check_options(args)
     config = load_run(args.file, args.overrides)
-    job = job_of(args, config)
     sweep = sweep_of(args.sweep, config.output) if args.sweep else []
     for overrides in sweep or [[]]:
-        layout = check_layout(load_run(args.file, [*args.overrides, *overrides]), job)
+        task = load_run(args.file, [*args.overrides, *overrides])
+        layout = layout_of(task, args.nodes * args.gpus_per_node)
+        # Raises with every reason why the run cannot go on the job's GPUs.
+        resolve(task, layout, read_ds_config(task.parallel.ds_config))
     steps = recent_steps(Path(config.output))
-    lead = lead_s(config, job, max((step["step_s"] for step in steps), default=0.0))
-    starts = starts_needed(config, steps, job.seconds - lead)
+    lead = lead_s(config, args.nodes, args.time, max((s["step_s"] for s in steps), default=0.0))
+    starts = starts_needed(config, steps, seconds_of(args.time) - lead)
+    count = 1 if args.chain is None else args.chain or starts
+    if count < 1:
+        why = "is complete" if steps else "has no measured speed yet; say --chain N"
+        raise UsageError(f"--chain: the run in {config.output} {why}")
     log = f"{config.output}/{'job-%a.log' if sweep else 'job.log'}"
-    text = script(
-        TEMPLATE.read_text(encoding="utf-8"),
-        directives(job, lead, log, len(sweep)),
-        [args.file, *args.overrides],
-        sweep,
-    )
-    count = 1
-    if args.chain is not None:
-        count = args.chain or starts
-        if count < 1:
-            why = "is complete" if steps else "has no measured speed yet; say --chain N"
-            raise UsageError(f"--chain: the run in {config.output} {why}")
     path = Path(config.output) / "job.sbatch"
     # SLURM drops the log of a job whose folder is not there.
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-    print(f"{path}: {layout}, {job.nodes} x {job.gpus_per_node} GPUs, {time_of(job.seconds)}")
-    slow = spans_hosts(layout, job.gpus_per_node)
-    if slow:
+    options = sbatch_options(args, Path(config.output).name, lead, log, len(sweep))
+    path.write_text(script(options, [args.file, *args.overrides], sweep), encoding="utf-8")
+    print(f"{path}: {layout}, {args.nodes} x {args.gpus_per_node} GPUs, {args.time}")
+    if slow := spans_hosts(layout, args.gpus_per_node):
         print(f"slow: {slow}")
     print(f"told to save and stop {lead} s before its end; log: {log}")
     if starts and not sweep:
         print(f"at the speed of the run's latest steps: {starts} starts of that time")
-    for index, task in enumerate(sweep):
-        print(f"task {index}: {' '.join(task)}")
+    for index, overrides in enumerate(sweep):
+        print(f"task {index}: {' '.join(overrides)}")
     if args.submit:
         print("submitted: " + " ".join(submit(path, count)))
     else:
-        test(path)
+        ask(path)
         by_hand = f", or sbatch {path}" if count == 1 else f", which queues {count} jobs"
         print(f"not submitted: say --submit{by_hand}")
     return EXIT_OK
 
 
-def job_of(args: argparse.Namespace, config: RunConfig) -> Job:
-    """What is asked of SLURM. Raises UsageError for what no job can be."""
-    if not TEMPLATE.is_file():
-        raise UsageError(
-            f"{TEMPLATE}: not in {Path.cwd()}; call this in the root of the repository, from where "
-            "the job will run"
-        )
+def check_options(args: argparse.Namespace) -> None:
+    """Raises UsageError for what no job can be."""
     for name in ("nodes", "gpus_per_node", "cpus_per_task"):
         if getattr(args, name) < 1:
             option = name.replace("_", "-")
@@ -134,24 +122,32 @@ def job_of(args: argparse.Namespace, config: RunConfig) -> Job:
             "--chain with --sweep: the tasks of a sweep are queued again by themselves; leave one "
             "of the two out"
         )
-    return Job(
-        nodes=args.nodes,
-        gpus_per_node=args.gpus_per_node,
-        cpus_per_task=args.cpus_per_task,
-        seconds=seconds_of(args.time),
-        name=args.name or Path(config.output).name,
-        partition=args.partition,
-        account=args.account,
-        qos=args.qos,
-        requeue=args.chain is None,
-    )
 
 
-def check_layout(config: RunConfig, job: Job) -> Layout:
-    """The run on the job's GPUs. Raises UsageError with every reason why it cannot be."""
-    layout = layout_of(config, job.nodes * job.gpus_per_node)
-    resolve(config, layout, read_ds_config(config.parallel.ds_config))
-    return layout
+def sbatch_options(
+    args: argparse.Namespace, name: str, lead: int, log: str, tasks: int
+) -> dict[str, str]:
+    """The job's options. lead: seconds before its end at which SLURM tells it to stop.
+
+    tasks: of an array, 0: no array.
+    """
+    options = {
+        "job-name": args.name or name,
+        "nodes": str(args.nodes),
+        "ntasks-per-node": str(args.gpus_per_node),
+        "gpus-per-node": str(args.gpus_per_node),
+        "cpus-per-task": str(args.cpus_per_task),
+        "time": args.time,
+        "signal": f"B:USR1@{lead}",
+        # The jobs of a chain follow one another instead.
+        "requeue" if args.chain is None else "no-requeue": "",
+        "open-mode": "append",
+        "output": log,
+    }
+    more = {key: getattr(args, key) for key in ("partition", "account", "qos")}
+    if tasks:
+        more["array"] = f"0-{tasks - 1}"
+    return options | {key: value for key, value in more.items() if value}
 
 
 def recent_steps(folder: Path) -> list[dict[str, Any]]:
@@ -192,7 +188,7 @@ def submit(path: Path, count: int) -> list[str]:
     return jobs
 
 
-def test(path: Path) -> None:
+def ask(path: Path) -> None:
     """Lets SLURM say when it would start a script, where a SLURM answers. Raises UsageError."""
     if not shutil.which("scontrol"):
         return

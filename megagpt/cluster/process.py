@@ -1,0 +1,214 @@
+"""What megagpt sets for the whole process, and how a rank joins and leaves the others (L2).
+
+| what is set | when | why |
+|---|---|---|
+| RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT | prepare_environment | one form for all |
+| OMP_WAIT_POLICY OMP_NUM_THREADS | prepare_environment | ranks share the cores of a host |
+| LOCAL_RANK or DS_ACCELERATOR by the GPUs that are visible | join | DeepSpeed binds to it |
+| mallopt of glibc, on CPUs | join | the memory of a step is kept for the next one |
+| DeepSpeed's logger and inference extension, a filter of warnings | join | noise and a compiler |
+| the GPU of this rank, the process group | join | |
+| the meeting with the other ranks | meet | one rank reports what ends all |
+
+What the user exported stays, but for the five of the first row and for LOCAL_RANK.
+"""
+
+import ctypes
+import logging
+import os
+import platform
+import signal
+import socket
+import time
+import warnings
+from collections.abc import Mapping, MutableMapping
+from datetime import timedelta
+
+import psutil
+
+from megagpt.cluster.agreement import facts_of_run
+from megagpt.cluster.meeting import Meeting
+from megagpt.cluster.ranks import MASTER, Ranks, slurm_address
+from megagpt.config import RunConfig
+from megagpt.errors import MegagptError
+
+MEETING_MINUTES = 10.0
+"""How long ranks wait for each other; less where log.watchdog_minutes is less."""
+GROUP_MINUTES = 30.0
+"""Longest collective of the group; a hung step is the watchdog's."""
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+"""Parameters of mallopt(3)."""
+REAPERS = ("init", "systemd", "tini", "dumb-init", "docker-init", "containerd-shim-runc-v2")
+"""Programs that Linux hands orphans to."""
+_meetings: list[Meeting] = []
+"""The meetings of this process; the last one counts."""
+
+
+# --- before torch is imported -------------------------------------------------------------------
+
+
+def prepare_environment(ranks: Ranks, environ: MutableMapping[str, str]) -> None:
+    """Sets what torch and DeepSpeed read from the environment; call before importing either."""
+    environ["RANK"], environ["WORLD_SIZE"] = str(ranks.rank), str(ranks.world)
+    environ["LOCAL_RANK"] = str(ranks.local_rank)
+    if ranks.launcher == "srun":
+        # What was exported stays: another name of that host may be the faster network.
+        for name, value in zip(MASTER, slurm_address(environ), strict=True):
+            environ[name] = environ.get(name) or value
+    # torchrun serves its own store at the port it gives, to a single rank too.
+    elif ranks.launcher == "python" or not environ.get("MASTER_PORT"):
+        environ["MASTER_ADDR"], environ["MASTER_PORT"] = "127.0.0.1", str(_free_port())
+    # Idle threads that spin would starve the other ranks of a shared CPU.
+    environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // max(1, ranks.local_world))))
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+# --- joining ------------------------------------------------------------------------------------
+
+
+def join(ranks: Ranks, config: RunConfig | None = None) -> None:
+    """Joins the process group of all ranks: nccl on GPUs, gloo on CPUs; every rank must call it.
+
+    With a configuration the hosts compare what must be the same on all of them, see
+    megagpt.cluster.agreement. Raises UsageError that names what differs; MegagptError that names
+    ranks which did not come within MEETING_MINUTES, and when the launcher died before.
+    """
+    if ranks.launcher in ("deepspeed", "torchrun") and _adopted(os.getppid()):
+        raise MegagptError(
+            f"rank {ranks.rank}: the launcher died while this rank started; run the command again"
+        )
+    if config is not None:
+        # So a rank that is missing is named before the watchdog ends the start.
+        minutes = min(MEETING_MINUTES, config.log.watchdog_minutes or MEETING_MINUTES)
+        # Ranks of one host read the same files, so one of them says the facts.
+        speaks = ranks.local_rank == 0 and ranks.local_world < ranks.world
+        meet(ranks, facts_of_run(config) if speaks else {}, minutes, config.output)
+    elif not _meetings:
+        meet(ranks, {}, MEETING_MINUTES)
+    import torch
+
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    set_device(ranks, n_gpus, os.environ)
+    if n_gpus:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    else:
+        keep_freed_memory()
+    import deepspeed
+    from deepspeed.utils import logger
+
+    # Its news of memory and settings would bury the run's own lines; its warnings stay.
+    logger.setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    # An extension for inference alone, which DeepSpeed would compile for a minute on CPUs.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        dist_backend="nccl" if n_gpus else "gloo",
+        auto_mpi_discovery=False,
+        timeout=timedelta(minutes=GROUP_MINUTES),
+        rank=ranks.rank,
+        world_size=ranks.world,
+    )
+
+
+def set_device(ranks: Ranks, n_gpus: int, environ: MutableMapping[str, str]) -> None:
+    """Tells DeepSpeed which device it computes on; call before it is imported.
+
+    n_gpus: GPUs that this process sees. SLURM's --gpus-per-task=1 shows each rank one GPU, its own,
+    which is cuda:0 to all of them, while DeepSpeed binds cuda:LOCAL_RANK.
+    """
+    if n_gpus:
+        environ["LOCAL_RANK"] = str(ranks.local_rank % n_gpus)
+    else:
+        environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def keep_freed_memory() -> bool:
+    """Lets this process keep what it frees for its next allocations; False without glibc.
+
+    glibc takes every large tensor from the kernel anew and gives it back when it is freed, and
+    trims what lies at the heap's end. A training step frees all of its activations, so each step
+    the kernel zeroes gigabytes, page by page: a tenth of a step's time on CPUs
+    (docs/benchmarks/model_step.md). The highest memory stays within a few percent of what it was.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    # Nothing from mmap, whatever its size, and the heap's end is never given back.
+    return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1))
+
+
+def meet(ranks: Ranks, facts: Mapping[str, str], minutes: float, run: str = "") -> Meeting:
+    """Returns when all ranks of `run` have come and their hosts agree in `facts`.
+
+    Raises what Meeting and its agree() raise.
+    """
+    meeting = Meeting(ranks, minutes, run)
+    # Before they agree: whatever ends the ranks from here on, one of them says it.
+    _meetings.append(meeting)
+    meeting.agree(facts, minutes)
+    return meeting
+
+
+def _adopted(parent: int) -> bool:
+    """Whether the process `parent` takes in what other processes leave, and launches no ranks.
+
+    In a container the launcher itself may be process 1.
+    """
+    try:
+        words = psutil.Process(parent).cmdline()[:3]
+    except psutil.Error:
+        return False
+    if words and os.path.basename(words[0].lower()) in REAPERS:
+        return True
+    return parent == 1 and not any(
+        name in word.lower() for word in words for name in ("python", "torchrun")
+    )
+
+
+# --- the end ------------------------------------------------------------------------------------
+
+
+def first_to_fail(wait_s: float = 10.0) -> bool:
+    """Whether this rank is the first to call this, so that one rank reports what may stop all.
+
+    Before the ranks meet they all read the same files, and rank 0 reports. The others give it
+    `wait_s` seconds, within which the launcher ends them: if they ended first, the launcher would
+    end rank 0 before it has spoken. One that is still there met an error of its own.
+    """
+    if _meetings:
+        return _meetings[-1].first("failed")
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(wait_s)
+    return True
+
+
+def leave(clean: bool = True, wait_s: float = 5.0) -> None:
+    """Leaves the process group; without it a rank now and then aborts at exit.
+
+    clean: all ranks come here. Otherwise perhaps only this one does, and the others wait for it
+    in the middle of a step: they are given `wait_s` seconds to come, and the launcher ends them.
+    """
+    if not _meetings:
+        return
+    import torch.distributed as dist
+
+    if clean:
+        dist.barrier()
+    else:
+        # A launcher that sees the first rank end signals the others, which would lose their codes.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if not _meetings[-1].all_call("left", wait_s):
+            return
+    if dist.is_initialized():
+        dist.destroy_process_group()
