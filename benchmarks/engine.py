@@ -45,8 +45,8 @@ def main() -> None:
 
 def build(output: str, *overrides: str):
     """A started run of the quickstart on this rank, and the seconds of each phase of its start."""
-    from megagpt.cluster.meeting import join
-    from megagpt.cluster.ranks import discover, prepare_environment
+    from megagpt.cluster.process import join, prepare_environment
+    from megagpt.cluster.ranks import discover
     from megagpt.config import load_run
     from megagpt.plan.ds_config import read_ds_config, resolve
     from megagpt.plan.layout import layout_of
@@ -85,7 +85,7 @@ def rank(output: str) -> None:
         total = time.time() - float(os.environ[LAUNCHED])
         print("PHASES " + json.dumps({"launcher": began, **phases, "total": total}), flush=True)
     trainer.close()
-    from megagpt.cluster.meeting import leave
+    from megagpt.cluster.process import leave
 
     leave()
 

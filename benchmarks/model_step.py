@@ -8,7 +8,7 @@ its own, which also gives its peak memory, and takes one step at a time in turn 
 so a machine that is busy with something else is busy for all. Figures are medians over rounds,
 ratios the median of the ratios within a round. In bf16 ours has bf16 weights with fp32 masters, as
 the training engine has; the others run under autocast, as their own scripts do. On a CPU ours
-keeps the memory that a step frees, as the trainer does (megagpt.engine.malloc).
+keeps the memory that a step frees, as the trainer does (megagpt.cluster.process).
 
 A contender's name may be followed by `+compile`, for torch.compile, and by `+keep`, for memory
 kept as ours keeps it. `matmul` multiplies the matrices of the same step (every linear layer and the
@@ -220,7 +220,8 @@ CONTENDERS = {"ours": ours, "nanogpt": nanogpt, "transformers": transformers, "m
 def contend(options: argparse.Namespace) -> None:
     """A contender's process: two steps to warm up, then one for each line on stdin."""
     import torch
-    from megagpt.engine.malloc import keep_freed_memory
+
+    from megagpt.cluster.process import keep_freed_memory
 
     torch.set_num_threads(options.threads)
     cuda = options.device.startswith("cuda")

@@ -113,8 +113,8 @@ def meter(args: argparse.Namespace) -> None:
     os.chdir(ROOT)
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     from benchmarks.engine import Ours
-    from megagpt.cluster.meeting import join, leave
-    from megagpt.cluster.ranks import Ranks, prepare_environment
+    from megagpt.cluster.process import join, leave, prepare_environment
+    from megagpt.cluster.ranks import Ranks
     from megagpt.config import load_run
     from megagpt.loop import Trainer
     from megagpt.plan.ds_config import read_ds_config, resolve

@@ -28,7 +28,7 @@ import psutil
 
 from megagpt.cluster.agreement import facts_of_run
 from megagpt.cluster.meeting import Meeting
-from megagpt.cluster.ranks import MASTER, Ranks, slurm_address
+from megagpt.cluster.ranks import MASTER, Ranks, cores, slurm_address
 from megagpt.config import RunConfig
 from megagpt.errors import MegagptError
 
@@ -61,11 +61,6 @@ def prepare_environment(ranks: Ranks, environ: MutableMapping[str, str]) -> None
     # Idle threads that spin would starve the other ranks of a shared CPU.
     environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // max(1, ranks.local_world))))
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _free_port() -> int:

@@ -5,6 +5,7 @@ only SLURM's variables, which say where rank 0 is too; plain `python -m megagpt.
 and is a world of one.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -149,3 +150,8 @@ def slurm_address(environ: Mapping[str, str]) -> tuple[str, str]:
     hosts = expand_hosts(environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_NODELIST", ""))
     job, step = _number(environ, "SLURM_JOB_ID"), _number(environ, "SLURM_STEP_ID")
     return hosts[0], str(20000 + (8 * job + step) % 12000)
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -2,8 +2,8 @@
 
 import pytest
 
-from megagpt.cluster.process import cores, prepare_environment
-from megagpt.cluster.ranks import Ranks, discover, slurm_address
+from megagpt.cluster.process import prepare_environment
+from megagpt.cluster.ranks import Ranks, cores, discover, slurm_address
 from megagpt.errors import UsageError
 
 MASTER = {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
