@@ -114,7 +114,8 @@ class ParallelConfig:
     ds_config: FileName = "zero1"
     """A file of ds_configs/ by name, or a path to one."""
     micro_batch: Size = 1
-    """Sequences for each rank and forward pass."""
+    """Sequences for each rank and forward pass, at most: each step takes the largest number that
+    divides a data rank's share of it."""
     pipeline: Size = 1
     """Pipeline stages."""
     tensor: Size = 1
