@@ -9,16 +9,14 @@ import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from megagpt.config import RunConfig
 from megagpt.errors import UsageError
+from megagpt.files import shipped
 from megagpt.plan.memory import checkpoint_bytes
 
-LAUNCH = Path(__file__).resolve().parents[2] / "launch"
-"""The scripts of the checkout."""
-if not LAUNCH.is_dir():
-    LAUNCH = Path(__file__).resolve().parents[1] / "launch"
+LAUNCH = shipped("launch")
+"""The folder of slurm.sbatch, which does what a job does."""
 WRITE_BYTES_PER_S = 0.5e9
 """What each host is taken to write to a shared file system; most are faster."""
 STEP_S = 60.0
