@@ -80,12 +80,63 @@ def test_flex_attention_equals_the_reference(t, band):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("t", "band"), [(2048, 256), (1000, 129)])
-def test_flex_attention_on_cuda(t, band):
-    inputs = [x.detach().float().cuda().requires_grad_() for x in draw(t, t)]
-    inputs = [x.repeat(1, 1, 1, 16) for x in inputs]
-    ours, reference = attend(*inputs, band), attend_slowly(*inputs, band)
-    torch.testing.assert_close(ours, reference, rtol=1e-3, atol=1e-3)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [64, 80, 96, 128])
+@pytest.mark.parametrize(("t", "band"), [(2048, 256), (1000, 129), (512, None)])
+def test_forward_and_backward_on_cuda(t, band, width, dtype):
+    generator = torch.Generator("cuda").manual_seed(1)
+    shape = (2, t, 3, 2, width)
+    qkv = torch.randn(shape, generator=generator, device="cuda", dtype=dtype).requires_grad_()
+    q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
+    mask = None if band is None else attention.make_block_mask(t, band, qkv.device)
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    reference = attend_slowly(*exact, band)
+    ours = attend(q, k, v, band, 0.0, mask)
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 2e-3
+    torch.testing.assert_close(ours.double(), reference, rtol=tolerance, atol=tolerance)
+    direction = torch.randn_like(reference)
+    reference.backward(direction)
+    ours.backward(direction.to(dtype))
+    gradients = torch.stack([x.grad.transpose(1, 2) for x in exact], 2)
+    scale = gradients.abs().max().item()
+    torch.testing.assert_close(qkv.grad.double(), gradients, rtol=0, atol=tolerance * scale)
+
+
+@pytest.mark.gpu
+def test_a_band_takes_no_memory_for_scores_on_cuda():
+    """Forward and backward at 8,192: T x T scores of 4 heads in fp32 alone would be 1 GiB."""
+    t, band = 8192, 256
+    q, k, v = (
+        torch.randn(1, 4, t, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        for _ in range(3)
+    )
+    mask = attention.make_block_mask(t, band, q.device)
+    attend(q, k, v, band, 0.0, mask).sum().backward()  # compiles
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    attend(q, k, v, band, 0.0, mask).sum().backward()
+    assert torch.cuda.max_memory_allocated() - before < 16 * q.nbytes
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("band", [None, 256])
+def test_the_deterministic_backward_pass_is_bit_for_bit_the_same_on_cuda(monkeypatch, band):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    q, k, v = (
+        torch.randn(2, 8, 2048, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        for _ in range(3)
+    )
+    mask = None if band is None else attention.make_block_mask(2048, band, q.device)
+    gradients = []
+    torch.use_deterministic_algorithms(True)
+    try:
+        for _ in range(5):
+            y = attend(q, k, v, band, 0.0, mask)
+            gradients.append(torch.autograd.grad(y.sum(), (q, k, v)))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for again in gradients[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(gradients[0], again, strict=True))
 
 
 def test_dropout_keeps_the_mean():

@@ -132,3 +132,44 @@ def test_the_fused_form_is_the_sliced_one(dtype):
     torch.testing.assert_close(again, total, rtol=16 * eps, atol=0)
     rounding = torch.finfo(dtype).eps
     torch.testing.assert_close(fused, sliced, rtol=2 * rounding, atol=2 * eps)
+
+
+@pytest.mark.parametrize("form", ["sliced", "compiled", "expressions"])
+def test_every_form_leaves_padding_alone(form, monkeypatch):
+    if form == "compiled" and not shutil.which("g++"):
+        pytest.skip("torch.compile needs a C++ compiler")
+    monkeypatch.setattr(loss, "loss_form", lambda *_: form)
+    hidden, weight, targets = draw(torch.float32, rows=64)
+    with torch.no_grad():
+        weight[V:] = 1e4
+    mean = cross_entropy(hidden, weight, targets, V)
+    plain = F.cross_entropy(hidden @ weight[:V].t(), targets).item()
+    assert mean.item() == pytest.approx(plain, rel=1e-5)
+    assert not torch.autograd.grad(mean, weight)[0][V:].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("chunk", [1 << 29, 1 << 24])
+def test_the_loss_on_cuda_equals_float64(monkeypatch, chunk):
+    """At GPT-2's vocabulary, padded; and bit for bit the same again."""
+    monkeypatch.setattr(loss, "CUDA_CHUNK", chunk)
+    generator = torch.Generator("cuda").manual_seed(1)
+    draws = {"generator": generator, "device": "cuda"}
+    hidden = torch.randn(1000, 64, **draws).bfloat16().requires_grad_()
+    weight = (0.3 * torch.randn(50_304, 64, **draws)).bfloat16().requires_grad_()
+    targets = torch.randint(0, 50_257, (1000,), **draws)
+    targets[3:20] = -1
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    logits = (exact[0] @ exact[1][:50_257].t())[targets >= 0]
+    plain = F.cross_entropy(logits, targets[targets >= 0])
+    expected = torch.autograd.grad(plain, exact)
+    runs = []
+    for _ in range(2):
+        mean = cross_entropy(hidden, weight, targets, 50_257)
+        runs.append([mean, *torch.autograd.grad(mean, [hidden, weight])])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+    assert mean.item() == pytest.approx(plain.item(), rel=1e-3)
+    for ours, wanted in zip(runs[0][1:], expected, strict=True):
+        error = 2e-2 * wanted.abs().max().item()
+        torch.testing.assert_close(ours.double(), wanted, rtol=2e-2, atol=error)
+    assert not runs[0][2][50_257:].any()
