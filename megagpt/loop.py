@@ -17,7 +17,7 @@ from megagpt.engine.slices import gather_whole
 from megagpt.errors import MegagptError, Stopped
 from megagpt.health.meter import Meter
 from megagpt.health.replicas import check_replicas
-from megagpt.health.spikes import Recent
+from megagpt.health.spikes import SpikeDetector
 from megagpt.order.loader import TokenLoader, check_vocabulary, training_loader
 from megagpt.plan.layout import Layout, micro_batch_of
 from megagpt.run.evaluation import Evaluation
@@ -61,7 +61,7 @@ class Trainer:
         self.engine = build_engine(config, layout, ranks, ds_config)
         self.evaluation = Evaluation(config, layout, self.engine, self.validation)
         self.checkpoints = Checkpoints(config, layout, self.engine, self.loader)
-        self.spikes = Recent(config.optimizer.spike_window, config.optimizer.spike_threshold)
+        self.spikes = SpikeDetector(config.optimizer.spike_window, config.optimizer.spike_threshold)
         self.meter = Meter(config, layout, self.engine)
         self.watchdog = watchdog or Watchdog(self.folder, ranks, minutes=0)
 
@@ -79,7 +79,7 @@ class Trainer:
             if agreed.rolls_back and (earlier := self.roll_back(run, spike)):
                 run = earlier  # 7) back to the newest checkpoint, behind the spike's samples
                 continue
-            give_up = self.spikes.failure(self.config.optimizer.max_skipped_steps)
+            give_up = self.spikes.give_up(self.config.optimizer.max_skipped_steps)
             last = self.finished(run) or agreed.stopping or bool(give_up)
             self.evaluate_if_due(before, run)  # 8) what is due: an evaluation,
             self.save_if_due(before, run, agreed.saved, last)  # 9) a checkpoint,
@@ -94,7 +94,7 @@ class Trainer:
         if self.config.data.verify:
             loaders = [self.loader, *self.validation]
             check_data(loaders, self.folder, self.engine, self.watchdog.alive)
-        run, self.spikes.pairs = self.checkpoints.resume(allow_changes)
+        run, self.spikes.history = self.checkpoints.resume(allow_changes)
         # Not before: a run that is refused leaves the folder as it is.
         if self.ranks.rank == 0:
             computing = self.engine.choices.record()
@@ -126,7 +126,7 @@ class Trainer:
         return step.first_sample, step.n_samples, rank, self.layout.data, micro_batch
 
     def _spikes(self, loss: float, norm: float) -> bool:
-        return bool(self.spikes.judge(loss, norm))
+        return bool(self.spikes.verdict(loss, norm))
 
     def record(self, before: RunState, run: RunState, step: Step, result: StepResult) -> str:
         """Writes what the step was; why it is a spike, "" when it is none."""
@@ -205,7 +205,7 @@ class Trainer:
         if last or crossed(due.every_tokens, before.tokens, run.tokens):
             self.watchdog.begin("saving")
             milestone = crossed(due.keep_every_tokens, before.tokens, run.tokens)
-            self.checkpoints.save(run, self.spikes.pairs, milestone)
+            self.checkpoints.save(run, self.spikes.history, milestone)
         if last:
             self.finish_saving(last=True)
 

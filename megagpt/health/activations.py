@@ -19,6 +19,7 @@ class Activations:
     def __init__(self, engine: Engine, modules: Mapping[str, nn.Module], names: list[str]) -> None:
         self.engine, self.names = engine, names
         self._seen: dict[str, Tensor] = {}
+        """Of each layer on this rank: sum of squares, exact zeros, elements, largest value."""
         self._hooks = [
             module.register_forward_hook(self._hook(name)) for name, module in modules.items()
         ]
@@ -30,9 +31,9 @@ class Activations:
                 return
             with torch.no_grad():
                 x = output.detach()
-                zeros = (x == 0).sum(dtype=torch.float64)
-                self._seen[name] = torch.stack([square(x), zeros, x.abs().max().double()])
-                self._count = x.numel()
+                zeros, count = (x == 0).sum(), torch.tensor(x.numel(), device=x.device)
+                figures = (square(x), zeros, count, x.abs().max())
+                self._seen[name] = torch.stack([figure.double() for figure in figures])
 
         return look
 
@@ -41,18 +42,17 @@ class Activations:
         zeros: share of exact zeros; of each layer's output."""
         for hook in self._hooks:
             hook.remove()
-        sums, peaks = [], []
-        for name in self.names:
-            seen = self._seen.get(name)
-            squares, zeros, peak = (0.0, 0.0, 0.0) if seen is None else seen.tolist()
-            sums += [squares, zeros, 0.0 if seen is None else float(self._count)]
-            peaks.append(peak)
-        whole, largest = self.engine.total(sums), self.engine.largest(peaks)
-        found: Figures = {"rms": {}, "largest": {}, "zeros": {}}
+        unseen = torch.zeros(4, dtype=torch.float64)
+        seen = torch.stack(
+            [self._seen.get(name, unseen).cpu() for name in self.names]
+        )  # (layer, 4)
+        sums = self.engine.total(seen[:, :3].flatten().tolist())
+        peaks = self.engine.largest(seen[:, 3].tolist())
+        figures: Figures = {"rms": {}, "largest": {}, "zeros": {}}
         for row, name in enumerate(self.names):
-            squares, zeros, count = whole[3 * row : 3 * row + 3]
+            squares, zeros, count = sums[3 * row : 3 * row + 3]
             if count:
-                found["rms"][name] = (squares / count) ** 0.5
-                found["largest"][name] = largest[row]
-                found["zeros"][name] = zeros / count
-        return found
+                figures["rms"][name] = (squares / count) ** 0.5
+                figures["largest"][name] = peaks[row]
+                figures["zeros"][name] = zeros / count
+        return figures

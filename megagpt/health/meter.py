@@ -5,13 +5,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
+import torch
+
 from megagpt.config import RunConfig
+from megagpt.config.flops import flops_per_token
 from megagpt.engine import Engine, StepResult
 from megagpt.engine.clock import REST
 from megagpt.health.activations import Activations
 from megagpt.health.noise import MicroBatchNorms, NoiseScale, sample
 from megagpt.health.norms import Norms, layer_names
-from megagpt.health.usage import Speed, memory, reset_peak_memory
 from megagpt.log.profile import Profile
 from megagpt.plan.layout import Layout, micro_batch_of
 
@@ -40,15 +43,17 @@ class Meter:
         self._details = Details(self.config, self.engine) if every and step % every == 0 else None
         if self.profile is not None:
             self.profile.begin(step)
-        reset_peak_memory(self.engine.device)
+        if self.engine.device.type == "cuda":
+            # The peak is that of this step.
+            torch.cuda.reset_peak_memory_stats(self.engine.device)
         self.engine.clock.begin()
         self._step, self._t0 = step, time.perf_counter()
 
     def end(self, result: StepResult, batch_tokens: int, lr: float) -> dict[str, Any]:
         """The figures of the step that has just ended, by their name in metrics.jsonl."""
-        parts = self.engine.clock.seconds()
+        times = self.engine.clock.seconds()
         record: dict[str, Any] = self.speed.record(batch_tokens, time.perf_counter() - self._t0)
-        record |= {f"{part}_s": seconds for part, seconds in parts.items() if part != REST}
+        record |= {f"{part}_s": seconds for part, seconds in times.items() if part != REST}
         record |= memory(self.engine.device)
         if self.engine.loss_scale is not None:
             record["loss_scale"] = self.engine.loss_scale
@@ -67,11 +72,18 @@ class Meter:
         return self.profile.close() if self.profile is not None else None
 
 
+def _profile(config: RunConfig, layout: Layout, rank: int) -> Profile | None:
+    """The profile that the run file asks for, on one rank of each pipeline stage."""
+    steps = config.log.profile_steps
+    if not steps or layout.data_rank(rank) or layout.tensor_rank(rank):
+        return None
+    return Profile(Path(config.output), first_step=steps[0], last_step=steps[1], rank=rank)
+
+
 class Details:
     """A closer look at one step: every layer's norms and activations, and the gradient noise."""
 
     def __init__(self, config: RunConfig, engine: Engine) -> None:
-        self.config = config
         self.norms = Norms(config, engine)
         # Within one graph of the whole model hooks are not called; blocks have theirs outside.
         modules = {} if engine.choices.compile == "model" else engine.layers()
@@ -95,9 +107,46 @@ class Details:
         return record
 
 
-def _profile(config: RunConfig, layout: Layout, rank: int) -> Profile | None:
-    """The profile that the run file asks for, on one rank of each pipeline stage."""
-    steps = config.log.profile_steps
-    if not steps or layout.data_rank(rank) or layout.tensor_rank(rank):
-        return None
-    return Profile(Path(config.output), first_step=steps[0], last_step=steps[1], rank=rank)
+class Speed:
+    """Rates of a run's steps; `peak_tflops` is that of one rank's device, None: not known."""
+
+    def __init__(self, config: RunConfig, layout: Layout, peak_tflops: float | None) -> None:
+        parallel = config.parallel
+        # A pipeline recomputes its blocks k at a time, but every one of them.
+        every = 1 if layout.pipelined else parallel.recompute_every
+        self.model_flops = flops_per_token(config.model)
+        self.hardware_flops = flops_per_token(
+            config.model, recompute=parallel.recompute, recompute_every=every
+        )
+        self.world, self.peak_tflops = layout.world, peak_tflops
+
+    def record(self, batch_tokens: int, step_s: float) -> dict[str, float]:
+        """tokens_per_s over all ranks, step_s, tflops_per_rank; mfu and hfu where there is a peak.
+
+        mfu counts the model's mathematics, hfu what is computed again as well
+        (megagpt.config.flops).
+        """
+        per_rank = batch_tokens / step_s / self.world / 1e12
+        figures = {
+            "tokens_per_s": batch_tokens / step_s,
+            "step_s": step_s,
+            "tflops_per_rank": self.model_flops * per_rank,
+        }
+        if self.peak_tflops is not None:
+            figures["mfu"] = self.model_flops * per_rank / self.peak_tflops
+            figures["hfu"] = self.hardware_flops * per_rank / self.peak_tflops
+        return figures
+
+
+def memory(device: torch.device) -> dict[str, int]:
+    """Bytes of this rank: resident on the host, and on its GPU.
+
+    allocated: in tensors as the step ends; peak: at most in tensors during the step; reserved:
+    taken from the GPU by torch.
+    """
+    figures = {"host_memory_bytes": psutil.Process().memory_info().rss}
+    if device.type == "cuda":
+        figures["memory_allocated_bytes"] = torch.cuda.memory_allocated(device)
+        figures["memory_peak_bytes"] = torch.cuda.max_memory_allocated(device)
+        figures["memory_reserved_bytes"] = torch.cuda.memory_reserved(device)
+    return figures

@@ -5,7 +5,7 @@ McCandlish et al. 2018, appendix A.1: with g_b the gradient of a batch of b toke
 tr(S) / |G|^2, in tokens. The small batch is a micro-batch, of which every step has many; the
 large one is the step's.
 
-The token embedding is left out: a pipeline holds its gradient in two halves on two ranks.
+The token embedding is excluded: a pipeline holds its gradient in two halves on two ranks.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from torch import Tensor
 from megagpt.engine import Engine
 from megagpt.health.norms import layer_of, square
 
-LEFT_OUT = "wte"
+EXCLUDED = "wte"
 MEMORY = 0.9
 """Weight of what was known before a new sample: both unknowns are noisy, and are averaged."""
 
@@ -36,7 +36,7 @@ class MicroBatchNorms:
         self._hooks = [
             one.parameter.register_hook(self._add)
             for one in engine.parameters
-            if one.owned and layer_of(one.name) != LEFT_OUT
+            if one.owned and layer_of(one.name) != EXCLUDED
         ]
 
     def _add(self, grad: Tensor) -> None:
@@ -90,6 +90,6 @@ def sample(
     """
     if batch_tokens <= small_tokens:
         return {}
-    large = sum(norm**2 for layer, norm in gradients.items() if layer != LEFT_OUT)
+    large = sum(norm**2 for layer, norm in gradients.items() if layer != EXCLUDED)
     signal, noise = unknowns(small, large, small_tokens, batch_tokens)
     return {"gradient_square": signal, "noise_trace": noise}

@@ -64,7 +64,7 @@ class Norms:
         added to the weights; ratio: update / parameter.
         """
         adam, updates = self.config.optimizer, self.engine.optimizer_state().updates
-        sums = self._zeros(3)
+        sums = self._zeros(3)  # (weights, gradient, update) x layer
         for layer, one in self._owned():
             for weight, second_moment, update in _updates(one, adam, lr, updates):
                 sums[0, layer] += square(weight)
@@ -73,14 +73,12 @@ class Norms:
         sums[1] -= adam.betas[1] * self._squares
         sums[1] *= clip_factor(grad_norm, adam.gradient_clipping) ** 2 / (1.0 - adam.betas[1])
         # A difference of sums may fall below zero by its rounding.
-        whole = (
-            torch.tensor(self.engine.total(sums.flatten().tolist()), dtype=torch.float64)
-            .clamp(min=0.0)
-            .sqrt()
-        )
-        figures: Figures = {}
-        for figure, row in zip(("parameter", "gradient", "update"), whole.view(3, -1), strict=True):
-            figures[figure] = dict(zip(self.layers, row.tolist(), strict=True))
+        totals = torch.tensor(self.engine.total(sums.flatten().tolist()), dtype=torch.float64)
+        rows = totals.clamp(min=0.0).sqrt().view(3, -1).tolist()
+        figures: Figures = {
+            figure: dict(zip(self.layers, row, strict=True))
+            for figure, row in zip(("parameter", "gradient", "update"), rows, strict=True)
+        }
         figures["ratio"] = {
             layer: figures["update"][layer] / norm if norm else 0.0
             for layer, norm in figures["parameter"].items()

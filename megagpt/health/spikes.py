@@ -3,7 +3,7 @@
 z = (x - median) / (1.4826 MAD) over the latest steps, MAD the median of the distances to the
 median: 1.4826 MAD estimates a normal distribution's standard deviation (Rousseeuw and Croux 1993),
 and a spike among the latest steps does not hide the next one. The norm is taken as its logarithm,
-since norms vary by factors. Both numbers are the same on every rank, and so is the answer.
+since norms vary by factors. Both numbers are the same on every rank, and so is the verdict.
 """
 
 import math
@@ -27,27 +27,27 @@ def z_score(x: float, latest: Iterable[float], least: float) -> float:
 
 
 @dataclass
-class Recent:
-    """The latest steps' losses (nats) and gradient norms; its state is `pairs` alone."""
+class SpikeDetector:
+    """Compares each step with those before it; its state is `history` alone."""
 
     window: int
     """Steps that are looked back on."""
     threshold: float
     """Robust standard deviations above the median from which on a step is a spike."""
-    pairs: list[tuple[float, float]] = field(default_factory=list)
-    """(loss, gradient norm) of the latest steps, oldest first."""
-    unapplied: int = 0
-    """Steps in a row, up to now, that were not applied."""
+    history: list[tuple[float, float]] = field(default_factory=list)
+    """(loss in nats, gradient norm) of the latest steps, oldest first."""
+    skipped: int = 0
+    """Steps in a row, up to now, without an update."""
 
-    def judge(self, loss: float, norm: float) -> str:
+    def verdict(self, loss: float, norm: float) -> str:
         """Why a step with these numbers is a spike, "" when it is none; changes nothing.
 
-        Values that are not finite are none: DeepSpeed leaves such a step out by itself.
+        Values that are not finite are none: DeepSpeed skips such an update by itself.
         """
-        few = len(self.pairs) < min(FEWEST, self.window)
+        few = len(self.history) < min(FEWEST, self.window)
         if few or not (math.isfinite(loss) and math.isfinite(norm)):
             return ""
-        losses, norms = zip(*self.pairs, strict=True)
+        losses, norms = zip(*self.history, strict=True)
         least = TIGHTEST * abs(statistics.median(losses))
         z = z_score(loss, losses, least or TIGHTEST)
         if z > self.threshold:
@@ -60,22 +60,22 @@ class Recent:
     def add(self, loss: float, norm: float, applied: bool = True) -> str:
         """Takes in a step; why it is a spike, "" when it is none.
 
-        A spike is among the values that later steps are compared with, left out or not: where
-        the loss has come to stay at another level, that level is normal half a window later.
-        Values that are not finite are not.
+        A spike is among the values that later steps are compared with, skipped or not: where the
+        loss has come to stay at another level, that level is normal half a window later. Values
+        that are not finite are not.
         """
-        self.unapplied = 0 if applied else self.unapplied + 1
-        found = self.judge(loss, norm)
+        self.skipped = 0 if applied else self.skipped + 1
+        reason = self.verdict(loss, norm)
         if math.isfinite(loss) and math.isfinite(norm):
-            self.pairs = [*self.pairs, (loss, norm)][-self.window :]
-        return found
+            self.history = [*self.history, (loss, norm)][-self.window :]
+        return reason
 
-    def failure(self, limit: int) -> str:
-        """Why the run ends after `limit` steps in a row that were not applied; "" before."""
-        if self.unapplied < limit:
+    def give_up(self, limit: int) -> str:
+        """Why the run ends after `limit` steps in a row without an update; "" before."""
+        if self.skipped < limit:
             return ""
         return (
-            f"{self.unapplied} steps in a row left the weights as they were, because their loss or "
+            f"{self.skipped} steps in a row left the weights as they were, because their loss or "
             "gradient was not finite or spiked; lower schedule.peak_lr, or look at the data of "
             "these steps"
         )

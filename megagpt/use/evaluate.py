@@ -11,17 +11,55 @@ more (save at the start of the corpus), for n_ctx / S times the work.
 import argparse
 import logging
 import math
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megagpt.errors import UsageError
-from megagpt.use.tally import CONFIDENCE, Result
+from megagpt.use.generate import device_named
 
 log = logging.getLogger("megagpt.use.evaluate")
 
+CONFIDENCE = 0.95
+"""Of the intervals."""
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 """Names in a run file, and torch's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A figure of the corpus, and the interval that holds the figure of all such text with
+    probability CONFIDENCE; NaN where there are too few documents to tell."""
+
+    value: float
+    low: float
+    high: float
+
+    def mapped(self, function: Callable[[float], float]) -> "Estimate":
+        """A rising function of the figure."""
+        return Estimate(function(self.value), function(self.low), function(self.high))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Result:
+    """What the model makes of one corpus."""
+
+    data: str
+    tokens: int
+    """Tokens scored."""
+    documents: int
+    """Documents with a token among them."""
+    bytes: int
+    """Bytes of text that the scored tokens stand for; END-OF-DOCUMENT stands for none."""
+    left_out: int
+    """Tokens of the corpus that are not scored: the first, those that fill no window, and those
+    beyond max_tokens."""
+    loss: Estimate
+    """Mean over the scored tokens, nats per token."""
+    perplexity: Estimate
+    """exp(loss)."""
+    bits_per_byte: Estimate
+    """All bits, those of END-OF-DOCUMENT too, over the bytes of text; NaN without text."""
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -83,43 +121,45 @@ def run(args: argparse.Namespace) -> int:
 
     from megagpt.checkpoint import load_model
     from megagpt.log.metrics import encode
-    from megagpt.use.score import Options, evaluate
+    from megagpt.use.score import ScoreOptions, evaluate
 
-    options = Options(batch_size=args.batch_size, stride=args.stride, max_tokens=args.max_tokens)
-    device = _device(args.device)
+    options = ScoreOptions(
+        batch_size=args.batch_size, stride=args.stride, max_tokens=args.max_tokens
+    )
+    device = device_named(args.device)
     model, encoding, facts = load_model(_checkpoint(args.folder, args.checkpoint))
     # Rounded before it moves: a device may hold a model in 16 bits that it could not in 32.
     model.to(getattr(torch, DTYPES[args.dtype])).to(device)
     results = [evaluate(model, encoding, folder, options) for folder in args.data]
-    checkpoint, step, tokens = facts["checkpoint"], facts["step"], facts["tokens"]
     if args.json:
         how = {
-            "checkpoint": str(checkpoint),
-            "step": step,
-            "trained_tokens": tokens,
+            "checkpoint": str(facts["checkpoint"]),
+            "step": facts["step"],
+            "trained_tokens": facts["tokens"],
             "n_ctx": model.config.n_ctx,
             "stride": options.stride or model.config.n_ctx,
             "dtype": args.dtype,
             "confidence": CONFIDENCE,
         }
-        print(encode({**how, "results": [asdict(one) for one in results]}).decode(), end="")
+        print(encode({**how, "results": [asdict(result) for result in results]}).decode(), end="")
         return 0
-    log.info("%s: step %d, trained on %s tokens", checkpoint, step, f"{tokens:,}")
-    for one in results:
-        print("\n".join(_lines(one)))
+    log.info("{checkpoint}: step {step}, trained on {tokens:,} tokens".format(**facts))
+    for result in results:
+        print("\n".join(_lines(result)))
     return 0
 
 
-def _lines(one: Result) -> Iterator[str]:
+def _lines(result: Result) -> Iterator[str]:
     """A result for people."""
+    unscored = f", {result.left_out:,} tokens left out" if result.left_out else ""
     yield (
-        f"{one.data}: {one.tokens:,} tokens and {one.bytes:,} bytes of {one.documents:,} documents"
-        + (f", {one.left_out:,} tokens left out" if one.left_out else "")
+        f"{result.data}: {result.tokens:,} tokens and {result.bytes:,} bytes of "
+        f"{result.documents:,} documents{unscored}"
     )
     for name, estimate, unit in (
-        ("loss", one.loss, " nats per token"),
-        ("perplexity", one.perplexity, ""),
-        ("bits per byte", one.bits_per_byte, ""),
+        ("loss", result.loss, " nats per token"),
+        ("perplexity", result.perplexity, ""),
+        ("bits per byte", result.bits_per_byte, ""),
     ):
         interval = ""
         if not math.isnan(estimate.low):
@@ -132,26 +172,11 @@ def _checkpoint(folder: Path, step: int | None) -> Path:
     if step is None:
         return folder
     from megagpt.checkpoint import list_checkpoints
-    from megagpt.checkpoint.record import name_of
 
-    there = {path.name: path for path in list_checkpoints(folder)}
-    if name_of(step) not in there:
-        steps = ", ".join(str(int(name.removeprefix("step_"))) for name in there) or "none"
+    steps = {int(path.name.removeprefix("step_")): path for path in list_checkpoints(folder)}
+    if step not in steps:
+        known = ", ".join(map(str, steps)) or "none"
         raise UsageError(
-            f"--checkpoint {step}: {folder} has no checkpoint of this step; there are: {steps}"
+            f"--checkpoint {step}: {folder} has no checkpoint of this step; there are: {known}"
         )
-    return there[name_of(step)]
-
-
-def _device(name: str | None) -> str:
-    """The device to compute on. Raises UsageError for one that this machine lacks."""
-    import torch
-
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"--device {name}: not on this machine ({reason}); use cpu") from None
-    return name
+    return steps[step]

@@ -7,7 +7,8 @@ import secrets
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,15 +24,17 @@ log = logging.getLogger("megagpt.use.generate")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Options:
-    """How a text is made."""
+class TextOptions:
+    """How a text is made: a token is drawn by temperature first, then top-k, then top-p."""
 
     max_tokens: int = 200
     """Length of the text at most, without the prompt."""
     temperature: float = 0.8
+    """Divides the logits; below 1 the likely get likelier, 0 takes the likeliest always."""
     top_k: int = 0
+    """Draw among the k likeliest tokens; 0: among all."""
     top_p: float = 1.0
-    """See megagpt.use.sampling.Sampling."""
+    """Draw among the fewest likeliest tokens that reach this probability together; 1: among all."""
     seed: int = 0
     """The same seed gives the same text."""
     stop: bool = True
@@ -40,9 +43,25 @@ class Options:
     """The prompt is the beginning of a document: END-OF-DOCUMENT, which stands between documents
     in training, is put before it. False: it continues one."""
 
+    def check(self) -> None:
+        """Raises UsageError that names every number that makes no sense, with its rule."""
+        rules = (
+            ("max_tokens", self.max_tokens >= 0, "0 or more"),
+            ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
+            ("top_k", self.top_k >= 0, "0 (all tokens) or more"),
+            ("top_p", 0 < self.top_p <= 1, "greater than 0 and at most 1"),
+        )
+        problems = [
+            f"{name} = {getattr(self, name)}: must be {rule}"
+            for name, sound, rule in rules
+            if not sound
+        ]
+        if problems:
+            raise UsageError("\n".join(problems))
+
 
 def generate(
-    model: "GPT", encoding: "tiktoken.Encoding", prompt: str, options: Options | None = None
+    model: "GPT", encoding: "tiktoken.Encoding", prompt: str, options: TextOptions | None = None
 ) -> Iterator[str]:
     """The text that follows `prompt` (not included), one piece a token, as soon as it is known.
 
@@ -53,30 +72,47 @@ def generate(
     import torch
 
     from megagpt.tokenizer import END_OF_DOCUMENT, end_of_document
-    from megagpt.use.sampling import Sampling, tokens
+    from megagpt.use.sampling import sample, tokens
 
-    options = options or Options()
-    if options.max_tokens < 0:
-        raise UsageError(f"max_tokens = {options.max_tokens}: must be 0 or more")
+    options = options or TextOptions()
+    options.check()
     end = end_of_document(encoding)
     ids = [end] * options.start + encoding.encode_ordinary(prompt)
-    sampling = Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
+    draw = partial(
+        sample,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        generator=torch.Generator().manual_seed(options.seed),
+    )
     n_vocab = min(encoding.n_vocab, model.config.vocab_size)
-    generator = torch.Generator().manual_seed(options.seed)
     model.eval()
     # A character may be spread over several tokens: its bytes wait until it is whole.
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    stream = tokens(model, torch.tensor(ids), sampling, generator, n_vocab)
-    for token in islice(stream, options.max_tokens):
-        if token == end:
-            if options.stop:
-                break
-            piece = decoder.decode(b"", final=True) + END_OF_DOCUMENT
+    for token in islice(tokens(model, torch.tensor(ids), draw, n_vocab), options.max_tokens):
+        if token != end:
+            yield decoder.decode(encoding.decode_single_token_bytes(token))
+        elif options.stop:
+            break
         else:
-            piece = decoder.decode(encoding.decode_single_token_bytes(token))
-        yield piece
+            yield decoder.decode(b"", final=True) + END_OF_DOCUMENT
     if rest := decoder.decode(b"", final=True):
         yield rest
+
+
+def device_named(name: str | None) -> str:
+    """The device to compute on; None: a GPU if there is one. Raises UsageError for one that this
+    machine lacks."""
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"--device {name}: not on this machine ({reason}); use cpu") from None
+    return name
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -88,11 +124,11 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "text goes to stdout as it is made, everything else to stderr.",
     )
     parser.add_argument("folder", metavar="RUN_DIR", type=Path, help="run folder")
-    given = parser.add_mutually_exclusive_group()
-    given.add_argument(
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument(
         "--prompt", metavar="TEXT", default="", help="beginning of the text (default: none)"
     )
-    given.add_argument(
+    prompt.add_argument(
         "--prompt-file", metavar="FILE", help="file that holds the prompt; - reads stdin"
     )
     number = parser.add_argument
@@ -133,27 +169,26 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--samples {args.samples}: must be 1 or more")
     prompt = _prompt(args)
 
-    import torch
+    options = TextOptions(
+        max_tokens=args.max_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=secrets.randbelow(2**31) if args.seed is None else args.seed,
+        stop=not args.no_stop,
+        start=not args.mid_document,
+    )
+    options.check()
 
     from megagpt.checkpoint import load_model
 
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model, encoding, _ = load_model(args.folder, device=device)
-    seed = secrets.randbelow(2**31) if args.seed is None else args.seed
+    model, encoding, _ = load_model(args.folder, device_named(args.device))
     for number in range(args.samples):
         if args.samples > 1:
             print(f"--- {number + 1} of {args.samples} ---")
-        options = Options(
-            max_tokens=args.max_tokens,
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            seed=seed + number,
-            stop=not args.no_stop,
-            start=not args.mid_document,
-        )
-        _stream(prompt, generate(model, encoding, prompt, options))
-    log.info("seed %d", seed)
+        drawn = replace(options, seed=options.seed + number)
+        _stream(prompt, generate(model, encoding, prompt, drawn))
+    log.info("seed %d", options.seed)
     return 0
 
 

@@ -9,7 +9,7 @@ from megagpt.checkpoint.slice_file import fit_rows
 from megagpt.config import RunConfig
 from megagpt.model import GPT
 from megagpt.tokenizer import load_tokenizer
-from megagpt.use.generate import Options, generate
+from megagpt.use.generate import TextOptions, generate
 
 
 def write_samples(
@@ -38,6 +38,6 @@ def write_samples(
     encoding = load_tokenizer(tokenizer)
     texts = []
     for seed in range(wanted.samples):
-        options = Options(max_tokens=wanted.sample_tokens, seed=seed)
+        options = TextOptions(max_tokens=wanted.sample_tokens, seed=seed)
         texts.append(wanted.prompt + "".join(generate(model, encoding, wanted.prompt, options)))
     return texts

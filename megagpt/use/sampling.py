@@ -1,41 +1,15 @@
-"""From logits to the next token, and the loop that goes on from there (L1).
+"""From logits to the next token, and the loop that goes on from there (L3).
 
 Letters: B batch, T positions, V vocabulary.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from megagpt.errors import UsageError
 from megagpt.model import GPT
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sampling:
-    """How a token is drawn: temperature first, then top-k, then top-p."""
-
-    temperature: float = 0.8
-    """Divides the logits; below 1 the likely get likelier, 0 takes the likeliest always."""
-    top_k: int = 0
-    """Draw among the k likeliest tokens; 0: among all."""
-    top_p: float = 1.0
-    """Draw among the fewest likeliest tokens that reach this probability together; 1: among all."""
-
-    def problems(self) -> list[str]:
-        """What is wrong with the numbers, each with its rule; empty when sound."""
-        rules = (
-            ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
-            ("top_k", self.top_k >= 0, "0 (all tokens) or more"),
-            ("top_p", 0 < self.top_p <= 1, "greater than 0 and at most 1"),
-        )
-        return [
-            f"{name} = {getattr(self, name)}: must be {rule}"
-            for name, sound, rule in rules
-            if not sound
-        ]
 
 
 def distribution(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
@@ -81,35 +55,27 @@ def sample(
 
 
 def tokens(
-    model: GPT,
-    prompt: Tensor,
-    sampling: Sampling,
-    generator: torch.Generator | None = None,
-    n_vocab: int = 0,
+    model: GPT, prompt: Tensor, draw: Callable[[Tensor], Tensor], n_vocab: int = 0
 ) -> Iterator[int]:
     """Tokens that follow the ids `prompt` (T,), T >= 1, without end.
 
-    `n_vocab` > 0: only ids below it are drawn. Beyond n_ctx positions the text slides: the last
-    half of the context is read anew, so that each token has at least that much before it. Of a
-    prompt longer than n_ctx, the last n_ctx tokens count.
-
-    Raises UsageError for numbers of `sampling` that make no sense, and for an empty prompt.
+    `draw` makes the next one (1,) of logits (1, V), as `sample` does. `n_vocab` > 0: only ids
+    below it are drawn. Beyond n_ctx positions the text slides: the last half of the context is
+    read anew, so that each token has at least that much before it. Of a prompt longer than n_ctx,
+    the last n_ctx tokens count. Raises UsageError for an empty prompt.
     """
-    if problems := sampling.problems():
-        raise UsageError("\n".join(problems))
     if not len(prompt):
         raise UsageError("the prompt has no token; begin with END-OF-DOCUMENT for a free text")
     n_ctx = model.config.n_ctx
     device = next(model.parameters()).device
-    kept = prompt.tolist()[-n_ctx:]
-    cache, ids = model.new_cache(1), kept
+    context = prompt.tolist()[-n_ctx:]
+    cache, ids = model.new_cache(1), context
     while True:
-        logits = model.next_logits(torch.tensor([ids], device=device), cache)
-        logits = logits[:, :n_vocab] if n_vocab else logits
-        token = int(sample(logits, sampling.temperature, sampling.top_k, sampling.top_p, generator))
+        logits = model.next_logits(torch.tensor([ids], device=device), cache)  # (1, V)
+        token = int(draw(logits[:, :n_vocab] if n_vocab else logits))
         yield token
-        kept = [*kept[-n_ctx + 1 :], token]
+        context = [*context[-n_ctx + 1 :], token]
         if cache.length < n_ctx:
             ids = [token]
         else:
-            cache, ids = model.new_cache(1), kept[-max(1, n_ctx // 2) :]
+            cache, ids = model.new_cache(1), context[-max(1, n_ctx // 2) :]

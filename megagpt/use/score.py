@@ -1,13 +1,15 @@
-"""A corpus, cut as in training and scored by a model (numpy, torch)."""
+"""A corpus, cut as in training, scored by a model and added up by document (L3)."""
 
 import logging
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from statistics import NormalDist
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,6 +17,7 @@ from numpy.typing import NDArray
 from rich import progress
 from rich.console import Console
 
+from megagpt.corpus.inspect import document_sizes
 from megagpt.corpus.progress import Progress
 from megagpt.corpus.verify import verify_files
 from megagpt.errors import DamageError, UsageError
@@ -22,7 +25,7 @@ from megagpt.log.units import duration
 from megagpt.order.loader import TokenLoader
 from megagpt.order.windows import TokenWindows
 from megagpt.tokenizer import fingerprint
-from megagpt.use.tally import Result, Tally
+from megagpt.use.evaluate import CONFIDENCE, Estimate, Result
 
 if TYPE_CHECKING:
     import tiktoken
@@ -36,7 +39,7 @@ LINE_EVERY_S = 30.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Options:
+class ScoreOptions:
     """How a corpus is read."""
 
     batch_size: int = 8
@@ -49,7 +52,7 @@ class Options:
 
 
 def evaluate(
-    model: "GPT", encoding: "tiktoken.Encoding", folder: Path, options: Options | None = None
+    model: "GPT", encoding: "tiktoken.Encoding", folder: Path, options: ScoreOptions | None = None
 ) -> Result:
     """The model's loss on the corpus in `folder`, which its tokenizer `encoding` has made.
 
@@ -58,7 +61,7 @@ def evaluate(
     another tokenizer, one smaller than a window and options that make no sense, DamageError for a
     corpus that is not what its manifest says.
     """
-    options = options or Options()
+    options = options or ScoreOptions()
     n_ctx = model.config.n_ctx
     stride = options.stride or n_ctx
     _check_options(options, n_ctx)
@@ -72,44 +75,38 @@ def evaluate(
         n_windows = min(n_windows, options.max_tokens // stride)
     tally = Tally(store, encoding)
     device = next(model.parameters()).device
-    with _bar(f"scoring {folder}", n_windows * stride) as done:
-        for targets in _targets(loader, n_windows, options.batch_size, n_ctx):
-            x, y = (torch.from_numpy(ids).to(device) for ids in (targets.x, targets.y))
-            losses = model.losses(x, y).double().cpu().numpy()
-            tally.add(targets.places, targets.y[targets.y >= 0], losses)
-            done(losses.size)
+    with _bar(f"scoring {folder}", n_windows * stride) as add:
+        for x, y, positions in _batches(loader, n_windows, options.batch_size, n_ctx):
+            inputs, targets = (torch.from_numpy(ids).to(device) for ids in (x, y))
+            losses = model.losses(inputs, targets).double().cpu().numpy()  # (B * stride,)
+            tally.add(positions, y[y >= 0], losses)
+            add(losses.size)
     loader.close()
     return tally.result()
 
 
-@dataclass(frozen=True, slots=True)
-class Targets:
-    """Some windows of a corpus and what is scored in them."""
+def _batches(
+    loader: TokenLoader, n_windows: int, size: int, n_ctx: int
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]]:
+    """(x, y, positions) of the loader's first windows, `size` at a time (B).
 
-    x: NDArray[np.int64]
-    """(B, n_ctx) ids that the model reads."""
-    y: NDArray[np.int64]
-    """(B, n_ctx) ids that follow; -1 where another window scores."""
-    places: NDArray[np.int64]
-    """(B * stride,) numbers in the corpus of the targets >= 0, row by row."""
-
-
-def _targets(loader: TokenLoader, n_windows: int, size: int, n_ctx: int) -> Iterator[Targets]:
-    """The first windows of the loader, each with n_ctx tokens before the last of its targets."""
+    x (B, n_ctx): ids that the model reads. y (B, n_ctx): ids that follow, -1 where another window
+    scores them. positions (B * stride,): where in the corpus the targets >= 0 are, row by row.
+    """
     stride, column = loader.n_ctx, np.arange(n_ctx)
-    parts = n_ctx // stride
+    n_pieces = n_ctx // stride
     for first in range(0, n_windows, size):
-        window = loader.places(first, min(size, n_windows - first)).window
+        window = loader.places(first, min(size, n_windows - first)).window  # (B,)
         # The context begins whole windows earlier, or with the corpus.
-        begin = np.maximum(0, window + 1 - parts)
-        pieces = (begin[:, None] + np.arange(parts)).ravel()
-        rows = loader.stores[0].windows(pieces, stride).reshape(-1, parts, stride + 1)
+        begin = np.maximum(0, window + 1 - n_pieces)
+        pieces = (begin[:, None] + np.arange(n_pieces)).ravel()
+        rows = loader.stores[0].windows(pieces, stride).reshape(-1, n_pieces, stride + 1)
         head = rows[:, :, :-1].reshape(-1, n_ctx)
-        ids = np.concatenate([head, rows[:, -1, -1:]], axis=1).astype(np.int64)
+        ids = np.concatenate([head, rows[:, -1, -1:]], axis=1).astype(np.int64)  # (B, n_ctx + 1)
         start = ((window - begin) * stride)[:, None]
         scored = (column >= start) & (column < start + stride)
-        places = window[:, None] * stride + 1 + np.arange(stride)
-        yield Targets(ids[:, :-1].copy(), np.where(scored, ids[:, 1:], -1), places.ravel())
+        positions = window[:, None] * stride + 1 + np.arange(stride)
+        yield ids[:, :-1].copy(), np.where(scored, ids[:, 1:], -1), positions.ravel()
 
 
 @contextmanager
@@ -127,19 +124,19 @@ def _bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
     )
     task, shown = bar.add_task(label, total=total), time.monotonic()
 
-    def done(tokens: int) -> None:
+    def add(tokens: int) -> None:
         nonlocal shown
         bar.advance(task, tokens)
         if bar.disable and time.monotonic() - shown >= LINE_EVERY_S:
             shown = time.monotonic()
-            here = bar.tasks[0]
-            log.info("%s: %.0f%%, %s left", label, here.percentage, duration(here.time_remaining))
+            done = bar.tasks[0]
+            log.info("%s: %.0f%%, %s left", label, done.percentage, duration(done.time_remaining))
 
     with bar:
-        yield done
+        yield add
 
 
-def _check_options(options: Options, n_ctx: int) -> None:
+def _check_options(options: ScoreOptions, n_ctx: int) -> None:
     stride = options.stride or n_ctx
     if options.batch_size < 1:
         raise UsageError(f"--batch-size {options.batch_size}: must be 1 window or more")
@@ -170,3 +167,72 @@ def _check_corpus(store: TokenWindows, encoding: "tiktoken.Encoding", vocab_size
     progress.close()
     if problems:
         raise DamageError("; ".join(problems) + "; prepare or copy the corpus again")
+
+
+class Tally:
+    """What was scored, by document: nats, tokens and bytes, each (documents,)."""
+
+    def __init__(self, store: TokenWindows, encoding: "tiktoken.Encoding") -> None:
+        """Raises DamageError when the index tells of other documents than the shards hold."""
+        self.store = store
+        self.ends = np.cumsum(document_sizes(store.manifest))
+        if not len(self.ends) or self.ends[-1] != store.n_tokens:
+            raise DamageError(
+                f"{store.folder}: its index tells of {self.ends[-1:].sum():,} tokens in documents, "
+                f"its shards hold {store.n_tokens:,}; run `megagpt data verify {store.folder}`"
+            )
+        self.token_bytes = np.zeros(store.manifest.vocab_size, np.int64)
+        for text, token in encoding._mergeable_ranks.items():
+            self.token_bytes[token] = len(text)
+        self.nats = np.zeros(len(self.ends))
+        self.tokens = np.zeros(len(self.ends), np.int64)
+        self.bytes = np.zeros(len(self.ends), np.int64)
+
+    def add(
+        self, positions: NDArray[np.int64], ids: NDArray[np.int64], losses: NDArray[np.float64]
+    ) -> None:
+        """Counts targets, three arrays (N,): their positions in the corpus, ids, losses in nats."""
+        document = np.searchsorted(self.ends, positions, side="right")
+        # One after another, so that batches of any size add up in the same order.
+        np.add.at(self.nats, document, losses)
+        np.add.at(self.tokens, document, 1)
+        np.add.at(self.bytes, document, self.token_bytes[ids])
+
+    def result(self) -> Result:
+        """The figures of everything counted."""
+        scored = self.tokens > 0
+        nats, tokens, size = self.nats[scored], self.tokens[scored], self.bytes[scored]
+        loss = ratio(nats, tokens)
+        return Result(
+            data=str(self.store.folder),
+            tokens=int(tokens.sum()),
+            documents=len(tokens),
+            bytes=int(size.sum()),
+            left_out=self.store.n_tokens - int(tokens.sum()),
+            loss=loss,
+            perplexity=loss.mapped(_exp),
+            bits_per_byte=ratio(nats / math.log(2), size),
+        )
+
+
+def ratio(sums: NDArray[Any], sizes: NDArray[Any]) -> Estimate:
+    """Sum of `sums` over sum of `sizes`, each (documents,), with its interval.
+
+    Documents are drawn independently of each other, the tokens of one are not: so each document
+    is one draw of (sum, size), and the interval is the normal one of a ratio of two means
+    (Cochran, Sampling Techniques, 3rd edition 1977, section 2.11). It wants some thirty documents.
+    """
+    n, total = len(sums), float(sizes.sum())
+    if not total:
+        return Estimate(math.nan, math.nan, math.nan)
+    value = float(sums.sum()) / total
+    if n < 2:
+        return Estimate(value, math.nan, math.nan)
+    spread = float(np.square(sums - value * sizes).sum())
+    error = math.sqrt(n / (n - 1) * spread) / total
+    reach = NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * error
+    return Estimate(value, value - reach, value + reach)
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if not value > 700 else math.inf

@@ -14,8 +14,8 @@ from megagpt.cluster.stop import StopRequest, TimeLimit, time_limit
 from megagpt.cluster.watchdog import launchers, orphaned, parent_of
 from megagpt.config import CheckpointConfig, parse_run
 from megagpt.errors import UsageError
-from megagpt.health.replicas import CHUNK, checksum, digest, odd_ones
-from megagpt.health.spikes import Recent, z_score
+from megagpt.health.replicas import CHUNK, checksum, digest, outliers
+from megagpt.health.spikes import SpikeDetector, z_score
 
 # --- time limits --------------------------------------------------------------------------------
 
@@ -87,67 +87,67 @@ def series(n: int, seed: int = 1) -> list[tuple[float, float]]:
 
 def test_a_falling_noisy_loss_is_no_spike():
     for seed in range(5):
-        recent = Recent(window=128, threshold=8.0)
-        assert not any(recent.add(*pair) for pair in series(2000, seed))
-        assert len(recent.pairs) == 128
+        detector = SpikeDetector(window=128, threshold=8.0)
+        assert not any(detector.add(*pair) for pair in series(2000, seed))
+        assert len(detector.history) == 128
 
 
 @pytest.mark.parametrize(
     ("pair", "word"), [((4.0, 0.5), "loss 4.0000"), ((3.1, 20.0), "gradient norm 20")]
 )
 def test_spikes_are_told(pair, word):
-    recent = Recent(window=128, threshold=8.0)
+    detector = SpikeDetector(window=128, threshold=8.0)
     for normal in series(1500):
-        recent.add(*normal)
-    assert recent.add(*pair).startswith(word)
+        detector.add(*normal)
+    assert detector.add(*pair).startswith(word)
     # The spike does not hide the next one, and does not make what is normal look odd.
-    assert recent.add(*pair).startswith(word)
-    assert recent.add(3.0, 0.6) == ""
+    assert detector.add(*pair).startswith(word)
+    assert detector.add(3.0, 0.6) == ""
 
 
 def test_the_first_steps_are_never_spikes():
-    recent = Recent(window=128, threshold=8.0)
-    assert not any(recent.add(*pair) for pair in [*[(3.0, 1.0)] * 15, (30.0, 1.0)])
-    assert recent.add(30.0, 1.0)
+    detector = SpikeDetector(window=128, threshold=8.0)
+    assert not any(detector.add(*pair) for pair in [*[(3.0, 1.0)] * 15, (30.0, 1.0)])
+    assert detector.add(30.0, 1.0)
 
 
 def test_the_judgement_depends_on_the_pairs_alone():
-    whole, later = Recent(64, 8.0), Recent(64, 8.0)
+    whole, later = SpikeDetector(64, 8.0), SpikeDetector(64, 8.0)
     pairs = [*series(300), (5.0, 1.0), *series(100, 2), (3.0, 50.0)]
     told = [whole.add(*pair) for pair in pairs[:200]]
-    later.pairs = list(whole.pairs)
+    later.history = list(whole.history)
     assert [whole.add(*pair) for pair in pairs[200:]] == [later.add(*p) for p in pairs[200:]]
     assert not any(told)
 
 
 def test_steps_that_were_not_applied_are_counted_and_not_compared():
-    recent = Recent(8, 8.0)
-    recent.add(3.0, 1.0)
-    nothing = [recent.add(math.nan, math.inf, False), recent.add(3.0, math.nan, False)]
+    detector = SpikeDetector(8, 8.0)
+    detector.add(3.0, 1.0)
+    nothing = [detector.add(math.nan, math.inf, False), detector.add(3.0, math.nan, False)]
     assert nothing == ["", ""]
-    assert recent.pairs == [(3.0, 1.0)]
-    assert recent.failure(3) == ""
-    assert recent.failure(2).startswith("2 steps in a row left the weights as they were, because")
-    recent.add(3.0, 1.0)
-    assert recent.unapplied == 0
+    assert detector.history == [(3.0, 1.0)]
+    assert detector.give_up(3) == ""
+    assert detector.give_up(2).startswith("2 steps in a row left the weights as they were, because")
+    detector.add(3.0, 1.0)
+    assert detector.skipped == 0
 
 
 def test_a_judgement_before_the_update_is_the_one_after_it():
-    recent = Recent(64, 8.0)
+    detector = SpikeDetector(64, 8.0)
     for pair in [*series(300), (5.0, 1.0), (math.nan, 1.0), (3.0, 50.0), *series(20, 2)]:
-        before, pairs = recent.judge(*pair), list(recent.pairs)
-        assert recent.pairs == pairs
-        assert recent.add(*pair, applied=not before) == before
+        before, pairs = detector.verdict(*pair), list(detector.history)
+        assert detector.history == pairs
+        assert detector.add(*pair, applied=not before) == before
 
 
 def test_a_level_that_has_come_to_stay_is_no_spike_for_ever():
-    recent = Recent(16, 8.0)
+    detector = SpikeDetector(16, 8.0)
     for _ in range(16):
-        recent.add(3.0, 1.0)
-    told = [bool(recent.add(4.0, 1.0, applied=False)) for _ in range(16)]
+        detector.add(3.0, 1.0)
+    told = [bool(detector.add(4.0, 1.0, applied=False)) for _ in range(16)]
     # From the median of seven new among nine old values on to that of nine new ones.
     assert told == [True] * 8 + [False] * 8
-    assert recent.failure(16) and not recent.failure(17)
+    assert detector.give_up(16) and not detector.give_up(17)
 
 
 # --- replicas -----------------------------------------------------------------------------------
@@ -178,10 +178,10 @@ def test_exchanged_elements_change_the_digest(digest):
 
 
 def test_the_odd_one_out():
-    assert odd_ones([7, 7, 7]) == []
-    assert odd_ones([7, 8, 7, 7]) == [1]
-    assert odd_ones([8, 7, 7]) == [0]
-    assert odd_ones([7, 8]) == [1]
+    assert outliers([7, 7, 7]) == []
+    assert outliers([7, 8, 7, 7]) == [1]
+    assert outliers([8, 7, 7]) == [0]
+    assert outliers([7, 8]) == [1]
 
 
 # --- processes ----------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 from megagpt.config import load_run
 from megagpt.config.flops import flops_per_token, layer_flops
 from megagpt.engine.clock import Clock
-from megagpt.health.usage import Speed, memory
+from megagpt.health.meter import Speed, memory
 from megagpt.plan.layout import Layout
 from tests.lib.corpus import run_file
 

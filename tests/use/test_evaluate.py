@@ -21,8 +21,8 @@ from megagpt.log import read_metrics
 from megagpt.model import GPT
 from megagpt.order.loader import TokenLoader
 from megagpt.tokenizer import load_tokenizer
-from megagpt.use.score import Options, evaluate
-from megagpt.use.tally import Estimate, Result, ratio
+from megagpt.use.evaluate import Estimate, Result
+from megagpt.use.score import ScoreOptions, evaluate, ratio
 from tests.engine.test_layouts import Layout, Reshaping, name
 from tests.lib.corpus import sentences, write_corpus
 
@@ -101,16 +101,16 @@ def test_every_token_is_scored_once_with_the_context_of_its_window(model, encodi
         begin = max(0, end - N_CTX)
         logits = model.logits(ids[None, begin:place])[0, -1]
         losses.append(F.cross_entropy(logits[None], ids[place : place + 1]).item())
-    found = evaluate(model, encoding, corpus, Options(stride=stride))
+    found = evaluate(model, encoding, corpus, ScoreOptions(stride=stride))
     assert found.tokens == len(losses)
     assert found.loss.value == pytest.approx(sum(losses) / len(losses), rel=2e-6)
 
 
 @pytest.mark.parametrize("stride", [16, 4])
 def test_the_size_of_a_batch_changes_only_the_rounding(model, encoding, corpus, stride):
-    expected = evaluate(model, encoding, corpus, Options(batch_size=1, stride=stride))
+    expected = evaluate(model, encoding, corpus, ScoreOptions(batch_size=1, stride=stride))
     for size in (2, 7, 1000):
-        found = evaluate(model, encoding, corpus, Options(batch_size=size, stride=stride))
+        found = evaluate(model, encoding, corpus, ScoreOptions(batch_size=size, stride=stride))
         assert values(found) == pytest.approx(values(expected), rel=BATCH_TOLERANCE)
 
 
@@ -133,14 +133,14 @@ def test_bytes_are_those_of_the_text(tmp_path):
 
 
 def test_the_windows_of_a_part_are_always_the_same(model, encoding, corpus):
-    part = evaluate(model, encoding, corpus, Options(max_tokens=5 * N_CTX + 3))
+    part = evaluate(model, encoding, corpus, ScoreOptions(max_tokens=5 * N_CTX + 3))
     assert part.tokens == 5 * N_CTX
     loader = TokenLoader([(corpus, 1.0)], N_CTX, seed=0)
     ids = torch.from_numpy(loader.samples(0, 5))
     loader.close()
     assert part.loss.value == pytest.approx(model(ids[:, :-1], ids[:, 1:]).item(), rel=2e-6)
     everything = evaluate(model, encoding, corpus)
-    assert values(evaluate(model, encoding, corpus, Options(max_tokens=10**9))) == values(
+    assert values(evaluate(model, encoding, corpus, ScoreOptions(max_tokens=10**9))) == values(
         everything
     )
 
@@ -251,7 +251,7 @@ def test_the_runs_own_evaluation_is_this_one(runs, layout):
     assert facts["step"] == said["step"]
     # Eight windows are an evaluation's batch.
     for label in ("even", "uneven"):
-        found = evaluate(model, encoding, runs / label, Options(max_tokens=8 * 32))
+        found = evaluate(model, encoding, runs / label, ScoreOptions(max_tokens=8 * 32))
         assert found.tokens == 8 * 32
         assert losses[label] == pytest.approx(found.loss.value, rel=2e-6), label
     mean = sum(weight * losses[label] for weight, label in zip((1, 2, 3), losses, strict=True)) / 6
@@ -290,7 +290,7 @@ def test_the_layout_that_trained_it_does_not_show(runs):
 )
 def test_options_that_make_no_sense(model, encoding, corpus, options, message):
     with pytest.raises(UsageError, match=message):
-        evaluate(model, encoding, corpus, Options(**options))
+        evaluate(model, encoding, corpus, ScoreOptions(**options))
 
 
 def test_another_tokenizer_is_refused(model, encoding, tmp_path):
@@ -322,7 +322,7 @@ def test_no_data_and_too_little(model, encoding, tmp_path):
         evaluate(model, encoding, tmp_path / "absent")
     corpus = write_corpus(tmp_path / "short", ["few words"])
     with pytest.raises(UsageError, match=r"10 tokens do not fill one window of n_ctx \+ 1 = 17"):
-        evaluate(model, encoding, corpus, Options(stride=4))
+        evaluate(model, encoding, corpus, ScoreOptions(stride=4))
 
 
 def test_a_damaged_corpus_is_named_before_it_is_scored(model, encoding, corpus, tmp_path):

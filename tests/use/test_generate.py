@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from functools import partial
 from itertools import islice
 
 import pytest
@@ -14,10 +15,10 @@ from megagpt.errors import UsageError
 from megagpt.model import GPT, initialise
 from megagpt.tokenizer import load_tokenizer
 from megagpt.use import generate as command
-from megagpt.use.generate import Options, generate
-from megagpt.use.sampling import Sampling, distribution, sample, tokens
+from megagpt.use.generate import TextOptions, generate
+from megagpt.use.sampling import distribution, sample, tokens
 
-GREEDY = Sampling(temperature=0.0)
+GREEDY = partial(sample, temperature=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -141,14 +142,15 @@ def test_a_long_text_slides(model):
 
 
 def test_only_ids_of_the_tokenizer_are_drawn(model):
-    sampling = Sampling(temperature=5.0)
-    generator = torch.Generator().manual_seed(0)
-    assert max(islice(tokens(model, torch.tensor([1]), sampling, generator, 10), 100)) < 10
+    draw = partial(sample, temperature=5.0, generator=torch.Generator().manual_seed(0))
+    assert max(islice(tokens(model, torch.tensor([1]), draw, 10), 100)) < 10
 
 
 def test_text_is_a_function_of_the_seed(model, encoding):
     texts = [
-        "".join(generate(model, encoding, "ab", Options(max_tokens=40, temperature=1.5, seed=seed)))
+        "".join(
+            generate(model, encoding, "ab", TextOptions(max_tokens=40, temperature=1.5, seed=seed))
+        )
         for seed in (3, 3, 4)
     ]
     assert texts[0] == texts[1] != texts[2]
@@ -173,14 +175,14 @@ def speaker(said: list[int], n_prompt: int) -> GPT:
 def test_generation_stops_at_end_of_document(encoding):
     model = speaker([*b"one", 256, *b"two"], n_prompt=2)
     options = {"max_tokens": 7, "temperature": 0.0}
-    assert "".join(generate(model, encoding, "x", Options(**options))) == "one"
-    both = generate(model, encoding, "x", Options(**options, stop=False))
+    assert "".join(generate(model, encoding, "x", TextOptions(**options))) == "one"
+    both = generate(model, encoding, "x", TextOptions(**options, stop=False))
     assert "".join(both) == "one<|endoftext|>two"
 
 
 def test_characters_are_streamed_whole(encoding):
     said = [*"a\N{EURO SIGN}".encode(), 0xE2, 0x82]  # the last character is cut
-    options = Options(max_tokens=6, temperature=0.0)
+    options = TextOptions(max_tokens=6, temperature=0.0)
     pieces = list(generate(speaker(said, n_prompt=1), encoding, "", options))
     assert pieces == ["a", "", "", "\N{EURO SIGN}", "", "", "\N{REPLACEMENT CHARACTER}"]
 
@@ -190,7 +192,7 @@ def test_a_prompt_begins_a_document_unless_told_otherwise(model, encoding, start
     prompt = "a<|endoftext|>"[:9]
     ids = torch.tensor([256] * start + [*prompt.encode()])
     expected = bytes(t for t in islice(tokens(model, ids, GREEDY, n_vocab=257), 6) if t < 256)
-    options = Options(max_tokens=6, temperature=0.0, start=start, stop=False)
+    options = TextOptions(max_tokens=6, temperature=0.0, start=start, stop=False)
     text = "".join(generate(model, encoding, prompt, options))
     assert text.replace("<|endoftext|>", "") == expected.decode(errors="replace")
 
@@ -207,7 +209,7 @@ def test_a_prompt_begins_a_document_unless_told_otherwise(model, encoding, start
 )
 def test_options_that_make_no_sense(model, encoding, options, message):
     with pytest.raises(UsageError, match=message):
-        list(generate(model, encoding, "", Options(**options)))
+        list(generate(model, encoding, "", TextOptions(**options)))
 
 
 def parse(*words: str) -> argparse.Namespace:
@@ -219,6 +221,8 @@ def parse(*words: str) -> argparse.Namespace:
 def test_arguments_are_checked_before_the_model_is_loaded(tmp_path):
     with pytest.raises(UsageError, match="--samples 0: must be 1 or more"):
         command.run(parse("nowhere", "--samples", "0"))
+    with pytest.raises(UsageError, match="top_k = -3: must be 0 .all tokens. or more"):
+        command.run(parse("nowhere", "--top-k", "-3"))
     (tmp_path / "latin").write_bytes(b"\xe9")
     for name in ("absent", "latin"):
         path = str(tmp_path / name)

@@ -162,6 +162,23 @@ def test_what_is_no_file_of_slices(tmp_path):
             SliceReader(tmp_path)
 
 
+def test_headers_that_contradict_themselves_or_each_other(tmp_path):
+    path = tmp_path / "rank_00000.safetensors"
+    values = tensors({"x": (10,)})["x"]
+    write_slices(path, [piece(values, "x", 0, 10, TensorShare())])
+    whole = path.read_bytes()
+    # The header says 9 elements, and 40 bytes of them.
+    path.write_bytes(whole.replace(b'\\"numel\\": 10', b'\\"numel\\": 9 '))
+    with pytest.raises(DamageError, match=r"x\|fp32 has 40 bytes, not 4 an element"):
+        SliceReader(tmp_path)
+    path.write_bytes(whole)
+    other = piece(tensors({"x": (5, 2)})["x"], "x", 0, 10, TensorShare())
+    write_slices(tmp_path / "rank_00001.safetensors", [other])
+    message = "rank_00001.safetensors: .*x has another shape or split than in another rank's file"
+    with pytest.raises(DamageError, match=message):
+        SliceReader(tmp_path)
+
+
 def test_a_file_that_is_cut_while_it_is_read(tmp_path):
     values = tensors({"x": (10_000,)})["x"]
     write(tmp_path / "x", [[piece(values, "x", 0, 10_000, TensorShare())]])

@@ -1,4 +1,4 @@
-"""A checkpoint cut anew is the same checkpoint; consolidated weights open as a model too."""
+"""A checkpoint cut anew is the same checkpoint; a model opens from it and from its weights."""
 
 import dataclasses
 import json
@@ -7,21 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from megagpt.checkpoint import list_checkpoints, load_model, record, verify
 from megagpt.checkpoint.export import INDEX, consolidate, reshape
 from megagpt.checkpoint.slice_file import SliceReader, write_slices
 from megagpt.cli import main
+from megagpt.config import load_run
 from megagpt.engine import split as splits
 from megagpt.engine.slices import STATES, Slice, TensorShare
 from megagpt.errors import DamageError, UsageError
-from tests.lib.distributed import undisturbed
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    shutil.copytree(undisturbed() / "run" / "checkpoints", tmp_path / "run" / "checkpoints")
-    return tmp_path / "run"
 
 
 def everything(folder: Path) -> dict[str, torch.Tensor]:
@@ -87,6 +82,54 @@ def test_wrong_usage(run, tmp_path):
     one = SliceReader(list_checkpoints(run)[-1]).slice("ln_f.bias", 0, 4)
     with pytest.raises(NotImplementedError, match="a checkpoint's slices are not written to"):
         one.write("fp32", torch.zeros(4))
+
+
+# --- consolidated weights and models --------------------------------------------------------------
+
+
+def test_consolidated_files_are_the_model(run, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = ["checkpoint", "consolidate", str(run), str(out), "--shard-gb", "0.00005"]
+    assert main(command) == 0
+    assert capsys.readouterr().out.splitlines() == [str(p) for p in sorted(out.iterdir())]
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    shards = {name: load_file(out / name) for name in set(index["weight_map"].values())}
+    assert len(shards) > 1
+    model, encoding, facts = load_model(run)
+    named = dict(model.named_parameters())
+    assert set(index["weight_map"]) == set(named)
+    for name, file in index["weight_map"].items():
+        assert torch.equal(shards[file][name], named[name])
+    assert index["metadata"]["total_size"] == sum(4 * p.numel() for p in named.values())
+    source = list_checkpoints(run)[-1]
+    assert load_run(out / "config.toml") == load_run(source / "config.toml")
+    assert facts == {
+        "checkpoint": source,
+        "step": record.read_record(source).step,
+        "tokens": record.read_record(source).tokens,
+        "tokenizer": "bytes",
+    }
+    assert encoding.n_vocab == 257 and not model.training
+    assert main(command) == 2
+    assert "not empty; give a folder that does not exist yet" in capsys.readouterr().err
+
+
+def test_a_consolidation_that_was_killed_leaves_nothing_behind(run, tmp_path):
+    (tmp_path / "out.tmp").mkdir()
+    (tmp_path / "out.tmp" / "model-00007-of-00009.safetensors").write_text("half")
+    (tmp_path / "out").mkdir()
+    found = [path.name for path in consolidate(run, tmp_path / "out")]
+    assert found == [
+        "config.toml",
+        "model-00001-of-00001.safetensors",
+        "model.safetensors.index.json",
+    ]
+
+
+def test_load_model_opens_one_checkpoint_of_a_run_too(run):
+    first = list_checkpoints(run)[0]
+    _, _, facts = load_model(first)
+    assert facts["checkpoint"] == first
 
 
 def test_consolidated_weights_open_as_the_model(run, tmp_path):

@@ -1,65 +1,31 @@
 """A run's checkpoints: damage of any file is found, the older one is loaded, nothing is lost."""
 
 import dataclasses
-import json
 import logging
+import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from megagpt import checkpoint
-from megagpt.checkpoint import (
-    CheckpointRecord,
-    Saver,
-    list_checkpoints,
-    load_model,
-    record,
-    resume,
-    verify,
-)
+from megagpt.checkpoint import list_checkpoints, load_model, record, resume, verify
 from megagpt.checkpoint.export import consolidate
 from megagpt.checkpoint.load import differences
-from megagpt.checkpoint.slice_file import SliceReader
+from megagpt.checkpoint.slice_file import SliceReader, write_slices
 from megagpt.cli import main
-from megagpt.config import RunConfig, load_run
+from megagpt.config import RunConfig
 from megagpt.engine import Engine, Ranks, build_engine
+from megagpt.engine.slices import STATES, Slice
 from megagpt.errors import DamageError, UsageError
 from megagpt.plan.ds_config import read_ds_config, resolve
 from megagpt.plan.layout import Layout
-from tests.lib.distributed import group_of_one, undisturbed
+from tests.lib.checkpoints import fingerprint, flip
+from tests.lib.distributed import undisturbed
 
 FILES = ("rank_00000.safetensors", "rank_00001.safetensors", "config.toml", "manifest.json")
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    """A run folder with the checkpoints of a run by two ranks, to be damaged at will."""
-    shutil.copytree(undisturbed() / "run" / "checkpoints", tmp_path / "run" / "checkpoints")
-    return tmp_path / "run"
-
-
-@pytest.fixture(scope="module")
-def config() -> RunConfig:
-    return load_run(undisturbed() / "run.toml")
-
-
-@pytest.fixture(scope="module")
-def engine(config: RunConfig) -> Iterator[Engine]:
-    """A real engine of one process, with DeepSpeed."""
-    ds_config = resolve(config, Layout(), read_ds_config("zero1"))
-    with group_of_one():
-        made = build_engine(config, Layout(), Ranks(), ds_config)
-        yield made
-        made.close()
-
-
-def fingerprint(run: Path) -> Callable[[int], str]:
-    found = record.read_record(list_checkpoints(run)[0]).data["fingerprint"]
-    return lambda samples: found
 
 
 def weights(engine: Engine) -> dict[str, torch.Tensor]:
@@ -95,12 +61,6 @@ def test_bytes_on_the_disk_are_the_owned_slices_and_no_more(config):
 
 
 # --- damage -------------------------------------------------------------------------------------
-
-
-def flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) * 2 // 3] ^= 1
-    path.write_bytes(data)
 
 
 def truncate(path: Path) -> None:
@@ -200,6 +160,101 @@ def test_a_new_run_has_nothing_to_resume(tmp_path, config, engine):
     assert resume(tmp_path, config, engine, str) is None
 
 
+# --- what checksums do not show -----------------------------------------------------------------
+
+
+def rewrite_manifest(folder: Path) -> None:
+    """The manifest of a checkpoint whose files were changed by hand: every checksum is right."""
+    paths = sorted(path for path in folder.iterdir() if path.name != record.MANIFEST)
+    files = tuple(record.FileRecord.of(path) for path in paths)
+    record.write_record(folder, dataclasses.replace(record.read_record(folder), files=files))
+
+
+def test_a_configuration_that_cannot_be_read_again_is_not_whole(run, config, engine, capsys):
+    newest = list_checkpoints(run)[-1]
+    path = newest / "config.toml"
+    text = path.read_text()
+    assert "gradient_clipping = 1.0" in text
+    # As the JSON of infinity was once written.
+    path.write_text(text.replace("gradient_clipping = 1.0", "gradient_clipping = Infinity"))
+    rewrite_manifest(newest)
+    assert main(["checkpoint", "verify", str(newest)]) == 3
+    told = capsys.readouterr().out
+    assert f"{path}: not valid TOML" in told and "no run can go on from it" in told
+    # It is no damage that another copy would mend: what reads it says so, and sets nothing aside.
+    for read in (
+        lambda: load_model(run),
+        lambda: resume(run, config, engine, fingerprint(run)),
+    ):
+        with pytest.raises(UsageError, match="config.toml: not valid TOML"):
+            read()
+    assert list_checkpoints(run)[-1] == newest
+
+
+def rewrite_slices(folder: Path, change: Callable[[list[Slice]], list[Slice]]) -> None:
+    """All slices of a checkpoint in one file, changed."""
+    reader = SliceReader(folder)
+    whole = [reader.slice(name, 0, reader.numel(name)) for name in reader.names]
+    copies = []
+    for one in change(whole):
+        values = {key: one.read(key).clone() for key in STATES}
+        copies.append(dataclasses.replace(one, read=values.__getitem__))
+    for path in folder.glob("rank_*"):
+        path.unlink()
+    write_slices(folder / "rank_00000.safetensors", copies)
+    rewrite_manifest(folder)
+
+
+def shortened(one: Slice, start: int, numel: int) -> Slice:
+    """Elements [start, start + numel) of a whole parameter."""
+    return dataclasses.replace(
+        one, start=start, numel=numel, read=lambda key: one.read(key)[start : start + numel]
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda every: every, ""),
+        (lambda every: every[1:], "parameter 'h.0.attn.c_attn.bias' is in no file"),
+        (
+            lambda every: [*every, dataclasses.replace(every[0], name="h.9.x")],
+            "parameter 'h.9.x' is none of the model's",
+        ),
+        (
+            lambda every: [shortened(every[0], 0, 90), *every[1:]],
+            "parameter 'h.0.attn.c_attn.bias' is not there once: element 90 of part 0 is in no f",
+        ),
+        (
+            lambda every: [dataclasses.replace(every[0], shape=(32, 3)), *every[1:]],
+            r"parameter 'h.0.attn.c_attn.bias' has shape \(32, 3\), but \(96,\) in the model",
+        ),
+        (lambda every: every[:3], r"and \d+ parameters more"),
+    ],
+    ids=["whole", "missing", "foreign", "gap", "shape", "many"],
+)
+def test_every_parameter_of_the_model_is_there_once(run, config, engine, change, problem, caplog):
+    *_, older, newest = list_checkpoints(run)
+    rewrite_slices(newest, change)
+    problems = verify(newest)
+    assert bool(problems) == bool(problem) and re.search(problem, "; ".join(problems))
+    if problem:
+        assert str(newest) in problems[0] and len(problems) <= 6
+        with pytest.raises(DamageError, match=problem):
+            load_model(run)
+    saved = resume(run, config, engine, fingerprint(run))
+    assert saved is not None
+    assert saved.step == record.read_record(older if problem else newest).step
+    assert re.search(problem, caplog.text)
+
+
+def test_a_file_of_a_rank_that_is_there_twice(run):
+    newest = list_checkpoints(run)[-1]
+    # Not in the manifest, so no checksum speaks of it; a reader would take it for another rank's.
+    shutil.copy(newest / FILES[1], newest / "rank_00002.safetensors")
+    assert re.search(r"is not there once: element \d+ of part 0 is in two files", verify(newest)[0])
+
+
 # --- is it the same run? ------------------------------------------------------------------------
 
 
@@ -239,81 +294,7 @@ def test_another_model_is_never_loaded(run, config, engine):
     made.close()
 
 
-# --- saving -------------------------------------------------------------------------------------
-
-
-def state(step: int, like: CheckpointRecord, milestone: bool = False) -> CheckpointRecord:
-    return dataclasses.replace(like, step=step, tokens=step * 512, milestone=milestone, files=())
-
-
-def test_save_then_load_is_exact_and_old_ones_go(tmp_path, run, config, engine):
-    like = resume(run, config, engine, fingerprint(run))
-    saver = Saver(tmp_path / "new", config, engine)
-    assert saver.finish() is None and not saver.busy
-    for step, milestone in ((1, False), (2, True), (3, False), (4, False), (5, False), (6, False)):
-        saver.begin(state(step, like, milestone))
-        assert saver.busy
-    folder = saver.finish()
-    assert folder is not None and not saver.busy and saver.stall_s > 0
-    names = [f.name[-1] for f in list_checkpoints(tmp_path / "new")]
-    assert names == ["2", "4", "5", "6"]
-    assert verify(folder) == []
-    one, other = SliceReader(folder), SliceReader(list_checkpoints(run)[-1])
-    for name in other.names:
-        assert torch.equal(one.full(name, "exp_avg"), other.full(name, "exp_avg"))
-    # The same step again: the folder that was there is set aside, never overwritten.
-    saver.begin(state(6, like))
-    assert saver.finish() == folder
-    assert folder.with_name(folder.name + ".damaged1").is_dir()
-
-
-def test_an_old_checkpoint_that_rotted_does_not_stop_the_run(tmp_path, run, config, engine):
-    like = resume(run, config, engine, fingerprint(run))
-    saver = Saver(tmp_path / "new", config, engine)
-    for step in (1, 2, 3, 4, 5):
-        saver.begin(state(step, like))
-        folder = saver.finish()
-        assert folder is not None
-        if step == 1:
-            flip(folder / "manifest.json")
-    # It may be a milestone that can be restored: it stays.
-    names = [f.name[-1] for f in list_checkpoints(tmp_path / "new")]
-    assert names == ["1", "3", "4", "5"]
-
-
-def failing(config: RunConfig, on_failure: str) -> RunConfig:
-    changed = dataclasses.replace(config.checkpoint, on_failure=on_failure)
-    return dataclasses.replace(config, checkpoint=changed)
-
-
-def test_a_folder_that_cannot_be_made_is_no_checkpoint(tmp_path, run, config, engine, caplog):
-    like = resume(run, config, engine, fingerprint(run))
-    (tmp_path / "new").mkdir()
-    (tmp_path / "new" / "checkpoints").write_text("a file where the folder should be")
-    saver = Saver(tmp_path / "new", failing(config, "stop"), engine)
-    saver.begin(state(1, like))
-    with pytest.raises(DamageError, match="checkpoint not saved: .*make space and run again"):
-        saver.finish()
-    saver = Saver(tmp_path / "new", failing(config, "continue"), engine)
-    saver.begin(state(2, like))
-    assert saver.finish() is None
-    assert "training goes on" in caplog.text
-    # The last one of a process: there is no training left that could go on.
-    saver.begin(state(3, like))
-    with pytest.raises(DamageError, match="checkpoint not saved"):
-        saver.finish(last=True)
-
-
-def test_999_damaged_copies_are_enough(tmp_path):
-    folder = tmp_path / "step_00000001"
-    folder.mkdir()
-    for number in range(1, 1000):
-        folder.with_name(f"{folder.name}.damaged{number}").mkdir()
-    with pytest.raises(DamageError, match="999 damaged copies are there already; remove them"):
-        record.set_aside(folder)
-
-
-# --- the commands and the readers downstream ------------------------------------------------------
+# --- the commands -------------------------------------------------------------------------------
 
 
 def test_list_and_verify(run, capsys):
@@ -343,50 +324,5 @@ def test_no_checkpoint_is_exit_code_2(tmp_path, capsys, action):
     assert "no checkpoint here" in capsys.readouterr().err
 
 
-def test_consolidated_files_are_the_model(run, tmp_path, capsys):
-    out = tmp_path / "out"
-    command = ["checkpoint", "consolidate", str(run), str(out), "--shard-gb", "0.00005"]
-    assert main(command) == 0
-    assert capsys.readouterr().out.splitlines() == [str(p) for p in sorted(out.iterdir())]
-    index = json.loads((out / "model.safetensors.index.json").read_text())
-    shards = {name: load_file(out / name) for name in set(index["weight_map"].values())}
-    assert len(shards) > 1
-    model, encoding, facts = load_model(run)
-    named = dict(model.named_parameters())
-    assert set(index["weight_map"]) == set(named)
-    for name, file in index["weight_map"].items():
-        assert torch.equal(shards[file][name], named[name])
-    assert index["metadata"]["total_size"] == sum(4 * p.numel() for p in named.values())
-    source = list_checkpoints(run)[-1]
-    assert load_run(out / "config.toml") == load_run(source / "config.toml")
-    assert facts == {
-        "checkpoint": source,
-        "step": record.read_record(source).step,
-        "tokens": record.read_record(source).tokens,
-        "tokenizer": "bytes",
-    }
-    assert encoding.n_vocab == 257 and not model.training
-    assert main(command) == 2
-    assert "not empty; give a folder that does not exist yet" in capsys.readouterr().err
-
-
-def test_a_consolidation_that_was_killed_leaves_nothing_behind(run, tmp_path):
-    (tmp_path / "out.tmp").mkdir()
-    (tmp_path / "out.tmp" / "model-00007-of-00009.safetensors").write_text("half")
-    (tmp_path / "out").mkdir()
-    found = [path.name for path in consolidate(run, tmp_path / "out")]
-    assert found == [
-        "config.toml",
-        "model-00001-of-00001.safetensors",
-        "model.safetensors.index.json",
-    ]
-
-
-def test_load_model_opens_one_checkpoint_of_a_run_too(run):
-    first = list_checkpoints(run)[0]
-    _, _, facts = load_model(first)
-    assert facts["checkpoint"] == first
-
-
-def test_the_room_offers_what_others_use():
+def test_the_package_offers_what_others_use():
     assert all(hasattr(checkpoint, name) for name in checkpoint.__all__)

@@ -1,0 +1,23 @@
+"""What tests of checkpoints do to them."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+from megagpt.checkpoint import CheckpointRecord, list_checkpoints, record
+
+
+def fingerprint(run: Path) -> Callable[[int], str]:
+    found = record.read_record(list_checkpoints(run)[0]).data["fingerprint"]
+    return lambda samples: found
+
+
+def state(step: int, like: CheckpointRecord, milestone: bool = False) -> CheckpointRecord:
+    return dataclasses.replace(like, step=step, tokens=step * 512, milestone=milestone, files=())
+
+
+def flip(path: Path) -> None:
+    """Changes one bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[len(data) * 2 // 3] ^= 1
+    path.write_bytes(data)
