@@ -128,9 +128,9 @@ def _problems_together(folder: Path, engine: Engine) -> list[str]:
 def load_into(folder: Path, saved: CheckpointRecord, engine: Engine) -> None:
     """Fills the engine's slices and counts from a verified checkpoint, one parameter at a time."""
     reader = SliceReader(folder)
-    for one in engine.slices():
+    for piece in engine.slices():
         for key in STATES:
-            one.write(key, reader.read(one, key))
+            piece.write(key, reader.read(piece, key))
     engine.restore(OptimizerState(updates=saved.updates, loss_scale=saved.loss_scale))
 
 

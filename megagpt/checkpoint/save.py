@@ -40,7 +40,8 @@ class Saver:
         self.run = run
         self.config = config
         self.engine = engine
-        self._buffer = HostBuffer(pinned=True) if engine.device.type == "cuda" else None
+        cuda = engine.device.type == "cuda"
+        self._copied = HostBuffer(pinned=True).copied if cuda else copied_apart
         self._saving: CheckpointRecord | None = None
         """The checkpoint that was begun and is not finished."""
         self._thread: threading.Thread | None = None
@@ -64,14 +65,14 @@ class Saver:
         self.finish()
         t0 = time.perf_counter()
         temporary = record.temporary_of(self._folder(state))
-        owned = [one for one in self.engine.slices() if one.owned]
-        rank_bytes = 4 * len(STATES) * sum(one.numel for one in owned)
+        owned = [piece for piece in self.engine.slices() if piece.owned]
+        rank_bytes = 4 * len(STATES) * sum(piece.numel for piece in owned)
         needed = int(self.engine.total([rank_bytes])[0])
         self._saving = state
         # Its gathering is a barrier too: no rank writes before the folder is there.
         self._result = self._on_rank_0(lambda: _make_anew(temporary, needed))
         if not self._result:
-            copies = self._buffer.copied(owned) if self._buffer else [_copied(one) for one in owned]
+            copies = self._copied(owned)
             path = temporary / file_name(self.engine.ranks.rank)
             self._thread = threading.Thread(target=self._write, args=(path, copies), daemon=True)
             self._thread.start()
@@ -172,10 +173,13 @@ def _reason(error: OSError | DamageError, path: Path) -> str:
 # --- copies that training does not change -------------------------------------------------------
 
 
-def _copied(one: Slice) -> Slice:
-    """The slice with its elements copied to host memory that is free once they are written."""
-    copies = {key: one.read(key).detach().to("cpu", torch.float32, copy=True) for key in STATES}
-    return dataclasses.replace(one, read=copies.__getitem__)
+def copied_apart(slices: Sequence[Slice]) -> list[Slice]:
+    """The slices with their elements in host memory that is free once they are written."""
+    copies = []
+    for piece in slices:
+        values = {k: piece.read(k).detach().to("cpu", torch.float32, copy=True) for k in STATES}
+        copies.append(dataclasses.replace(piece, read=values.__getitem__))
+    return copies
 
 
 class HostBuffer:
@@ -197,22 +201,22 @@ class HostBuffer:
 
         They are there when this returns: training may change the tensors that they come from.
         """
-        numel = len(STATES) * sum(one.numel for one in slices)
+        numel = len(STATES) * sum(piece.numel for piece in slices)
         if numel > sum(len(block) for block in self._blocks):
             # Freed first, or both would be there at once.
             self._blocks = []
             sizes = [min(self.block, numel - start) for start in range(0, numel, self.block)]
             self._blocks = [self._allocated(size) for size in sizes]
         copies, start = [], 0
-        for one in slices:
+        for piece in slices:
             stretches = {}
             for key in STATES:
-                stretches[key] = self._stretch(start, start + one.numel)
-                sources = one.read(key).detach().split([len(s) for s in stretches[key]])
+                stretches[key] = self._stretch(start, start + piece.numel)
+                sources = piece.read(key).detach().split([len(s) for s in stretches[key]])
                 for stretch, source in zip(stretches[key], sources, strict=True):
                     stretch.copy_(source, non_blocking=True)
-                start += one.numel
-            copies.append(dataclasses.replace(one, read=partial(_joined, stretches)))
+                start += piece.numel
+            copies.append(dataclasses.replace(piece, read=partial(_joined, stretches)))
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return copies

@@ -42,7 +42,7 @@ def write_slices(path: Path, slices: Iterable[Slice]) -> FileRecord:
     """Writes the owned slices to `path`, flushed to the disk. Raises OSError, ENOSPC included."""
     digest = hashlib.sha256()
     with path.open("wb") as file:
-        for chunk in _content([one for one in slices if one.owned]):
+        for chunk in _content([piece for piece in slices if piece.owned]):
             digest.update(chunk)
             file.write(chunk)
             # Or it would be there still while the next is read.
@@ -54,32 +54,31 @@ def write_slices(path: Path, slices: Iterable[Slice]) -> FileRecord:
 
 def _content(owned: Sequence[Slice]) -> Iterator[bytes | memoryview]:
     """The bytes of a file: the header's length, the header, one tensor after another."""
-    described = {
-        one.name: {
-            "shape": one.shape,
-            "start": one.start,
-            "numel": one.numel,
-            "kind": one.split.kind,
-            "part": one.split.part,
-            "parts": one.split.parts,
+    slices = {
+        piece.name: {
+            "shape": piece.shape,
+            "start": piece.start,
+            "numel": piece.numel,
+            "kind": piece.split.kind,
+            "part": piece.split.part,
+            "parts": piece.split.parts,
         }
-        for one in owned
+        for piece in owned
     }
-    header: dict[str, object] = {"__metadata__": {"slices": json.dumps(described)}}
+    header: dict[str, object] = {"__metadata__": {"slices": json.dumps(slices)}}
     offset = 0
-    for one in owned:
+    for piece in owned:
         for key in STATES:
-            end = offset + 4 * one.numel
-            offsets = [offset, end]
-            header[f"{one.name}|{key}"] = dict(dtype="F32", shape=[one.numel], data_offsets=offsets)
-            offset = end
+            end = offset + 4 * piece.numel
+            tensor = {"dtype": "F32", "shape": [piece.numel], "data_offsets": [offset, end]}
+            header[f"{piece.name}|{key}"], offset = tensor, end
     head = json.dumps(header).encode()
     # The format wants the data aligned to 8 bytes; trailing spaces belong to the header.
     head += b" " * (-len(head) % 8)
     yield len(head).to_bytes(8, "little") + head
-    for one in owned:
+    for piece in owned:
         for key in STATES:
-            yield one.read(key).detach().to("cpu", torch.float32).contiguous().numpy().data
+            yield piece.read(key).detach().to("cpu", torch.float32).contiguous().numpy().data
 
 
 # --- reading ------------------------------------------------------------------------------------
@@ -117,8 +116,12 @@ class _Parameter:
     stretches: list[_Stretch] = field(default_factory=list)
 
     @property
+    def layout(self) -> tuple[tuple[int, ...], str, int]:
+        return self.shape, self.kind, self.parts
+
+    @property
     def whole_shape(self) -> tuple[int, ...]:
-        return splits.whole_shape(self.shape, self.kind, self.parts)
+        return splits.whole_shape(*self.layout)
 
     def of_part(self, part: int) -> list[_Stretch]:
         """The stretches of one part, in order of their starts."""
@@ -180,9 +183,9 @@ class SliceReader:
                     raise ValueError(f"{name}|{key} has {end - begin} bytes, not 4 an element")
                 offsets[key] = 8 + length + begin
             start, last = facts["start"], facts["start"] + facts["numel"]
-            described = (tuple(facts["shape"]), facts["kind"], facts["parts"])
-            known = self._parameters.setdefault(name, _Parameter(*described))
-            if (known.shape, known.kind, known.parts) != described:
+            layout = (tuple(facts["shape"]), facts["kind"], facts["parts"])
+            known = self._parameters.setdefault(name, _Parameter(*layout))
+            if known.layout != layout:
                 raise ValueError(f"{name} has another shape or split than in another rank's file")
             known.stretches.append(_Stretch(file, offsets, facts["part"], start, last))
 
@@ -215,17 +218,17 @@ class SliceReader:
 
     def slice(self, name: str, start: int, numel: int) -> Slice:
         """Elements [start, start + numel) of a whole parameter, read when asked for."""
-        one = Slice(
+        piece = Slice(
             name=name,
             shape=self._parameters[name].whole_shape,
             split=TensorShare(),
             start=start,
             numel=numel,
             owned=True,
-            read=lambda key: self.read(one, key),
+            read=lambda key: self.read(piece, key),
             write=_read_only,
         )
-        return one
+        return piece
 
     def full(self, name: str, key: str = "fp32") -> Tensor:
         """A whole parameter, or one of its moments, in fp32."""
@@ -238,20 +241,20 @@ class SliceReader:
         shards = [self._part(name, p, key, 0, numel).view(known.shape) for p in range(known.parts)]
         return splits.join(shards, known.kind)
 
-    def read(self, one: Slice, key: str) -> Tensor:
+    def read(self, piece: Slice, key: str) -> Tensor:
         """The elements of a slice of any layout: (numel,) fp32.
 
         Reads no more than the slice where the tensor split is that of the checkpoint; otherwise
         the whole parameter, one at a time. Raises UsageError when the model has another shape.
         """
-        kind, part, parts = one.split.kind, one.split.part, one.split.parts
-        known = self._parameters.get(one.name)
-        if known is not None and (known.shape, known.kind, known.parts) == (one.shape, kind, parts):
-            return self._part(one.name, part, key, one.start, one.numel)
-        shape = splits.whole_shape(one.shape, kind, parts)
-        fitted = fit_rows(self.full(one.name, key), shape, one.name)
+        kind, part, parts = piece.split.kind, piece.split.part, piece.split.parts
+        known = self._parameters.get(piece.name)
+        if known is not None and known.layout == (piece.shape, kind, parts):
+            return self._part(piece.name, part, key, piece.start, piece.numel)
+        shape = splits.whole_shape(piece.shape, kind, parts)
+        fitted = fit_rows(self.full(piece.name, key), shape, piece.name)
         whole = splits.take(fitted, kind, part, parts)
-        return whole.reshape(-1)[one.start : one.start + one.numel]
+        return whole.reshape(-1)[piece.start : piece.start + piece.numel]
 
     def _part(self, name: str, part: int, key: str, start: int, numel: int) -> Tensor:
         """Elements [start, start + numel) of one tensor-parallel part, flattened."""

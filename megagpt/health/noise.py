@@ -34,9 +34,9 @@ class MicroBatchNorms:
         self._scale = engine.loss_scale or 1.0
         self._squares = torch.zeros((), dtype=torch.float64, device=engine.device)
         self._hooks = [
-            one.parameter.register_hook(self._add)
-            for one in engine.parameters
-            if one.owned and layer_of(one.name) != EXCLUDED
+            owned.parameter.register_hook(self._add)
+            for owned in engine.parameters
+            if owned.owned and layer_of(owned.name) != EXCLUDED
         ]
 
     def _add(self, grad: Tensor) -> None:

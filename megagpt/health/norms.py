@@ -43,16 +43,16 @@ class Norms:
         self.layers = layer_names(config)
         self._squares = self._zeros(1)[0]
         """Sum of Adam's second moments before the step, over this rank's part of each layer."""
-        for layer, one in self._owned():
-            for part in one.read("exp_avg_sq").split(CHUNK):
+        for layer, piece in self._owned():
+            for part in piece.read("exp_avg_sq").split(CHUNK):
                 self._squares[layer] += total(part)
 
     def _owned(self) -> Iterator[tuple[int, Slice]]:
         """This rank's slices, each with the number of its layer."""
         numbers = {name: number for number, name in enumerate(self.layers)}
-        for one in self.engine.slices():
-            if one.owned:
-                yield numbers[layer_of(one.name)], one
+        for piece in self.engine.slices():
+            if piece.owned:
+                yield numbers[layer_of(piece.name)], piece
 
     def _zeros(self, rows: int) -> Tensor:
         return torch.zeros(rows, len(self.layers), dtype=torch.float64, device=self.engine.device)
@@ -65,8 +65,8 @@ class Norms:
         """
         adam, updates = self.config.optimizer, self.engine.optimizer_state().updates
         sums = self._zeros(3)  # (weights, gradient, update) x layer
-        for layer, one in self._owned():
-            for weight, second_moment, update in _updates(one, adam, lr, updates):
+        for layer, piece in self._owned():
+            for weight, second_moment, update in _updates(piece, adam, lr, updates):
                 sums[0, layer] += square(weight)
                 sums[1, layer] += total(second_moment)
                 sums[2, layer] += square(update)
@@ -92,7 +92,7 @@ def clip_factor(grad_norm: float, clipping: float) -> float:
 
 
 def _updates(
-    one: Slice, adam: OptimizerConfig, lr: float, updates: int
+    piece: Slice, adam: OptimizerConfig, lr: float, updates: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """(weights and second moments after the last update, what it added to the weights) of a slice,
     chunk by chunk.
@@ -101,8 +101,8 @@ def _updates(
     - s with d = lr x weight decay, so the weights before were w' = (w + s) / (1 - d).
     """
     beta1, beta2 = adam.betas
-    decay = lr * adam.weight_decay if decays(one.name) else 0.0
-    reads = (one.read(key).detach().split(CHUNK) for key in ("fp32", "exp_avg", "exp_avg_sq"))
+    decay = lr * adam.weight_decay if decays(piece.name) else 0.0
+    reads = (piece.read(key).detach().split(CHUNK) for key in ("fp32", "exp_avg", "exp_avg_sq"))
     for w, m, v in zip(*reads, strict=True):
         root = (v / (1.0 - beta2**updates)).sqrt_().add_(adam.eps)
         step = (m * (lr / (1.0 - beta1**updates))).div_(root)

@@ -56,10 +56,10 @@ def check_replicas(engine: Engine, step: int) -> None:
     """Raises DamageError, on every rank, when weights differ; all ranks call it together."""
     layout = engine.layout
     # ZeRO-3 has cut what has a ds_id: each rank holds another piece of it.
-    shared = [one for one in engine.parameters if not hasattr(one.parameter, "ds_id")]
+    shared = [p for p in engine.parameters if not hasattr(p.parameter, "ds_id")]
     if layout.data < 2 or not shared:
         return
-    digests = torch.stack([digest(one.parameter) for one in shared]).tolist()
+    digests = torch.stack([digest(p.parameter) for p in shared]).tolist()
     # One number a rank is all that is sent while everything is well.
     sums = engine.gather(hashlib.blake2b(repr(digests).encode(), digest_size=16).digest())
     groups: dict[tuple[int, int], list[int]] = {}
@@ -67,7 +67,7 @@ def check_replicas(engine: Engine, step: int) -> None:
         groups.setdefault((layout.stage(rank), layout.tensor_rank(rank)), []).append(rank)
     if not any(outliers([sums[rank] for rank in group]) for group in groups.values()):
         return
-    by_name = engine.gather({one.name: d for one, d in zip(shared, digests, strict=True)})
+    by_name = engine.gather({p.name: d for p, d in zip(shared, digests, strict=True)})
     lines = [line for group in groups.values() for line in _differences(group, by_name)]
     raise DamageError(
         f"after step {step} weights that data-parallel ranks hold in common differ:\n"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megagpt.checkpoint import Saver, list_checkpoints, record, resume, verify
-from megagpt.checkpoint.save import HostBuffer
+from megagpt.checkpoint.save import HostBuffer, copied_apart
 from megagpt.checkpoint.slice_file import SliceReader
 from megagpt.config import RunConfig
 from megagpt.engine.slices import STATES, Slice, TensorShare
@@ -149,9 +149,9 @@ def test_memory_that_cannot_be_pinned_is_taken_as_it_is(caplog):
 def test_the_buffer_saves_what_separate_copies_save(tmp_path, run, config, engine, monkeypatch):
     like = resume(run, config, engine, fingerprint(run))
     folders = []
-    for number, buffer in enumerate((None, HostBuffer(pinned=False, block=4096))):
+    for number, copied in enumerate((copied_apart, HostBuffer(pinned=False, block=4096).copied)):
         saver = Saver(tmp_path / str(number), config, engine)
-        monkeypatch.setattr(saver, "_buffer", buffer)
+        monkeypatch.setattr(saver, "_copied", copied)
         for step in (1, 2):
             saver.begin(state(step, like))
             folders.append(saver.finish())
@@ -179,5 +179,5 @@ def test_a_gpu_copies_into_memory_that_is_pinned_once(tmp_path, run, config, eng
         for one in engine.slices():
             for key in STATES:
                 assert torch.equal(reader.read(one, key), one.read(key).cpu())
-        memory.append([tensor.data_ptr() for tensor in saver._buffer._blocks])
+        memory.append([tensor.data_ptr() for tensor in saver._copied.__self__._blocks])
     assert memory[0] == memory[1]
