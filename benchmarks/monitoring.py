@@ -5,10 +5,10 @@
 
 record: writes a run with the figures that the trainer reports to a temporary folder; microseconds
 that a step waits for its record (median and 99th percentile), CPU time of a step, which other
-programs do not change, bytes written, and the shortest step of which the wait is under 1%.
-meter: trains for real in one process, every second step with a closer look; what the meter takes of
-every step and what a closer look adds to one, in CPU time of the process, which other programs on
-the machine do not change. It needs the run's data (make quickstart prepares data/python-stdlib).
+programs do not change, bytes written, and the shortest step of which the wait is under 1%. meter:
+trains for real in one process, every second step with a closer look; what the meter takes of every
+step and what a closer look adds to one, in CPU time of the process. It needs the run's data (make
+quickstart prepares data/python-stdlib).
 """
 
 import argparse

@@ -8,7 +8,7 @@ function amount(value) {
   const size = Math.abs(value);
   for (const [unit, name] of [[1e12, "T"], [1e9, "B"], [1e6, "M"], [1e3, "k"]])
     if (size >= unit * 0.9995) return parseFloat((value / unit).toPrecision(4)) + name;
-  if (size < 1e-12) return "0";
+  if (value === 0) return "0";
   if (size < 0.01) return value.toExponential(2).replace(/\.?0+e/, "e");
   return String(parseFloat(value.toPrecision(4)));
 }
