@@ -57,7 +57,8 @@ class Targets:
         It goes to the device here: DeepSpeed would clone it into pageable memory first, and then
         wait for the copy.
         """
-        device = torch.accelerator.current_accelerator() or "cpu"
+        # Not torch.accelerator's, which a build for CUDA names on a machine without a GPU too.
+        device = "cuda" if torch.cuda.is_available() else "cpu"
         x, self.targets = (part.to(device, non_blocking=True) for part in batch[:2])
         self.weight = batch[2]
         return x, self.targets

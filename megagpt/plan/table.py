@@ -104,6 +104,9 @@ def idle_as_text(config: RunConfig, layout: Layout, rows: Sequence[Row]) -> str:
     share = sum(t * row.idle for t, row in zip(tokens, idle, strict=True)) / sum(tokens)
     start = busy_start_tokens(config, layout)
     remedy = f"; none with schedule.ramp_start_tokens = {start}" if start else ""
+    if start and config.schedule.ramp_increment_tokens:
+        # Else the batch would go on growing by what no rank count can share.
+        remedy += f" and schedule.ramp_increment_tokens = {start}"
     return (
         f"idle: {share:.0%} of the ranks for {hours:,.2g} hours of H100s at {UTILISATION:.0%} of "
         f"their peak, while {layout.data} data ranks cannot share the batch evenly{remedy}"

@@ -147,3 +147,19 @@ def test_the_deterministic_mode_changes_no_bit_on_a_cpu(dtype):
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_the_kernel_of_a_deterministic_run_is_asked_for_in_its_mode(monkeypatch):
+    """Asked before, scaled_dot_product_attention would name cuDNN, which it then leaves out."""
+    modes, real = [], torch._fused_sdp_choice
+
+    def ask(*arguments: object, **options: object) -> int:
+        modes.append(torch.are_deterministic_algorithms_enabled())
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(torch, "_fused_sdp_choice", ask)
+    for mode in ("false", "true"):
+        run = parse_run(RUN, ["parallel.dtype=fp32", f"parallel.deterministic={mode}"])
+        choose(run, Layout(), CPU)
+    assert modes == [False, True]
+    assert not torch.are_deterministic_algorithms_enabled()

@@ -118,3 +118,15 @@ def padded_175b() -> ModelConfig:
 def test_names_and_splits(own, canonical, kind):
     assert canonical_name(own, ["wte", "wpe", "h.0", "h.1", "ln_f", "head"]) == canonical
     assert split_kind(canonical) == kind
+
+
+def test_a_build_for_cuda_runs_a_pipeline_on_a_machine_without_a_gpu(monkeypatch):
+    import torch
+
+    from megagpt.engine.pipeline import Targets
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    ids = torch.zeros(1, 4, dtype=torch.int64)
+    x, _ = Targets().stash((ids, ids, 1.0))
+    assert x.device.type == "cpu"

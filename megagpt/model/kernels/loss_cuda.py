@@ -53,7 +53,13 @@ def softmax_gradient(logits: Tensor, targets: Tensor) -> Tensor:
     assert logits.stride(1) == 1, "the rows of a chunk of logits lie one after another"
     log_mass = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     _softmax_rows[(len(logits),)](
-        logits, targets, log_mass, logits.stride(0), logits.shape[1], BLOCK, num_warps=8
+        logits,
+        targets.contiguous(),
+        log_mass,
+        logits.stride(0),
+        logits.shape[1],
+        BLOCK,
+        num_warps=8,
     )
     return log_mass
 
