@@ -254,7 +254,7 @@ def test_verify_resume_tells_what_differs():
     ("words", "message"),
     [
         (["--steps", "0"], "--steps 0: must be 1 or more"),
-        (["--ranks", "3"], "--ranks 3: schedule.ramp_increment_tokens"),
+        (["--ranks", "5"], "--ranks 5: schedule.batch_tokens"),
     ],
 )
 def test_verify_resume_refuses(tmp_path: Path, words: list[str], message: str, capsys):
