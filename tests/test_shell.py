@@ -22,7 +22,7 @@ def run(*words: object, **environ: str) -> subprocess.CompletedProcess[str]:
         env=os.environ | {"PYTHON": sys.executable} | environ,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=180,
     )
 
 

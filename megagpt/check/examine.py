@@ -10,7 +10,6 @@ from pathlib import Path
 
 from megagpt.check.findings import FAIL, GPUS, Check, Order, Report
 from megagpt.check.machine import check_machine, check_versions, gpus, installed, pins
-from megagpt.config import load_run
 from megagpt.errors import UsageError
 
 
@@ -24,6 +23,7 @@ def examine(order: Order) -> Report:
     from megagpt.check.network import check_network
     from megagpt.check.run_file import check_run
     from megagpt.cluster.agreement import facts_of_code, facts_of_run
+    from megagpt.config import load_run
 
     cards = gpus()
     checks = [versions, *check_machine(order, cards)]
@@ -51,6 +51,8 @@ def shared_file(order: Order) -> Iterator[tuple[str, str]]:
 
     Both empty for a folder that cannot be written to: the check of the disk names it.
     """
+    from megagpt.config import load_run
+
     output = Path()
     with contextlib.suppress(UsageError):
         output = Path(load_run(order.run, order.overrides).output) if order.run else output

@@ -73,8 +73,10 @@ def test_a_hung_rank_ends_the_job_with_stacks(tmp_path: Path, parallel: dict[str
             time.sleep(0.1)
         time.sleep(1)
         text = "".join(p.read_text() for p in stacks.glob("rank_*.txt"))
-        # The main thread hangs in a step, or where ranks agree between two of them.
-        assert "within 0.1 minutes" in text and re.search(r'loop\.py", line \d+ in run\n', text)
+        # The main thread hangs in a step, between two of them, or in a save, which has longer.
+        assert re.search(r"within 0\.[14] minutes", text) and re.search(
+            r'loop\.py", line \d+ in run\n', text
+        )
     finally:
         os.kill(hung, signal.SIGCONT)
     done = finish(process, timeout_s=90)

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from megagpt.cluster.meeting import join, leave
-from megagpt.cluster.ranks import discover, prepare_environment
+from megagpt.cluster.process import join, leave, prepare_environment
+from megagpt.cluster.ranks import discover
 from megagpt.config import load_run
 from megagpt.engine import Engine, build_engine
 from megagpt.engine.engine import MicroBatch
