@@ -106,7 +106,10 @@ class Engine(ABC):
 
     @abstractmethod
     def evaluate(self, batches: Sequence[MicroBatch], sequences: int | None = None) -> float:
-        """Mean loss over the micro-batches of all ranks, dropout off; nothing is changed."""
+        """Mean loss over the micro-batches of all ranks, dropout off; nothing is changed.
+
+        See zero.py and pipeline.py; which samples, and when, is megagpt.run.evaluation's.
+        """
 
     def _weights(self, batches: Sequence[MicroBatch], sequences: int | None) -> list[float]:
         """What each of this rank's micro-batches counts in the mean over a step; 1 on average.
@@ -129,8 +132,8 @@ class Engine(ABC):
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
         size = len(batches[0][0])
-        # The first sets the size alone; the second the number of passes, by which DeepSpeed
-        # divides each loss.
+        # The first sets the size alone; the second the gradient accumulation steps, which grow
+        # with the batch ramp and by which DeepSpeed divides each loss.
         self.deepspeed.set_train_micro_batch_size(size)
         self.deepspeed.set_train_batch_size(len(batches) * size * self.layout.data)
         self.seed_step(step)

@@ -16,6 +16,8 @@ def build_optimizer(
     """torch's fused AdamW (nothing to compile) over parameters grouped by canonical name.
 
     By name, never by shape: under ZeRO-3 a parameter's own shape is that of an empty shard.
+    Another optimizer also needs its keys in OptimizerConfig, its own `ask_before_update`, and its
+    moments in `slices.create_moments` and `slices.STATES`.
     """
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in named_parameters:
