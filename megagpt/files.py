@@ -2,12 +2,14 @@
 
 import fcntl
 import hashlib
+import json
 import logging
 import os
 import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from megagpt.errors import UsageError
 
@@ -52,6 +54,17 @@ def write_durably(path: Path, content: bytes) -> None:
 def write_file(path: Path, text: str) -> None:
     """Writes a small text file so that it is whole or not there."""
     write_durably(path, text.encode())
+
+
+def sealed_json(tree: dict[str, Any]) -> str:
+    """The one text of a JSON object that carries the sha256 of its other lines as a last key.
+
+    A damaged byte changes the values, the checksum or the way they are written, so that comparing
+    a text with the one of what it holds finds any.
+    """
+    facts = {key: value for key, value in tree.items() if key != "sha256"}
+    digest = hashlib.sha256(json.dumps(facts, indent=1).encode()).hexdigest()
+    return json.dumps(facts | {"sha256": digest}, indent=1) + "\n"
 
 
 def sync_folder(folder: Path) -> None:

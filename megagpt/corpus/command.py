@@ -17,6 +17,12 @@ from megagpt.corpus.manifest import Subset
 from megagpt.corpus.shards import SHARD_TOKENS
 from megagpt.errors import EXIT_DAMAGE, EXIT_OK, EXIT_STOPPED, MegagptError
 
+UNSEALED = (
+    "; its manifest.json was written by an earlier megagpt, without a checksum of itself: what it "
+    "says of split, sources, totals and options is not checked"
+)
+"""What `data verify` adds for such a manifest."""
+
 # --- the scripts of data_prep -------------------------------------------------------------------
 
 
@@ -179,7 +185,7 @@ def run_verify(args: argparse.Namespace) -> int:
         if not problems:
             print(
                 f"{folder}: whole, {len(manifest.shards)} shards, {manifest.documents:,} "
-                f"documents, {manifest.tokens:,} tokens"
+                f"documents, {manifest.tokens:,} tokens{'' if manifest.sealed else UNSEALED}"
             )
     if damaged:
         print("damaged shards: prepare or copy them again", file=sys.stderr)

@@ -10,8 +10,8 @@ import numpy.typing as npt
 
 from megagpt.corpus.manifest import CorpusManifest, read_manifest
 from megagpt.corpus.shards import read_index
-from megagpt.errors import DamageError, UsageError
-from megagpt.tokenizer import fingerprint, load_tokenizer
+from megagpt.errors import DamageError
+from megagpt.tokenizer import load_tokenizer
 
 BAR = 40
 """Characters of the longest bar of the histogram."""
@@ -56,12 +56,7 @@ def describe(folder: Path | str, documents: int = 3, characters: int = 300) -> s
     manifest = read_manifest(folder)
     lines = [*_totals(manifest), *_histogram(document_sizes(manifest))]
     if documents:
-        encoding = load_tokenizer(manifest.tokenizer)
-        if manifest.fingerprint and fingerprint(encoding) != manifest.fingerprint:
-            raise UsageError(
-                f"{folder}: tokenizer {manifest.tokenizer_name} is another one than the shards "
-                "were made with; put the right tokenizer.json into the folder"
-            )
+        encoding = load_tokenizer(manifest.tokenizer, manifest.fingerprint)
         for number, tokens in enumerate(first_documents(manifest, documents)):
             text = encoding.decode(tokens[: 4 * characters].tolist())
             cut = "..." if len(text) > characters else ""

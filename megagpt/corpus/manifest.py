@@ -1,16 +1,18 @@
 """manifest.json: what a folder of shards holds, and how to know that it is whole (stdlib, numpy).
 
     {"format": 1,
-     "tokenizer": {"name", "vocab_size", "end_of_document", "fingerprint"},
+     "tokenizer": {"name", "vocab_size", "end_of_document", "fingerprint", "sha256"},
      "dtype": "uint16" | "int32",
      "split": {"name": "train" | "validation" | "test", "validation_fraction", "rule"},
      "shards": [{"name", "tokens", "documents", "bytes", "sha256", "index_sha256"}, ...],
      "sources": [{"path", "bytes", "sha256"}, ...],
      "totals": {"documents", "tokens", "text_bytes", ...},
-     "preparation": {...}}                      the options that made it, for a second run
+     "preparation": {...},                      the options that made it, for a second run
+     "sha256": ...}                             of the lines above
 
 A shard called `web_00000` is the pair `web_00000.bin` and `web_00000.idx` in the same folder.
-When the tokenizer is a file, its name is `tokenizer.json`, a copy in the folder.
+When the tokenizer is a file, its name is `tokenizer.json`, a copy in the folder, with its sha256.
+Manifests of earlier versions lack both checksums; they are read, and `data verify` says so.
 """
 
 from __future__ import annotations
@@ -25,14 +27,19 @@ import numpy as np
 
 from megagpt.corpus.shards import Shard
 from megagpt.errors import DamageError, UsageError
-from megagpt.files import write_durably
-from megagpt.tokenizer import end_of_document, fingerprint, token_dtype
+from megagpt.files import file_sha256, sealed_json, write_durably
+from megagpt.tokenizer import end_of_document, fingerprint, load_tokenizer, token_dtype
 
 if TYPE_CHECKING:
     import tiktoken
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+KEYS = {
+    "format", "tokenizer", "dtype", "split", "shards", "sources", "totals", "preparation", "sha256",
+}  # fmt: skip
+BROKEN = (ValueError, KeyError, TypeError, AttributeError)
+"""What parsing an object of another shape raises."""
 SPLIT_RULE = (
     "a document belongs to validation when blake2b(UTF-8 text) with a digest of 8 bytes, read as a "
     "little-endian integer, is below validation_fraction * 2^64"
@@ -71,6 +78,10 @@ class CorpusManifest:
     end_of_document: int
     fingerprint: str
     """`megagpt.tokenizer.fingerprint` of the encoding; empty when an import did not know it."""
+    tokenizer_sha256: str = ""
+    """Of the copy in the folder; empty for a name, and in manifests of earlier versions."""
+    sealed: bool = True
+    """Whether manifest.json carries a checksum of itself; those of earlier versions do not."""
     dtype: np.dtype
     split: Subset = Subset()
     shards: tuple[Shard, ...]
@@ -117,17 +128,21 @@ def read_manifest(folder: Path | str) -> CorpusManifest:
     except OSError:
         raise UsageError(_missing(folder)) from None
     try:
-        data = json.loads(content)
+        # Earlier versions wrote names of files that are not UTF-8 as they are.
+        text = content.decode("utf-8", "surrogateescape")
+        data = json.loads(text)
+        if "sha256" in data and text != sealed_json(data):
+            raise ValueError("its checksum is not that of its content: damaged or edited")
         if data["format"] != FORMAT:
             raise UsageError(
                 f"{path}: format {data['format']}, this megagpt reads format {FORMAT}; use the "
                 "version that wrote it or prepare the corpus again"
             )
         manifest = _parse(folder, data)
-    except (ValueError, KeyError, TypeError) as error:
+    except (*BROKEN, OverflowError, RecursionError) as error:
         raise DamageError(
-            f"{path}: not a manifest ({type(error).__name__}: {error}); prepare or copy the "
-            "corpus again"
+            f"{path}: not a manifest that can be believed ({type(error).__name__}: {error}); "
+            "prepare or copy the corpus again"
         ) from None
     problem = _contradiction(manifest)
     if problem:
@@ -155,12 +170,18 @@ def _missing(folder: Path) -> str:
 def _parse(folder: Path, data: dict[str, Any]) -> CorpusManifest:
     """The dataclass of the JSON object. Raises KeyError, TypeError or ValueError."""
     tokenizer = data["tokenizer"]
+    if strange := sorted(data.keys() - KEYS):
+        raise ValueError(f"no key of a manifest is called {strange[0]!r}")
+    if data["dtype"] not in ("uint16", "int32"):
+        raise ValueError(f"dtype {data['dtype']!r} is neither uint16 nor int32")
     return CorpusManifest(
         folder=folder,
         tokenizer_name=str(tokenizer["name"]),
         vocab_size=int(tokenizer["vocab_size"]),
         end_of_document=int(tokenizer["end_of_document"]),
         fingerprint=str(tokenizer["fingerprint"]),
+        tokenizer_sha256=str(tokenizer.get("sha256", "")),
+        sealed="sha256" in data,
         dtype=np.dtype(data["dtype"]).newbyteorder("<"),
         split=Subset(**data["split"]),
         shards=tuple(Shard(**shard) for shard in data["shards"]),
@@ -176,6 +197,11 @@ def _contradiction(manifest: CorpusManifest) -> str | None:
         return f"dtype {manifest.dtype} does not follow from {manifest.vocab_size} tokens"
     if not 0 <= manifest.end_of_document < manifest.vocab_size:
         return f"end_of_document {manifest.end_of_document} is outside the vocabulary"
+    if Path(manifest.tokenizer_name).name != manifest.tokenizer_name:
+        return f"tokenizer {manifest.tokenizer_name!r} is neither a name nor a file in the folder"
+    names = [shard.name for shard in manifest.shards]
+    if len(set(names)) < len(names):
+        return "it lists a shard twice"
     for shard in manifest.shards:
         if shard.bytes != shard.tokens * manifest.dtype.itemsize:
             return f"shard {shard.name}: {shard.bytes} bytes are not {shard.tokens} tokens"
@@ -192,17 +218,21 @@ def new_manifest(
 ) -> CorpusManifest:
     """The manifest of shards that `encoding` made; `more` are the other fields. `tokenizer` is what
     `load_tokenizer` took: a file of it is copied into the folder."""
-    name, path = encoding.name, Path(tokenizer)
+    name, path, digest = encoding.name, Path(tokenizer), ""
     path = path / "tokenizer.json" if path.is_dir() else path
     if name not in ("gpt2", "bytes") and path.is_file():
         write_durably(folder / "tokenizer.json", path.read_bytes())
         name = "tokenizer.json"
+        # The file may have changed since it was loaded, which a long preparation ends with.
+        load_tokenizer(folder / name, fingerprint(encoding))
+        digest = file_sha256(folder / name)
     return CorpusManifest(
         folder=folder,
         tokenizer_name=name,
         vocab_size=encoding.n_vocab,
         end_of_document=end_of_document(encoding),
         fingerprint=fingerprint(encoding),
+        tokenizer_sha256=digest,
         dtype=token_dtype(encoding.n_vocab),
         shards=tuple(shards),
         **more,
@@ -218,6 +248,7 @@ def write_manifest(manifest: CorpusManifest) -> None:
             "vocab_size": manifest.vocab_size,
             "end_of_document": manifest.end_of_document,
             "fingerprint": manifest.fingerprint,
+            "sha256": manifest.tokenizer_sha256,
         },
         "dtype": manifest.dtype.name,
         "split": asdict(manifest.split),
@@ -226,5 +257,4 @@ def write_manifest(manifest: CorpusManifest) -> None:
         "totals": manifest.totals,
         "preparation": manifest.preparation,
     }
-    text = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
-    write_durably(manifest.folder / MANIFEST, text.encode("utf-8", "surrogateescape"))
+    write_durably(manifest.folder / MANIFEST, sealed_json(data).encode())

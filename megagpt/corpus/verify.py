@@ -1,4 +1,4 @@
-"""Are the shards whole? Checksums, index against data, END-OF-DOCUMENT, ids in the vocabulary.
+"""Is a corpus whole? Checksums, index against data, END-OF-DOCUMENT, ids, the tokenizer.
 
 `verify_files` hashes and nothing else: training runs it over the shards that it is going to read.
 `verify_shards` reads every token as well. Both return a list of problems, empty when all is well.
@@ -14,8 +14,9 @@ import numpy as np
 
 from megagpt.corpus.manifest import CorpusManifest, read_manifest
 from megagpt.corpus.shards import Index, Shard, read_index
-from megagpt.errors import DamageError
+from megagpt.errors import DamageError, MegagptError
 from megagpt.files import BLOCK, file_sha256
+from megagpt.tokenizer import load_tokenizer
 
 Progress = Callable[[int], None]
 """Told the bytes that have been read since the last call."""
@@ -45,6 +46,7 @@ def verify_shards(folder: Path | str, progress: Progress | None = None) -> list[
     """
     manifest = read_manifest(folder)
     problems = _check_strangers(manifest)
+    problems += filter(None, [tokenizer_problem(manifest, every=True)])
     for shard in manifest.shards:
         problems += _check_size(manifest, shard) or _check_shard(manifest, shard, progress)
     return problems
@@ -60,6 +62,26 @@ def file_problem(path: Path, size: int | None = None) -> str:
         return f"{path}: {error.strerror}"
     if size not in (None, actual):
         return f"{path}: has {actual} bytes, the manifest beside it says {size}"
+    return ""
+
+
+def tokenizer_problem(manifest: CorpusManifest, every: bool = False) -> str:
+    """What is wrong with the tokenizer's file in the folder; "" for nothing.
+
+    Older manifests have no checksum of it: what it holds is compared. `every` does that with the
+    built-in vocabularies too.
+    """
+    path = Path(manifest.tokenizer)
+    file = manifest.tokenizer_name.endswith(".json")
+    if file and (problem := file_problem(path)):
+        return problem
+    if file and manifest.tokenizer_sha256:
+        return "".join(_check_digest(path, manifest.tokenizer_sha256, None))
+    if file or (every and manifest.tokenizer_name in ("gpt2", "bytes")):
+        try:
+            load_tokenizer(manifest.tokenizer, manifest.fingerprint)
+        except MegagptError as error:
+            return str(error)
     return ""
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megagpt.corpus.command import add_parsers
-from megagpt.errors import UsageError
+from megagpt.errors import DamageError, UsageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -123,14 +123,12 @@ def _record(config: RunConfig, step: int) -> dict[str, Any]:
 
 def _decoder(loader: TokenLoader) -> Text:
     """Tokens (N,) to text without END-OF-DOCUMENT; to ids where no tokenizer fits."""
-    from megagpt.tokenizer import fingerprint, load_tokenizer
+    from megagpt.tokenizer import load_tokenizer
 
     manifest = loader.stores[0].manifest
     try:
-        encoding = load_tokenizer(manifest.tokenizer)
-    except UsageError:
-        return lambda tokens: " ".join(map(str, tokens.tolist()))
-    if manifest.fingerprint not in ("", fingerprint(encoding)):
+        encoding = load_tokenizer(manifest.tokenizer, manifest.fingerprint)
+    except (UsageError, DamageError):
         return lambda tokens: " ".join(map(str, tokens.tolist()))
 
     def text(tokens: np.ndarray) -> str:

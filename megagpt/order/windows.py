@@ -6,9 +6,9 @@ first of window i + 1, and so each token is a target in one window only. Windows
 borders of documents and shards. The first token is no target; nor are the last ones, fewer than
 n_ctx of them, that do not fill a window.
 
-Opening reads the manifest and the sizes of the files, nothing else. Tokens are read with pread
-and not through a memory map: a map of a file that was cut short meanwhile kills the process by
-SIGBUS without a message, and holds a file descriptor for every shard.
+Opening reads the manifest, the sizes of the files and the tokenizer's file, nothing else. Tokens
+are read with pread and not through a memory map: a map of a file that was cut short meanwhile
+kills the process by SIGBUS without a message, and holds a file descriptor for every shard.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from megagpt.corpus.manifest import read_manifest
-from megagpt.corpus.verify import file_problem
+from megagpt.corpus.verify import file_problem, tokenizer_problem
 from megagpt.errors import DamageError, UsageError
 
 MAX_OPEN = 128
@@ -32,7 +32,8 @@ class TokenWindows:
     """One corpus: a folder with a manifest. May be read from several threads."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises what read_manifest raises, and DamageError for a shard of the wrong size."""
+        """Raises what read_manifest raises, and DamageError for a shard of the wrong size or
+        another tokenizer.json than the manifest's."""
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
         self.dtype = self.manifest.dtype
@@ -41,6 +42,8 @@ class TokenWindows:
         for path, shard in zip(self.paths, shards, strict=True):
             if problem := file_problem(path, shard.bytes):
                 raise DamageError(f"{problem}; prepare or copy it again")
+        if problem := tokenizer_problem(self.manifest):
+            raise DamageError(f"{problem}; copy the corpus again, its tokenizer.json included")
         self.ends = np.cumsum([shard.tokens for shard in shards], dtype=np.int64)
         """Tokens of the corpus up to the end of each shard."""
         self._ends: list[int] = self.ends.tolist()

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megagpt.errors import UsageError
+from megagpt.errors import DamageError, UsageError
 
 if TYPE_CHECKING:
     import tiktoken
@@ -35,17 +35,29 @@ DOWNLOAD_SECONDS = 60
 __all__ = ["END_OF_DOCUMENT", "end_of_document", "fingerprint", "load_tokenizer", "token_dtype"]
 
 
-def load_tokenizer(name: str | Path) -> tiktoken.Encoding:
+def load_tokenizer(name: str | Path, expected: str = "") -> tiktoken.Encoding:
     """The encoding called `name`, or the one in the file at `name`.
 
-    Raises UsageError for an unknown name, a vocabulary that cannot be downloaded, a file whose
-    tokenizer tiktoken cannot reproduce, or an encoding without END-OF-DOCUMENT; DamageError when
-    the packaged merge list or a tokenizer file is not what it should be.
+    `expected` is the `fingerprint` of the vocabulary that made the tokens, "" where it is not
+    known. Raises UsageError for an unknown name, a vocabulary that cannot be downloaded, a file
+    whose tokenizer tiktoken cannot reproduce, or an encoding without END-OF-DOCUMENT; DamageError
+    when the packaged merge list or a tokenizer file is not what it should be, or `name` is another
+    vocabulary than expected.
     """
+    encoding = _load(str(name))
+    if expected and (found := fingerprint(encoding)) != expected:
+        raise DamageError(
+            f"tokenizer {name} is another one than the tokens were made with (fingerprint "
+            f"{found[:12]}..., expected {expected[:12]}...); put the right one there"
+        )
+    return encoding
+
+
+def _load(text: str) -> tiktoken.Encoding:
+    """The encoding by its name or file, whatever it holds."""
     from megagpt.tokenizer.gpt2 import bytes_encoding, gpt2_encoding
     from megagpt.tokenizer.json import read_tokenizer_file
 
-    text = str(name)
     if text == "gpt2":
         return gpt2_encoding()
     if text == "bytes":

@@ -19,6 +19,7 @@ from megagpt.corpus.manifest import read_manifest
 from megagpt.errors import DamageError, UsageError
 from megagpt.tokenizer import load_tokenizer
 from tests.corpus.test_prepare import decoded, jsonl, sample_texts
+from tests.lib.corpus import edit_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted((ROOT / "data_prep").glob("*.py"))
@@ -181,12 +182,11 @@ def test_inspect_shows_totals_lengths_and_text(tmp_path: Path) -> None:
 def test_inspect_refuses_another_tokenizer_and_missing_tokens(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "in.jsonl", ["hello"])
     script("tokenize_corpus", path, "--output", tmp_path / "out")
-    manifest = tmp_path / "out/manifest.json"
-    good = manifest.read_text()
-    manifest.write_text(good.replace(read_manifest(tmp_path / "out").fingerprint, "0" * 64))
-    with pytest.raises(UsageError, match="tokenizer gpt2 is another one"):
+    good = read_manifest(tmp_path / "out").fingerprint
+    edit_manifest(tmp_path / "out", tokenizer__fingerprint="0" * 64)
+    with pytest.raises(DamageError, match="tokenizer gpt2 is another one .*expected 000000000000"):
         describe(tmp_path / "out")
-    manifest.write_text(good)
+    edit_manifest(tmp_path / "out", tokenizer__fingerprint=good)
     next((tmp_path / "out").glob("*.bin")).unlink()
     with pytest.raises(DamageError, match="cannot be read .*run megagpt data verify"):
         describe(tmp_path / "out")
@@ -197,6 +197,15 @@ def test_verify_command_names_damage(tmp_path: Path, capsys: pytest.CaptureFixtu
     script("tokenize_corpus", path, "--output", tmp_path / "out")
     assert command("verify", tmp_path / "out") == 0
     assert "whole, 1 shards, 1 documents, 2 tokens" in capsys.readouterr().out
+    path = tmp_path / "out/manifest.json"
+    tree = json.loads(path.read_text())
+    del tree["sha256"]
+    path.write_text(json.dumps(tree))
+    assert command("verify", tmp_path / "out") == 0
+    assert "2 tokens; its manifest.json was written by an earlier" in capsys.readouterr().out
+    edit_manifest(tmp_path / "out", tokenizer__fingerprint="0" * 64)
+    assert command("verify", tmp_path / "out") == 3
+    assert "tokenizer gpt2 is another one than" in capsys.readouterr().out
     file = next((tmp_path / "out").glob("*.bin"))
     file.write_bytes(file.read_bytes()[::-1])
     assert command("verify", tmp_path / "out") == 3

@@ -1,6 +1,7 @@
 """The shard format: index, manifest, writer."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from megagpt.corpus.manifest import CorpusManifest, Shard, read_manifest, write_
 from megagpt.corpus.shards import ShardWriter, index_bytes, read_index
 from megagpt.corpus.verify import verify_shards
 from megagpt.errors import DamageError, UsageError
+from megagpt.files import sealed_json
 from megagpt.tokenizer import token_dtype
 
 
@@ -35,6 +37,11 @@ def write_folder(
     )
     write_manifest(manifest)
     return manifest
+
+
+def flipped(content: bytes, bit: int) -> bytes:
+    place, mask = bit // 8, 1 << bit % 8
+    return content[:place] + bytes([content[place] ^ mask]) + content[place + 1 :]
 
 
 def test_index_bytes_are_megatrons(tmp_path: Path) -> None:
@@ -196,7 +203,7 @@ def test_broken_manifests_are_named(tmp_path: Path) -> None:
     good = json.loads(path.read_text())
 
     def broken(message: str, kind: type[Exception] = DamageError, **changes: object) -> None:
-        path.write_text(json.dumps(good | changes))
+        path.write_text(sealed_json(good | changes))
         with pytest.raises(kind, match=message):
             read_manifest(folder)
 
@@ -204,6 +211,11 @@ def test_broken_manifests_are_named(tmp_path: Path) -> None:
     broken("manifest.json: format 2, this megagpt reads format 1", UsageError, format=2)
     broken("KeyError: 'name'", tokenizer={})
     broken("unexpected keyword argument 'x'", shards=[shard | {"x": 1}])
+    broken("dtype 'int64' is neither uint16 nor int32", dtype="int64")
+    broken("no key of a manifest is called 'x'", x=1)
+    broken("it lists a shard twice", shards=[shard, shard])
+    broken("'../t.json' is neither", tokenizer=good["tokenizer"] | {"name": "../t.json"})
+    broken("OverflowError", tokenizer=good["tokenizer"] | {"vocab_size": float("inf")})
     broken("dtype int32 does not follow from 257", dtype="int32")
     broken("9 bytes are not 5 tokens", shards=[shard | {"bytes": 9}])
     broken("is not a file name", shards=[shard | {"name": "../x"}])
@@ -212,6 +224,36 @@ def test_broken_manifests_are_named(tmp_path: Path) -> None:
         "end_of_document 257 is outside the vocabulary",
         tokenizer=good["tokenizer"] | {"end_of_document": 257},
     )
-    path.write_text("{")
-    with pytest.raises(DamageError, match="not a manifest .JSONDecodeError"):
-        read_manifest(folder)
+    for content, message in (
+        ("{", "not a manifest that can be believed .JSONDecodeError"),
+        ("[" * 100_000, "RecursionError"),
+        ('"sha256"', "AttributeError"),
+        (json.dumps(good), "its checksum is not that of its content: damaged or edited"),
+    ):
+        path.write_text(content)
+        with pytest.raises(DamageError, match=message):
+            read_manifest(folder)
+
+
+def test_every_flipped_bit_of_a_manifest_is_found(tmp_path: Path) -> None:
+    write_folder(tmp_path, [[1, 2], [3]])
+    path = tmp_path / "manifest.json"
+    good = path.read_bytes()
+    for bit in range(8 * len(good)):
+        path.write_bytes(flipped(good, bit))
+        with pytest.raises((DamageError, UsageError), match="manifest.json"):
+            read_manifest(tmp_path)
+
+
+def test_a_manifest_of_an_earlier_version_stays_valid(tmp_path: Path) -> None:
+    written = write_folder(tmp_path, [[1, 2], [3]])
+    path = tmp_path / "manifest.json"
+    tree = json.loads(path.read_text())
+    del tree["sha256"], tree["tokenizer"]["sha256"]
+    # As they wrote it, with the name of an input that is not UTF-8.
+    tree["sources"] = [{"path": "caf\udce9.txt"}]
+    path.write_bytes(json.dumps(tree, ensure_ascii=False).encode("utf-8", "surrogateescape"))
+    read = read_manifest(tmp_path)
+    assert read == replace(written, sealed=False, sources=({"path": "caf\udce9.txt"},))
+    write_manifest(read)
+    assert read_manifest(tmp_path) == replace(read, sealed=True)

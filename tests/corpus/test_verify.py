@@ -1,16 +1,26 @@
 """Every kind of damage to shards is found and named."""
 
+import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from megagpt.corpus.manifest import CorpusManifest, write_manifest
+from megagpt.corpus.documents import Documents
+from megagpt.corpus.manifest import CorpusManifest, new_manifest, write_manifest
+from megagpt.corpus.pipe import prepare
+from megagpt.corpus.recipe import PrepareOptions
 from megagpt.corpus.shards import index_bytes
 from megagpt.corpus.verify import verify_files, verify_shards
+from megagpt.errors import DamageError
 from megagpt.files import file_sha256
+from megagpt.order.windows import TokenWindows
+from megagpt.tokenizer import load_tokenizer
+from megagpt.tokenizer.json import write_tokenizer_file
 from tests.corpus.test_shards import write_folder
+from tests.lib.corpus import edit_manifest
 
 DOCUMENTS = [[1, 2, 3], [], [4] * 20, [5, 6]]
 
@@ -108,3 +118,51 @@ def test_indexes_that_contradict_the_manifest(manifest: CorpusManifest) -> None:
         path.write_bytes(content)
         resign(manifest)
         assert message in "\n".join(verify_shards(manifest.folder))
+
+
+@pytest.fixture
+def with_tokenizer(tmp_path: Path) -> Path:
+    """A corpus whose tokenizer is a file."""
+    source = tmp_path / "mine.json"
+    write_tokenizer_file(source, [("t", "h"), ("th", "e")], "<|endoftext|>")
+    texts = Documents("texts", lambda: ["the cat", "then"])
+    prepare([texts], PrepareOptions(output=tmp_path / "out", tokenizer=str(source), workers=1))
+    return tmp_path / "out"
+
+
+def test_another_tokenizer_file_is_found_and_refused(with_tokenizer: Path) -> None:
+    path = with_tokenizer / "tokenizer.json"
+    assert verify_shards(with_tokenizer) == []
+    assert TokenWindows(with_tokenizer).n_tokens
+    good = path.read_bytes()
+    changed = good.replace(b'"th": 256', b'"he": 256').replace(b'"t h"', b'"h e"')
+    for content, message in (
+        (changed.replace(b'"th e"', b'"t he"'), "sha256 .*, the manifest says"),
+        (good[:-1], "sha256 .*, the manifest says .*: damaged"),
+        (None, "missing, though the manifest beside it lists it"),
+    ):
+        path.unlink() if content is None else path.write_bytes(content)
+        [problem] = verify_shards(with_tokenizer)
+        assert re.search(f"tokenizer.json: {message}", problem)
+        with pytest.raises(DamageError, match=f"{message}.*its tokenizer.json included"):
+            TokenWindows(with_tokenizer)
+
+
+def test_an_older_manifest_finds_another_tokenizer_by_what_it_holds(with_tokenizer: Path) -> None:
+    edit_manifest(with_tokenizer, tokenizer__sha256="")
+    path = with_tokenizer / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text())))
+    assert verify_shards(with_tokenizer) == []
+    write_tokenizer_file(path, [("h", "e"), ("t", "he")], "<|endoftext|>")
+    assert "is another one than the tokens were made with" in verify_shards(with_tokenizer)[0]
+    with pytest.raises(DamageError, match="is another one than the tokens were made with"):
+        TokenWindows(with_tokenizer)
+
+
+def test_a_tokenizer_file_that_changes_meanwhile_is_refused(tmp_path: Path) -> None:
+    source = tmp_path / "mine.json"
+    write_tokenizer_file(source, [("t", "h"), ("th", "e")], "<|endoftext|>")
+    encoding = load_tokenizer(source)
+    write_tokenizer_file(source, [("h", "e"), ("t", "he")], "<|endoftext|>")
+    with pytest.raises(DamageError, match="is another one than the tokens were made with"):
+        new_manifest(tmp_path, str(source), encoding, [])

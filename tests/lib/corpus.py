@@ -1,5 +1,6 @@
 """A small real corpus for tests of training: byte tokens of generated sentences."""
 
+import json
 import random
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 
 from megagpt.corpus.manifest import CorpusManifest, Subset, write_manifest
 from megagpt.corpus.shards import ShardWriter
+from megagpt.files import sealed_json
 from megagpt.tokenizer import fingerprint, load_tokenizer
 
 WORDS = "the a small large model learns reads writes token tokens from text and then stops".split()
@@ -46,6 +48,19 @@ def write_corpus(folder: Path, documents: list[str], tokenizer: str = "bytes") -
         )
     )
     return folder
+
+
+def edit_manifest(folder: Path, **changes: object) -> None:
+    """Change keys of a manifest, `tokenizer__name` in an inner object, and seal it again."""
+    path = folder / "manifest.json"
+    tree = json.loads(path.read_text())
+    for name, value in changes.items():
+        *where, key = name.split("__")
+        place = tree
+        for step in where:
+            place = place[int(step) if step.isdigit() else step]
+        place[key] = value
+    path.write_text(sealed_json(tree))
 
 
 def run_file(root: Path, **sections: dict[str, object]) -> Path:

@@ -18,6 +18,7 @@ from megagpt.order.loader import TokenLoader
 from megagpt.order.trace import spans, trace
 from megagpt.order.windows import TokenWindows
 from megagpt.tokenizer import fingerprint, load_tokenizer
+from tests.lib.corpus import edit_manifest
 from tests.order.test_windows import END, random_documents, write_corpus
 
 RUN = """
@@ -183,13 +184,10 @@ def test_ids_where_no_tokenizer_fits(
     run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: str
 ) -> None:
     for name in "ab":
-        path = tmp_path / name / "manifest.json"
-        data = json.loads(path.read_text())
         if change == "unknown name":
-            data["tokenizer"]["name"] = "no/such.json"
+            edit_manifest(tmp_path / name, tokenizer__name="gpt9")
         else:
-            data["tokenizer"]["fingerprint"] = "0" * 64
-        path.write_text(json.dumps(data))
+            edit_manifest(tmp_path / name, tokenizer__fingerprint="0" * 64)
     assert batch(run_file, "--step", 1, "--json") == 0
     for line in map(json.loads, capsys.readouterr().out.splitlines()):
         assert len(line["text"].split()) == line["tokens"]

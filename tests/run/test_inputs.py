@@ -15,7 +15,7 @@ from megagpt.order.loader import TokenLoader, check_vocabulary
 from megagpt.plan.ds_config import read_ds_config, resolve
 from megagpt.plan.layout import Layout
 from megagpt.run.inputs import MEMORY, check_data, evaluation_samples
-from tests.lib.corpus import run_file
+from tests.lib.corpus import edit_manifest, run_file
 from tests.lib.distributed import group_of_one
 
 
@@ -128,11 +128,8 @@ def test_a_corpus_of_another_vocabulary_is_refused(config, tmp_path):
 def test_validation_data_of_another_tokenizer_of_the_same_size_are_refused(config, tmp_path):
     loaders = [TokenLoader([(tmp_path / name, 1.0)], 32, 1) for name in ("train", "validation")]
     check_vocabulary(config, loaders)
-    path = tmp_path / "validation" / "manifest.json"
-    tree = json.loads(path.read_text())
     for fingerprint, sound in (("", True), ("0" * 64, False)):
-        tree["tokenizer"]["fingerprint"] = fingerprint
-        path.write_text(json.dumps(tree))
+        edit_manifest(tmp_path / "validation", tokenizer__fingerprint=fingerprint)
         other = [loaders[0], TokenLoader([(tmp_path / "validation", 1.0)], 32, 1)]
         if sound:
             check_vocabulary(config, other)

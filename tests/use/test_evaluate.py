@@ -1,6 +1,5 @@
 """The command against transformers, against its own definition, and against the run's figures."""
 
-import json
 import math
 import shutil
 from collections.abc import Iterator
@@ -13,7 +12,6 @@ import torch.nn.functional as F
 
 from megagpt.checkpoint import load_model
 from megagpt.config.presets import ModelConfig
-from megagpt.corpus.manifest import MANIFEST
 from megagpt.corpus.shards import index_bytes
 from megagpt.errors import DamageError, UsageError
 from megagpt.files import file_sha256
@@ -24,7 +22,7 @@ from megagpt.tokenizer import load_tokenizer
 from megagpt.use.evaluate import Estimate, Result
 from megagpt.use.score import ScoreOptions, evaluate, ratio
 from tests.engine.test_layouts import Layout, Reshaping, name
-from tests.lib.corpus import sentences, write_corpus
+from tests.lib.corpus import edit_manifest, sentences, write_corpus
 
 N_CTX = 16
 BATCH_TOLERANCE = 1e-6
@@ -305,15 +303,11 @@ def test_another_tokenizer_is_refused(model, encoding, tmp_path):
 
 def test_a_vocabulary_of_the_same_size_is_not_enough(model, encoding, corpus, tmp_path):
     shutil.copytree(corpus, tmp_path / "text")
-    manifest = tmp_path / "text" / MANIFEST
-    tree = json.loads(manifest.read_text())
-    tree["tokenizer"]["fingerprint"] = "0" * 64
-    manifest.write_text(json.dumps(tree))
+    edit_manifest(tmp_path / "text", tokenizer__fingerprint="0" * 64)
     with pytest.raises(UsageError, match="is not the model's"):
         evaluate(model, encoding, tmp_path / "text")
     # An import that does not know its tokenizer is taken by its size.
-    tree["tokenizer"]["fingerprint"] = ""
-    manifest.write_text(json.dumps(tree))
+    edit_manifest(tmp_path / "text", tokenizer__fingerprint="")
     assert evaluate(model, encoding, tmp_path / "text").documents == 12
 
 
@@ -339,10 +333,7 @@ def test_an_index_of_other_documents_is_refused(model, encoding, corpus, tmp_pat
     shutil.copytree(corpus, tmp_path / "text")
     [path] = (tmp_path / "text").glob("*.idx")
     path.write_bytes(index_bytes(np.array([7, 8]), np.dtype("<u2")))
-    manifest = tmp_path / "text" / MANIFEST
-    tree = json.loads(manifest.read_text())
-    tree["shards"][0]["index_sha256"] = file_sha256(path)
-    manifest.write_text(json.dumps(tree))
+    edit_manifest(tmp_path / "text", shards__0__index_sha256=file_sha256(path))
     with pytest.raises(DamageError, match="its index tells of 15 tokens in documents, its shards"):
         evaluate(model, encoding, tmp_path / "text")
 
