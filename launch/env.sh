@@ -60,7 +60,11 @@ slurm_hosts() { scontrol show hostnames "$SLURM_JOB_NODELIST"; }
 
 slurm_port() { echo $((20000 + SLURM_JOB_ID % 12000)); }
 
-newest_checkpoint() { find "$1/checkpoints" -maxdepth 1 -name 'step_*[0-9]' 2>/dev/null | sort | tail -n 1; }
+# Only "step_" and digits are a checkpoint of ours, the highest number the newest.
+newest_checkpoint() {
+  find "$1/checkpoints" -maxdepth 1 -name 'step_[0-9]*' ! -name 'step_*[!0-9]*' 2>/dev/null \
+    | sort -V | tail -n 1
+}
 
 # train_in_job RUN_FOLDER COMMAND...: runs the command, whose first step of SLURM trains. Queues the
 # job again until the run is done; not when a new start would fail the same way.

@@ -41,9 +41,14 @@ def file_sha256(path: Path, progress: Callable[[int], None] | None = None) -> st
     return digest.hexdigest()
 
 
+def temporary_of(path: Path) -> Path:
+    """Where a file or folder is written before it is whole: a name that no user gives."""
+    return path.with_name(f".{path.name}.megagpt.tmp")
+
+
 def write_durably(path: Path, content: bytes) -> None:
     """Write to a temporary name, flush to the disk, rename: the file is whole or absent."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = temporary_of(path)
     with temporary.open("wb") as file:
         file.write(content)
         file.flush()

@@ -72,3 +72,21 @@ def test_one_machine_trains(tmp_path):
     done = run("launch/local.sh", file, GPUS="1", PORT="0", BIND="0", OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     assert "run complete" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("names", "newest"),
+    [
+        ([], ""),
+        (["step_00000009", "step_00000010"], "step_00000010"),
+        (["step_99999999", "step_100000000"], "step_100000000"),
+        (["step_00000009", "step_00000010.damaged1", "step_00000011.tmp"], "step_00000009"),
+        (["step_00000009", "step_best2", "step_00000009_backup3", "step_"], "step_00000009"),
+    ],
+)
+def test_the_newest_checkpoint_is_that_of_the_highest_number(names, newest, tmp_path):
+    for name in names:
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    script = 'set -euo pipefail; source launch/env.sh; newest_checkpoint "$1"'
+    done = run("bash", "-c", script, "bash", tmp_path)
+    assert done.stdout.strip() == (f"{tmp_path}/checkpoints/{newest}" if newest else "")

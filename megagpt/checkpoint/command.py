@@ -67,7 +67,10 @@ def check(args: argparse.Namespace) -> int:
     for folder in record.checkpoints_of(args.folder):
         problems = verify(folder)
         damaged = damaged or bool(problems)
-        print(f"{folder.name}  " + ("; ".join(problems) if problems else "whole"), flush=True)
+        line = "; ".join(problems) or "whole"
+        if not problems and (names := record.strangers(folder)):
+            line += "; not in its manifest, and read by nothing: " + ", ".join(map(repr, names))
+        print(f"{folder.name}  {line}", flush=True)
     return EXIT_DAMAGE if damaged else EXIT_OK
 
 

@@ -20,13 +20,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megagpt.checkpoint import record
-from megagpt.checkpoint.load import file_problems, slice_problems
+from megagpt.checkpoint.load import slice_problems, tell_strangers
 from megagpt.checkpoint.record import CONFIG
 from megagpt.checkpoint.slice_file import SliceReader, file_name, fit_rows, write_slices
 from megagpt.config import dump_run, load_run
 from megagpt.engine.slices import Slice
 from megagpt.errors import DamageError, UsageError
-from megagpt.files import write_file
+from megagpt.files import temporary_of, write_file
 from megagpt.model import GPT
 from megagpt.tokenizer import load_tokenizer
 
@@ -40,9 +40,10 @@ def newest(run: Path) -> Path:
     Raises UsageError when there is none, DamageError when it is damaged (every byte is read).
     """
     folder = record.checkpoints_of(run)[-1]
-    problems = file_problems(folder) or slice_problems(folder, load_run(folder / CONFIG).model)
-    if problems:
+    problems = record.files_problems(folder)
+    if problems := problems or slice_problems(folder, load_run(folder / CONFIG).model):
         raise DamageError("; ".join(problems) + "; give the folder of another checkpoint")
+    tell_strangers(folder)
     return folder
 
 
@@ -106,7 +107,7 @@ def consolidate(run: Path, output: Path, shard_bytes: int = 5_000_000_000) -> li
     groups = list(_groups(reader, shard_bytes))
     file_of: dict[str, str] = {}
     total = 0
-    with record.written_whole(output) as temporary:
+    with record.written_whole(output, temporary_of(output)) as temporary:
         for number, group in enumerate(groups, 1):
             file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
             tensors = {name: _unpadded(reader, name, config.model.embedding_rows) for name in group}
@@ -159,7 +160,7 @@ def reshape(run: Path, output: Path, ranks: int = 1) -> Path:
     if folder.exists():
         raise UsageError(f"{folder}: is there already; give another run folder")
     layout = {"world": ranks, "pipeline": 1, "tensor": 1}
-    with record.written_whole(folder) as temporary:
+    with record.written_whole(folder, record.unfinished_of(folder)) as temporary:
         files = [
             write_slices(temporary / file_name(rank), _cut(reader, rank, ranks))
             for rank in range(ranks)

@@ -31,22 +31,13 @@ HARMLESS = ("model.vocab_multiple",)
 def verify(folder: Path) -> list[str]:
     """Everything that is wrong with a checkpoint, empty when it is whole: every byte is read, the
     configuration and the slices are opened. Raises UsageError for another version's manifest."""
-    if problems := file_problems(folder):
+    if problems := record.files_problems(folder):
         return problems
     try:
         model = load_run(folder / CONFIG).model
     except UsageError as error:
         return [f"{error}\n  no run can go on from it, and nothing can open it"]
     return slice_problems(folder, model)
-
-
-def file_problems(folder: Path) -> list[str]:
-    """Files of a checkpoint that are not what its manifest says, reading every byte."""
-    try:
-        files = record.read_record(folder).files
-    except DamageError as error:
-        return [str(error)]
-    return [problem for file in files if (problem := file.problem(folder))]
 
 
 def slice_problems(folder: Path, model: ModelConfig) -> list[str]:
@@ -57,6 +48,12 @@ def slice_problems(folder: Path, model: ModelConfig) -> list[str]:
         return SliceReader(folder).problems(shapes)
     except DamageError as error:
         return [str(error)]
+
+
+def tell_strangers(folder: Path) -> None:
+    """Warns of what lies in a checkpoint's folder and is not read."""
+    if names := record.strangers(folder):
+        log.warning("%s: not in its manifest, and not read: %s", folder, ", ".join(map(repr, names)))
 
 
 # --- resuming -----------------------------------------------------------------------------------
@@ -93,6 +90,7 @@ def resume(
         saved = record.read_record(folder)
         _refuse_changes(folder, saved, config, fingerprint, allow_changes)
         if first:
+            tell_strangers(folder)
             for bad in damaged:
                 log.error("set aside as %s", record.set_aside(bad))
         load_into(folder, saved, engine)
@@ -112,13 +110,9 @@ def _problems_together(folder: Path, engine: Engine) -> list[str]:
     Raises UsageError, on every rank, where another version of megagpt wrote the configuration.
     """
     rank, world = engine.ranks.rank, engine.ranks.world
-    try:
-        files = record.read_record(folder).files
-    except DamageError as error:
-        found = [str(error)] if rank == 0 else []
-    else:
-        found = [problem for file in files[rank::world] if (problem := file.problem(folder))]
-    problems = [problem for own in engine.gather(found) for problem in own]
+    found = engine.gather(record.files_problems(folder, slice(rank, None, world)))
+    # What is wrong with the manifest itself every rank has said.
+    problems = list(dict.fromkeys(problem for own in found for problem in own))
     if not problems:
         model = load_run(folder / CONFIG).model
         problems = engine.gather(slice_problems(folder, model) if rank == 0 else [])[0]

@@ -5,12 +5,17 @@
 
 A checkpoint is written into `step_00000100.tmp` and renamed once everything is on the disk, so a
 folder without `.tmp` is whole. What is on the disk may still rot, and the manifest carries the
-checksum of its own other lines too, so that no byte of a checkpoint is believed unread.
+checksum of its own other lines too, so that no byte of a checkpoint is believed unread. Only what
+the manifest names is read.
+
+In `checkpoints/` the names `step_` and digits, with or without `.tmp` and `.damaged1`, are ours;
+everything else is the user's, and neither read nor removed.
 """
 
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -35,6 +40,11 @@ class FileRecord:
     name: str
     bytes: int
     sha256: str
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a name that leads out of the folder."""
+        if Path(self.name).name != self.name or self.name in ("", ".."):
+            raise ValueError(f"{self.name!r} is no name of a file in this folder")
 
     @classmethod
     def of(cls, path: Path) -> "FileRecord":
@@ -122,6 +132,29 @@ def read_record(folder: Path) -> CheckpointRecord:
         raise DamageError(f"{path}: not a readable manifest ({reason})") from None
 
 
+def files_problems(folder: Path, share: slice = slice(None)) -> list[str]:
+    """What the manifest names and is not as it says, reading every byte of it; empty when whole.
+
+    `share` are the files to read. Raises UsageError for another version's manifest.
+    """
+    try:
+        saved = read_record(folder)
+    except DamageError as error:
+        return [str(error)]
+    if step_of(folder) not in (None, saved.step):
+        return [f"{folder}: is of step {saved.step} by its manifest; give it its name again"]
+    return [problem for file in saved.files[share] if (problem := file.problem(folder))]
+
+
+def strangers(folder: Path) -> list[str]:
+    """Names that lie in a checkpoint's folder and not in its manifest, sorted; nothing reads them.
+
+    Raises what read_record raises.
+    """
+    known = {file.name for file in read_record(folder).files} | {MANIFEST}
+    return sorted(path.name for path in folder.iterdir() if path.name not in known)
+
+
 # --- the folders of a run -----------------------------------------------------------------------
 
 
@@ -131,14 +164,20 @@ def folder_of(run: Path) -> Path:
 
 
 def name_of(step: int) -> str:
-    """Name of the checkpoint after `step` steps; names sort as steps do."""
+    """Name of the checkpoint after `step` steps, with eight digits or more."""
     return f"step_{step:08d}"
+
+
+def step_of(folder: Path) -> int | None:
+    """The step that a checkpoint's name tells; None for another name."""
+    found = re.fullmatch("step_([0-9]+)", folder.name)
+    return int(found[1]) if found else None
 
 
 def list_checkpoints(run: Path) -> list[Path]:
     """Folders of the run's checkpoints, oldest first, without unfinished and damaged ones."""
-    folders = folder_of(run).glob("step_*")
-    return sorted(f for f in folders if f.is_dir() and not f.suffix)
+    steps = [(step_of(f), f) for f in folder_of(run).glob("step_*") if f.is_dir()]
+    return [folder for _, folder in sorted((s, f) for s, f in steps if s is not None)]
 
 
 def checkpoints_of(folder: Path) -> list[Path]:
@@ -152,19 +191,23 @@ def checkpoints_of(folder: Path) -> list[Path]:
     return folders
 
 
-def temporary_of(folder: Path) -> Path:
-    """Where a folder is written before it is whole."""
+def unfinished_of(folder: Path) -> Path:
+    """Where a checkpoint is written before it is whole."""
     return folder.with_name(folder.name + TEMPORARY)
 
 
 @contextmanager
-def written_whole(folder: Path) -> Iterator[Path]:
-    """An empty folder to write into, which becomes `folder` once all of it is on the disk."""
-    temporary = temporary_of(folder)
+def written_whole(folder: Path, temporary: Path) -> Iterator[Path]:
+    """`temporary`, empty, to write into; it becomes `folder` once all of it is on the disk, and
+    goes when that fails."""
     # A process that was killed may have left some of it.
-    shutil.rmtree(temporary, ignore_errors=True)
+    remove(temporary)
     temporary.mkdir(parents=True)
-    yield temporary
+    try:
+        yield temporary
+    except BaseException:
+        remove(temporary)
+        raise
     publish(temporary, folder)
 
 
@@ -190,7 +233,7 @@ def set_aside(folder: Path) -> Path:
     """Gives a damaged checkpoint a name that is never loaded; nothing is deleted."""
     for number in range(1, 1000):
         aside = folder.with_name(f"{folder.name}{DAMAGED}{number}")
-        if not aside.exists():
+        if not os.path.lexists(aside):
             os.replace(folder, aside)
             return aside
     raise DamageError(f"{folder}: 999 damaged copies are there already; remove them")
@@ -198,31 +241,42 @@ def set_aside(folder: Path) -> Path:
 
 def remove_unfinished(run: Path) -> list[Path]:
     """Removes what a crash left half-written; returns the paths removed. One rank calls this."""
-    unfinished = sorted(folder_of(run).glob(f"*{TEMPORARY}"))
+    names = sorted(folder_of(run).glob(f"step_*{TEMPORARY}"))
+    unfinished = [path for path in names if step_of(path.with_suffix("")) is not None]
     for path in unfinished:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        remove(path)
     return unfinished
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a folder, and of a link the link alone."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path)
 
 
 def retire(run: Path, keep_last: int) -> list[Path]:
     """Removes all but the newest `keep_last` and the milestones. One rank calls this.
 
-    A folder whose manifest cannot be read stays: it may be a milestone worth repairing.
+    A folder whose manifest cannot be read stays: it may be a milestone worth repairing. So does
+    what a user has put there: a link, and a name that a run would not give.
     """
-    removed = [f for f in list_checkpoints(run)[:-keep_last] if _replaceable(f)]
+    saved = [(folder, _ours(folder)) for folder in list_checkpoints(run)]
+    ours = [(folder, state) for folder, state in saved if state]
+    removed = [folder for folder, state in ours[:-keep_last] if not state.milestone]
     for folder in removed:
         # Without its new name a crash in the middle would leave a folder that looks whole.
-        doomed = temporary_of(folder)
+        doomed = unfinished_of(folder)
         os.replace(folder, doomed)
         shutil.rmtree(doomed)
     return removed
 
 
-def _replaceable(folder: Path) -> bool:
+def _ours(folder: Path) -> CheckpointRecord | None:
+    """The manifest of a checkpoint that a run has saved here and that can be read."""
     try:
-        return not read_record(folder).milestone
+        saved = read_record(folder)
     except (DamageError, UsageError):
-        return False
+        return None
+    return saved if folder.name == name_of(saved.step) and not folder.is_symlink() else None

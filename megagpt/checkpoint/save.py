@@ -11,6 +11,7 @@ says so in the gathering, and all ranks agree that there is no checkpoint.
 
 import dataclasses
 import logging
+import os
 import shutil
 import threading
 import time
@@ -64,7 +65,7 @@ class Saver:
         """Starts to save `state` (its files are filled in later), finishing the one before."""
         self.finish()
         t0 = time.perf_counter()
-        temporary = record.temporary_of(self._folder(state))
+        temporary = record.unfinished_of(self._folder(state))
         owned = [piece for piece in self.engine.slices() if piece.owned]
         rank_bytes = 4 * len(STATES) * sum(piece.numel for piece in owned)
         needed = int(self.engine.total([rank_bytes])[0])
@@ -109,7 +110,7 @@ class Saver:
             problem = self._on_rank_0(lambda: self._commit(folder, state, results))
             problems = [problem] if problem else []
         if problems:
-            temporary = record.temporary_of(folder)
+            temporary = record.unfinished_of(folder)
             self._on_rank_0(lambda: shutil.rmtree(temporary, ignore_errors=True))
             self._fail(problems, last)
             return None
@@ -130,10 +131,10 @@ class Saver:
         return str(self.engine.gather(problem)[0])
 
     def _commit(self, folder: Path, state: CheckpointRecord, files: list[FileRecord]) -> None:
-        temporary = record.temporary_of(folder)
+        temporary = record.unfinished_of(folder)
         write_file(temporary / record.CONFIG, dump_run(self.config))
         record.seal(temporary, state, files)
-        if folder.exists():
+        if os.path.lexists(folder):
             # Saved before at this step, by a run that was then sent back to an older checkpoint.
             record.set_aside(folder)
         record.publish(temporary, folder)
@@ -157,7 +158,7 @@ class Saver:
 
 def _make_anew(folder: Path, needed: int) -> None:
     """An empty folder, whatever was there. Raises OSError, also where `needed` bytes do not fit."""
-    shutil.rmtree(folder, ignore_errors=True)
+    record.remove(folder)
     folder.mkdir(parents=True)
     free = shutil.disk_usage(folder).free
     if free < needed:

@@ -14,6 +14,7 @@ import io
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megagpt.checkpoint.record import FileRecord
+from megagpt.checkpoint.record import FileRecord, read_record
 from megagpt.engine import split as splits
 from megagpt.engine.slices import STATES, Slice, TensorShare
 from megagpt.errors import DamageError, UsageError
@@ -36,6 +37,10 @@ MOST_PROBLEMS = 5
 def file_name(rank: int) -> str:
     """Name of a rank's file in a checkpoint's folder."""
     return f"rank_{rank:05d}.safetensors"
+
+
+SLICES = re.compile(r"rank_[0-9]+\.safetensors")
+"""Names of such files."""
 
 
 def write_slices(path: Path, slices: Iterable[Slice]) -> FileRecord:
@@ -148,11 +153,13 @@ class SliceReader:
     is read lies in no file.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, names: Sequence[str] | None = None) -> None:
+        """names: the files to read; None: those of the manifest, whatever else lies there."""
         self.folder = folder
         self._parameters: dict[str, _Parameter] = {}
-        paths = sorted(folder.glob("rank_*.safetensors"))
-        for path in paths:
+        if names is None:
+            names = [file.name for file in read_record(folder).files if SLICES.fullmatch(file.name)]
+        for path in (folder / name for name in names):
             try:
                 self._open(path)
             except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
@@ -160,8 +167,10 @@ class SliceReader:
                     f"{path}: not a readable file of slices ({error}); run megagpt checkpoint "
                     "verify, and use another checkpoint"
                 ) from None
-        if not paths:
-            raise DamageError(f"{folder}: holds no rank_*.safetensors; use another checkpoint")
+        if not names:
+            raise DamageError(
+                f"{folder}: its manifest names no rank_*.safetensors; use another checkpoint"
+            )
 
     def _open(self, path: Path) -> None:
         """Takes in a rank's header. Raises OSError, KeyError and the like when it is not ours."""

@@ -7,7 +7,7 @@ import urllib.request
 from pathlib import Path
 
 from megagpt.errors import DamageError, UsageError
-from megagpt.files import file_sha256
+from megagpt.files import file_sha256, temporary_of
 
 log = logging.getLogger("megagpt.data")
 TIMEOUT_S = 60
@@ -21,7 +21,7 @@ def fetch(url: str, path: Path, sha256: str | None = None) -> Path:
     if not path.exists():
         log.info("downloading %s", url)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
+        temporary = temporary_of(path)
         try:
             with urllib.request.urlopen(url, timeout=TIMEOUT_S) as answer:
                 with temporary.open("wb") as file:

@@ -171,9 +171,9 @@ def _checkpoint(folder: Path, step: int | None) -> Path:
     """The run folder, or its checkpoint of a step. Raises UsageError when there is none."""
     if step is None:
         return folder
-    from megagpt.checkpoint import list_checkpoints
+    from megagpt.checkpoint.record import list_checkpoints, step_of
 
-    steps = {int(path.name.removeprefix("step_")): path for path in list_checkpoints(folder)}
+    steps = {step_of(path): path for path in list_checkpoints(folder)}
     if step not in steps:
         known = ", ".join(map(str, steps)) or "none"
         raise UsageError(

@@ -115,8 +115,13 @@ def test_consolidated_files_are_the_model(run, tmp_path, capsys):
 
 
 def test_a_consolidation_that_was_killed_leaves_nothing_behind(run, tmp_path):
-    (tmp_path / "out.tmp").mkdir()
-    (tmp_path / "out.tmp" / "model-00007-of-00009.safetensors").write_text("half")
+    left = tmp_path / ".out.megagpt.tmp"
+    left.mkdir()
+    (left / "model-00007-of-00009.safetensors").write_text("half")
+    # What a user calls so is the user's.
+    for name in ("out.tmp", "out.tmp.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine").write_text("mine")
     (tmp_path / "out").mkdir()
     found = [path.name for path in consolidate(run, tmp_path / "out")]
     assert found == [
@@ -124,6 +129,18 @@ def test_a_consolidation_that_was_killed_leaves_nothing_behind(run, tmp_path):
         "model-00001-of-00001.safetensors",
         "model.safetensors.index.json",
     ]
+    assert not left.exists()
+    assert all((tmp_path / name / "mine").is_file() for name in ("out.tmp", "out.tmp.tmp"))
+
+
+def test_a_consolidation_that_fails_leaves_nothing_behind(run, tmp_path, monkeypatch):
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("megagpt.checkpoint.export.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        consolidate(run, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_load_model_opens_one_checkpoint_of_a_run_too(run):

@@ -1,6 +1,7 @@
 """A run's checkpoints: damage of any file is found, the older one is loaded, nothing is lost."""
 
 import dataclasses
+import json
 import logging
 import re
 import shutil
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from megagpt import checkpoint
-from megagpt.checkpoint import list_checkpoints, load_model, record, resume, verify
+from megagpt.checkpoint import Saver, list_checkpoints, load_model, record, resume, verify
 from megagpt.checkpoint.export import consolidate
 from megagpt.checkpoint.load import differences
 from megagpt.checkpoint.slice_file import SliceReader, write_slices
@@ -22,7 +23,7 @@ from megagpt.engine.slices import STATES, Slice
 from megagpt.errors import DamageError, UsageError
 from megagpt.plan.ds_config import read_ds_config, resolve
 from megagpt.plan.layout import Layout
-from tests.lib.checkpoints import fingerprint, flip
+from tests.lib.checkpoints import fingerprint, flip, state
 from tests.lib.distributed import undisturbed
 
 FILES = ("rank_00000.safetensors", "rank_00001.safetensors", "config.toml", "manifest.json")
@@ -149,7 +150,6 @@ def test_what_a_crash_left_is_removed(run, config, engine, caplog):
     folders = list_checkpoints(run)
     left = run / "checkpoints" / "step_00000099.tmp"
     shutil.copytree(folders[-1], left)
-    (run / "checkpoints" / "latest.tmp").write_text("half")
     saved = resume(run, config, engine, fingerprint(run))
     assert saved is not None and list_checkpoints(run) == folders
     assert not list((run / "checkpoints").glob("*.tmp"))
@@ -250,9 +250,127 @@ def test_every_parameter_of_the_model_is_there_once(run, config, engine, change,
 
 def test_a_file_of_a_rank_that_is_there_twice(run):
     newest = list_checkpoints(run)[-1]
-    # Not in the manifest, so no checksum speaks of it; a reader would take it for another rank's.
     shutil.copy(newest / FILES[1], newest / "rank_00002.safetensors")
+    rewrite_manifest(newest)
     assert re.search(r"is not there once: element \d+ of part 0 is in two files", verify(newest)[0])
+
+
+# --- what the manifest does not name ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["rank_00000 (copy).safetensors", "rank_00002.safetensors", "rank_00000.safetensors~"]
+)
+def test_only_what_the_manifest_names_is_read(run, config, engine, name, capsys, caplog):
+    older, newest = list_checkpoints(run)[-2:]
+    expected = {key: value.clone() for key, value in load_model(newest)[0].state_dict().items()}
+    shutil.copy(older / FILES[0], newest / name)
+    # In the place of the manifest's own file it would be damage.
+    assert main(["checkpoint", "verify", str(newest)]) == 0
+    said = f"{newest.name}  whole; not in its manifest, and read by nothing: {name!r}\n"
+    assert capsys.readouterr().out == said
+    model, _, _ = load_model(run)
+    assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
+    reader = SliceReader(newest)
+    saved = resume(run, config, engine, fingerprint(run))
+    assert saved is not None and saved.step == record.step_of(newest)
+    for one in engine.slices():
+        assert torch.equal(one.read("fp32"), reader.read(one, "fp32"))
+    assert caplog.text.count(f"{newest}: not in its manifest, and not read: {name!r}") == 2
+
+
+def test_a_manifest_names_files_of_its_own_folder_only(run):
+    older, newest = list_checkpoints(run)[-2:]
+    path, outside = newest / "manifest.json", f"../{older.name}/rank_00000.safetensors"
+    tree = json.loads(path.read_text())
+    del tree["sha256"]
+    for name in (outside, str(older / FILES[0]), "..", ""):
+        tree["files"][0]["name"] = name
+        path.write_text(record._text(tree))
+        assert f"{name!r} is no name of a file in this folder" in verify(newest)[0]
+
+
+# --- names that are not ours --------------------------------------------------------------------
+
+
+def test_the_order_of_checkpoints_is_that_of_their_numbers(tmp_path):
+    names = ["step_00000009", "step_00000010", "step_99999999", "step_100000000", "step_999999999"]
+    for name in reversed(names):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert [folder.name for folder in list_checkpoints(tmp_path)] == names
+    assert [record.step_of(folder) for folder in list_checkpoints(tmp_path)][-2] == 100_000_000
+    assert record.name_of(100_000_000) == "step_100000000"
+
+
+USERS = (
+    "step_best",
+    "step_00000004_backup",
+    "step_00000004-old",
+    "step_00000004 (copy)",
+    "my_step_00000004",
+    "step_",
+    "step_\N{ARABIC-INDIC DIGIT FOUR}",
+    "notes.tmp",
+    "step_best.tmp",
+)
+"""Names of folders that users give."""
+
+
+def test_a_users_folders_are_neither_read_nor_removed(run, config, engine):
+    folders, inside = list_checkpoints(run), run / "checkpoints"
+    newest = folders[-1]
+    for name in USERS:
+        shutil.copytree(folders[0], inside / name)
+    (inside / "todo.tmp").write_text("a file")
+    # Checkpoints that a user has moved to a larger disk and linked, and a copy under a plain name.
+    elsewhere = run.parent / "elsewhere"
+    shutil.move(folders[0], elsewhere)
+    folders[0].symlink_to(elsewhere)
+    (inside / "step_00000000").symlink_to(run.parent / "gone")
+    shutil.copytree(folders[1], inside / f"step_{record.step_of(folders[1])}")
+    saved = resume(run, config, engine, fingerprint(run))
+    assert saved is not None and saved.step == record.step_of(newest)
+    saver = Saver(run, config, engine)
+    for step in (997, 998, 999):
+        saver.begin(state(step, saved))
+        assert saver.finish() is not None
+    resume(run, config, engine, fingerprint(run))
+    assert all((inside / name / "config.toml").is_file() for name in USERS)
+    assert (inside / "todo.tmp").is_file() and verify(elsewhere) == [] and folders[0].is_symlink()
+    assert verify(inside / f"step_{record.step_of(folders[1])}") == []
+    assert not newest.exists()
+    assert [record.step_of(folder) for folder in list_checkpoints(run)][-3:] == [997, 998, 999]
+
+
+def test_a_link_where_a_checkpoint_is_to_be_written_is_no_reason_to_stop(run, config, engine):
+    saved, inside = resume(run, config, engine, fingerprint(run)), run / "checkpoints"
+    assert saved is not None
+    (inside / "step_00000997.tmp").symlink_to(run.parent)
+    (inside / "step_00000998.tmp").symlink_to(run.parent)
+    (inside / "step_00000998").symlink_to(run.parent / "gone")
+    saver = Saver(run, config, engine)
+    for step in (997, 998):
+        saver.begin(state(step, saved))
+        assert saver.finish() is not None
+    # Of a link the link alone is removed.
+    (inside / "step_00000999.tmp").symlink_to(run.parent)
+    resume(run, config, engine, fingerprint(run))
+    assert not (inside / "step_00000999.tmp").is_symlink() and run.is_dir()
+    assert (inside / "step_00000998.damaged1").is_symlink()
+
+
+def test_a_copy_under_another_steps_name_is_not_that_step(run, config, engine, capsys):
+    older, newest = list_checkpoints(run)[-2:]
+    wrong = newest.with_name("step_99999999")
+    shutil.copytree(older, wrong)
+    assert main(["checkpoint", "verify", str(run)]) == 3
+    of = record.step_of(older)
+    assert f"{wrong}: is of step {of} by its manifest; give it its name again" in (
+        capsys.readouterr().out
+    )
+    saved = resume(run, config, engine, fingerprint(run))
+    assert saved is not None and saved.step == record.step_of(newest)
+    assert wrong.with_name("step_99999999.damaged1").is_dir()
 
 
 # --- is it the same run? ------------------------------------------------------------------------

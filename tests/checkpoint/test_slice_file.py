@@ -72,6 +72,11 @@ def write(folder: Path, held: list[list[Slice]]) -> list[FileRecord]:
     ]
 
 
+def opened(folder: Path) -> SliceReader:
+    """All files of a folder that has no manifest."""
+    return SliceReader(folder, sorted(path.name for path in folder.glob("rank_*")))
+
+
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_any_cut_reads_back_under_any_other(tmp_path_factory, data):
@@ -81,7 +86,7 @@ def test_any_cut_reads_back_under_any_other(tmp_path_factory, data):
     whole = tensors(shapes)
     ranks, parts = data.draw(st.integers(1, 4)), data.draw(st.sampled_from([1, 2]))
     write(folder, cut(whole, ranks, kinds, parts, data.draw))
-    reader = SliceReader(folder)
+    reader = opened(folder)
     assert reader.names == sorted(shapes)
     for name, values in whole.items():
         assert reader.numel(name) == values["fp32"].numel()
@@ -114,13 +119,13 @@ def test_a_rank_without_slices_writes_a_file_all_the_same(tmp_path):
     values = tensors({"x": (4,)})
     write(tmp_path / "x", [[piece(values["x"], "x", 0, 4, TensorShare())], []])
     assert load_file(tmp_path / "x" / "rank_00001.safetensors") == {}
-    assert torch.equal(SliceReader(tmp_path / "x").full("x"), values["x"]["fp32"])
+    assert torch.equal(opened(tmp_path / "x").full("x"), values["x"]["fp32"])
 
 
 def test_bf16_slices_are_written_in_fp32(tmp_path):
     values = {"x": {k: torch.ones(4, dtype=torch.bfloat16) for k in STATES}}
     write(tmp_path / "x", [[piece(values["x"], "x", 0, 4, TensorShare())]])
-    assert SliceReader(tmp_path / "x").full("x").dtype == torch.float32
+    assert opened(tmp_path / "x").full("x").dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -130,7 +135,7 @@ def test_a_gap_is_found_even_where_an_overlap_makes_up_for_it(tmp_path, cuts):
     values = tensors({"x": (10,)})["x"]
     write(tmp_path / "x", [[piece(values, "x", a, b, TensorShare())] for a, b in cuts])
     with pytest.raises(DamageError, match=r"parameter 'x' \(fp32\) is not whole: element \d+ of"):
-        SliceReader(tmp_path / "x").full("x")
+        opened(tmp_path / "x").full("x")
 
 
 def test_replicas_that_overlap_are_read_once(tmp_path):
@@ -139,12 +144,12 @@ def test_replicas_that_overlap_are_read_once(tmp_path):
         tmp_path / "x",
         [[piece(values, "x", a, b, TensorShare())] for a, b in ((0, 7), (2, 5), (4, 10))],
     )
-    assert torch.equal(SliceReader(tmp_path / "x").full("x"), values["fp32"])
+    assert torch.equal(opened(tmp_path / "x").full("x"), values["fp32"])
 
 
 def test_what_is_no_file_of_slices(tmp_path):
-    with pytest.raises(DamageError, match=r"holds no rank_\*.safetensors; use another"):
-        SliceReader(tmp_path)
+    with pytest.raises(DamageError, match=r"manifest names no rank_\*.safetensors; use another"):
+        opened(tmp_path)
     path = tmp_path / "rank_00000.safetensors"
     values = tensors({"x": (10,)})["x"]
     write_slices(path, [piece(values, "x", 0, 10, TensorShare())])
@@ -159,7 +164,7 @@ def test_what_is_no_file_of_slices(tmp_path):
     ):
         path.write_bytes(content)
         with pytest.raises(DamageError, match="rank_00000.safetensors: not a readable file of sl"):
-            SliceReader(tmp_path)
+            opened(tmp_path)
 
 
 def test_headers_that_contradict_themselves_or_each_other(tmp_path):
@@ -170,20 +175,20 @@ def test_headers_that_contradict_themselves_or_each_other(tmp_path):
     # The header says 9 elements, and 40 bytes of them.
     path.write_bytes(whole.replace(b'\\"numel\\": 10', b'\\"numel\\": 9 '))
     with pytest.raises(DamageError, match=r"x\|fp32 has 40 bytes, not 4 an element"):
-        SliceReader(tmp_path)
+        opened(tmp_path)
     path.write_bytes(whole)
     other = piece(tensors({"x": (5, 2)})["x"], "x", 0, 10, TensorShare())
     write_slices(tmp_path / "rank_00001.safetensors", [other])
     message = "rank_00001.safetensors: .*x has another shape or split than in another rank's file"
     with pytest.raises(DamageError, match=message):
-        SliceReader(tmp_path)
+        opened(tmp_path)
 
 
 def test_a_file_that_is_cut_while_it_is_read(tmp_path):
     values = tensors({"x": (10_000,)})["x"]
     write(tmp_path / "x", [[piece(values, "x", 0, 10_000, TensorShare())]])
     path = tmp_path / "x" / "rank_00000.safetensors"
-    reader = SliceReader(path.parent)
+    reader = opened(path.parent)
     os.truncate(path, path.stat().st_size - 1)
     assert torch.equal(reader.full("x", "exp_avg"), values["exp_avg"])
     with pytest.raises(DamageError, match="rank_00000.safetensors: has become shorter since it"):
@@ -193,7 +198,7 @@ def test_a_file_that_is_cut_while_it_is_read(tmp_path):
 def test_a_parameter_of_another_model(tmp_path):
     values = tensors({"x": (10,)})["x"]
     write(tmp_path / "x", [[piece(values, "x", 0, 10, TensorShare())]])
-    reader = SliceReader(tmp_path / "x")
+    reader = opened(tmp_path / "x")
     with pytest.raises(DamageError, match="holds no parameter 'y'; it belongs to another model"):
         reader.full("y")
     longer = piece(tensors({"x": (12,)})["x"], "x", 0, 12, TensorShare())
@@ -211,7 +216,7 @@ def test_only_the_embeddings_padding_may_differ(tmp_path):
         for part in range(2)
     ]
     write(tmp_path / "x", held)
-    reader = SliceReader(tmp_path / "x")
+    reader = opened(tmp_path / "x")
     asked = {k: fit_rows(v, (6, 2), "wte.weight") for k, v in values.items()}
     one = piece(asked, "wte.weight", 3, 12, TensorShare())
     assert torch.equal(reader.read(one, "exp_avg"), one.read("exp_avg"))
