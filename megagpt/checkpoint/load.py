@@ -53,7 +53,9 @@ def slice_problems(folder: Path, model: ModelConfig) -> list[str]:
 def tell_strangers(folder: Path) -> None:
     """Warns of what lies in a checkpoint's folder and is not read."""
     if names := record.strangers(folder):
-        log.warning("%s: not in its manifest, and not read: %s", folder, ", ".join(map(repr, names)))
+        log.warning(
+            "%s: not in its manifest, and not read: %s", folder, ", ".join(map(repr, names))
+        )
 
 
 # --- resuming -----------------------------------------------------------------------------------

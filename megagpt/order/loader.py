@@ -10,6 +10,7 @@ micro-batches, threads or the point where a run resumed.
 """
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -65,6 +66,7 @@ class TokenLoader:
         self.n_ctx, self.seed, self.shuffle = n_ctx, seed, shuffle
         self.stores = [TokenWindows(Path(path)) for path, _ in sources]
         _check(self.stores)
+        self._names = unique_names([store.folder for store in self.stores])
         self._n_windows = [store.n_windows(n_ctx) for store in self.stores]
         keys = [store.fingerprint for store in self.stores]
         weights = [weight for _, weight in sources]
@@ -198,19 +200,23 @@ class TokenLoader:
     def consumed(self, samples: int) -> list[dict[str, object]]:
         """What the first `samples` samples took from each source, in the order of the list.
 
-        path, name (of the folder), samples, tokens (targets: samples * n_ctx) and epochs (samples
-        / windows of the source).
+        path, name (unique_names of the folders), samples, tokens (targets: samples * n_ctx) and
+        epochs (samples / windows of the source).
         """
         return [
             {
                 "path": str(store.folder),
-                "name": store.folder.name,
+                "name": name,
                 "samples": count,
                 "tokens": count * self.n_ctx,
                 "epochs": count / n,
             }
-            for store, n, count in zip(
-                self.stores, self._n_windows, self.mixture.counts(samples), strict=True
+            for store, name, n, count in zip(
+                self.stores,
+                self._names,
+                self._n_windows,
+                self.mixture.counts(samples),
+                strict=True,
             )
         ]
 
@@ -222,6 +228,19 @@ class TokenLoader:
             self._thread = None
         for store in self.stores:
             store.close()
+
+
+def unique_names(folders: Sequence[Path]) -> list[str]:
+    """A name for each folder, no two alike: its own, with those above it where it takes them."""
+    paths = [Path(os.path.abspath(folder)) for folder in folders]
+    found = []
+    for path in paths:
+        others = [other.parts for other in paths if other != path]
+        length = 1
+        while any(other[-length:] == path.parts[-length:] for other in others):
+            length += 1
+        found.append("/".join(path.parts[-length:]))
+    return found
 
 
 def training_loader(config: RunConfig) -> TokenLoader:

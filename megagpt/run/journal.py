@@ -4,11 +4,15 @@ An entry says one of two things. With `skipped_samples`: the run went back to `s
 step after it reads its samples so much further on. Without: the update of `step` was left out.
 Where a run reads and which steps it leaves out is then a pure function of the step and the
 journal; resuming, or training the run anew beside the same journal, takes the same steps.
+
+Every line carries the sha256 of its other keys, and a checkpoint a copy of the entries so far
+(see `agree`), so that no line is believed unread. Lines of November 2026 or before carry none.
 """
 
+import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +23,8 @@ NAME = "journal.jsonl"
 UPDATE_SKIPPED = "left out"
 MOST_ROLLBACKS = 3
 """To the same checkpoint: beyond, skipping data does not help."""
+KEYS = {"step", "update", "skipped_samples", "reason", "spiked_step", "sha256"}
+"""What a line may hold."""
 Entry = tuple[int, int | None]
 """(step, samples skipped altogether by every step after it), or (step left out, None)."""
 
@@ -64,6 +70,24 @@ class Journal:
             )
         return Journal((*self.entries, (step, skipped_samples)))
 
+    def agree(self, sealed: Sequence[Sequence[int | None]], run: Path) -> "Journal":
+        """The run's journal, by its file and the copy in the checkpoint that it goes on from.
+
+        Where the file is gone or empty the copy counts. Raises DamageError when the file does not
+        begin as the copy does.
+        """
+        copy = tuple((int(step or 0), samples) for step, samples in sealed)
+        if not self.entries:
+            return Journal(copy)
+        for number, entry in enumerate(copy):
+            if self.entries[number : number + 1] != (entry,):
+                raise DamageError(
+                    f"{run / NAME}: entry {number + 1} is not the one that the checkpoint holds, "
+                    f"{json.dumps(_line(entry))}; restore the file, or move it away: then the "
+                    "checkpoint's copy is used"
+                )
+        return self
+
     def write(self, run: Path, **facts: object) -> None:
         """Appends the newest entry to the run's file, flushed to the disk. One rank calls it.
 
@@ -82,7 +106,13 @@ class Journal:
 
 
 def _text(entries: Iterable[Entry], **facts: object) -> bytes:
-    return "".join(json.dumps(_line(entry) | facts) + "\n" for entry in entries).encode()
+    return b"".join(_sealed(_line(entry) | facts) + b"\n" for entry in entries)
+
+
+def _sealed(line: dict[str, object]) -> bytes:
+    """The one text of a line."""
+    digest = hashlib.sha256(json.dumps(line).encode()).hexdigest()
+    return json.dumps(line | {"sha256": digest}).encode()
 
 
 def _line(entry: Entry) -> dict[str, object]:
@@ -92,11 +122,26 @@ def _line(entry: Entry) -> dict[str, object]:
     return {"step": step, "skipped_samples": samples}
 
 
-def _entry(line: dict[str, Any]) -> Entry:
+def _entry(text: bytes) -> Entry:
     """The entry of a line; raises KeyError, TypeError or ValueError for what is none."""
+    line: dict[str, Any] = json.loads(text)
+    if line.keys() - KEYS:
+        raise ValueError("a key that no entry has")
+    if line.pop("sha256", None) and _sealed(line) != text:
+        raise ValueError("its checksum is not that of its content")
     if line.get("update") == UPDATE_SKIPPED:
         return int(line["step"]), None
     return int(line["step"]), int(line["skipped_samples"])
+
+
+def _overgrown(rest: bytes) -> bool:
+    """Whether what follows the last line's end is a whole entry and more: then it was not cut
+    short, but its end has changed."""
+    text = rest.decode(errors="replace")
+    try:
+        return json.JSONDecoder().raw_decode(text)[1] < len(text)
+    except ValueError:
+        return False
 
 
 def read_journal(run: Path) -> Journal:
@@ -105,15 +150,13 @@ def read_journal(run: Path) -> Journal:
     Raises DamageError for a line that is no entry; only the last may be cut short (by a kill).
     """
     try:
-        lines = (run / NAME).read_bytes().splitlines(keepends=True)
+        *lines, rest = (run / NAME).read_bytes().split(b"\n")
     except FileNotFoundError:
         return Journal()
     entries: list[Entry] = []
-    for number, line in enumerate(lines, 1):
-        if not line.endswith(b"\n"):
-            break
+    for number, line in enumerate([*lines, rest] if _overgrown(rest) else lines, 1):
         try:
-            entries.append(_entry(json.loads(line)))
+            entries.append(_entry(line))
         except (ValueError, KeyError, TypeError, AttributeError):
             raise DamageError(
                 f"{run / NAME}, line {number}: not an entry of the journal; it decides which "

@@ -41,15 +41,15 @@ class Checkpoints:
         there is none.
 
         Raises UsageError when the samples of its last step are no longer the ones it was trained
-        on, and what `megagpt.checkpoint.resume` raises.
+        on, DamageError when the journal is not the checkpoint's, and what
+        `megagpt.checkpoint.resume` raises.
         """
         fingerprint = self.loader.fingerprint
         saved = resume(self.folder, self.config, self.engine, fingerprint, allow_changes)
         journal = Journal(self.engine.gather(read_journal(self.folder).entries)[0])
         if saved is None:
             return RunState(journal=journal), []
-        if not journal.entries:
-            journal = Journal(tuple((step, samples) for step, samples in saved.rollbacks))
+        journal = journal.agree(saved.rollbacks, self.folder)
         run = RunState(
             step=saved.step,
             tokens=saved.tokens,

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megagpt.errors import DamageError, UsageError
-from megagpt.order.loader import TokenLoader
+from megagpt.order.loader import TokenLoader, unique_names
 from tests.order.test_windows import random_documents, write_corpus
 
 N_CTX = 8
@@ -60,6 +60,32 @@ def test_every_source_is_read_without_replacement(loader: TokenLoader) -> None:
             epoch = windows[start : start + n]
             assert len(set(epoch.tolist())) == len(epoch)
     assert [took["samples"] for took in loader.consumed(1000)] == [600, 300, 100]
+
+
+@pytest.mark.parametrize(
+    ("folders", "names"),
+    [
+        (["data/web", "data/books"], ["web", "books"]),
+        (["a/web", "b/web", "b/books"], ["a/web", "b/web", "books"]),
+        (["x/a/web", "y/a/web", "a/web/"], ["x/a/web", "y/a/web", "{here}/a/web"]),
+        (["one/./train", "two/../one/sub/train"], ["one/train", "sub/train"]),
+        (["."], ["{here}"]),
+        (["/web", "/data/web"], ["//web", "data/web"]),
+    ],
+)
+def test_no_two_sources_have_one_name(folders, names, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    expected = [name.replace("{here}", tmp_path.name) for name in names]
+    assert unique_names([Path(folder) for folder in folders]) == expected
+
+
+def test_corpora_in_folders_of_one_name_are_counted_apart(tmp_path):
+    for i, place in enumerate(("news", "forum", "books")):
+        write_corpus(tmp_path / place / "train", random_documents(i, 300))
+    folders = [tmp_path / place / "train" for place in ("news", "forum", "books")]
+    loader = TokenLoader(list(zip(folders, (5, 3, 2), strict=True)), N_CTX, seed=1)
+    taken = {took["name"]: took["tokens"] for took in loader.consumed(100)}
+    assert taken == {"news/train": 400, "forum/train": 240, "books/train": 160}
 
 
 @settings(max_examples=60, deadline=None)

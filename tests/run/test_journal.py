@@ -1,5 +1,7 @@
 """What was decided about spikes is written, read back, and replayed."""
 
+from pathlib import Path
+
 import pytest
 
 from megagpt.errors import DamageError, MegagptError
@@ -63,6 +65,64 @@ def test_a_damaged_journal_is_not_guessed_at(tmp_path):
         message = "line 1: not an entry of the journal; it decides which samples are read and"
         with pytest.raises(DamageError, match=message):
             read_journal(tmp_path)
+
+
+def journal_of(run: Path, entries: int = 3) -> Path:
+    """A journal of so many entries, updates left out and rollbacks in turn; its file."""
+    journal = Journal()
+    for step in range(10, 10 + entries):
+        journal = journal.add(step, 4 * step) if step % 2 else journal.skip_update(step)
+        journal.write(run, reason=f"loss {step}")
+    return run / "journal.jsonl"
+
+
+def test_every_bit_of_a_journal_counts(tmp_path):
+    path = journal_of(tmp_path)
+    whole, entries = path.read_bytes(), read_journal(tmp_path).entries
+    assert entries == ((10, None), (11, 44), (12, None))
+    for place in range(len(whole)):
+        for bit in range(8):
+            data = bytearray(whole)
+            data[place] ^= 1 << bit
+            path.write_bytes(data)
+            with pytest.raises(DamageError, match="journal.jsonl, line"):
+                read_journal(tmp_path)
+
+
+def test_lines_without_a_checksum_are_of_earlier_versions(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    old = b'{"step": 15, "update": "left out", "reason": "loss 3.3"}\n'
+    path.write_bytes(old)
+    assert read_journal(tmp_path) == Journal(((15, None),))
+    Journal(((15, None), (20, 16))).write(tmp_path, spiked_step=21, reason="loss 4")
+    assert path.read_bytes().startswith(old)
+    assert read_journal(tmp_path) == Journal(((15, None), (20, 16)))
+
+
+@pytest.mark.parametrize(
+    ("entries", "sealed", "wrong"),
+    [
+        ([], [], None),
+        ([], [(10, None), (11, 44)], None),
+        ([(10, None), (11, 44)], [(10, None)], None),
+        ([(10, None), (11, 44)], [(10, None), (11, 44)], None),
+        ([(10, None), (11, 44)], [(10, None), (11, 45)], 2),
+        ([(10, None), (11, 44)], [(11, None)], 1),
+        ([(11, 44), (10, None)], [(10, None), (11, 44)], 1),
+        ([(10, None)], [(10, None), (11, 44)], 2),
+    ],
+)
+def test_a_journal_begins_as_the_checkpoint_says(tmp_path, entries, sealed, wrong):
+    journal = Journal(tuple(entries))
+    if wrong is None:
+        assert journal.agree(sealed, tmp_path).entries == tuple(entries or sealed)
+        return
+    message = (
+        f"journal.jsonl: entry {wrong} is not the one that the checkpoint holds, .*; restore the "
+        "file, or move it away: then the checkpoint's copy is used"
+    )
+    with pytest.raises(DamageError, match=message):
+        journal.agree(sealed, tmp_path)
 
 
 def test_rollbacks_end():
