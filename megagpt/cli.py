@@ -9,9 +9,10 @@ import importlib
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from megagpt import __version__
-from megagpt.errors import MegagptError
+from megagpt.errors import UsageError, ended
 
 COMMANDS = {
     "doctor": (
@@ -62,7 +63,10 @@ def parser(command: str | None) -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code. Errors go to stderr as one message."""
-    argv = sys.argv[1:] if argv is None else argv
+    return ended(lambda: _run(sys.argv[1:] if argv is None else argv))
+
+
+def _run(argv: Sequence[str]) -> int:
     command = next((word for word in argv if not word.startswith("-")), None)
     made = parser(command)
     args, later = made.parse_known_args(argv)
@@ -71,18 +75,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         made.error(f"unrecognized arguments: {' '.join(later)}")
     if later:
         args.overrides += later
+    for name, value in vars(args).items():
+        _check(name.replace("_", "-"), value)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    try:
-        return int(args.run(args))
-    except MegagptError as error:
-        print(f"megagpt: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        # The reader of a pipe, such as head, has seen enough.
-        sys.stderr.close()
-        return 0
+    return int(args.run(args))
+
+
+def _check(name: str, value: object) -> None:
+    """Raises UsageError for what no option can be: numbers beyond 64 bits, names of no file."""
+    if isinstance(value, list):
+        for one in value:
+            _check(name, one)
+    if isinstance(value, int | float) and not abs(value) < 2**63:
+        raise UsageError(f"{name} = {value!r:.40}: must be a number below 2^63")
+    if isinstance(value, str | Path) and "\0" in str(value):
+        raise UsageError(f"{name} = {str(value)!r}: must not hold the character NUL")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ SIGUSR1 save a checkpoint and end with exit code 75.
 """
 
 import argparse
-import errno
 import logging
 import os
 import sys
@@ -21,12 +20,9 @@ from megagpt.cluster.ranks import Ranks, discover
 from megagpt.cluster.stop import StopRequest
 from megagpt.cluster.watchdog import Watchdog
 from megagpt.config import RunConfig, load_run
-from megagpt.errors import EXIT_DAMAGE, EXIT_FAILURE, EXIT_OK, MegagptError
+from megagpt.errors import EXIT_FAILURE, EXIT_OK, ended
 from megagpt.plan.ds_config import read_ds_config, resolve
 from megagpt.plan.layout import layout_of
-
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""Errors of a disk that takes no more."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -51,31 +47,25 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
+    hint = (
+        "; the checkpoints that were saved are whole; make space and run the same command again to "
+        "go on"
+    )
+    code = EXIT_FAILURE
+    try:
+        # A run goes on, and ends well, where nobody reads what it prints.
+        code = ended(lambda: _run(argv), first_to_fail, hint, must_arrive=False)
+    finally:
+        leave(clean=code == EXIT_OK)
+    return code
+
+
+def _run(argv: Sequence[str] | None) -> int:
     args = parser().parse_intermixed_args(argv)
     first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) in ("0", "")
     level = logging.INFO if first else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
-    code = EXIT_FAILURE
-    try:
-        code = train(args.run, args.overrides, args.allow_changes)
-    except MegagptError as error:
-        code = error.exit_code
-        if first_to_fail():
-            print(f"megagpt: {error}", file=sys.stderr, flush=True)
-    except OSError as error:
-        if error.errno not in FULL:
-            raise
-        code = EXIT_DAMAGE
-        place = error.filename or "the run folder"
-        print(
-            f"megagpt: {place}: {error.strerror}; the checkpoints that were saved are whole; make "
-            "space and run the same command again to go on",
-            file=sys.stderr,
-            flush=True,
-        )
-    finally:
-        leave(clean=code == EXIT_OK)
-    return code
+    return train(args.run, args.overrides, args.allow_changes)
 
 
 def set_environment(config: RunConfig, ranks: Ranks) -> None:

@@ -14,7 +14,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from megagpt.cluster.job import lead_s, script, seconds_of, sweep_of
+from megagpt.cluster.job import lead_s, pattern, script, seconds_of, sweep_of
 from megagpt.config import RunConfig, load_run
 from megagpt.errors import EXIT_OK, UsageError
 from megagpt.plan.ds_config import read_ds_config, resolve
@@ -88,12 +88,13 @@ def run(args: argparse.Namespace) -> int:
     if count < 1:
         why = "is complete" if steps else "has no measured speed yet; say --chain N"
         raise UsageError(f"--chain: the run in {config.output} {why}")
-    log = f"{config.output}/{'job-%a.log' if sweep else 'job.log'}"
+    log = f"{pattern(config.output)}/{'job-%a.log' if sweep else 'job.log'}"
     path = Path(config.output) / "job.sbatch"
+    options = sbatch_options(args, Path(config.output).resolve().name, lead, log, len(sweep))
+    text = script(options, [args.file, *args.overrides], sweep)
     # SLURM drops the log of a job whose folder is not there.
     path.parent.mkdir(parents=True, exist_ok=True)
-    options = sbatch_options(args, Path(config.output).name, lead, log, len(sweep))
-    path.write_text(script(options, [args.file, *args.overrides], sweep), encoding="utf-8")
+    path.write_text(text, encoding="utf-8", errors="surrogateescape")
     print(f"{path}: {layout}, {args.nodes} x {args.gpus_per_node} GPUs, {args.time}")
     if slow := spans_hosts(layout, args.gpus_per_node):
         print(f"slow: {slow}")

@@ -5,6 +5,7 @@ how a job trains, saves, stops and is queued again stands there and nowhere else
 """
 
 import itertools
+import json
 import re
 import shlex
 import sys
@@ -78,7 +79,48 @@ def sweep_of(options: Sequence[str], output: str) -> list[list[str]]:
                 f"--sweep {option}: must be section.key=value,value,... of a key other than output"
             )
         axes.append([f"{key}={part}" for part in parts])
-    return [[*point, f"output={output}/{_folder(point)}"] for point in itertools.product(*axes)]
+    points = list(itertools.product(*axes))
+    folders = [_folder(point) for point in points]
+    # Values that a name cannot tell apart.
+    folders = [f"{n}_{name}" if folders.count(name) > 1 else name for n, name in enumerate(folders)]
+    return [
+        [*point, "output=" + toml(f"{output}/{name}")]
+        for point, name in zip(points, folders, strict=True)
+    ]
+
+
+def toml(text: str) -> str:
+    """A text as the value of an override: bare where it reads as no other value of TOML."""
+    bare = re.fullmatch(r"[\w./+-]*/[\w./+-]*", text)
+    # A basic string of TOML is one of JSON, for text without control characters.
+    return text if bare else json.dumps(text, ensure_ascii=False)
+
+
+def directive(text: str) -> str:
+    """A value as sbatch reads it in a line of options; plain ones stay as they are.
+
+    Unlike a shell, sbatch takes a backslash before any character, within quotes of either kind
+    too, and a blank ends the value even behind one. Raises UsageError for what no quotes keep in
+    its line.
+    """
+    if not text.isprintable():
+        raise UsageError(
+            f"{text!r}: a name or path in a job must be one line of UTF-8 without control "
+            "characters; choose another"
+        )
+    if re.fullmatch(r"[\w./:@%+,=-]+", text):
+        return text
+    return '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'
+
+
+def pattern(path: str) -> str:
+    """A path as sbatch reads the name of a log, where %j and its like are replaced."""
+    if "\\" in path:
+        raise UsageError(
+            f"{path!r}: SLURM replaces nothing in the name of a log that has a backslash; choose "
+            "another output"
+        )
+    return path.replace("%", "%%")
 
 
 def _folder(overrides: Sequence[str]) -> str:
@@ -97,7 +139,7 @@ def script(
     overrides. sweep: further overrides of each task of an array.
     """
     lines = [
-        f"#SBATCH --{name}" + (f"={shlex.quote(value)}" if value else "")
+        f"#SBATCH --{name}" + (f"={directive(value)}" if value else "")
         for name, value in options.items()
     ]
     if sweep:

@@ -12,6 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from megagpt.errors import visible
 from megagpt.log.eta import Eta
 from megagpt.log.units import amount, duration, scientific
 from megagpt.report.series import Floats, Run
@@ -103,11 +104,17 @@ def frame(run: Run, now: float, width: int = 100) -> RenderableType:
         *_curve("loss", run, run.column("loss"), inner, 8, "cyan"),
         *_curve("tokens/s", run, run.column("tokens_per_s"), inner, 5, "green"),
         _figures(run, now, inner),
-        *(Text(f"! {warning}", style="bold red") for warning in warnings),
+        *(shown(f"! {warning}", "bold red") for warning in warnings),
     ]
     state = "complete" if finished(run) else ("look here" if warnings else "running")
     colour = {"complete": "green", "look here": "red", "running": "cyan"}[state]
-    return Panel(Group(*parts), title=f"{run.name}: {state}", border_style=colour, width=inner + 4)
+    title = shown(f"{run.name}: {state}", colour)
+    return Panel(Group(*parts), title=title, border_style=colour, width=inner + 4)
+
+
+def shown(text: str, style: str = "") -> Text:
+    """A text that is neither rich's markup nor of effect on the terminal."""
+    return Text(visible(text), style=style)
 
 
 def _progress(run: Run, width: int) -> RenderableType:
@@ -177,8 +184,8 @@ def _figures(run: Run, now: float, width: int) -> RenderableType:
         ("restarts", str(len(run.restarts))),
         ("goodput", f"{100 * run.goodput:.1f}%" if math.isfinite(run.goodput) else ""),
     ]
-    shown = [f"[dim]{name}[/] {value}" for name, value in cells if value]
+    facts = [Text(f"{name} ", "dim").append_text(shown(value)) for name, value in cells if value]
     table, columns = Table.grid(padding=(0, 3, 0, 0)), max(1, width // 28)
-    for first in range(0, len(shown), columns):
-        table.add_row(*shown[first : first + columns])
+    for first in range(0, len(facts), columns):
+        table.add_row(*facts[first : first + columns])
     return table

@@ -4,13 +4,14 @@ page.html is the frame, page.js draws the charts with uPlot, whose files lie in 
 licence. Everything goes into the one file, and its security policy forbids it to load more.
 """
 
+import html
 import json
 import time
 from collections.abc import Iterable, Sequence
-from html import escape
 from pathlib import Path
 from string import Template
 
+from megagpt.errors import visible
 from megagpt.log.units import duration
 from megagpt.report.charts import charts, colour_of
 from megagpt.report.series import Run
@@ -37,12 +38,21 @@ def write_page(runs: Sequence[Run], path: Path) -> Path:
         style=_text("uplot/uPlot.min.css") + _text("page.css"),
         tiles=_tiles(runs[0]) if len(runs) == 1 else "",
         tables="\n".join([_facts(runs), _goodput(runs), _restarts(runs), _configurations(runs)]),
-        # "</" would end the script element wherever it stands.
-        data=json.dumps(charts(runs), separators=(",", ":")).replace("</", "<\\/"),
+        data=script_data(charts(runs)),
         script=licence + _text("uplot/uPlot.iife.min.js") + _text("page.js"),
     )
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def escape(text: str) -> str:
+    """A text as it stands in the page, in an element or in the value of an attribute."""
+    return html.escape(visible(text))
+
+
+def script_data(value: object) -> str:
+    """A value as JSON within a script element, which every "<" could end or open anew."""
+    return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def _text(name: str) -> str:
@@ -60,7 +70,10 @@ def _period(runs: Sequence[Run]) -> str:
 
 
 def _tiles(run: Run) -> str:
-    tiles = (f"<div><b>{value}</b><span>{name}</span></div>" for name, value in headline(run))
+    tiles = (
+        f"<div><b>{escape(value)}</b><span>{escape(name)}</span></div>"
+        for name, value in headline(run)
+    )
     return f'<div class="tiles">{"".join(tiles)}</div>'
 
 
@@ -121,7 +134,7 @@ def _configurations(runs: Sequence[Run]) -> str:
     for run in runs:
         path = run.folder / "config.toml"
         if path.is_file():
-            text = escape(path.read_text(encoding="utf-8", errors="replace"))
+            text = escape(path.read_text(encoding="utf-8", errors="surrogateescape"))
             name = escape(f"{run.name}/config.toml")
             content += f"<details><summary>{name}</summary><pre>{text}</pre></details>"
     return _card("Configuration", content)

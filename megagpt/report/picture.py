@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from megagpt.errors import visible
 from megagpt.log.units import amount
 from megagpt.report.charts import ALARM, FAINT, GREY, GRID, INK, Chart, charts
 from megagpt.report.series import Run
@@ -29,6 +30,8 @@ _STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     # Texts in a picture are as small as they look: no font file is needed beyond matplotlib's.
     "font.family": "DejaVu Sans",
+    # "$" in a name begins no formula.
+    "text.parse_math": False,
 }
 _PANELS = (
     ("loss", (0, slice(0, 6))),
@@ -68,11 +71,17 @@ def draw_runs(runs: Sequence[Run], path: Path) -> Path:
         title, facts = f"{len(runs)} runs", "light: training loss, dots: validation loss"
         if len(runs) == 1:
             title, facts = runs[0].name, _facts_line(runs[0])
-        figure.text(0.07, 0.96, title, fontsize=15, fontweight="bold")
+        figure.text(0.07, 0.96, plain_text(title), fontsize=15, fontweight="bold")
         figure.text(0.07, 0.932, facts, fontsize=9, color=FAINT)
         figure.savefig(path, metadata={"Software": None})
         pyplot.close(figure)
     return path
+
+
+def plain_text(text: str) -> str:
+    """A text as matplotlib draws it, in one line; a label that begins with "_" would be hidden."""
+    text = visible(text).replace("\n", "\\n").replace("\t", "\\t")
+    return f" {text}" if text.startswith("_") else text
 
 
 def _facts_line(run: Run) -> str:
@@ -92,8 +101,7 @@ def _panel(axes: Any, chart: Chart, n_runs: int) -> None:
             # A step's value was in force from the end of the step before, the first one's from 0.
             x, y = [0.0, *x], [y[0], *y]
         last = f"  {y[-1]:.3f}" if large else ""
-        # A label that begins with "_" is not in the legend.
-        label = "_" if line["kind"] == "faint" else line["name"] + last
+        label = "_" if line["kind"] == "faint" else plain_text(line["name"] + last)
         axes.plot(x, y, color=line["colour"], label=label, **_LINES[line["kind"]])
     named: set[str] = set()
     for mark in chart["marks"]:
@@ -103,7 +111,7 @@ def _panel(axes: Any, chart: Chart, n_runs: int) -> None:
         named.add(kind)
     _scale(axes, axes.xaxis, chart, "x")
     _scale(axes, axes.yaxis, chart, "y")
-    axes.set_title(chart["title"] + (f" ({chart['unit']})" if chart["unit"] else ""))
+    axes.set_title(plain_text(chart["title"]) + (f" ({chart['unit']})" if chart["unit"] else ""))
     axes.set_xlabel(chart["x"], loc="right", fontsize=9)
     if large or (chart["title"] == "loss over compute" and n_runs < 4):
         axes.legend(loc="upper right" if large else "best", fontsize=10 if large else 8)

@@ -105,11 +105,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _look(folder: Path, follower: Follower, width: int) -> "tuple[RenderableType, bool]":
     """(the dashboard of now, whether the run is complete)."""
-    from megagpt.report.dashboard import finished, frame
+    from megagpt.report.dashboard import finished, frame, shown
     from megagpt.report.series import read_facts
 
     lines = follower.read()
     if not any("loss" in line for line in lines):
-        return f"{folder}: waiting for the first step", False
+        return shown(f"{folder}: waiting for the first step"), False
     seen = read_facts(folder, lines)
     return frame(seen, time.time(), width), finished(seen)

@@ -58,7 +58,7 @@ def test_a_job_for_a_run(tmp_path, capsys):
     more = ("--partition", "low", "--account", "us", "--qos", "long", "--cpus-per-task", "4")
     text = launched(path, *SIZE, *more, "--name", "my job", "schedule.peak_lr=1e-3")
     assert options(text) == options(TEMPLATE.read_text()) | {
-        "job-name": "'my",
+        "job-name": '"my',
         "nodes": "1",
         "ntasks-per-node": "2",
         "gpus-per-node": "2",
@@ -71,7 +71,7 @@ def test_a_job_for_a_run(tmp_path, capsys):
         "qos": "long",
     }
     assert text.startswith("#!/usr/bin/env bash\n# Written by `megagpt launch slurm`")
-    assert "#SBATCH --job-name='my job'\n" in text
+    assert '#SBATCH --job-name="my job"\n' in text
     assert f"\nset -- {path} schedule.peak_lr=1e-3\n" in text
     checked_by_shellcheck(tmp_path / "run" / "job.sbatch")
     told = capsys.readouterr().out
