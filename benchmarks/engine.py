@@ -161,8 +161,10 @@ class Bare:
 
         from megagpt.engine.optimizer import build_optimizer
         from megagpt.model import GPT, initialise
+        from megagpt.plan.layout import micro_batch_of
 
         config = trainer.config
+        self.micro_batch = micro_batch_of(config, trainer.layout, config.schedule.batch_tokens)
         self.trainer, self.torch, self.samples = trainer, torch, 0
         self.model = GPT(config.model)
         initialise(self.model.named_parameters(), config.model, config.seed)
@@ -176,8 +178,7 @@ class Bare:
     def step(self) -> None:
         """Forward, backward, clip, AdamW on one batch."""
         torch, config = self.torch, self.trainer.config
-        count = config.schedule.batch_tokens // config.model.n_ctx
-        micro = config.parallel.micro_batch
+        count, micro = config.schedule.batch_tokens // config.model.n_ctx, self.micro_batch
         batches = self.trainer.loader.micro_batches(self.samples, count, 0, 1, micro)
         self.samples += count
         total = 0.0

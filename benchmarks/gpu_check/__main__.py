@@ -140,7 +140,8 @@ def command(item: Item) -> list[str]:
         # Only files with such tests: others may import what a machine lent for minutes lacks.
         marked = [p for p in (ROOT / "tests").rglob("*.py") if "mark.gpu" in p.read_text()]
         where = [ROOT / "tests/gpu"] if os.environ["DEVICE"] == "cpu" else marked
-        flags = ["-m", "gpu", "-rs", "-p", "no:cacheprovider", "--durations=8"]
+        # Each result as it comes: what is cut off keeps the others.
+        flags = ["-m", "gpu", "-vv", "-rs", "-p", "no:cacheprovider", "--durations=8"]
         # Most of a test is starting and compiling, which a GPU's host does for eight at a time.
         flags += ["-n", "2" if os.environ["DEVICE"] == "cpu" else "8"]
         return [sys.executable, "-m", "pytest", *flags, *map(str, where)]

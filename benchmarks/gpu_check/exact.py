@@ -8,6 +8,7 @@ of all steps and the final checkpoint agree bit for bit. Trainings share the dev
 
 import os
 import shutil
+import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -15,16 +16,8 @@ from pathlib import Path
 from benchmarks.gpu_check.data import corpus, work
 from benchmarks.gpu_check.items import GATES, MODES, TINY
 from benchmarks.gpu_check.results import first_line, record, seconds_left
-from tests.lib.distributed import (
-    ROOT,
-    digest_of_weights,
-    exact,
-    kill_all,
-    start,
-    steps,
-    trained,
-    wait_for_step,
-)
+from benchmarks.gpu_check.train import watched
+from tests.lib.distributed import ROOT, digest_of_weights, exact, start, steps, trained
 
 FILE = ROOT / "launch/runs/quickstart.toml"
 KILLED_AT = 13
@@ -53,7 +46,7 @@ def overrides(run: Path, tiny: bool) -> list[str]:
         "log.tensorboard=false",
         "log.watchdog_minutes=5",
         "model.vocab_size=257",
-        *(TINY if tiny else ()),
+        *((*TINY, "parallel.micro_batch=16") if tiny else ()),
     ]
 
 
@@ -65,11 +58,8 @@ def run_variant(mode: str, variant: str) -> Path:
     arguments += [*MODES[mode], *VARIANTS[variant]]
     if variant == "killed":
         process = start(FILE, 1, *arguments, launcher="python")
-        try:
-            wait_for_step(run, KILLED_AT, seconds_left())
-        finally:
-            kill_all(process)
-            process.communicate()
+        said = watched(process, run, KILLED_AT)
+        assert process.returncode == -signal.SIGKILL, f"had ended before it was killed: {said}"
     trained(FILE, 1, *arguments, launcher="python", timeout_s=seconds_left())
     return run
 

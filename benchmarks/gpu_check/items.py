@@ -102,7 +102,7 @@ ITEMS = (
     Item("probe", 70),
     _TRAIN.pop("125m"),
     Item("exact", 80),
-    Item("tests", 110),
+    Item("tests", 150),
     _TRAIN.pop("1.3b"),
     *_STEPS[:3],
     *_TRAIN.values(),

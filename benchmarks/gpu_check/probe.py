@@ -14,6 +14,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from benchmarks.gpu_check.results import FILE, first_line, record, seconds_left
-from megagpt.model.kernels.attention import attend
+from megagpt.model.kernels.attention import attend, make_block_mask
 from megagpt.model.kernels.loss import cross_entropy
 
 DEVICE = os.environ.get("DEVICE", "cuda")
@@ -159,20 +160,29 @@ def loss_speed() -> float:
 # --- attention ------------------------------------------------------------------------------------
 
 
+@cache
+def mask_of(band: int | None, t: int) -> object:
+    """The block mask that the model gives a band on CUDA, whose kernel is flex_attention then."""
+    return make_block_mask(t, band, torch.device(DEVICE)) if CUDA and band else None
+
+
 def attention_speed(band: int | None) -> dict[int, dict[str, object]]:
     """ms forward and with the backward pass, TFLOP/s of both, peak memory, by width of head."""
     found: dict[int, dict[str, object]] = {}
     for e, heads in HEADS.items():
         q, k, v = draw_qkv(e, heads)
-        direction = torch.randn_like(q)
+        mask, direction = mask_of(band, q.shape[2]), torch.randn_like(q)
         if CUDA:
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
 
-        def both(q=q, k=k, v=v, direction=direction) -> None:
-            torch.autograd.grad(attend(q, k, v, band), (q, k, v), direction)
+        def forward(q=q, k=k, v=v, mask=mask) -> Tensor:
+            return attend(q, k, v, band, mask=mask)
 
-        forward_s = seconds(lambda q=q, k=k, v=v: attend(q, k, v, band))
+        def both(q=q, k=k, v=v, forward=forward, direction=direction) -> None:
+            torch.autograd.grad(forward(), (q, k, v), direction)
+
+        forward_s = seconds(forward)
         both_s = seconds(both)
         keys = (q.shape[2] + 1) / 2 if band is None else band
         flops = 4.0 * q.numel() * keys
@@ -230,10 +240,10 @@ def same_twice() -> dict[str, bool]:
     n, d, rows = (32768, 768, 50304) if CUDA else (128, 32, 384)
     q, k, v = draw_qkv(64, HEADS[64])
     hidden, weight, targets = loss_inputs(n, d, rows - 7, rows)
-    ids = targets.clamp(min=0)
+    ids, mask = targets.clamp(min=0), mask_of(BAND, q.shape[2])
     forms: dict[str, tuple[Callable[[], Tensor], list[Tensor]]] = {
         "dense": (lambda: attend(q, k, v).float().sum(), [q, k, v]),
-        "banded": (lambda: attend(q, k, v, BAND).float().sum(), [q, k, v]),
+        "banded": (lambda: attend(q, k, v, BAND, mask=mask).float().sum(), [q, k, v]),
         "embedding": (lambda: F.embedding(ids, weight).float().square().sum(), [weight]),
         "loss": (lambda: cross_entropy(hidden, weight, targets, rows - 7), [hidden, weight]),
     }

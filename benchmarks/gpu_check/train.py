@@ -9,8 +9,10 @@ import json
 import os
 import shutil
 import statistics
+import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from benchmarks.gpu_check.data import corpus, work
@@ -72,11 +74,7 @@ def main(name: str) -> None:
     shutil.rmtree(run, ignore_errors=True)
     file = ROOT / f"launch/runs/gpt3-{training.size}.toml"
     arguments = overrides(training, run, tiny=os.environ["DEVICE"] == "cpu")
-    process = start(file, 1, *arguments, launcher="python")
-    while process.poll() is None and len(steps(run)) < training.steps and seconds_left() > 4:
-        time.sleep(0.2)
-    kill_all(process)
-    print(*process.communicate(), sep="\n")
+    print(*watched(start(file, 1, *arguments, launcher="python"), run, training.steps), sep="\n")
     found = steps(run)
     chosen = run / "run.json"
     computing = json.loads(chosen.read_text()).get("computing") if chosen.exists() else None
@@ -85,6 +83,19 @@ def main(name: str) -> None:
     record("train", name=training.name, **facts)
     if not found:
         sys.exit(f"{name}: no step")
+
+
+def watched(process: subprocess.Popen[str], run: Path, count: int) -> tuple[str, str]:
+    """What a training said until so many steps of it are recorded; then it is killed."""
+    with ThreadPoolExecutor(1) as pool:
+        # Read meanwhile: a training whose pipe is full waits for its reader.
+        said = pool.submit(process.communicate)
+        try:
+            while process.poll() is None and len(steps(run)) < count and seconds_left() > 4:
+                time.sleep(0.05)
+        finally:
+            kill_all(process)
+        return said.result()
 
 
 def summary(found: list[dict]) -> dict[str, object]:

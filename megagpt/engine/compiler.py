@@ -1,6 +1,5 @@
 """torch.compile where there is a compiler (L2); megagpt.engine.device decides what is compiled."""
 
-import importlib.util
 import os
 import shutil
 
@@ -8,13 +7,16 @@ import torch
 from torch import nn
 
 from megagpt.model.gpt import Block
+from megagpt.model.kernels import missing_for_triton
 from megagpt.model.kernels.attention import COMPILATIONS
 
 
 def missing_compiler(device: str) -> str:
     """What torch.compile would lack on this kind of device; empty when nothing is missing."""
+    if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
+        return "Dynamo (TORCHDYNAMO_DISABLE=1 is set)"
     if device == "cuda":
-        return "" if importlib.util.find_spec("triton") else "the package triton"
+        return missing_for_triton()
     names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++"]
     return "" if any(map(shutil.which, names)) else f"a C++ compiler ({' or '.join(names)})"
 

@@ -18,8 +18,9 @@ import torch
 
 from megagpt.cluster.ranks import cores
 from megagpt.config import RunConfig
+from megagpt.config.presets import ModelConfig
 from megagpt.engine.compiler import missing_compiler
-from megagpt.model.kernels.attention import attention_form
+from megagpt.model.kernels.attention import FLEX_WIDTH, attention_form
 from megagpt.model.kernels.loss import loss_form
 from megagpt.plan.layout import Layout, padded_model
 
@@ -40,7 +41,7 @@ class Choices:
     attention: Mapping[str, str]
     """dense, banded -> the kernel, for the kinds of layers that the model has."""
     loss: str
-    """The form of the loss (see megagpt.model.kernels.loss); shared: a tensor split's own."""
+    """The form of the loss (see megagpt.model.kernels.loss)."""
     compile: str
     """no, blocks (each block by itself, one compilation for all of a kind) or model."""
     deterministic: bool
@@ -82,19 +83,26 @@ def choose(config: RunConfig, layout: Layout, device: torch.device, stage: int =
     kind, model = device.type, config.model
     dtype = DTYPES[config.parallel.dtype]
     slow = []
+    # A band as wide as the context is dense attention.
     forms: dict[str, str] = {
-        layer: attention_form(kind, dtype, layer == "banded", model.dropout)
+        layer: attention_form(
+            kind,
+            dtype,
+            layer == "banded" and model.band_width < model.n_ctx,
+            model.dropout,
+            model.d_head,
+        )
         for layer in ("dense", "banded")
         if layer in model.attention
     }
     if kind == "cuda" and forms.get("banded") == "blocks":
-        reason = "dropout" if model.dropout else "Triton is missing or Dynamo switched off"
-        slow.append(f"banded attention without flex_attention ({reason})")
-    if forms.get("dense") == "sdpa":
-        forms["dense"] = f"sdpa {_sdpa_backend(config, device, dtype)}"
-        if kind == "cuda" and forms["dense"].endswith("math"):
-            slow.append("dense attention without a fused kernel")
-    loss = "shared" if layout.tensor > 1 else loss_form(kind, dtype)
+        slow.append(f"banded attention without flex_attention ({_without_flex(model)})")
+    for layer, form in forms.items():
+        if form == "sdpa":
+            forms[layer] = f"sdpa {_sdpa_backend(config, device, dtype)}"
+            if kind == "cuda" and forms[layer].endswith("math"):
+                slow.append(f"{layer} attention without a fused kernel")
+    loss = loss_form(kind, dtype, shared=layout.tensor > 1)
     if kind == "cuda" and loss != "triton":
         slow.append(f"the loss in several passes over the logits ({loss})")
     rows = padded_model(config, layout).head_rows // layout.tensor
@@ -110,6 +118,15 @@ def choose(config: RunConfig, layout: Layout, device: torch.device, stage: int =
         output_rows=rows,
         slow=tuple(slow),
     )
+
+
+def _without_flex(model: ModelConfig) -> str:
+    """Why flex_attention does not take a band."""
+    if model.dropout:
+        return "it has no dropout"
+    if model.d_head < FLEX_WIDTH:
+        return f"heads are {model.d_head} wide, it takes {FLEX_WIDTH} and more"
+    return f"this host has not {missing_compiler('cuda')}"
 
 
 def _compile_mode(config: RunConfig, kind: str, stage: int, slow: list[str]) -> str:

@@ -5,7 +5,7 @@ Megatron-LM's scheme (Shoeybi et al. 2019, section 3): a block's first linear is
 for attention and for the MLP each; the embedding and the logits are split by vocabulary, and the
 cross-entropy is computed on the shares.
 
-Letters: B batch, T sequence, D width, R vocabulary rows of this rank, N ranks of the group.
+Letters: B batch, T sequence, D width, R vocabulary rows of this rank, N positions (B T).
 """
 
 from dataclasses import dataclass
@@ -15,8 +15,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from megagpt.model import LayerClasses
+from megagpt.model.kernels.loss import softmax_in_place
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +69,7 @@ def _split(*shape: int) -> nn.Parameter:
 
 
 class ColumnLinear(nn.Module):
-    """(B, T, d_in) -> (B, T, d_out / N): this rank's outputs."""
+    """(B, T, d_in) -> (B, T, d_out / ranks): this rank's outputs."""
 
     ranks: TensorGroup
 
@@ -81,7 +83,7 @@ class ColumnLinear(nn.Module):
 
 
 class RowLinear(nn.Module):
-    """(B, T, d_in / N) -> (B, T, d_out): the sum over ranks, then the bias, once."""
+    """(B, T, d_in / ranks) -> (B, T, d_out): the sum over ranks, then the bias, once."""
 
     ranks: TensorGroup
 
@@ -115,49 +117,62 @@ class VocabularyEmbedding(nn.Module):
 
 
 class _VocabularyCrossEntropy(torch.autograd.Function):
-    """-log softmax over a vocabulary that is shared out; three small all-reduces."""
+    """-log softmax over a vocabulary that is shared out; two small all-reduces.
+
+    Overwrites this rank's logits (N, R) by their own softmax. Rows from `real` on are padding.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, targets: Tensor, first: int, group: TensorGroup
+        ctx: Any, logits: Tensor, targets: Tensor, first: int, real: int, group: TensorGroup
     ) -> Tensor:
-        peak = logits.amax(1)
-        dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group.group)
-        shifted = logits - peak[:, None]
+        n, dtype = len(logits), torch.promote_types(logits.dtype, torch.float32)
         local = targets - first
-        mine = (local >= 0) & (local < logits.shape[1])
-        index = torch.where(mine, local, 0)[:, None]
-        chosen = torch.where(mine, shifted.gather(1, index)[:, 0], 0.0)
-        mass = shifted.exp_().sum(1)
-        sums = torch.stack([mass, chosen])
+        mine = (local >= 0) & (local < real)
+        index = torch.where(mine, local, 0)
+        chosen = torch.where(mine, logits[torch.arange(n, device=logits.device), index], 0)
+        chosen = chosen.to(dtype)
+        if real:
+            log_mass = softmax_in_place(logits[:, :real])
+        else:  # nothing but padding; not -inf, whose differences are no numbers
+            log_mass = torch.full_like(chosen, torch.finfo(dtype).min)
+        peak = log_mass.clone()
+        dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group.group)
+        sums = torch.stack([(log_mass - peak).exp(), chosen])
         dist.all_reduce(sums, group=group.group)
-        ctx.save_for_backward(shifted.div_(sums[0][:, None]), mine, index)
-        return sums[0].log() - sums[1]
+        log_total = peak + sums[0].log()
+        at_target = (sums[1] - log_total).exp() - 1.0
+        ctx.real = real
+        ctx.save_for_backward(logits, (log_mass - log_total).exp(), mine, index, at_target)
+        return log_total - sums[1]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        probabilities, mine, index = ctx.saved_tensors
-        out = probabilities.clone()
-        out.scatter_add_(1, index, -mine[:, None].to(out.dtype))
-        return out * grad[:, None], None, None, None
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        softmax, share, mine, index, at_target = ctx.saved_tensors
+        out, real = torch.empty_like(softmax), ctx.real
+        torch.mul(softmax[:, :real], (share * grad)[:, None], out=out[:, :real])
+        out[:, real:] = 0.0
+        # One element of each row, so no order of adding matters.
+        at = torch.arange(len(out), device=out.device), index
+        out[at] = torch.where(mine, (at_target * grad).to(out.dtype), out[at])
+        return out, None, None, None, None
 
 
 def vocabulary_loss(module: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Mean loss (fp32 scalar) of hidden (B, T, D) with targets (B, T), logits never gathered.
+    """Mean loss (fp32 scalar) of hidden (B, T, D) over the targets (B, T) >= 0.
 
-    Rows of the vocabulary beyond vocab_size are padding and take no part.
+    The ranks' logits are never gathered, and padding takes no part.
     """
     assert isinstance(module, VocabularyEmbedding)
-    flat = _Copy.apply(hidden.reshape(-1, hidden.shape[-1]), module.ranks)
-    logits = F.linear(flat, module.weight)
-    logits = logits.double() if logits.dtype == torch.float64 else logits.float()
-    real = module.vocab_size - module.first
-    if real < logits.shape[1]:
-        # Not -inf alone: a rank that holds nothing but padding would have no finite maximum.
-        pad = torch.arange(logits.shape[1], device=logits.device) >= real
-        logits = logits.masked_fill(pad, torch.finfo(logits.dtype).min)
-    loss = _VocabularyCrossEntropy.apply(logits, targets.reshape(-1), module.first, module.ranks)
-    return loss.mean()
+    flat, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    rows = module.weight.shape[0]
+    real = min(max(module.vocab_size - module.first, 0), rows)
+    # Padding is multiplied too: its rows are there to round the shape.
+    logits = F.linear(_Copy.apply(flat, module.ranks), module.weight)
+    loss = _VocabularyCrossEntropy.apply(logits, targets, module.first, real, module.ranks)
+    scored = targets >= 0
+    return (loss * scored).sum() / scored.sum().clamp(min=1)
 
 
 def tensor_parts(ranks: TensorGroup) -> LayerClasses:

@@ -227,7 +227,7 @@ class Attention(nn.Module):
         """
         if self.band is None or not self.band < self.n_ctx == x.shape[1]:
             return None
-        if attention_form(x.device.type, x.dtype, True, self.dropout) != "flex":
+        if attention_form(x.device.type, x.dtype, True, self.dropout, self.d_head) != "flex":
             return None
         if self._mask is None or self._mask.kv_indices.device != x.device:
             self._mask = make_block_mask(self.n_ctx, self.band, x.device)

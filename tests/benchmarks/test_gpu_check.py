@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ import pytest
 from benchmarks.gpu_check import __main__ as driver
 from benchmarks.gpu_check.items import GATES, ITEMS, STEPS, TRAININGS, Item, chosen
 from benchmarks.gpu_check.pack import PRESENT, runtime_pins
-from benchmarks.gpu_check.results import FILE, read, record
+from benchmarks.gpu_check.results import FILE, LIMIT, read, record
 from benchmarks.gpu_check.table import render
+from benchmarks.gpu_check.train import steps, watched
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs/benchmarks/gpu.md"
@@ -69,6 +71,22 @@ def test_an_item_ends_at_its_limit_with_all_its_processes(tmp_path, monkeypatch)
     (end,) = read(tmp_path / "results.jsonl")
     assert end["code"] == "limit" and end["s"] < 30
     assert "===== probe, at most 1 s" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_training_that_says_more_than_a_pipe_holds_is_watched(tmp_path, monkeypatch):
+    """Nobody may have to read before it goes on; it is killed at its step."""
+    monkeypatch.setenv(LIMIT, str(time.time() + 60))
+    code = (
+        "import sys, time\n"
+        "print('o' * 200_000), print('e' * 200_000, file=sys.stderr)\n"
+        "open('metrics.jsonl', 'w').write('{\"step\": 1, \"loss\": 5.0}\\n')\n"
+        "time.sleep(300)"
+    )
+    both = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, **both)
+    out, err = watched(process, tmp_path, 1)
+    assert (len(out), len(err), process.returncode) == (200_001, 200_001, -9)
+    assert len(steps(tmp_path)) == 1
 
 
 def test_an_item_that_fails_is_recorded_and_shown(tmp_path, monkeypatch):

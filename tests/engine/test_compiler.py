@@ -1,7 +1,10 @@
 """torch.compile: the same figures, less memory kept, and going on where there is no compiler."""
 
+import importlib.util
 import logging
 import shutil
+import sys
+import sysconfig
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from megagpt.config import parse_run
 from megagpt.engine.compiler import compile_model, missing_compiler
 from megagpt.engine.device import decide
 from megagpt.model import GPT
+from megagpt.model.kernels import missing_for_triton
 from megagpt.plan.layout import Layout
 from tests.model.test_model import BANDED, batch, build
 
@@ -71,6 +75,31 @@ def test_without_a_compiler_one_rank_warns_and_the_model_runs_on(monkeypatch, ca
     model = build(BANDED)
     compile_model(model, choices.compile)
     assert loss_and_kept(model)[0] > 0
+
+
+def test_what_a_gpus_host_lacks_is_named(monkeypatch, tmp_path):
+    """Triton compiles C when a kernel first runs: without a compiler a run would end there."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    ask = missing_for_triton.__wrapped__
+    assert ask() == "the package triton"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: "found")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert ask() == "a C compiler (gcc or clang)"
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert ask() == "a C compiler (no-such-compiler)"
+    monkeypatch.setenv("CC", sys.executable)
+    monkeypatch.setattr(sysconfig, "get_path", lambda *_: str(tmp_path))
+    assert ask() == "Python.h (a package such as python3-dev)"
+    (tmp_path / "Python.h").touch()
+    assert ask() == ""
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_dynamo_that_is_switched_off_is_named(monkeypatch, device):
+    """Else the log would say that blocks are compiled while torch passes over it."""
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    assert missing_compiler(device) == "Dynamo (TORCHDYNAMO_DISABLE=1 is set)"
 
 
 def test_a_compiler_of_the_users_own(monkeypatch):

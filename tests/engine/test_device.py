@@ -29,8 +29,9 @@ def choices_on_cuda(monkeypatch, *overrides: str, triton: bool = True, **options
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(devices, "_sdpa_backend", lambda *_: "cudnn")
     monkeypatch.setattr(attention, "_flex_fuses", lambda: triton)
-    monkeypatch.setattr(loss, "_has_triton", lambda: triton)
-    monkeypatch.setattr(devices, "missing_compiler", lambda _: "" if triton else "Triton")
+    lacking = "" if triton else "Triton"
+    monkeypatch.setattr(loss, "missing_for_triton", lambda: lacking)
+    monkeypatch.setattr(devices, "missing_compiler", lambda _: lacking)
     stage = options.pop("stage", 1)
     run = parse_run(RUN, overrides)
     layout = Layout(world=options.get("tensor", 1), **options)
@@ -45,6 +46,19 @@ def test_a_gpu_gets_its_fast_forms_by_default(monkeypatch):
     assert chosen.slow == ()
     assert chosen.device == "cuda (NVIDIA H100 80GB HBM3)"
     assert json.loads(json.dumps(chosen.record()))["attention"]["banded"] == "flex"
+
+
+def test_a_tensor_split_gets_the_fused_loss_too(monkeypatch):
+    chosen = choices_on_cuda(monkeypatch, tensor=2)
+    assert (chosen.loss, chosen.slow) == ("triton", ())
+
+
+def test_a_band_as_wide_as_the_context_is_called_dense(monkeypatch):
+    """What the log says is what attend() does; flex_attention's lack of dropout does not matter."""
+    words = ("model.band_width=2048", "model.dropout=0.1")
+    chosen = choices_on_cuda(monkeypatch, *words)
+    assert chosen.attention == {"dense": "sdpa cudnn", "banded": "sdpa cudnn"}
+    assert chosen.slow == ()
 
 
 def test_a_cpu_gets_its_own(caplog):
@@ -63,13 +77,26 @@ def test_a_cpu_gets_its_own(caplog):
 @pytest.mark.parametrize(
     ("overrides", "options", "reason"),
     [
-        (["model.dropout=0.1"], {}, "banded attention without flex_attention (dropout)"),
-        ([], {"triton": False}, "banded attention without flex_attention (Triton is missing"),
+        (["model.dropout=0.1"], {}, "banded attention without flex_attention (it has no dropout)"),
+        (
+            ["model.n_head=96"],
+            {},
+            "banded attention without flex_attention (heads are 8 wide, it takes 16 and more)",
+        ),
+        (
+            [],
+            {"triton": False},
+            "banded attention without flex_attention (this host has not Triton)",
+        ),
         ([], {"triton": False}, "the loss in several passes over the logits (expressions)"),
         ([], {"triton": False}, "parallel.compile = auto, but this host has not Triton"),
         ([], {"stage": 3}, "nothing is compiled: ZeRO-3's hooks"),
         (["model.vocab_size=50001"], {}, "rows of the output matrix, no multiple of 8"),
-        ([], {"tensor": 2}, "the loss in several passes over the logits (shared)"),
+        (
+            [],
+            {"tensor": 2, "triton": False},
+            "the loss in several passes over the logits (expressions)",
+        ),
     ],
 )
 def test_a_slow_form_on_a_gpu_is_named(monkeypatch, caplog, overrides, options, reason):

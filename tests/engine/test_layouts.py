@@ -6,10 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from megagpt.checkpoint import list_checkpoints
+from megagpt.checkpoint import list_checkpoints, load_model
 from megagpt.checkpoint.record import read_record
+from megagpt.checkpoint.slice_file import SliceReader
+from megagpt.cluster.ranks import Ranks
+from megagpt.plan import layout as layout_module
 from tests.lib.corpus import run_file
-from tests.lib.distributed import free_port, run_together, steps
+from tests.lib.distributed import free_port, group_of_one, run_together, steps
+from tests.lib.reshape import train
 
 RUN = {
     "schedule": {
@@ -117,6 +121,35 @@ def test_zero_to_zero_over_one_and_two_ranks(tmp_path):
     there = runs.resume([(name(one[0]), two[1]), (name(one[3]), two[2]), (name(one[0]), two[3])])
     back = runs.resume([(there[0], one[3]), (there[1], one[1]), (there[2], one[0])], tokens=6144)
     runs.check([*there, *back], one[0])
+
+
+def test_a_bf16_checkpoint_without_padding_opens_in_the_padded_model_and_back(
+    tmp_path, monkeypatch
+):
+    """As it was saved before vocabularies were padded for tensor cores: 257 rows, then 384."""
+    file = run_file(tmp_path, **RUN)
+    shapes, runs = {}, {}
+    hops = [("old", 1, ""), ("new", 128, "old"), ("again", 1, "new")]
+    with group_of_one():
+        for own, rows, before in hops:
+            monkeypatch.setattr(layout_module, "ROW_MULTIPLE", rows)
+            at = {"old": 4096, "new": 6144}.get(before)
+            source = next((f for f, saved in runs.get(before, []) if saved.tokens == at), "")
+            assert bool(source) == bool(before)
+            words = ("parallel.dtype=bf16", "parallel.micro_batch=8", "schedule.total_tokens=8192")
+            train(file, Ranks(), str(source), str(tmp_path / own), *words)
+            folders = list_checkpoints(tmp_path / own)
+            runs[own] = [(f, read_record(f)) for f in folders]
+            shapes[own] = tuple(SliceReader(folders[-1]).full("wte.weight").shape)
+    assert shapes == {"old": (257, 32), "new": (384, 32), "again": (257, 32)}
+    expected = {r["step"]: r["loss"] for r in steps(tmp_path / "old")}
+    for own in ("new", "again"):
+        found = resumed_steps(tmp_path / own)
+        assert len(found) >= 4 and max(found) == max(expected)
+        for step, loss in found.items():
+            assert loss == pytest.approx(expected[step], rel=5e-3), (own, step)
+        # What is used of it is the vocabulary alone.
+        assert load_model(tmp_path / own)[0].wte.weight.shape == (257, 32)
 
 
 @pytest.mark.slow

@@ -1,10 +1,12 @@
 """Attention and loss in bf16 with CUDA's own choices, against float64, forward and backward."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from megagpt.model.kernels.attention import attend, attend_slowly
+from megagpt.model.kernels.attention import attend, attend_slowly, make_block_mask
 from megagpt.model.kernels.loss import cross_entropy
 
 pytestmark = pytest.mark.gpu
@@ -13,6 +15,11 @@ pytestmark = pytest.mark.gpu
 def error(ours: torch.Tensor, exact: torch.Tensor) -> float:
     """Relative, by the norm."""
     return float((ours.double() - exact).norm() / exact.norm())
+
+
+def block_mask(device: str, t: int, band: int | None) -> Any:
+    """What the model gives a band on CUDA; without it attend() would go by blocks."""
+    return make_block_mask(t, band, torch.device(device)) if band and device == "cuda" else None
 
 
 @pytest.mark.parametrize("band", [None, 129, 256])
@@ -24,7 +31,8 @@ def test_attention_in_bf16_is_right_forward_and_backward(device, width, band):
     qkv = torch.randn(b, t, 3, 2, width, device=device, dtype=torch.bfloat16)
     inputs = [x.transpose(1, 2).requires_grad_() for x in qkv.unbind(2)]
     exact_inputs = [x.detach().double().requires_grad_() for x in inputs]
-    ours, exact = attend(*inputs, band), attend_slowly(*exact_inputs, band)
+    mask = block_mask(device, t, band)
+    ours, exact = attend(*inputs, band, mask=mask), attend_slowly(*exact_inputs, band)
     assert error(ours, exact) < 0.01
     direction = torch.randn_like(ours)
     gradients = torch.autograd.grad(ours, inputs, direction)
@@ -36,13 +44,14 @@ def test_attention_in_bf16_is_right_forward_and_backward(device, width, band):
 def test_a_band_never_writes_out_its_scores(device):
     """Memory of forward and backward stays below one T x T matrix of scores in fp32."""
     b, heads, t, width = (4, 12, 2048, 64) if device == "cuda" else (1, 2, 512, 16)
-    kind = {"device": device, "dtype": torch.bfloat16}
+    band = 256 if device == "cuda" else 64
+    kind, mask = {"device": device, "dtype": torch.bfloat16}, block_mask(device, t, band)
     inputs = [torch.randn(b, heads, t, width, **kind).requires_grad_() for _ in range(3)]
-    attend(*inputs, 256 if device == "cuda" else 64).sum().backward()
+    attend(*inputs, band, mask=mask).sum().backward()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        attend(*inputs, 256).sum().backward()
+        attend(*inputs, band, mask=mask).sum().backward()
         assert torch.cuda.max_memory_allocated() - before < b * heads * t * t * 4 / 2
 
 

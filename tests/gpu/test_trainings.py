@@ -1,10 +1,12 @@
 """The trainer's own command on a GPU: band, exactness, memory, which GPU, two ranks on one."""
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 
+from megagpt.plan.ds_config import read_ds_config
 from tests.lib.corpus import run_file
 from tests.lib.distributed import (
     command,
@@ -55,9 +57,15 @@ def test_a_band_costs_the_trainer_no_scores(device, tmp_path):
     n_ctx, heads, sequences = (2048, 8, 8) if device == "cuda" else (64, 4, 4)
     shape = {"n_ctx": n_ctx, "n_head": heads, "d_model": 16 * heads, "attention": ["banded"]}
     file = small(tmp_path, device, 3, **shape)
+    # ZeRO-1's own buffer of 2 GB for what it reduces would hide them.
+    engine = read_ds_config("zero1")
+    for kind in ("reduce", "allgather"):
+        engine["zero_optimization"][f"{kind}_bucket_size"] = 1_000_000
+    (tmp_path / "small.json").write_text(json.dumps(engine))
+    buckets = f"parallel.ds_config={tmp_path / 'small.json'}"
     for off in ((), ("parallel.compile=false",)):
         run = tmp_path / f"run{len(off)}"
-        found = alone(file, *off, f"output={run}", f"parallel.micro_batch={sequences}")
+        found = alone(file, *off, buckets, f"output={run}", f"parallel.micro_batch={sequences}")
         assert len(found) == 3
         if device == "cuda":
             scores = sequences * heads * n_ctx**2 * 4

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from megagpt.cluster.process import join, leave, prepare_environment
-from megagpt.cluster.ranks import discover
+from megagpt.cluster.ranks import Ranks, discover
 from megagpt.cluster.stop import StopRequest
 from megagpt.config import load_run
 from megagpt.plan.ds_config import read_ds_config, resolve
@@ -25,23 +25,28 @@ def main(file: str, hops: list[list[str]]) -> None:
     prepare_environment(ranks, os.environ)
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     join(ranks)
-    from megagpt.loop import Trainer
-
     for source, output, name, pipeline, tensor, *more in hops:
         split = [f"parallel.pipeline={pipeline}", f"parallel.tensor={tensor}"]
-        config = load_run(file, [f"output={output}", f"parallel.ds_config={name}", *split, *more])
-        if ranks.rank == 0:
-            Path(output).mkdir(parents=True)
-            if source:
-                shutil.copytree(source, Path(output) / "checkpoints" / Path(source).name)
-        layout = layout_of(config, ranks.world)
-        ds_config = resolve(config, layout, read_ds_config(name))
-        trainer = Trainer(config, layout, ranks, ds_config)
-        trainer.engine.barrier()
-        with StopRequest() as stop:
-            trainer.run(stop, allow_changes=False)
-        trainer.close()
+        train(Path(file), ranks, source, output, f"parallel.ds_config={name}", *split, *more)
     leave()
+
+
+def train(file: Path, ranks: Ranks, source: str, output: str, *overrides: str) -> None:
+    """One hop, to the end of the run."""
+    from megagpt.loop import Trainer
+
+    config = load_run(file, [f"output={output}", *overrides])
+    if ranks.rank == 0:
+        Path(output).mkdir(parents=True)
+        if source:
+            shutil.copytree(source, Path(output) / "checkpoints" / Path(source).name)
+    layout = layout_of(config, ranks.world)
+    ds_config = resolve(config, layout, read_ds_config(config.parallel.ds_config))
+    trainer = Trainer(config, layout, ranks, ds_config)
+    trainer.engine.barrier()
+    with StopRequest() as stop:
+        trainer.run(stop, allow_changes=False)
+    trainer.close()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ Another pattern is named in ModelConfig.attention, chosen by layer in GPT's Atte
 its mask here, in `attend_slowly` first.
 """
 
-import importlib.util
 import os
 from collections.abc import Callable
 from functools import cache
@@ -22,31 +21,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megagpt.model.kernels import missing_for_triton
 from megagpt.model.kernels.attention_cpu import attend_tiled
 
 COMPILATIONS = 64
 """Shapes that flex_attention may be compiled for in one process."""
 
 
-def attention_form(device: str, dtype: torch.dtype, banded: bool, dropout: float) -> str:
+FLEX_WIDTH = 16
+"""Narrowest heads that flex_attention's kernel takes."""
+
+
+def attention_form(
+    device: str, dtype: torch.dtype, banded: bool, dropout: float, width: int
+) -> str:
     """Which form computes attention in training on this type of device.
 
     tiles: this package's own for CPUs; flex: flex_attention; sdpa: scaled_dot_product_attention;
-    blocks: the same over blocks of a band.
+    blocks: the same over blocks of a band. `width` is that of a head.
     """
     if device == "cpu" and dtype == torch.bfloat16 and dropout == 0.0:
         return "tiles"
     if not banded:
         return "sdpa"
     # flex_attention has no dropout.
-    return "flex" if device == "cuda" and dropout == 0.0 and _flex_fuses() else "blocks"
+    flex = device == "cuda" and dropout == 0.0 and width >= FLEX_WIDTH and _flex_fuses()
+    return "flex" if flex else "blocks"
 
 
 @cache
 def _flex_fuses() -> bool:
     """Whether flex_attention is one kernel here: it needs Triton, and Dynamo switched on."""
-    dynamo = os.environ.get("TORCHDYNAMO_DISABLE") != "1"
-    return dynamo and importlib.util.find_spec("triton") is not None
+    return os.environ.get("TORCHDYNAMO_DISABLE") != "1" and not missing_for_triton()
 
 
 def attend(
@@ -63,8 +69,9 @@ def attend(
     `band` is W, or None for dense. `dropout` acts on the attention weights; pass 0 to evaluate.
     `mask` is the band's block mask where flex_attention is to compute it.
     """
-    t, s = q.shape[2], k.shape[2]
-    if t == s > 1 and attention_form(q.device.type, q.dtype, band is not None, dropout) == "tiles":
+    t, s, width = q.shape[2], k.shape[2], q.shape[3]
+    form = attention_form(q.device.type, q.dtype, band is not None, dropout, width)
+    if t == s > 1 and form == "tiles":
         return attend_tiled(q, k, v, band)
     if band is None or s <= band:  # the band holds every key: dense
         return _dense(q, k, v, dropout)

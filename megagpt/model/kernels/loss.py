@@ -15,13 +15,14 @@ that a compiler fuses. None of them adds by atomics, so each gives the same bits
 """
 
 import functools
-import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, library, nn
 from torch.autograd.function import once_differentiable
+
+from megagpt.model.kernels import missing_for_triton
 
 CHUNK = 1 << 26
 """Logits held at a time at most (128 MiB in bf16): 1,334 positions of GPT-2's vocabulary."""
@@ -52,17 +53,15 @@ def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: i
     )
 
 
-def loss_form(device: str, dtype: torch.dtype, compiling: bool = False) -> str:
+def loss_form(
+    device: str, dtype: torch.dtype, compiling: bool = False, shared: bool = False
+) -> str:
     """The form between the products: triton, sliced, compiled or expressions (slow: 58 bytes of
-    memory traffic for each logit, where Triton's kernel has 4)."""
-    if device == "cpu":
+    memory traffic for each logit, where Triton's kernel has 4). `shared`: over a tensor split."""
+    if device == "cpu" and not shared:
         return "compiled" if compiling else "sliced"
-    return "triton" if dtype != torch.float64 and _has_triton() else "expressions"
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    triton = device != "cpu" and dtype != torch.float64 and not missing_for_triton()
+    return "triton" if triton else "expressions"
 
 
 def head_loss(module: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -77,6 +76,16 @@ def head_loss(module: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
 def head_logits(module: nn.Module, hidden: Tensor) -> Tensor:
     """Logits (..., V) from the last hidden state (..., D), without padding, in its dtype."""
     return nn.functional.linear(hidden, module.weight[: module.vocab_size])  # type: ignore
+
+
+def softmax_in_place(logits: Tensor) -> Tensor:
+    """Overwrites logits (N, R) by their softmax; each row's log of the sum of exponentials (N,).
+
+    The part of a loss over a shared vocabulary that a rank does by itself.
+    """
+    nowhere = torch.full(logits.shape[:1], logits.shape[1], device=logits.device)
+    form = loss_form(logits.device.type, logits.dtype, shared=True)
+    return (_triton if form == "triton" else _expressions)(logits, nowhere)
 
 
 class _CrossEntropy(torch.autograd.Function):
