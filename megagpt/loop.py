@@ -237,7 +237,7 @@ class Trainer:
             # Rank 0 writes them with a model of its own; the others wait meanwhile.
             device = self.engine.device if self.ranks.rank == 0 else None
             weights = gather_whole(self.engine.slices())
-            texts = write_samples(self.config, weights, self.loader.tokenizer_name, device)
+            texts = write_samples(self.config, weights, self.loader, device)
         if record:
             record |= {"evaluate_s": time.perf_counter() - t0}
             self.log.evaluation({"step": run.step, "tokens": run.tokens} | record)

@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 
 from megagpt.checkpoint import record
-from megagpt.checkpoint.export import consolidate, reshape
-from megagpt.checkpoint.load import verify
+from megagpt.checkpoint.export import INDEX, consolidate, consolidated_problems, reshape
+from megagpt.checkpoint.load import data_of_another_tokenizer, verify
 from megagpt.errors import EXIT_DAMAGE, EXIT_OK, DamageError, UsageError
 
 
@@ -62,14 +62,21 @@ def show(args: argparse.Namespace) -> int:
 
 
 def check(args: argparse.Namespace) -> int:
-    """Prints each checkpoint with "whole" or what is damaged; exit code 3 for any damage."""
+    """Prints each checkpoint, or the consolidated weights, with "whole" or what is damaged; exit
+    code 3 for any damage."""
     damaged = False
+    if (args.folder / INDEX).exists():
+        problems = consolidated_problems(args.folder)
+        print(f"{args.folder.name}  " + ("; ".join(problems) or "whole"))
+        return EXIT_DAMAGE if problems else EXIT_OK
     for folder in record.checkpoints_of(args.folder):
         problems = verify(folder)
         damaged = damaged or bool(problems)
         line = "; ".join(problems) or "whole"
         if not problems and (names := record.strangers(folder)):
             line += "; not in its manifest, and read by nothing: " + ", ".join(map(repr, names))
+        if not problems and (paths := data_of_another_tokenizer(folder)):
+            line += "; of another tokenizer by now: " + ", ".join(map(repr, paths))
         print(f"{folder.name}  {line}", flush=True)
     return EXIT_DAMAGE if damaged else EXIT_OK
 

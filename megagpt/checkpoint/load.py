@@ -2,9 +2,9 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,10 +12,16 @@ from megagpt.checkpoint import record
 from megagpt.checkpoint.record import CONFIG, CheckpointRecord
 from megagpt.checkpoint.slice_file import SliceReader
 from megagpt.config import ModelConfig, RunConfig, load_run
+from megagpt.corpus.manifest import MANIFEST, read_manifest
 from megagpt.engine.engine import Engine
 from megagpt.engine.slices import STATES, OptimizerState
-from megagpt.errors import DamageError, UsageError
+from megagpt.errors import DamageError, MegagptError, UsageError
 from megagpt.model import GPT
+from megagpt.tokenizer import load_tokenizer
+from megagpt.tokenizer.portable import FILE
+
+if TYPE_CHECKING:
+    import tiktoken
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +43,7 @@ def verify(folder: Path) -> list[str]:
         model = load_run(folder / CONFIG).model
     except UsageError as error:
         return [f"{error}\n  no run can go on from it, and nothing can open it"]
-    return slice_problems(folder, model)
+    return [*slice_problems(folder, model), *_vocabulary_problems(folder)]
 
 
 def slice_problems(folder: Path, model: ModelConfig) -> list[str]:
@@ -48,6 +54,48 @@ def slice_problems(folder: Path, model: ModelConfig) -> list[str]:
         return SliceReader(folder).problems(shapes)
     except DamageError as error:
         return [str(error)]
+
+
+def _vocabulary_problems(folder: Path) -> list[str]:
+    """Why the tokenizer that a checkpoint carries is not the one that it was trained with."""
+    saved = record.read_record(folder)
+    if FILE not in {file.name for file in saved.files}:
+        return []
+    try:
+        load_tokenizer(folder / FILE, saved.data.get("vocabulary", ""))
+    except MegagptError as error:
+        return [str(error)]
+    return []
+
+
+def vocabulary_of(folder: Path, facts: Mapping[str, Any]) -> "tiktoken.Encoding":
+    """The tokenizer that goes with the weights in `folder`; `facts` are what is told of them.
+
+    Checkpoints of November 2026 or before carry none: there it is found by the name or path that
+    they tell, and has to be that of the corpus which lies there. Raises DamageError for another,
+    and what load_tokenizer raises.
+    """
+    name, known = facts["tokenizer"], facts["vocabulary"]
+    if known and (folder / FILE).exists():
+        return load_tokenizer(folder / FILE, known)
+    path = Path(name)
+    if not known and path.name == FILE and (path.parent / MANIFEST).exists():
+        known = read_manifest(path.parent).fingerprint
+    return load_tokenizer(name, known)
+
+
+def data_of_another_tokenizer(folder: Path) -> list[str]:
+    """The corpora of a checkpoint's run that lie where they lay and have another tokenizer now."""
+    known = record.read_record(folder).data.get("vocabulary", "")
+    data, found = load_run(folder / CONFIG).data, []
+    for path in [source.path for source in (*data.train, *data.validation)]:
+        try:
+            there = read_manifest(path).fingerprint
+        except MegagptError:
+            continue  # moved, or damaged, as `megagpt data verify` tells
+        if known and there not in ("", known):
+            found.append(path)
+    return found
 
 
 def tell_strangers(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """What makes a folder a checkpoint: manifest.json, written last, with every file's checksum (L2).
 
-    RUN/checkpoints/step_00000100/   rank_00000.safetensors ...  config.toml  manifest.json
+    RUN/checkpoints/step_00000100/   rank_00000.safetensors ...  config.toml  tokenizer.json
+                                     manifest.json
     RUN/checkpoints/latest           name of the newest one, for people
 
 A checkpoint is written into `step_00000100.tmp` and renamed once everything is on the disk, so a
@@ -12,7 +13,6 @@ In `checkpoints/` the names `step_` and digits, with or without `.tmp` and `.dam
 everything else is the user's, and neither read nor removed.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from megagpt.errors import DamageError, UsageError
-from megagpt.files import file_sha256, sync_folder, write_file
+from megagpt.files import file_sha256, sealed_json, sync_folder, write_file
+from megagpt.tokenizer.portable import FILE
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -83,7 +84,8 @@ class CheckpointRecord:
     loss_scale: dict[str, float]
     layout: dict[str, int]
     data: dict[str, Any]
-    """Fingerprint and tokenizer of the training data."""
+    """Of the training data: fingerprint of the order, tokenizer and the fingerprint of its
+    vocabulary ("" where it is not known), latest samples and their digest."""
     versions: dict[str, str]
     milestone: bool
     """Kept for ever, by checkpoint.keep_every_tokens."""
@@ -100,13 +102,18 @@ class CheckpointRecord:
 
 def write_record(folder: Path, record: CheckpointRecord) -> None:
     """Writes manifest.json, flushed to the disk."""
-    write_file(folder / MANIFEST, _text(asdict(record)))
+    write_file(folder / MANIFEST, sealed_json(asdict(record)))
 
 
-def _text(tree: dict[str, Any]) -> str:
-    """The one text of a manifest: its facts, then the sha256 of them as JSON."""
-    digest = hashlib.sha256(json.dumps(tree, indent=1).encode()).hexdigest()
-    return json.dumps(tree | {"sha256": digest}, indent=1) + "\n"
+def read_sealed(content: bytes) -> dict[str, Any]:
+    """The object of a text that sealed_json has written. Raises ValueError, KeyError or TypeError
+    for another."""
+    text = content.decode()
+    tree: dict[str, Any] = json.loads(text)
+    # A damaged byte changes the facts, the checksum or the way they are written.
+    if "sha256" not in tree or text != sealed_json(tree):
+        raise ValueError("its checksum is not that of its content; the file is damaged")
+    return tree
 
 
 def read_record(folder: Path) -> CheckpointRecord:
@@ -114,17 +121,13 @@ def read_record(folder: Path) -> CheckpointRecord:
     UsageError when another version of megagpt wrote it, which is no damage."""
     path = folder / MANIFEST
     try:
-        text = path.read_text(encoding="utf-8")
-        tree = json.loads(text)
-        del tree["sha256"]
-        # A damaged byte changes the facts, the checksum or the way they are written.
-        if text != _text(tree):
-            raise ValueError("its checksum is not that of its content; the file is damaged")
+        tree = read_sealed(path.read_bytes())
         if tree["format"] != FORMAT:
             raise UsageError(
                 f"{path}: format {tree['format']}, but this megagpt reads format {FORMAT}; use "
                 "the version that wrote it"
             )
+        del tree["sha256"]
         tree["files"] = tuple(FileRecord(**file) for file in tree["files"])
         return CheckpointRecord(**tree)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -208,6 +211,8 @@ def written_whole(folder: Path, temporary: Path) -> Iterator[Path]:
     except BaseException:
         remove(temporary)
         raise
+    for path in temporary.iterdir():
+        sync_folder(path)  # what other libraries have written into it
     publish(temporary, folder)
 
 
@@ -219,9 +224,10 @@ def publish(temporary: Path, folder: Path) -> None:
 
 
 def seal(temporary: Path, record: CheckpointRecord, files: Sequence[FileRecord]) -> None:
-    """Writes the manifest of a folder that holds `files` and config.toml already."""
-    files = (*files, FileRecord.of(temporary / CONFIG))
-    write_record(temporary, replace(record, files=files))
+    """Writes the manifest of a folder that holds `files`, config.toml and, where there is one,
+    tokenizer.json already."""
+    more = [path for name in (CONFIG, FILE) if (path := temporary / name).exists()]
+    write_record(temporary, replace(record, files=(*files, *map(FileRecord.of, more))))
 
 
 def name_latest(folder: Path) -> None:

@@ -29,7 +29,8 @@ from megagpt.config import RunConfig, dump_run
 from megagpt.engine.engine import Engine
 from megagpt.engine.slices import STATES, Slice
 from megagpt.errors import DamageError
-from megagpt.files import write_file
+from megagpt.files import write_durably, write_file
+from megagpt.tokenizer.portable import FILE
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +38,12 @@ log = logging.getLogger(__name__)
 class Saver:
     """Saves one run's checkpoints. All ranks make one and call its methods together."""
 
-    def __init__(self, run: Path, config: RunConfig, engine: Engine) -> None:
+    def __init__(
+        self, run: Path, config: RunConfig, engine: Engine, vocabulary: bytes = b""
+    ) -> None:
+        """vocabulary: the tokenizer.json that goes into every checkpoint; b"": none is known."""
         self.run = run
+        self.vocabulary = vocabulary
         self.config = config
         self.engine = engine
         cuda = engine.device.type == "cuda"
@@ -133,6 +138,8 @@ class Saver:
     def _commit(self, folder: Path, state: CheckpointRecord, files: list[FileRecord]) -> None:
         temporary = record.unfinished_of(folder)
         write_file(temporary / record.CONFIG, dump_run(self.config))
+        if self.vocabulary:
+            write_durably(temporary / FILE, self.vocabulary)
         record.seal(temporary, state, files)
         if os.path.lexists(folder):
             # Saved before at this step, by a run that was then sent back to an older checkpoint.

@@ -10,10 +10,12 @@ micro-batches, threads or the point where a run resumed.
 """
 
 import hashlib
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,11 +27,16 @@ from megagpt.errors import UsageError
 from megagpt.order.mixture import Mixture
 from megagpt.order.permutation import shuffle
 from megagpt.order.windows import TokenWindows
+from megagpt.tokenizer import load_tokenizer
+from megagpt.tokenizer.portable import tokenizer_content
 
 if TYPE_CHECKING:
+    import tiktoken
     from torch import Tensor
 
     MicroBatch = tuple[Tensor, Tensor]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +100,34 @@ class TokenLoader:
     @property
     def tokenizer_name(self) -> str:
         """The tokenizer that all sources share, as megagpt.tokenizer.load_tokenizer takes it."""
-        return self.stores[0].manifest.tokenizer
+        return self._vocabulary.tokenizer
+
+    @property
+    def tokenizer_fingerprint(self) -> str:
+        """megagpt.tokenizer.fingerprint of it; "" where no source knows it."""
+        return self._vocabulary.fingerprint
+
+    @cached_property
+    def encoding(self) -> "tiktoken.Encoding":
+        """The tokenizer itself. Raises what load_tokenizer raises."""
+        return load_tokenizer(self.tokenizer_name, self.tokenizer_fingerprint)
+
+    def vocabulary(self) -> bytes:
+        """The tokenizer.json that goes with weights trained on these samples; b"" where no source
+        knows its tokenizer, or it is not to be had here."""
+        if not self.tokenizer_fingerprint:
+            return b""
+        try:
+            return tokenizer_content(self.tokenizer_name, self.tokenizer_fingerprint)
+        except UsageError as error:
+            log.warning("checkpoints will not carry their tokenizer: %s", error)
+            return b""
+
+    @property
+    def _vocabulary(self) -> CorpusManifest:
+        """A source that knows its tokenizer, where there is one."""
+        manifests = [store.manifest for store in self.stores]
+        return next((known for known in manifests if known.fingerprint), manifests[0])
 
     @property
     def vocab_size(self) -> int:

@@ -28,7 +28,8 @@ class Checkpoints:
     ) -> None:
         self.config, self.layout, self.engine, self.loader = config, layout, engine, loader
         self.folder = Path(config.output)
-        self.saver = Saver(self.folder, config, engine)
+        vocabulary = b"" if engine.ranks.rank else loader.vocabulary()  # one rank writes it
+        self.saver = Saver(self.folder, config, engine, vocabulary)
         self.save_s = self.saving_since = 0.0
         """Seconds of the slowest checkpoint; when the last one began."""
 
@@ -57,6 +58,14 @@ class Checkpoints:
             samples=saved.samples,
             journal=journal,
         )
+        known = saved.data.get("vocabulary", ""), self.loader.tokenizer_fingerprint
+        if not allow_changes and all(known) and len(set(known)) > 1:
+            raise UsageError(
+                f"{self.folder}: step {saved.step} was trained with the tokenizer "
+                f"{saved.data['tokenizer']} ({known[0][:12]}...), but the data are of "
+                f"{self.loader.tokenizer_name} ({known[1][:12]}...), whose ids mean other text; "
+                "give the corpus that it was trained on, or pass --allow-changes"
+            )
         if not allow_changes and self._digest(run, saved) != saved.data.get("digest"):
             raise UsageError(
                 f"{self.folder}: the samples of step {saved.step} are not the ones that it was "
@@ -94,6 +103,7 @@ class Checkpoints:
             data={
                 "fingerprint": self.loader.fingerprint(run.samples),
                 "tokenizer": self.loader.tokenizer_name,
+                "vocabulary": self.loader.tokenizer_fingerprint,
                 "latest": list(latest),
                 "digest": self.loader.digest(*latest),
             },

@@ -16,6 +16,9 @@ GPT2_MERGES = Path(__file__).with_name("gpt2_vocab.bpe")
 GPT2_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 """The hash that tiktoken expects of the same file."""
 
+BYTES_PATTERN = r"(?s:.)"
+"""Every character alone."""
+
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 """GPT-2's pre-tokenization: contractions, letters, numbers, the rest, white space (Radford et al.
 2019, encoder.py). Possessive quantifiers change the speed, not the matches."""
@@ -74,7 +77,7 @@ def gpt2_encoding() -> tiktoken.Encoding:
 @cache
 def bytes_encoding() -> tiktoken.Encoding:
     """Every byte is its own id; END-OF-DOCUMENT is 256."""
-    return _encoding("bytes", r"(?s:.)", [bytes([byte]) for byte in range(256)])
+    return _encoding("bytes", BYTES_PATTERN, [bytes([byte]) for byte in range(256)])
 
 
 def _encoding(name: str, pattern: str, words: list[bytes]) -> tiktoken.Encoding:

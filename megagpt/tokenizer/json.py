@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from megagpt.errors import DamageError, UsageError
 from megagpt.files import write_file
-from megagpt.tokenizer.gpt2 import GPT2_PATTERN, byte_letters, gpt2_merges, word_bytes
+from megagpt.tokenizer.gpt2 import (
+    BYTES_PATTERN,
+    GPT2_PATTERN,
+    byte_letters,
+    gpt2_merges,
+    word_bytes,
+)
 
 if TYPE_CHECKING:
     import tiktoken
@@ -77,6 +83,8 @@ def _pattern(data: dict[str, Any]) -> str:
             return ""
         case [{"type": "ByteLevel", **options}] if options.get("use_regex", True):
             return GPT2_PATTERN
+        case [{"type": "ByteLevel"}] if not data["model"]["merges"]:
+            return BYTES_PATTERN  # bytes that nothing merges are ids by themselves
         case [
             {"type": "Split", "behavior": "Isolated", "pattern": {"Regex": str(regex)}, **options},
             {"type": "ByteLevel", "use_regex": False},
@@ -110,10 +118,14 @@ def _merge_problem(
 def write_tokenizer_file(path: Path, merges: list[tuple[str, str]], special: str) -> None:
     """A tokenizer.json with the 256 bytes, `merges` in order and the one special token."""
     data = tokenizer_json(merges)
-    token = len(data["model"]["vocab"])
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    data["added_tokens"] = [{"id": token, "content": special, **flags, "special": True}]
+    data["added_tokens"] = added_tokens({special: len(data["model"]["vocab"])})
     write_file(path, json.dumps(data, ensure_ascii=False, indent=1))
+
+
+def added_tokens(special: dict[str, int]) -> list[dict[str, Any]]:
+    """The entries of special tokens in a tokenizer.json."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return [{"id": id_, "content": text, **flags, "special": True} for text, id_ in special.items()]
 
 
 def tokenizer_json(merges: list[tuple[str, str]]) -> dict[str, Any]:
@@ -139,22 +151,26 @@ def tokenizer_json(merges: list[tuple[str, str]]) -> dict[str, Any]:
 
 
 def encoding_merges(encoding: tiktoken.Encoding) -> list[tuple[str, str]] | None:
-    """The merges behind an encoding with GPT-2's pattern and id order, or None for any other.
-
-    tiktoken keeps ranks only; the pair that makes a word is what is left of its bytes after all
-    merges of a lower rank.
-    """
+    """The merges behind an encoding with GPT-2's pattern and id order, or None for any other."""
     if encoding.name == "gpt2":
         return gpt2_merges()
     ranks = encoding._mergeable_ranks
     words = sorted(ranks, key=lambda word: ranks[word])
-    letters = byte_letters()
     if encoding._pat_str != GPT2_PATTERN or [*ranks.values()] != [*range(len(ranks))]:
         return None
-    if words[:256] != [bytes([byte]) for byte in letters]:
+    if words[:256] != [bytes([byte]) for byte in byte_letters()]:
         return None
-    merges = []
-    for word in words[256:]:
+    return merges_of_ranks(ranks)
+
+
+def merges_of_ranks(ranks: dict[bytes, int]) -> list[tuple[str, str]]:
+    """The merges that make the words of more than one byte, in the order of their ranks.
+
+    tiktoken keeps ranks only; the pair that makes a word is what is left of its bytes after all
+    merges of a lower rank.
+    """
+    letters, merges = byte_letters(), []
+    for word in sorted((word for word in ranks if len(word) > 1), key=lambda word: ranks[word]):
         parts = [bytes([byte]) for byte in word]
         while len(parts) > 2:
             pairs = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:], strict=False)]

@@ -8,21 +8,21 @@ from torch import Tensor
 from megagpt.checkpoint.slice_file import fit_rows
 from megagpt.config import RunConfig
 from megagpt.model import GPT
-from megagpt.tokenizer import load_tokenizer
+from megagpt.order.loader import TokenLoader
 from megagpt.use.generate import TextOptions, generate
 
 
 def write_samples(
     config: RunConfig,
     weights: Iterable[tuple[str, Tensor | None]],
-    tokenizer: str,
+    loader: TokenLoader,
     device: torch.device | None,
 ) -> list[str]:
     """evaluate.samples texts, prompt included; the same draws each time.
 
     weights: (canonical name, whole fp32 tensor) of the live model, which may be spread over all
     ranks. Every rank goes through them; the one that writes has a device and gets tensors, the
-    others get None for both and return [].
+    others get None for both and return []. loader: of the data, whose tokenizer it is.
     """
     wanted = config.evaluate
     model = None
@@ -35,7 +35,7 @@ def write_samples(
             parameters[name].data.copy_(fit_rows(whole, parameters[name].shape, name))
     if model is None:
         return []
-    encoding = load_tokenizer(tokenizer)
+    encoding = loader.encoding
     texts = []
     for seed in range(wanted.samples):
         options = TextOptions(max_tokens=wanted.sample_tokens, seed=seed)

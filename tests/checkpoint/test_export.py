@@ -3,10 +3,12 @@
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from megagpt.checkpoint import list_checkpoints, load_model, record, verify
@@ -17,6 +19,8 @@ from megagpt.config import load_run
 from megagpt.engine import split as splits
 from megagpt.engine.slices import STATES, Slice, TensorShare
 from megagpt.errors import DamageError, UsageError
+from megagpt.files import file_sha256, sealed_json
+from tests.lib.checkpoints import flip
 
 
 def everything(folder: Path) -> dict[str, torch.Tensor]:
@@ -100,6 +104,15 @@ def test_consolidated_files_are_the_model(run, tmp_path, capsys):
     assert set(index["weight_map"]) == set(named)
     for name, file in index["weight_map"].items():
         assert torch.equal(shards[file][name], named[name])
+    metadata = index["metadata"]
+    for name in shards:
+        with safe_open(out / name, framework="pt") as file:
+            said = file.metadata()
+        assert said["format"] == "pt" and said["orientation"] == metadata["orientation"]
+    assert "mlp.c_proj are (out, in), as in torch.nn.Linear" in metadata["orientation"]
+    assert named["h.0.mlp.c_fc.weight"].shape == (4 * 32, 32)
+    files = {one["name"]: one["sha256"] for one in metadata["files"]}
+    assert files == {p.name: file_sha256(p) for p in out.iterdir() if p.name != INDEX}
     assert index["metadata"]["total_size"] == sum(4 * p.numel() for p in named.values())
     source = list_checkpoints(run)[-1]
     assert load_run(out / "config.toml") == load_run(source / "config.toml")
@@ -110,8 +123,9 @@ def test_consolidated_files_are_the_model(run, tmp_path, capsys):
         "tokenizer": "bytes",
     }
     assert encoding.n_vocab == 257 and not model.training
-    assert main(command) == 2
-    assert "not empty; give a folder that does not exist yet" in capsys.readouterr().err
+    for there in (out, out / INDEX):
+        assert main([*command[:3], str(there)]) == 2
+        assert "not empty; give a folder that does not exist yet" in capsys.readouterr().err
 
 
 def test_a_consolidation_that_was_killed_leaves_nothing_behind(run, tmp_path):
@@ -128,9 +142,18 @@ def test_a_consolidation_that_was_killed_leaves_nothing_behind(run, tmp_path):
         "config.toml",
         "model-00001-of-00001.safetensors",
         "model.safetensors.index.json",
+        "tokenizer.json",
     ]
     assert not left.exists()
     assert all((tmp_path / name / "mine").is_file() for name in ("out.tmp", "out.tmp.tmp"))
+
+
+def test_weights_in_the_folder_where_one_is(run, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert Path("config.toml") in consolidate(run, Path())
+    monkeypatch.chdir(tmp_path / "here")
+    assert load_model(Path())[2]["step"] == record.read_record(list_checkpoints(run)[-1]).step
 
 
 def test_a_consolidation_that_fails_leaves_nothing_behind(run, tmp_path, monkeypatch):
@@ -161,3 +184,79 @@ def test_consolidated_weights_open_as_the_model(run, tmp_path):
     (tmp_path / "weights" / INDEX).write_text(json.dumps(index))
     with pytest.raises(DamageError, match="not readable as consolidated weights"):
         load_model(tmp_path / "weights")
+
+
+SHARD = "model-00001-of-00001.safetensors"
+
+
+@pytest.fixture
+def weights(run: Path, tmp_path: Path) -> Path:
+    """Consolidated weights."""
+    consolidate(run, tmp_path / "weights")
+    return tmp_path / "weights"
+
+
+def reindexed(folder: Path, change: Callable[[dict], None], seal: bool = True) -> None:
+    """Changes the index; with `seal`, its own checksum is right."""
+    tree = json.loads((folder / INDEX).read_text())
+    change(tree)
+    (folder / INDEX).write_text(sealed_json(tree) if seal else json.dumps(tree))
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/b", "..", ""])
+@pytest.mark.parametrize("seal", [True, False], ids=["sealed", "of before"])
+def test_an_index_names_files_of_its_own_folder_only(weights, name, seal):
+    shutil.copy(weights / SHARD, weights.parent / "x")
+
+    def change(tree: dict) -> None:
+        tree["weight_map"]["wte.weight"] = name
+        if not seal:
+            as_before(tree)
+
+    reindexed(weights, change, seal)
+    with pytest.raises(DamageError, match="is no name of a file in this folder"):
+        load_model(weights)
+
+
+def as_before(tree: dict) -> None:
+    """An index as it was written in November 2026."""
+    for key in ("vocabulary", "orientation", "files"):
+        tree["metadata"].pop(key, None)
+    tree.pop("sha256", None)
+
+
+def test_weights_of_before_open_with_a_word_of_warning(weights, run, capsys, caplog):
+    reindexed(weights, as_before, seal=False)
+    model, expected = load_model(weights)[0], load_model(run)[0].state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
+    assert "of an earlier megagpt, without checksums; write the weights again" in caplog.text
+    reindexed(weights, lambda tree: tree["weight_map"].pop("ln_f.bias"), seal=False)
+    with pytest.raises(DamageError, match="no parameter ln_f.bias .*; write the weights again"):
+        load_model(weights)
+
+
+@pytest.mark.parametrize("name", ["weight_map", "metadata", "sha256"])
+def test_an_index_without_a_checksum_is_one_of_before_or_none(weights, name):
+    reindexed(weights, lambda tree: tree.pop(name), seal=False)
+    with pytest.raises(DamageError, match="its checksum is not that of its content"):
+        load_model(weights)
+
+
+def test_weights_verify_as_checkpoints_do(weights, capsys):
+    assert main(["checkpoint", "verify", str(weights)]) == 0
+    assert capsys.readouterr().out == "weights  whole\n"
+    flip(weights / SHARD)
+    assert main(["checkpoint", "verify", str(weights)]) == 3
+    assert f"{SHARD}: its checksum is not the manifest's" in capsys.readouterr().out
+    assert main(["generate", str(weights)]) == 3
+    assert f"{SHARD}: its checksum is not the manifest's" in capsys.readouterr().err
+    (weights / SHARD).unlink()
+    with pytest.raises(DamageError, match=f"{SHARD}: cannot be read"):
+        load_model(weights)
+
+
+def test_a_weight_that_no_checksum_speaks_of_is_not_read(weights):
+    shutil.copy(weights / SHARD, weights / "more.safetensors")
+    reindexed(weights, lambda tree: tree["weight_map"].update({"wte.weight": "more.safetensors"}))
+    with pytest.raises(DamageError, match="no checksum of more.safetensors"):
+        load_model(weights)

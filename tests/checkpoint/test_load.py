@@ -21,12 +21,19 @@ from megagpt.config import RunConfig
 from megagpt.engine import Engine, Ranks, build_engine
 from megagpt.engine.slices import STATES, Slice
 from megagpt.errors import DamageError, UsageError
+from megagpt.files import sealed_json
 from megagpt.plan.ds_config import read_ds_config, resolve
 from megagpt.plan.layout import Layout
 from tests.lib.checkpoints import fingerprint, flip, state
 from tests.lib.distributed import undisturbed
 
-FILES = ("rank_00000.safetensors", "rank_00001.safetensors", "config.toml", "manifest.json")
+FILES = (
+    "rank_00000.safetensors",
+    "rank_00001.safetensors",
+    "config.toml",
+    "manifest.json",
+    "tokenizer.json",
+)
 
 
 def weights(engine: Engine) -> dict[str, torch.Tensor]:
@@ -49,7 +56,7 @@ def test_what_is_kept(config):
     assert state.samples == state.tokens // config.model.n_ctx
     assert (state.updates, state.skipped_steps) == (state.step, 0)
     assert state.layout == {"world": 2, "pipeline": 1, "tensor": 1}
-    assert [f.name for f in state.files] == [*FILES[:2], "config.toml"]
+    assert [f.name for f in state.files] == [*FILES[:2], "config.toml", "tokenizer.json"]
 
 
 def test_bytes_on_the_disk_are_the_owned_slices_and_no_more(config):
@@ -286,7 +293,7 @@ def test_a_manifest_names_files_of_its_own_folder_only(run):
     del tree["sha256"]
     for name in (outside, str(older / FILES[0]), "..", ""):
         tree["files"][0]["name"] = name
-        path.write_text(record._text(tree))
+        path.write_text(sealed_json(tree))
         assert f"{name!r} is no name of a file in this folder" in verify(newest)[0]
 
 
