@@ -10,13 +10,22 @@ from __future__ import annotations
 
 import glob
 import os
+import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
-from megagpt.corpus.open import BOM, COMPRESSIONS, TRUNCATED, array_elements, opened
+from megagpt.corpus.array import array_elements
+from megagpt.corpus.open import (
+    BOM,
+    COMPRESSIONS,
+    TRUNCATED,
+    opened,
+    other_encoding,
+    why_unreadable,
+)
 from megagpt.errors import UsageError
 
 UNIT_BYTES = 8 << 20
@@ -30,6 +39,10 @@ SUFFIXES = {
     ".json": "json",
     ".parquet": "parquet",
 }
+STANDARD_INPUT = ("-", "/dev/stdin", "/dev/fd/0", "/proc/self/fd/0")
+"""Workers have another standard input, so that its names must not pass for files."""
+OURS = ("manifest.json", "tokenizer.json")
+"""Files beside shards: an output folder may lie inside the input."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +87,8 @@ class Unit:
     """Whether its sources end with it."""
     payload: Any = None
     """block: bytes of whole lines; texts: a list."""
-    problem: str = ""
-    """What went wrong after the payload, when reading the source had to stop."""
+    problem: tuple[str, str] | None = None
+    """(reason, detail) of what went wrong after the payload, where reading had to stop."""
 
 
 @dataclass
@@ -83,14 +96,31 @@ class Inputs:
     """What `find_sources` found."""
 
     sources: list[Source] = field(default_factory=list)
-    twice: list[str] = field(default_factory=list)
-    """Files that were named more than once; only the first counts."""
+    problems: list[tuple[str, str, str]] = field(default_factory=list)
+    """(path, reason, detail) of what was passed over: files and folders that were given more than
+    once, of which the first counts, that cannot be read, or that are no files."""
     others: int = 0
     """Files of folders with endings that are not known."""
+    seen: set[tuple[int, int]] = field(default_factory=set)
+    """Device and number of each file and folder so far."""
+
+    def pass_over(self, path: str, reason: str, detail: str = "") -> None:
+        """Name what is not read."""
+        self.problems.append((path, reason, detail))
+
+    def is_new(self, path: str, status: os.stat_result) -> bool:
+        """Whether the file or folder comes for the first time; names it when it does not."""
+        key = (status.st_dev, status.st_ino)
+        if key in self.seen:
+            kind = "folder" if stat.S_ISDIR(status.st_mode) else "file"
+            self.pass_over(path, f"{kind} given more than once")
+        new = key not in self.seen
+        self.seen.add(key)
+        return new
 
 
 class Damaged(Exception):
-    """Reading a source had to stop; what came before is good."""
+    """(reason, detail): reading a source had to stop; what came before is good."""
 
 
 # --- which files --------------------------------------------------------------------------------
@@ -98,65 +128,111 @@ class Damaged(Exception):
 
 def find_sources(inputs: Iterable[str | Path | Documents], format: str | None = None) -> Inputs:
     """Expand files, folders, globs, `-` and `Documents` into sources, in the order given; the
-    files of a folder or glob are sorted by path. `format` is used for every file.
+    files of a folder or glob are sorted by path, links are followed. `format` is used for every
+    file.
 
-    Raises UsageError for an input that does not exist or whose ending means no format.
+    Raises UsageError for an input that does not exist, is a pipe or has an ending that means no
+    format.
     """
-    inputs_found = Inputs()
-    seen: set[tuple[int, int]] = set()
+    found = Inputs()
     for item in inputs:
         if isinstance(item, Documents):
-            inputs_found.sources.append(Source(item.name, "documents", documents=item))
-        elif str(item) == "-":
-            inputs_found.sources.append(Source("-", format or "jsonl"))
+            found.sources.append(Source(item.name, "documents", documents=item))
+        elif str(item) in STANDARD_INPUT:
+            if any(source.path == "-" for source in found.sources):
+                found.pass_over("standard input", "file given more than once")
+            else:
+                found.sources.append(Source("-", format or "jsonl"))
+        elif os.path.lexists(item) and not os.path.isdir(item):
+            _add_file(found, str(item), format, named=True)
         else:
-            for path in _expand(str(item)):
-                _add_file(inputs_found, path, format, seen, named=path == str(item))
-    return inputs_found
+            for path in _expand(found, str(item)):
+                _add_file(found, path, format, named=False)
+    return found
 
 
-def _expand(item: str) -> list[str]:
-    """The files that a path or glob means. Raises UsageError when there is none."""
-    if os.path.isfile(item):
-        return [item]
+def _expand(found: Inputs, item: str) -> list[str]:
+    """The files that a folder or glob means. Raises UsageError when there is none."""
     if os.path.isdir(item):
-        return _files_below(item)
-    matches = sorted(glob.glob(item, recursive=True)) if glob.has_magic(item) else []
-    paths = [path for path in matches if os.path.isfile(path)]
+        return _files_below(found, item)
+    matches = glob.glob(_without_brackets(item), recursive=True)
+    paths = {path for path in matches if not os.path.isdir(path)}
+    # `**` gives the files of the folders that it matches itself.
+    if "**" not in item:
+        paths.update(
+            p for folder in sorted(set(matches) - paths) for p in _files_below(found, folder)
+        )
     if not paths:
         raise UsageError(f"input {item}: no such file or folder, and no file matches it")
-    return paths
+    return sorted(paths)
 
 
-def _add_file(
-    inputs: Inputs, path: str, format: str | None, seen: set[tuple[int, int]], named: bool
-) -> None:
+def _without_brackets(item: str) -> str:
+    """The glob with what stands in it literally, as the folder `runs[1]` in `runs[1]/*.txt`,
+    escaped."""
+    folder, pattern = os.path.split(item)
+    while folder not in ("", os.sep) and not os.path.isdir(folder):
+        folder, name = os.path.split(folder)
+        pattern = os.path.join(name, pattern)
+    return os.path.join(glob.escape(folder), pattern)
+
+
+def _add_file(found: Inputs, path: str, format: str | None, named: bool) -> None:
+    """Add one file; what is none is refused where it was named, and counted where it was found."""
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        found.pass_over(path, "unreadable file", error.strerror or str(error))
+        return
+    problem = "" if stat.S_ISREG(status.st_mode) else "a pipe, socket or device, which is no file"
+    if problem and named:
+        raise UsageError(
+            f"input {path}: {problem}; send its content to standard input and give - as the input"
+        )
     kind, compression = _format(path, format)
     if not kind and named:
         raise UsageError(
             f"input {path}: its ending is none of {', '.join(SUFFIXES)} (or these with "
             f"{', '.join(COMPRESSIONS)}); say what it holds with --format"
         )
-    try:
-        stat = os.stat(path)
-    except OSError:  # a dangling link in a folder
-        kind = ""
     if not kind:
-        inputs.others += 1
-    elif (stat.st_dev, stat.st_ino) in seen:
-        inputs.twice.append(path)
-    else:
-        seen.add((stat.st_dev, stat.st_ino))
-        inputs.sources.append(Source(path, kind, compression, stat.st_size, stat.st_mtime_ns))
+        found.others += 1
+    elif problem:
+        found.pass_over(path, "no regular file", problem)
+    elif found.is_new(path, status):
+        size, time_ns = status.st_size, status.st_mtime_ns
+        found.sources.append(Source(path, kind, compression, size, time_ns))
 
 
-def _files_below(folder: str) -> list[str]:
-    """All regular files below a folder, sorted by path; hidden ones left out."""
-    paths = []
-    for root, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        paths += [os.path.join(root, name) for name in files if not name.startswith(".")]
-    return sorted(path for path in paths if os.path.isfile(path))
+def _files_below(found: Inputs, folder: str) -> list[str]:
+    """What is no folder below a folder, sorted by path; hidden names and what we write beside
+    shards are left out. Folders that cannot be read are named."""
+
+    def failed(error: OSError) -> None:
+        found.pass_over(error.filename, "unreadable folder", error.strerror or "")
+
+    paths: list[str] = []
+    if not _enters(found, folder):
+        return paths
+    for root, folders, files in os.walk(folder, onerror=failed, followlinks=True):
+        shown = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = [name for name in shown if _enters(found, os.path.join(root, name))]
+        ours = OURS if any(name.endswith(".idx") for name in files) else ()
+        paths += [
+            os.path.join(root, name)
+            for name in files
+            if not name.startswith(".") and name not in ours
+        ]
+    return sorted(paths)
+
+
+def _enters(found: Inputs, folder: str) -> bool:
+    """Whether a folder is read: each is once, since a link may lead back above itself."""
+    try:
+        return found.is_new(folder, os.stat(folder))
+    except OSError as error:
+        found.pass_over(folder, "unreadable folder", error.strerror or "")
+        return False
 
 
 def _format(path: str, format: str | None) -> tuple[str, str]:
@@ -216,6 +292,8 @@ def _source_units(source: Source, index: int, unit_bytes: int) -> Iterator[Unit]
     if source.documents is not None:
         texts = ((text, 0) for text in source.documents.texts())
         yield from _text_units(texts, source, index, unit_bytes)
+    elif (problem := _other_encoding(source)) is not None:
+        yield Unit(kind="texts", sources=(index,), payload=[], size=source.bytes, problem=problem)
     elif source.format == "json":
         yield from _text_units(_elements(source), source, index, unit_bytes)
     elif source.format == "text":
@@ -224,11 +302,23 @@ def _source_units(source: Source, index: int, unit_bytes: int) -> Iterator[Unit]
         groups = _row_groups(source)
         bounds = [source.bytes * group // max(groups, 1) for group in range(groups + 1)]
         yield from _ranges("rows", source, index, bounds, range(groups + 1))
-    elif source.compression or source.path == "-":
+    elif source.compression or not source.bytes:
         yield from _block_units(source, index, unit_bytes)
     else:
         bounds = [*range(0, source.bytes, unit_bytes), source.bytes]
         yield from _ranges("range", source, index, bounds, bounds)
+
+
+def _other_encoding(source: Source) -> tuple[str, str] | None:
+    """The problem of JSON in UTF-16, of which every line would be one."""
+    if source.path == "-" or source.format not in ("json", "jsonl"):
+        return None
+    try:
+        with opened(source.path, source.compression) as (file, _):
+            encoding = other_encoding(file.read(4096))
+    except TRUNCATED:
+        return None
+    return ("invalid UTF-8", encoding) if encoding else None
 
 
 def _ranges(
@@ -254,7 +344,7 @@ def _row_groups(source: Source) -> int:
 
     try:
         return int(pyarrow.parquet.ParquetFile(source.path).num_row_groups)
-    except (pyarrow.ArrowException, OSError):
+    except (pyarrow.ArrowException, OSError, ValueError):
         return 1
 
 
@@ -263,11 +353,11 @@ def _elements(source: Source) -> Iterator[tuple[Any, int]]:
     try:
         with opened(source.path, source.compression) as (file, raw):
             for element in array_elements(file):
-                yield element, raw.tell()
+                yield element, raw.tell() if source.bytes else 0
     except TRUNCATED as error:
-        raise Damaged(f"cut short or damaged: {error}") from None
+        raise Damaged(*why_unreadable(error)) from None
     except ValueError as error:
-        raise Damaged(str(error)) from None
+        raise Damaged("truncated or damaged file", str(error)) from None
 
 
 def _text_units(
@@ -275,7 +365,7 @@ def _text_units(
 ) -> Iterator[Unit]:
     batch: list[Any] = []
     size = before = 0
-    problem = ""
+    problem = None
     try:
         for text, read in texts:
             if size >= unit_bytes:
@@ -287,14 +377,14 @@ def _text_units(
             values = text.values() if isinstance(text, dict) else (text,)
             size += 1 + sum(len(value) for value in values if isinstance(value, str | bytes))
     except Damaged as error:
-        problem = str(error)
+        problem = error.args
     size = source.bytes - before
     yield Unit(kind="texts", sources=(index,), payload=batch, size=size, problem=problem)
 
 
 def _block_units(source: Source, index: int, unit_bytes: int) -> Iterator[Unit]:
     """Blocks of whole lines from a stream that has to be read in sequence."""
-    rest, problem, before = b"", "", 0
+    rest, problem, before = b"", None, 0
     try:
         with opened(source.path, source.compression) as (file, raw):
             rest = file.read(len(BOM)).removeprefix(BOM)
@@ -311,7 +401,7 @@ def _block_units(source: Source, index: int, unit_bytes: int) -> Iterator[Unit]:
                 before = read
     except TRUNCATED as error:
         # The line that was being read is lost with the rest of the file.
-        rest, problem = b"", f"cut short or damaged: {error}"
+        rest, problem = b"", why_unreadable(error)
     size = source.bytes - before
     yield Unit(kind="block", sources=(index,), payload=rest, size=size, problem=problem)
 

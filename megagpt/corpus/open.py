@@ -1,10 +1,9 @@
-"""The bytes of an input file, decompressed as they are read, and the elements of a JSON array."""
+"""The bytes of an input file, decompressed as they are read."""
 
 from __future__ import annotations
 
 import bz2
-import codecs
-import gzip
+import io
 import json
 import lzma
 import sys
@@ -21,11 +20,9 @@ TRUNCATED = (EOFError, lzma.LZMAError, zlib.error, zstd.ZstdError, OSError)
 """What a cut or damaged compressed file raises."""
 # Files of `zstd --long=31`; without it the library refuses windows above 128 MB.
 ZSTD_OPTIONS: dict[int, int] = {zstd.DecompressionParameter.window_log_max: 31}
-
-CHUNK = 1 << 20
-_SPACE = " \t\n\r"
-_LONGEST_WORD = 16
-"""Characters before the end of a chunk in which a cut word, number or escape may begin."""
+PACKED = 1 << 13
+"""Compressed bytes that are unpacked at a time: what comes before a damaged byte is lost from
+their start on."""
 
 
 @contextmanager
@@ -35,91 +32,114 @@ def opened(path: str, compression: str) -> Iterator[tuple[Any, Any]]:
     if path == "-":
         yield sys.stdin.buffer, sys.stdin.buffer
         return
-    with open(path, "rb") as raw, _decompressed(raw, compression) as file:
-        yield file, raw
+    with open(path, "rb") as raw:
+        yield (io.BufferedReader(_Members(raw, compression)) if compression else raw), raw
 
 
-def _decompressed(raw: IO[bytes], compression: str) -> Any:
-    if compression == "gz":
-        return gzip.GzipFile(fileobj=raw)
-    if compression == "bz2":
-        return bz2.BZ2File(raw)
-    if compression == "xz":
-        return lzma.LZMAFile(raw)
-    if compression == "zst":
-        return zstd.ZstdFile(raw, options=ZSTD_OPTIONS)
-    return raw
+def why_unreadable(error: BaseException) -> tuple[str, str]:
+    """(reason, detail) of a problem, for one of TRUNCATED."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return "unreadable file", error.strerror or str(error)
+    return "truncated or damaged file", str(error)
 
 
-class _Window:
-    """The part of the stream that has been read and not yet parsed."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self._decode = codecs.getincrementaldecoder("utf-8-sig")().decode
-        self._parse = json.JSONDecoder().raw_decode
-        self._text, self._start, self._ended = "", 0, False
-
-    def mark(self) -> str:
-        """The next character that is not white space, not consumed; empty at the end."""
-        while True:
-            while self._start < len(self._text) and self._text[self._start] in _SPACE:
-                self._start += 1
-            if self._start < len(self._text) or self._ended:
-                return self._text[self._start : self._start + 1]
-            self._more()
-
-    def skip(self) -> None:
-        """Consume the character that `mark` gave."""
-        self._start += 1
-
-    def element(self) -> Any:
-        """Consume one value."""
-        while True:
-            try:
-                value, end = self._parse(self._text, self._start)
-            except json.JSONDecodeError as error:
-                cut = error.pos > len(self._text) - _LONGEST_WORD
-                if self._ended or not (cut or error.msg.startswith("Unterminated")):
-                    raise
-            else:
-                # A number that touches the end of the window may go on behind it.
-                if end < len(self._text) or self._ended:
-                    self._start = end
-                    return value
-            self._more()
-
-    def _more(self) -> None:
-        # As much again as is kept: a huge element is parsed a few times, not once a chunk.
-        # read1 gives what comes before a damaged byte, where read would lose it.
-        size = max(CHUNK, len(self._text) - self._start)
-        block = self._file.read1(size)  # type: ignore[attr-defined]
-        self._ended = not block
-        self._text = self._text[self._start :] + self._decode(block, self._ended)
-        self._start = 0
+def other_encoding(head: bytes) -> str:
+    """UTF-16 or UTF-32 in words, when the first bytes of a file say so; else nothing."""
+    name: str = json.detect_encoding(head[:4])
+    marked = head.startswith((b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff"))
+    # Without a byte order mark only zeros tell, every second byte or more of plain text.
+    if name.startswith("utf-8") or not (marked or head.count(0) * 4 > len(head)):
+        return ""
+    name = name[:6].upper()
+    return f"it is {name}; convert it: iconv -f {name} -t UTF-8"
 
 
-def array_elements(file: IO[bytes]) -> Iterator[Any]:
-    """The elements of the array in `file`; memory holds a chunk and the largest element.
+class _Members(io.RawIOBase):
+    """What all members of a compressed file hold, one after another.
 
-    ijson is faster, and ends at NaN and turns lone surrogates into question marks without a word:
-    docs/benchmarks/data_prep.md. Raises ValueError when the file is not an array or breaks the
-    rules of JSON somewhere; the elements before that byte have been given.
+    The readers of Python's library take a member whose start is damaged, and legal padding, for the
+    end of the file, and drop the rest without a word.
     """
-    window = _Window(file)
-    if window.mark() != "[":
-        raise ValueError("not a JSON array")
-    window.skip()
-    mark = window.mark()
-    while mark != "]":
-        if not mark:
-            raise ValueError("the array has no end")
-        yield window.element()
-        mark = window.mark()
-        if mark == ",":
-            window.skip()
-            mark = window.mark()
-            if mark == "]":
-                raise ValueError("a comma before the end of the array")
-        elif mark and mark != "]":
-            raise ValueError(f"{mark!r} between elements of the array")
+
+    def __init__(self, raw: IO[bytes], compression: str) -> None:
+        self._raw, self._kind = raw, compression
+        self._packed = b""
+        self._member: Any = None
+        self._count = 0
+
+    def readable(self) -> bool:
+        """A stream for reading."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """The next bytes. Raises one of TRUNCATED where the file is cut short or damaged."""
+        while self._member is not None or self._next():
+            if self._member.needs_input and not self._packed:
+                self._packed = self._raw.read(PACKED)
+            packed, self._packed = self._packed, b""
+            data = self._member.decompress(packed, len(buffer))
+            if self._member.eof:
+                self._packed, self._member = self._member.unused_data, None
+            elif not data and not packed and self._member.needs_input:
+                raise EOFError("the file ends in the middle of a compressed stream")
+            if data:
+                buffer[: len(data)] = data
+                return len(data)
+        return 0
+
+    def _next(self) -> bool:
+        """Begin the next member; False when there is none."""
+        zeros, size = 0, 1
+        while size:
+            self._packed = self._packed or self._raw.read(PACKED)
+            size = len(self._packed)
+            # gzip may be padded to the blocks of a tape, xz to a multiple of four bytes.
+            if self._count and self._kind in ("gz", "xz"):
+                self._packed = self._packed.lstrip(b"\0")
+            zeros += size - len(self._packed)
+            if self._packed:
+                break
+        if self._kind == "xz" and zeros % 4:
+            raise lzma.LZMAError("padding that is no multiple of four bytes")
+        if not self._packed and not self._count:
+            raise EOFError("the file is empty")
+        self._count += 1
+        if self._packed:
+            self._member = _decompressor(self._kind)
+        return bool(self._packed)
+
+
+def _decompressor(kind: str) -> Any:
+    if kind == "gz":
+        return _Gzip()
+    if kind == "bz2":
+        return bz2.BZ2Decompressor()
+    if kind == "xz":
+        return lzma.LZMADecompressor()
+    return zstd.ZstdDecompressor(options=ZSTD_OPTIONS)
+
+
+class _Gzip:
+    """zlib with the interface of the other decompressors."""
+
+    def __init__(self) -> None:
+        self._zlib = zlib.decompressobj(wbits=31)
+
+    def decompress(self, data: bytes, size: int) -> bytes:
+        """At most `size` bytes of what `data`, and what was kept of it before, holds."""
+        return self._zlib.decompress(self._zlib.unconsumed_tail + data, size)
+
+    @property
+    def needs_input(self) -> bool:
+        """Whether nothing is kept."""
+        return not self._zlib.unconsumed_tail
+
+    @property
+    def eof(self) -> bool:
+        """Whether the member has ended and its checksum fits."""
+        return self._zlib.eof
+
+    @property
+    def unused_data(self) -> bytes:
+        """What was given beyond the member."""
+        return self._zlib.unused_data

@@ -52,9 +52,18 @@ FLUSH_UNITS = 32
 """Units between two flushes: what a killed run may have to add to the shards again."""
 
 
+def beside(output: Path, ending: str) -> Path:
+    """The folder beside `output` whose name has an ending more. Raises UsageError for `/`."""
+    # `.` and `..` have no name of their own.
+    output = output if output.name not in ("", "..") else output.resolve()
+    if not output.name:
+        raise UsageError(f"output {output}: nothing lies beside it; choose a folder with a name")
+    return output.with_name(output.name + ending)
+
+
 def validation_folder(output: Path) -> Path:
     """Where the validation split of a corpus goes."""
-    return output.with_name(output.name + "-validation")
+    return beside(output, "-validation")
 
 
 def prepare(inputs: Iterable[str | Path | Documents], options: PrepareOptions) -> Summary:
@@ -70,7 +79,7 @@ def prepare(inputs: Iterable[str | Path | Documents], options: PrepareOptions) -
         check_options(options)
         encoding = load_tokenizer(options.tokenizer)
         found = find_sources(inputs, options.format)
-        check_inputs(options, found.sources)
+        check_inputs(options, found)
         recipe = recipe_of(options, encoding)
         summary = _finished(options, found.sources, recipe)
         if summary is None:
@@ -222,9 +231,9 @@ class _Pipe:
         return rare
 
     def _describe_inputs(self) -> None:
-        for path in self._inputs.twice:
-            self._summary.describe("file given more than once", path, "")
-            self._summary.left_out["file given more than once"] += 1
+        for path, reason, detail in self._inputs.problems:
+            self._summary.describe(reason, path, detail)
+            self._summary.left_out[reason] += 1
         if self._inputs.others:
             note = "files of folders with an unknown ending"
             self._summary.notes[note] = self._inputs.others

@@ -13,8 +13,9 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
+from megagpt.corpus.array import Broken
 from megagpt.corpus.documents import Unit
-from megagpt.corpus.open import BOM, TRUNCATED, opened
+from megagpt.corpus.open import BOM, TRUNCATED, opened, other_encoding, why_unreadable
 
 PIECE_BYTES = 1 << 22
 """Text files are read in pieces of so many bytes."""
@@ -51,15 +52,21 @@ def read(unit: Unit, text_field: str) -> Iterator[Item]:
         yield from _rows(unit, text_field)
         return
     item = -1
+    problem = unit.problem
     if unit.kind == "texts":
         for item, element in enumerate(unit.payload):
             yield _element(item, element, text_field)
     else:
-        for item, line in enumerate(_lines(unit)):
+        lines: list[bytes] = []
+        try:
+            lines = _lines(unit)
+        except OSError as error:
+            problem = why_unreadable(error)
+        for item, line in enumerate(lines):
             yield _line(item, line, text_field)
-    if unit.problem:
-        detail = f"{unit.problem}; the rest of it is left out"
-        yield Problem(item + 1, "truncated or damaged file", detail)
+    if problem:
+        reason, detail = problem
+        yield Problem(item + 1, reason, f"{detail}; the rest of it is left out")
 
 
 def join(items: Iterable[Item]) -> Iterator[Item]:
@@ -127,18 +134,23 @@ def _line(item: int, line: bytes, text_field: str) -> Item:
         if not line.strip():
             return Problem(item, "")
         try:
-            # Takes what orjson refuses and Python writes: NaN, and escapes of lone surrogates.
-            element = json.loads(line)
+            # Takes what orjson refuses and Python writes: NaN, escapes of lone surrogates; and
+            # nobody reads the numbers, so that they may have any number of digits.
+            element = json.loads(line, parse_int=float)
         except UnicodeDecodeError as wrong:
             detail = f"byte {wrong.start + 1} of the line: {wrong.reason}"
             return Problem(item, "invalid UTF-8", detail)
-        except (ValueError, RecursionError):
+        except RecursionError:
+            return Problem(item, "broken JSON", "nested too deeply")
+        except ValueError:
             return Problem(item, "broken JSON", str(error))
     return _element(item, element, text_field)
 
 
 def _element(item: int, element: Any, text_field: str) -> Item:
     """The text of an object, or of a string or bytes that stand alone."""
+    if isinstance(element, Broken):
+        return Problem(item, element.reason, element.detail)
     if isinstance(element, dict):
         if text_field not in element:
             names = ", ".join(list(element)[:8]) or "none"
@@ -164,6 +176,9 @@ def _file(item: int, path: str, compression: str) -> Iterator[Item]:
         with opened(path, compression) as (file, _):
             block = file.read(PIECE_BYTES)
             last = len(block) < PIECE_BYTES
+            if encoding := other_encoding(block[:4096]):
+                yield Problem(item, "invalid UTF-8", encoding, path)
+                return
             block = block.removeprefix(BOM)
             if last and not block:
                 yield Problem(item, "empty document", path=path)
@@ -180,10 +195,7 @@ def _file(item: int, path: str, compression: str) -> Iterator[Item]:
         detail = f"byte {before - waiting + error.start + 1}: {error.reason}"
         yield Problem(item, "invalid UTF-8", detail, path)
     except TRUNCATED as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            yield Problem(item, "unreadable file", error.strerror or str(error), path)
-        else:
-            yield Problem(item, "truncated or damaged file", str(error), path)
+        yield Problem(item, *why_unreadable(error), path)
 
 
 def _rows(unit: Unit, text_field: str) -> Iterator[Item]:
@@ -191,18 +203,40 @@ def _rows(unit: Unit, text_field: str) -> Iterator[Item]:
     import pyarrow
     import pyarrow.parquet
 
-    item = -1
+    item = count = 0
     try:
-        file = pyarrow.parquet.ParquetFile(unit.files[0][0])
+        file = pyarrow.parquet.ParquetFile(unit.files[0][0], page_checksum_verification=True)
         if text_field not in file.schema_arrow.names:
             names = ", ".join(file.schema_arrow.names[:8])
             detail = f"no column {text_field!r} (columns: {names})"
             yield Problem(0, "missing text field", detail)
             return
+        if file.num_row_groups:
+            count = file.metadata.row_group(unit.start).num_rows
         for batch in file.iter_batches(ROWS, row_groups=[unit.start], columns=[text_field]):
-            for text in batch.column(0).to_pylist():
+            for value in _values(batch.column(0)):
+                yield _element(item, value, text_field)
                 item += 1
-                yield _element(item, text, text_field)
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        detail = f"row group {unit.start}: " + str(error).split("\n")[0]
-        yield Problem(item + 1, "truncated or damaged file", detail)
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        reason, detail = "truncated or damaged file", str(error).split("\n")[0]
+        if isinstance(error, OSError):
+            reason, detail = why_unreadable(error)
+        # Each of them counts.
+        for lost in range(item, max(count, item + 1)):
+            yield Problem(lost, reason, f"row group {unit.start}: {detail}")
+
+
+def _values(column: Any) -> Iterable[Any]:
+    """The values of some rows; one that is no UTF-8 does not take the others with it."""
+    try:
+        values: list[Any] = column.to_pylist()
+    except UnicodeDecodeError:
+        values = [_value(scalar) for scalar in column]
+    return values
+
+
+def _value(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError as error:
+        return Broken(f"byte {error.start + 1}: {error.reason}", "invalid UTF-8")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megagpt.corpus.documents import FORMATS, UNIT_BYTES, Source, find_sources
+from megagpt.corpus.documents import FORMATS, UNIT_BYTES, Inputs, find_sources
 from megagpt.corpus.manifest import Subset
 from megagpt.corpus.shards import SHARD_TOKENS
 from megagpt.errors import UsageError
@@ -65,11 +64,14 @@ def check_options(options: PrepareOptions) -> None:
         raise UsageError(f"format {options.format}: must be one of {', '.join(FORMATS)}")
 
 
-def check_inputs(options: PrepareOptions, sources: Sequence[Source]) -> None:
+def check_inputs(options: PrepareOptions, inputs: Inputs) -> None:
     """Raises UsageError for inputs that cannot be prepared like this."""
-    if not sources:
-        raise UsageError("the inputs hold no file to tokenize; see --format for unusual endings")
-    paths = [source.path for source in sources]
+    if not inputs.sources:
+        why = [f"; {path}: {reason} ({detail})" for path, reason, detail in inputs.problems[:3]]
+        raise UsageError(
+            "the inputs hold no file to tokenize; see --format for unusual endings" + "".join(why)
+        )
+    paths = [source.path for source in inputs.sources]
     if options.decontaminate and "-" in (*paths, *options.decontaminate):
         raise UsageError(
             "input -: decontamination reads its input twice, which standard input does not allow; "

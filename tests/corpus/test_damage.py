@@ -1,6 +1,7 @@
 """What preparation survives: damaged input, hostile text, a fast encoder that is wrong."""
 
 import gzip
+import io
 import json
 import random
 from pathlib import Path
@@ -11,8 +12,9 @@ import pyarrow.parquet
 import pytest
 from backports import zstd
 
+from megagpt.corpus import array as array_module
 from megagpt.corpus import read as read_module
-from megagpt.corpus.open import array_elements
+from megagpt.corpus.array import Broken, array_elements
 from megagpt.corpus.pipe import prepare
 from megagpt.corpus.recipe import PrepareOptions
 from megagpt.errors import DamageError, UsageError
@@ -126,39 +128,63 @@ def test_damaged_parquet(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> No
     assert "c.parquet: document 2" in caplog.text
 
 
-@pytest.mark.parametrize(
-    ("text", "elements", "message"),
-    [
-        ('["a", 12, {"b": [1]}, null]', ["a", 12, {"b": [1]}, None], ""),
-        ("[]", [], ""),
-        (' [ 1 , "\u00e9" ] ', [1, "\u00e9"], ""),
-        ('{"a": 1}', [], "not a JSON array"),
-        ("", [], "not a JSON array"),
-        ('["a" "b"]', ["a"], "'\"' between elements"),
-        ('["a", "b"', ["a", "b"], "the array has no end"),
-        ('["a",', ["a"], "the array has no end"),
-        ('["a", ]', ["a"], "a comma before the end"),
-        ('["a", nope, "b"]', ["a"], "Expecting value"),
-        ('["a", "b', ["a"], "Unterminated string"),
-    ],
-)
+DEEP = '{"a":' * 2000 + "1" + "}" * 2000
+ARRAYS = [
+    ('["a", 12, {"b": [1]}, null]', ["a", 12, {"b": [1]}, None], []),
+    ("[]", [], []),
+    (' [ 1 , "\u00e9" ] ', [1, "\u00e9"], []),
+    ("", [], ["not a JSON array"]),
+    # What follows the first array, and what is none.
+    ('["a"]\n["b"]\n', ["a", "b"], []),
+    ('\ufeff["a"]\ufeff["b"]', ["a", "b"], []),
+    ('["a"]{"b": 1}\n"c"', ["a", {"b": 1}, "c"], []),
+    ('["a"], ["b"]', ["a", "b"], ["a comma outside"]),
+    ('["a"], "b"]', ["a", "b"], ["a comma outside"]),
+    ('["a"]\0\0', ["a"], ["Expecting value"]),
+    # Separators.
+    ('["a" "b"]', ["a", "b"], ["'\"' between elements"]),
+    ('[{"a": 1}!{"a": 2}, {"a": 3}]', [{"a": 1}, {"a": 3}], ["Expecting value"]),
+    ('["a", "b"', ["a", "b"], ["the array has no end"]),
+    ('["a",', ["a"], ["the array has no end"]),
+    ('["a", ]', ["a"], ["a comma before the end"]),
+    ('[,"a",, "b"]', ["a", "b"], ["a comma before the first"] * 2),
+    # Elements.
+    ('["a", nope, "b"]', ["a", "b"], ["Expecting value"]),
+    ('["a", {"b": nope, "c": ["x", "y"]}, "d"]', ["a", "d"], ["Expecting value"]),
+    ('["a", "b', ["a"], ["Unterminated string", "the array has no end"]),
+    ('["a", "b\\x", "c\td", "e"]', ["a", "e"], ["Invalid", "Invalid"]),
+    (f'["a", {DEEP}, {"[" * 9999}{"]" * 9999}, "b"]', ["a", "b"], ["nested too deeply"] * 2),
+    (f'["a", {{"b": {"9" * 5000}}}, "b"]', ["a", {"b": float("inf")}, "b"], []),
+    # A quote lost, or one too many: no piece of a text becomes an element.
+    ('["al, bert", "b!, "c", "d, e", "f"]', ["al, bert", "c", "d, e", "f"], ["text behind"]),
+    ('["a", "be"ta", "c", "d"]', ["a", "c", "d"], ["text behind"]),
+    ('["a", be, ta", "c", "d"]', ["a", "c", "d"], ["Expecting value"] * 2),
+    ('[{"a": "1"}, {"a": "2}, {"a": "3"}, {"a": "4"}]', [{"a": "1"}, {"a": "3"}, {"a": "4"}],
+     ["Expecting"]),
+    ('[{"i": 1}, {"i": !, "l": [{"a": 2}, {"a": 3}], {"i": 4}]', [{"i": 1}, {"i": 4}],
+     ["Expecting value"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "elements", "problems"), ARRAYS)
 def test_json_arrays_element_by_element(
-    monkeypatch: pytest.MonkeyPatch, text: str, elements: list, message: str
+    monkeypatch: pytest.MonkeyPatch, text: str, elements: list, problems: list[str]
 ) -> None:
-    import io
-
-    from megagpt.corpus import open as open_module
-
-    for chunk in (1, 2, 5, 1 << 20):
-        monkeypatch.setattr(open_module, "CHUNK", chunk)
-        found = []
+    for chunk in (1, 2, 5, 1 << 20) if len(text) < 1000 else (3000, 1 << 20):
+        monkeypatch.setattr(array_module, "CHUNK", chunk)
+        found, said = [], []
         try:
             for element in array_elements(io.BytesIO(text.encode())):
-                found.append(element)
-            assert not message
+                (said if isinstance(element, Broken) else found).append(element)
         except ValueError as error:
-            assert message and message in str(error)
+            said.append(Broken(str(error)))
         assert found == elements
+        assert [a.detail[: len(b)] for a, b in zip(said, problems, strict=True)] == problems
+
+
+def test_a_bad_byte_in_an_array_leaves_out_its_element() -> None:
+    found = list(array_elements(io.BytesIO(b'["a", "caf\xe9", "\xc3\xa9", "b"]')))
+    assert found == ["a", Broken("byte 0xe9", "invalid UTF-8"), "\u00e9", "b"]
 
 
 def test_the_same_file_twice_counts_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
