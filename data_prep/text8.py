@@ -11,6 +11,7 @@ character.
 import argparse
 import sys
 import zipfile
+import zlib
 from pathlib import Path
 
 from megagpt.corpus.command import parser, prepare_by_place, run
@@ -18,6 +19,8 @@ from megagpt.corpus.download import fetch
 from megagpt.errors import DamageError
 
 URL = "http://mattmahoney.net/dc/text8.zip"
+DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, KeyError, UnicodeDecodeError, RuntimeError)
+"""What an archive raises that is not text8's: RuntimeError of a password or a foreign method."""
 
 
 def read(path: Path) -> str:
@@ -27,7 +30,7 @@ def read(path: Path) -> str:
             with zipfile.ZipFile(path) as archive:
                 return archive.read("text8").decode("ascii")
         return path.read_text("ascii")
-    except (zipfile.BadZipFile, KeyError, UnicodeDecodeError) as error:
+    except DAMAGE as error:
         raise DamageError(f"{path}: not text8 ({error}); remove it to download again") from None
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megagpt.corpus.command import parser, prepare_by_place, run
 from megagpt.corpus.download import fetch
+from megagpt.errors import DamageError
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 
@@ -19,7 +20,11 @@ URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshake
 def work(args: argparse.Namespace) -> int:
     """Prepare the two splits."""
     path = args.file or fetch(URL, args.output.parent / "tinyshakespeare.txt")
-    return prepare_by_place(args, path.read_text("utf-8"), {"train": 90, "validation": 10})
+    try:
+        text = path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise DamageError(f"{path}: not the plays ({error}); remove it to download again") from None
+    return prepare_by_place(args, text, {"train": 90, "validation": 10})
 
 
 def main() -> int:

@@ -18,7 +18,7 @@ def main() -> int:
                          metavar="hf:NAME", help="data set, or a local copy")  # fmt: skip
     options.set_defaults(validation_fraction=0.001)
     args = options.parse_args()
-    address = args.source.format(date=args.date, language=args.language)
+    address = args.source.replace("{date}", args.date).replace("{language}", args.language)
     return run(lambda: prepare_with(args, [hub_documents(address, "text")]))
 
 

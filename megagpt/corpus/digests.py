@@ -33,6 +33,7 @@ class Digests:
         self._whole: dict[int, Future[str]] = {}
         self._running: dict[int, Any] = {}
         self._sizes: Counter[int] = Counter()
+        self._unreadable: set[int] = set()
         self._last: Future[None] | None = None
 
     def take(self, unit: Unit) -> None:
@@ -41,7 +42,7 @@ class Digests:
         source = self._sources[index]
         if unit.kind == "range":
             digest = self._running.setdefault(index, hashlib.sha256())
-            self._last = self._thread.submit(_hash_range, digest, source.path, unit.start, unit.end)
+            self._last = self._thread.submit(self._hash_range, digest, index, unit)
         elif source.path == "-" or source.documents:
             digest = self._running.setdefault(index, hashlib.sha256())
             for content in _contents(unit.payload):
@@ -64,9 +65,22 @@ class Digests:
                 digest = self._whole[index].result()
             else:
                 digest = self._running.get(index, hashlib.sha256()).hexdigest()
+            if index in self._unreadable:
+                digest = ""
             size = source.bytes or self._sizes[index]
             entries.append({"path": source.path, "bytes": size, "sha256": digest})
         return _collapsed(entries)
+
+    def _hash_range(self, digest: Any, index: int, unit: Unit) -> None:
+        try:
+            with open(unit.files[0][0], "rb", buffering=0) as file:
+                file.seek(unit.start)
+                left = unit.end - unit.start
+                while left and (block := file.read(min(BLOCK, left))):
+                    digest.update(block)
+                    left -= len(block)
+        except OSError:  # the worker that reads it says so
+            self._unreadable.add(index)
 
     def __enter__(self) -> Digests:
         return self
@@ -84,7 +98,7 @@ def made_of(manifest: CorpusManifest, sources: Sequence[Source]) -> bool:
     for source in sources:
         digest = known.get(source.path, "")
         if (source.mtime_ns > written or not digest) and source.mtime_ns:
-            digest = file_sha256(Path(source.path))
+            digest = _file_digest(Path(source.path))
         entries.append({"path": source.path, "bytes": source.bytes, "sha256": digest})
     entries = _collapsed(entries)
     for entry, before in zip(entries, manifest.sources, strict=False):
@@ -123,14 +137,6 @@ def _file_digest(path: Path) -> str:
         return file_sha256(path)
     except OSError:
         return ""
-
-
-def _hash_range(digest: Any, path: str, start: int, end: int) -> None:
-    with open(path, "rb", buffering=0) as file:
-        file.seek(start)
-        while start < end and (block := file.read(min(BLOCK, end - start))):
-            digest.update(block)
-            start += len(block)
 
 
 def _check_unchanged(source: Source) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 
 from megagpt.errors import DamageError, UsageError
@@ -27,7 +28,7 @@ def fetch(url: str, path: Path, sha256: str | None = None) -> Path:
                 with temporary.open("wb") as file:
                     while block := answer.read(1 << 20):
                         file.write(block)
-        except OSError as error:
+        except (OSError, HTTPException, ValueError) as error:
             raise UsageError(
                 f"{url} cannot be downloaded ({error}); download it elsewhere and put it at {path}"
             ) from None

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megagpt.corpus.documents import Documents
-from megagpt.errors import UsageError
+from megagpt.errors import MegagptError, UsageError
 
 
 def hub_documents(address: str, text_field: str) -> Documents:
@@ -27,7 +27,18 @@ def hub_documents(address: str, text_field: str) -> Documents:
         )
 
     def texts() -> Iterator[Any]:
-        for row in data:
+        rows = iter(data)
+        while True:
+            try:
+                row = next(rows, None)
+            except Exception as error:  # as in open_dataset
+                reason = str(error).split("\n")[0] or type(error).__name__
+                raise MegagptError(
+                    f"{address}: broke off ({reason}); run the same command again, it continues "
+                    "where it stopped"
+                ) from None
+            if row is None:
+                return
             yield row.get(text_field)
 
     return Documents(address, texts)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import shutil
 import time
@@ -21,8 +22,10 @@ from typing import Any
 from megagpt.corpus.documents import Source, Unit
 from megagpt.corpus.manifest import MANIFEST
 from megagpt.corpus.shards import Shard
-from megagpt.errors import UsageError
+from megagpt.errors import DamageError, UsageError
 from megagpt.files import write_durably
+
+log = logging.getLogger("megagpt.data")
 
 FOLDER = ".preparation"
 LOCK_WAIT_S = 10.0
@@ -61,9 +64,12 @@ class State:
         self.finished: list[list[Shard]] = [[] for _ in folders]
         path = self.folder / "state.json"
         if path.exists():
-            data = json.loads(path.read_bytes())
-            self.units = data["units"]
-            self.finished = [[Shard(**shard) for shard in shards] for shards in data["finished"]]
+            try:
+                data = json.loads(path.read_bytes())
+                self.units = int(data["units"])
+                self.finished = [[Shard(**shard) for shard in each] for each in data["finished"]]
+            except (ValueError, KeyError, TypeError) as error:
+                raise self.damaged(path, error) from None
         for stale in self.folder.glob("*.tmp"):
             stale.unlink()
 
@@ -77,11 +83,18 @@ class State:
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            except OSError:
+            except (BlockingIOError, PermissionError):
                 if time.monotonic() > deadline:
                     raise UsageError(
                         f"{output}: another process is preparing it; wait for it or stop it"
                     ) from None
+            except OSError as error:
+                log.warning(
+                    "%s: its file system has no locks (%s); start no second preparation there",
+                    output,
+                    error.strerror,
+                )
+                break
             time.sleep(0.05)
         if os.fstat(self._lock.fileno()).st_nlink == 0:
             raise UsageError(
@@ -93,7 +106,10 @@ class State:
         if not path.exists():
             write_durably(path, json.dumps(plan).encode())
             return
-        before = json.loads(path.read_bytes())
+        try:
+            before = dict(json.loads(path.read_bytes()))
+        except (ValueError, TypeError) as error:
+            raise self.damaged(path, error) from None
         now = json.loads(json.dumps(plan))
         if before != now:
             raise UsageError(
@@ -108,11 +124,21 @@ class State:
         if not path.exists():
             return False
         if unit.payload is not None:
-            with path.open("rb") as file:
-                digest = json.loads(file.readline())["digest"]
+            try:
+                with path.open("rb") as file:
+                    digest = json.loads(file.readline())["digest"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise self.damaged(path, error) from None
             if digest != payload_digest(unit.payload):
                 raise self.other_input()
         return True
+
+    def damaged(self, path: Path, error: Exception) -> DamageError:
+        """The error for a file of the state that does not read back."""
+        return DamageError(
+            f"{path}: not what a preparation writes ({type(error).__name__}: {error}); remove "
+            f"{self.folder.parent} to start again"
+        )
 
     def other_input(self) -> UsageError:
         """The error for an input that is read again and gives something else."""
