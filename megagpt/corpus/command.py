@@ -15,7 +15,7 @@ from typing import Any
 from megagpt.corpus.documents import FORMATS, Documents
 from megagpt.corpus.manifest import Subset
 from megagpt.corpus.shards import SHARD_TOKENS
-from megagpt.errors import EXIT_DAMAGE, EXIT_OK, EXIT_STOPPED, MegagptError
+from megagpt.errors import EXIT_DAMAGE, EXIT_OK, Stopped, ended
 
 UNSEALED = (
     "; its manifest.json was written by an earlier megagpt, without a checksum of itself: what it "
@@ -66,18 +66,18 @@ def file_options(result: argparse.ArgumentParser) -> None:
 
 def run(work: Callable[[], int]) -> int:
     """Run a script's work; messages go to stderr, a known error becomes its exit code."""
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
-    # A batch system's signal ends the run as Ctrl-C does: cleanly, to be continued.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        return work()
-    except MegagptError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        # Between one preparation and the next, or before the first.
-        print("error: stopped; run the same command again to continue", file=sys.stderr)
-        return EXIT_STOPPED
+
+    def continued() -> int:
+        logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
+        # A batch system's signal ends the run as Ctrl-C does: cleanly, to be continued.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            return work()
+        except KeyboardInterrupt:
+            # Between one preparation and the next, or before the first.
+            raise Stopped("stopped; run the same command again to continue") from None
+
+    return ended(continued, hint="; make space and run the same command again")
 
 
 def prepare_with(

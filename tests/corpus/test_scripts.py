@@ -66,7 +66,7 @@ def test_standard_input_and_exit_codes(tmp_path: Path) -> None:
     again = script("tokenize_corpus", *arguments, stdin="")
     assert again.returncode == 0 and "finished already" in again.stdout
     wrong = script("tokenize_corpus", "nothing.txt", "--output", tmp_path / "x")
-    assert wrong.returncode == 2 and "error: input nothing.txt" in wrong.stderr
+    assert wrong.returncode == 2 and "megagpt: input nothing.txt" in wrong.stderr
     bad = script("tokenize_corpus", "-", "--output", tmp_path / "y", "--strict", stdin="{\n")
     assert bad.returncode == 3 and "standard input:1: broken JSON" in bad.stderr
 
