@@ -11,8 +11,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from megagpt.corpus.documents import Source, Unit
+from megagpt.corpus.documents import Source
 from megagpt.corpus.manifest import MANIFEST, CorpusManifest
+from megagpt.corpus.units import Unit
 from megagpt.corpus.workers import STOPS
 from megagpt.errors import UsageError
 from megagpt.files import BLOCK, file_sha256

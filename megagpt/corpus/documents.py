@@ -1,34 +1,19 @@
-"""Inputs of a preparation: which files, in which format, cut into which units of work.
-
-Units depend on the inputs alone, never on the number of workers; unit by unit in order they hold
-all documents in order. A unit is about 8 MB: a byte range of JSON lines (the worker finds the
-line ends), some text files, a row group of Parquet, or a block that had to be read in sequence
-(compressed lines, standard input, an iterator of documents) and travels to the worker.
-"""
+"""Inputs of a preparation: which files, in which format. Nothing that an input means is passed over
+without being named."""
 
 from __future__ import annotations
 
 import glob
 import os
 import stat
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from megagpt.corpus.array import array_elements
-from megagpt.corpus.open import (
-    BOM,
-    COMPRESSIONS,
-    TRUNCATED,
-    opened,
-    other_encoding,
-    why_unreadable,
-)
+from megagpt.corpus.open import BOM, COMPRESSIONS, TRUNCATED, opened
 from megagpt.errors import UsageError
 
-UNIT_BYTES = 8 << 20
 FORMATS = ("text", "jsonl", "json", "parquet")
 SUFFIXES = {
     ".txt": "text",
@@ -66,31 +51,6 @@ class Source:
     documents: Documents | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Unit:
-    """One piece of work. `kind` decides which of the other fields mean something."""
-
-    number: int = 0
-    kind: str
-    """range | files | rows | block | texts"""
-    sources: tuple[int, ...]
-    """Indices into the list of sources; one unless `files`."""
-    files: tuple[tuple[str, str], ...] = ()
-    """range, rows, files: path and compression of each source."""
-    start: int = 0
-    """range: first byte; rows: the row group."""
-    end: int = 0
-    """range: byte after the last."""
-    size: int = 0
-    """Bytes of its sources that it stands for; 0 where that is not known."""
-    last: bool = True
-    """Whether its sources end with it."""
-    payload: Any = None
-    """block: bytes of whole lines; texts: a list."""
-    problem: tuple[str, str] | None = None
-    """(reason, detail) of what went wrong after the payload, where reading had to stop."""
-
-
 @dataclass
 class Inputs:
     """What `find_sources` found."""
@@ -117,13 +77,6 @@ class Inputs:
         new = key not in self.seen
         self.seen.add(key)
         return new
-
-
-class Damaged(Exception):
-    """(reason, detail): reading a source had to stop; what came before is good."""
-
-
-# --- which files --------------------------------------------------------------------------------
 
 
 def find_sources(inputs: Iterable[str | Path | Documents], format: str | None = None) -> Inputs:
@@ -255,165 +208,3 @@ def _first_byte(path: str, compression: str) -> bytes:
             return bytes(file.read(4096).removeprefix(BOM).lstrip()[:1])
     except TRUNCATED:
         return b""
-
-
-# --- which units --------------------------------------------------------------------------------
-
-
-def plan_units(sources: Sequence[Source], unit_bytes: int = UNIT_BYTES) -> Iterator[Unit]:
-    """The units of all sources in order. Sequential sources are read while iterating."""
-    for number, unit in enumerate(_units(sources, unit_bytes)):
-        yield replace(unit, number=number)
-
-
-def _units(sources: Sequence[Source], unit_bytes: int) -> Iterator[Unit]:
-    texts: list[int] = []
-    size = 0
-    for index, source in enumerate(sources):
-        is_text_file = source.format == "text" and source.path != "-"
-        if texts and (not is_text_file or size + source.bytes > unit_bytes):
-            yield _files_unit(sources, texts, size)
-            texts, size = [], 0
-        if is_text_file:
-            texts.append(index)
-            size += source.bytes
-        else:
-            yield from _source_units(source, index, unit_bytes)
-    if texts:
-        yield _files_unit(sources, texts, size)
-
-
-def _files_unit(sources: Sequence[Source], indices: Sequence[int], size: int) -> Unit:
-    files = tuple((sources[index].path, sources[index].compression) for index in indices)
-    return Unit(kind="files", sources=tuple(indices), files=files, size=size)
-
-
-def _source_units(source: Source, index: int, unit_bytes: int) -> Iterator[Unit]:
-    if source.documents is not None:
-        texts = ((text, 0) for text in source.documents.texts())
-        yield from _text_units(texts, source, index, unit_bytes)
-    elif (problem := _other_encoding(source)) is not None:
-        yield Unit(kind="texts", sources=(index,), payload=[], size=source.bytes, problem=problem)
-    elif source.format == "json":
-        yield from _text_units(_elements(source), source, index, unit_bytes)
-    elif source.format == "text":
-        yield Unit(kind="texts", sources=(index,), payload=[sys.stdin.buffer.read()])
-    elif source.format == "parquet":
-        groups = _row_groups(source)
-        bounds = [source.bytes * group // max(groups, 1) for group in range(groups + 1)]
-        yield from _ranges("rows", source, index, bounds, range(groups + 1))
-    elif source.compression or not source.bytes:
-        yield from _block_units(source, index, unit_bytes)
-    else:
-        bounds = [*range(0, source.bytes, unit_bytes), source.bytes]
-        yield from _ranges("range", source, index, bounds, bounds)
-
-
-def _other_encoding(source: Source) -> tuple[str, str] | None:
-    """The problem of JSON in UTF-16, of which every line would be one."""
-    if source.path == "-" or source.format not in ("json", "jsonl"):
-        return None
-    try:
-        with opened(source.path, source.compression) as (file, _):
-            encoding = other_encoding(file.read(4096))
-    except TRUNCATED:
-        return None
-    return ("invalid UTF-8", encoding) if encoding else None
-
-
-def _ranges(
-    kind: str, source: Source, index: int, bounds: Sequence[int], places: Sequence[int]
-) -> Iterator[Unit]:
-    """Units between neighbours in `bounds` (bytes) and `places` (bytes or row groups)."""
-    for n in range(len(bounds) - 1):
-        yield Unit(
-            kind=kind,
-            sources=(index,),
-            files=((source.path, ""),),
-            start=places[n],
-            end=places[n + 1],
-            size=bounds[n + 1] - bounds[n],
-            last=n == len(bounds) - 2,
-        )
-
-
-def _row_groups(source: Source) -> int:
-    """Row groups of a Parquet file; one when it cannot be read, so that a worker says so."""
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        return int(pyarrow.parquet.ParquetFile(source.path).num_row_groups)
-    except (pyarrow.ArrowException, OSError, ValueError):
-        return 1
-
-
-def _elements(source: Source) -> Iterator[tuple[Any, int]]:
-    """(element, bytes read so far) of a JSON array. Raises Damaged where reading has to stop."""
-    try:
-        with opened(source.path, source.compression) as (file, raw):
-            for element in array_elements(file):
-                yield element, raw.tell() if source.bytes else 0
-    except TRUNCATED as error:
-        raise Damaged(*why_unreadable(error)) from None
-    except ValueError as error:
-        raise Damaged("truncated or damaged file", str(error)) from None
-
-
-def _text_units(
-    texts: Iterable[tuple[Any, int]], source: Source, index: int, unit_bytes: int
-) -> Iterator[Unit]:
-    batch: list[Any] = []
-    size = before = 0
-    problem = None
-    try:
-        for text, read in texts:
-            if size >= unit_bytes:
-                yield Unit(
-                    kind="texts", sources=(index,), payload=batch, size=read - before, last=False
-                )
-                batch, size, before = [], 0, read
-            batch.append(text)
-            values = text.values() if isinstance(text, dict) else (text,)
-            size += 1 + sum(len(value) for value in values if isinstance(value, str | bytes))
-    except Damaged as error:
-        problem = error.args
-    size = source.bytes - before
-    yield Unit(kind="texts", sources=(index,), payload=batch, size=size, problem=problem)
-
-
-def _block_units(source: Source, index: int, unit_bytes: int) -> Iterator[Unit]:
-    """Blocks of whole lines from a stream that has to be read in sequence."""
-    rest, problem, before = b"", None, 0
-    try:
-        with opened(source.path, source.compression) as (file, raw):
-            rest = file.read(len(BOM)).removeprefix(BOM)
-            while block := _block(file, unit_bytes):
-                cut = block.rfind(b"\n") + 1
-                lines, rest = rest + block[:cut], block[cut:]
-                if not cut:
-                    rest = lines + rest
-                    continue
-                read = raw.tell() if source.bytes else 0
-                yield Unit(
-                    kind="block", sources=(index,), payload=lines, size=read - before, last=False
-                )
-                before = read
-    except TRUNCATED as error:
-        # The line that was being read is lost with the rest of the file.
-        rest, problem = b"", why_unreadable(error)
-    size = source.bytes - before
-    yield Unit(kind="block", sources=(index,), payload=rest, size=size, problem=problem)
-
-
-def _block(file: IO[bytes], size: int) -> bytes:
-    """The next `size` bytes, or what comes before the byte where the stream is damaged."""
-    parts: list[bytes] = []
-    try:
-        while size > 0 and (part := file.read1(size)):  # type: ignore[attr-defined]
-            parts.append(part)
-            size -= len(part)
-    except TRUNCATED:
-        if not parts:
-            raise
-    return b"".join(parts)

@@ -19,11 +19,11 @@ import numpy as np
 import numpy.typing as npt
 
 from megagpt.corpus.clean import Rules, clean
-from megagpt.corpus.documents import Unit
 from megagpt.corpus.encode import Encoded, encode
 from megagpt.corpus.read import Problem, read
 from megagpt.corpus.state import payload_digest, unit_path
 from megagpt.corpus.summary import SHOWN
+from megagpt.corpus.units import Unit
 from megagpt.files import write_durably
 from megagpt.tokenizer.encoder import Encoder
 

@@ -2,7 +2,7 @@
 
     python data_prep/tokenize_corpus.py INPUT... --output DIR
 
-1) Inputs become units of about 8 MB, by the input alone (documents.py).
+1) Inputs become units of about 8 MB, by the input alone (documents.py, units.py).
 2) Worker processes make a part of each: read, clean, encode, write (read.py, clean.py, encode.py,
    part.py); neither text nor tokens of files travel between processes (workers.py).
 3) This process takes the parts in order: it keeps or drops each document (duplicates.py), adds it
@@ -30,7 +30,7 @@ import numpy.typing as npt
 from megagpt.corpus.clean import Rules
 from megagpt.corpus.contamination import evaluation_grams, rare_grams
 from megagpt.corpus.digests import Digests, made_of
-from megagpt.corpus.documents import Documents, Inputs, Source, Unit, find_sources, plan_units
+from megagpt.corpus.documents import Documents, Inputs, Source, find_sources
 from megagpt.corpus.duplicates import Duplicates, Hashes
 from megagpt.corpus.manifest import MANIFEST, Subset, new_manifest, read_manifest, write_manifest
 from megagpt.corpus.part import Part, PartMaker, read_part
@@ -39,6 +39,7 @@ from megagpt.corpus.recipe import PrepareOptions, check_inputs, check_options, r
 from megagpt.corpus.shards import ShardWriter
 from megagpt.corpus.state import FOLDER, State, plan_difference, source_plan, unit_path
 from megagpt.corpus.summary import Summary
+from megagpt.corpus.units import Unit, plan_units
 from megagpt.corpus.workers import Workers
 from megagpt.errors import DamageError, MegagptError, Stopped, UsageError
 from megagpt.tokenizer import load_tokenizer

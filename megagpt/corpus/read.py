@@ -14,8 +14,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from megagpt.corpus.array import Broken
-from megagpt.corpus.documents import Unit
 from megagpt.corpus.open import BOM, TRUNCATED, opened, other_encoding, why_unreadable
+from megagpt.corpus.units import Unit
 
 PIECE_BYTES = 1 << 22
 """Text files are read in pieces of so many bytes."""

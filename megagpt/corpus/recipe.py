@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megagpt.corpus.documents import FORMATS, UNIT_BYTES, Inputs, find_sources
+from megagpt.corpus.documents import FORMATS, Inputs, find_sources
 from megagpt.corpus.manifest import Subset
 from megagpt.corpus.shards import SHARD_TOKENS
+from megagpt.corpus.units import UNIT_BYTES
 from megagpt.errors import UsageError
 from megagpt.files import file_sha256
 from megagpt.tokenizer import fingerprint

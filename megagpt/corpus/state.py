@@ -19,9 +19,10 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from megagpt.corpus.documents import Source, Unit
+from megagpt.corpus.documents import Source
 from megagpt.corpus.manifest import MANIFEST
 from megagpt.corpus.shards import Shard
+from megagpt.corpus.units import Unit
 from megagpt.errors import DamageError, UsageError
 from megagpt.files import write_durably
 

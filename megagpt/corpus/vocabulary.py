@@ -6,9 +6,10 @@ import json
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 
-from megagpt.corpus.documents import find_sources, plan_units
+from megagpt.corpus.documents import find_sources
 from megagpt.corpus.huggingface import hub_documents
 from megagpt.corpus.read import Problem, read
+from megagpt.corpus.units import plan_units
 from megagpt.errors import DamageError, UsageError
 from megagpt.tokenizer import END_OF_DOCUMENT
 from megagpt.tokenizer.json import read_tokenizer_file, write_tokenizer_file

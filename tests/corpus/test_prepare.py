@@ -18,11 +18,12 @@ from datasketch import MinHash, MinHashLSH
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from megagpt.corpus.documents import Documents, find_sources, plan_units
+from megagpt.corpus.documents import Documents, find_sources
 from megagpt.corpus.duplicates import Seen, Similar
 from megagpt.corpus.manifest import read_manifest
 from megagpt.corpus.pipe import prepare
 from megagpt.corpus.recipe import PrepareOptions
+from megagpt.corpus.units import plan_units
 from megagpt.corpus.verify import verify_shards
 from megagpt.errors import UsageError
 from megagpt.tokenizer import load_tokenizer
