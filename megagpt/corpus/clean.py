@@ -9,7 +9,7 @@ search of near-copies. Long documents pass piece by piece unless a filter needs 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import NamedTuple
 
@@ -27,6 +27,8 @@ class Rules:
     """What is done to every text."""
 
     validation_fraction: float = 0.0
+    by_place: bool = False
+    """Whether validation is the end of each text, instead of whole documents by their hash."""
     hashed: bool = False
     """Whether documents are hashed for the search of duplicates."""
     minhashes: int = 0
@@ -57,6 +59,9 @@ class Note(NamedTuple):
 def clean(items: Iterable[Item], rules: Rules) -> Iterator[Text | Problem | Note]:
     """Apply the rules to every document; problems pass, and what came before them of the same
     document counts for nothing."""
+    if rules.by_place:
+        yield from _clean_by_place(items, rules)
+        return
     limit = int(rules.validation_fraction * 2**64)
     hashed = bool(limit) or rules.hashed
     digest, length, literal = None, 0, False
@@ -86,6 +91,19 @@ def clean(items: Iterable[Item], rules: Rules) -> Iterator[Text | Problem | Note
             made = signature(text, rules.minhashes) if rules.minhashes else None
             yield Text(number, text, True, length, code, code < limit, made)
         digest, length, literal = None, 0, False
+
+
+def _clean_by_place(items: Iterable[Item], rules: Rules) -> Iterator[Text | Problem | Note]:
+    """Each text as one of train and, behind it, one of validation."""
+    for item in join(items):
+        if isinstance(item, Problem):
+            yield item
+            continue
+        number, text, _ = item
+        cut = int(len(text) * (1 - rules.validation_fraction))
+        for share, part in enumerate((text[:cut], text[cut:])):
+            alone = replace(rules, by_place=False, validation_fraction=float(share))
+            yield from clean([(number, part, True)] if part else [], alone)
 
 
 def _cut(item: int, text: str, validation: bool, rules: Rules) -> Iterator[Text | Problem | Note]:

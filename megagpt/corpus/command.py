@@ -39,6 +39,8 @@ def parser(description: str, output: str | None = None) -> argparse.ArgumentPars
     add("--workers", type=int, default=0, metavar="N", help="processes; 0 is one for each core")
     add("--validation-fraction", type=float, default=0.0, metavar="F",
         help="share of documents that goes to validation, 0 to 1")  # fmt: skip
+    add("--validation-by-place", action="store_true",
+        help="take that share off the end of each text instead: for one text, or few")  # fmt: skip
     add("--shard-tokens", type=int, default=SHARD_TOKENS, metavar="N",
         help="tokens of a shard; a longer document has its own")  # fmt: skip
     add("--deduplicate", action="store_true", help="drop exact copies of earlier documents")
@@ -114,6 +116,7 @@ def prepare_by_place(args: argparse.Namespace, text: str, percent: dict[str, int
             [documents],
             output=output,
             validation_fraction=0.0,
+            validation_by_place=False,
             split=Subset(name, rule=rule),
         )
         start = end
@@ -125,7 +128,13 @@ def prepare_by_place(args: argparse.Namespace, text: str, percent: dict[str, int
 
 def add_parsers(subparsers: Any) -> None:
     """Add the commands about shards; each sets `run`, a function of the parsed arguments."""
-    inspect = subparsers.add_parser("inspect", help="what is in a folder of shards")
+    inspect = subparsers.add_parser(
+        "inspect",
+        help="what is in a folder of shards",
+        description="Prints the tokenizer, totals, what was left out, a histogram of the lengths "
+        "of documents, and the start of the first ones as text.",
+        epilog="Exit codes: 0 done; 2 no corpus; 3 damage that was met.",
+    )
     inspect.add_argument("folder", type=Path, metavar="DIR", help="folder with a manifest.json")
     inspect.add_argument(
         "--documents", type=int, default=3, metavar="N", help="documents to show as text"
@@ -136,9 +145,16 @@ def add_parsers(subparsers: Any) -> None:
     inspect.set_defaults(run=run_inspect)
 
     verify = subparsers.add_parser(
-        "verify", help="check checksums, indexes, END-OF-DOCUMENT and ids; reads every byte"
+        "verify",
+        help="check checksums, indexes, END-OF-DOCUMENT and ids; reads every byte",
+        description="Reads every byte of the shards and prints what is not as the manifest says: "
+        "checksums, the index against the tokens, END-OF-DOCUMENT after every document and nowhere "
+        "else, ids outside the vocabulary.",
+        epilog="Exit codes: 0 all are whole; 2 no corpus; 3 damage, each named.",
     )
-    verify.add_argument("folders", type=Path, nargs="+", metavar="DIR")
+    verify.add_argument(
+        "folders", type=Path, nargs="+", metavar="DIR", help="folder with a manifest.json"
+    )
     verify.set_defaults(run=run_verify)
 
     adopt = subparsers.add_parser(

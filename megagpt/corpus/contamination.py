@@ -33,7 +33,7 @@ from megagpt.corpus.duplicates import Hashes, row_hashes, text_hash, word_hashes
 from megagpt.corpus.progress import Progress
 from megagpt.corpus.read import texts, utf8
 from megagpt.corpus.state import State, payload_digest, unit_path
-from megagpt.corpus.units import Unit, plan_units
+from megagpt.corpus.unit import Unit, plan_units
 from megagpt.corpus.workers import Workers
 from megagpt.errors import UsageError
 from megagpt.files import write_durably

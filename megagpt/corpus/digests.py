@@ -13,7 +13,7 @@ from typing import Any
 
 from megagpt.corpus.documents import Source
 from megagpt.corpus.manifest import MANIFEST, CorpusManifest
-from megagpt.corpus.units import Unit
+from megagpt.corpus.unit import Unit
 from megagpt.corpus.workers import STOPS
 from megagpt.errors import UsageError
 from megagpt.files import BLOCK, file_sha256

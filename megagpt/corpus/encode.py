@@ -14,7 +14,7 @@ import numpy.typing as npt
 from megagpt.corpus.clean import Note, Text
 from megagpt.corpus.read import Problem
 from megagpt.tokenizer import end_of_document
-from megagpt.tokenizer.encoder import PIECE, Encoder, pieces
+from megagpt.tokenizer.encoder import MARGIN, PIECE, Encoder, pieces
 
 BATCH = 1 << 20
 """Characters that are encoded at a time: bounds a worker's memory."""
@@ -57,7 +57,6 @@ class _Batch:
 
     def __init__(self, encoder: Encoder) -> None:
         self._encoder = encoder
-        self._pattern = encoder.encoding._pat_str
         self._end = end_of_document(encoder.encoding)
         self._parts: list[str] = []
         self._ends: list[int] = []
@@ -65,6 +64,8 @@ class _Batch:
         self._documents: list[Text] = []
         self._rest = ""
         """Text after the last safe cut: a token may join it with the next piece."""
+        self._searched = 0
+        """Characters of it in which there is no other."""
         self._unfinished = 0
         self.characters = 0
 
@@ -73,20 +74,21 @@ class _Batch:
         rest = self._rest + text.text
         # Most texts are short, and a generator for each would take a tenth of all time.
         if len(rest) > PIECE:
-            *parts, rest = pieces(rest, self._pattern)
+            *parts, rest = pieces(rest, self._encoder.encoding, self._searched)
             self._parts += parts
+            self._searched = max(len(rest) - MARGIN, 0)
         self.characters += len(text.text)
         self._rest = rest
         if text.last:
             self._parts.append(rest)
-            self._rest = ""
+            self._rest, self._searched = "", 0
             self._ends.append(len(self._parts))
             self._documents.append(text)
 
     def drop_unfinished(self) -> None:
         """Forget the pieces after the last whole document."""
         del self._parts[self._ends[-1] if self._ends else 0 :]
-        self._rest, self._unfinished = "", 0
+        self._rest, self._searched, self._unfinished = "", 0, 0
 
     def encode(self) -> Iterator[Encoded | Problem]:
         """Encode what waits."""

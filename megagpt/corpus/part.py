@@ -23,7 +23,7 @@ from megagpt.corpus.encode import Encoded, encode
 from megagpt.corpus.read import Problem, read
 from megagpt.corpus.state import payload_digest, unit_path
 from megagpt.corpus.summary import SHOWN
-from megagpt.corpus.units import Unit
+from megagpt.corpus.unit import Unit
 from megagpt.files import write_durably
 from megagpt.tokenizer.encoder import Encoder
 

@@ -2,7 +2,7 @@
 
     python data_prep/tokenize_corpus.py INPUT... --output DIR
 
-1) Inputs become units of about 8 MB, by the input alone (documents.py, units.py).
+1) Inputs become units of about 8 MB, by the input alone (documents.py, unit.py).
 2) Worker processes make a part of each: read, clean, encode, write (read.py, clean.py, encode.py,
    part.py); neither text nor tokens of files travel between processes (workers.py).
 3) This process takes the parts in order: it keeps or drops each document (duplicates.py), adds it
@@ -32,14 +32,21 @@ from megagpt.corpus.contamination import evaluation_grams, rare_grams
 from megagpt.corpus.digests import Digests, made_of
 from megagpt.corpus.documents import Documents, Inputs, Source, find_sources
 from megagpt.corpus.duplicates import Duplicates, Hashes
-from megagpt.corpus.manifest import MANIFEST, Subset, new_manifest, read_manifest, write_manifest
+from megagpt.corpus.manifest import (
+    MANIFEST,
+    SPLIT_RULE,
+    Subset,
+    new_manifest,
+    read_manifest,
+    write_manifest,
+)
 from megagpt.corpus.part import Part, PartMaker, read_part
 from megagpt.corpus.progress import Progress
 from megagpt.corpus.recipe import PrepareOptions, check_inputs, check_options, recipe_of
 from megagpt.corpus.shards import ShardWriter
 from megagpt.corpus.state import FOLDER, State, plan_difference, source_plan, unit_path
 from megagpt.corpus.summary import Summary
-from megagpt.corpus.units import Unit, plan_units
+from megagpt.corpus.unit import Unit, plan_units
 from megagpt.corpus.workers import Workers
 from megagpt.errors import DamageError, MegagptError, Stopped, UsageError
 from megagpt.tokenizer import load_tokenizer
@@ -49,6 +56,7 @@ if TYPE_CHECKING:
     import tiktoken
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+BY_PLACE = "the last validation_fraction of the characters of each text, as a document of its own"
 FLUSH_UNITS = 32
 """Units between two flushes: what a killed run may have to add to the shards again."""
 
@@ -142,7 +150,11 @@ class _Pipe:
         if options.validation_fraction:
             self._folders.append(validation_folder(options.output))
         self._workers = options.workers or len(os.sched_getaffinity(0))
-        self._summary = Summary(folders=tuple(self._folders), strict=options.strict)
+        self._summary = Summary(
+            folders=tuple(self._folders),
+            strict=options.strict,
+            validation_fraction=options.validation_fraction,
+        )
         self._duplicates = Duplicates(options.deduplicate, options.near_duplicates, options.hashes)
         self._first_item: Counter[int] = Counter()
         """Lines, rows or elements of each source in the parts so far."""
@@ -175,6 +187,7 @@ class _Pipe:
         options, summary = self._options, self._summary
         rules = Rules(
             validation_fraction=options.validation_fraction,
+            by_place=options.validation_by_place,
             hashed=options.deduplicate,
             minhashes=options.hashes if options.near_duplicates else 0,
             grams=grams,
@@ -321,6 +334,7 @@ class _Pipe:
             self._state.remove()
             raise UsageError(f"no document is left to write ({reasons or 'the inputs are empty'})")
         shards = [writer.close() for writer in self._writers]
+        rule = BY_PLACE if options.validation_by_place else SPLIT_RULE
         # Train last: its manifest says that everything is there.
         for index in reversed(range(len(shards))):
             totals: dict[str, Any] = {
@@ -337,7 +351,7 @@ class _Pipe:
                 options.tokenizer,
                 self._encoding,
                 shards[index],
-                split=options.split or Subset(name, options.validation_fraction),
+                split=options.split or Subset(name, options.validation_fraction, rule),
                 sources=tuple(sources),
                 totals=totals,
                 preparation=self._recipe,

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from megagpt.corpus.array import Broken
 from megagpt.corpus.open import BOM, TRUNCATED, opened, other_encoding, why_unreadable
-from megagpt.corpus.units import Unit
+from megagpt.corpus.unit import Unit
 
 PIECE_BYTES = 1 << 22
 """Text files are read in pieces of so many bytes."""

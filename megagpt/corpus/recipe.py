@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from megagpt.corpus.documents import FORMATS, Inputs, find_sources
 from megagpt.corpus.manifest import Subset
 from megagpt.corpus.shards import SHARD_TOKENS
-from megagpt.corpus.units import UNIT_BYTES
+from megagpt.corpus.unit import UNIT_BYTES
 from megagpt.errors import UsageError
 from megagpt.files import file_sha256
 from megagpt.tokenizer import fingerprint
@@ -33,6 +33,8 @@ class PrepareOptions:
     """Processes; 0 means one for each core."""
     validation_fraction: float = 0.0
     """Share of documents that goes to validation, chosen by a hash of the text."""
+    validation_by_place: bool = False
+    """Take that share off the end of each text instead."""
     split: Subset | None = None
     """What `output` holds, where the inputs have been split before."""
     shard_tokens: int = SHARD_TOKENS
@@ -61,6 +63,12 @@ def check_options(options: PrepareOptions) -> None:
         value = getattr(options, name)
         if not low <= value <= high:
             raise UsageError(f"{name} = {value}: must lie between {low} and {high}")
+    if not 1 <= options.shard_tokens <= 1 << 40:
+        raise UsageError(f"shard_tokens = {options.shard_tokens}: must lie between 1 and 2^40")
+    if options.validation_by_place and not options.validation_fraction:
+        raise UsageError(
+            "validation_by_place: needs validation_fraction, the share at the end of each text"
+        )
     if options.format and options.format not in FORMATS:
         raise UsageError(f"format {options.format}: must be one of {', '.join(FORMATS)}")
 
@@ -82,7 +90,7 @@ def check_inputs(options: PrepareOptions, inputs: Inputs) -> None:
 
 def recipe_of(options: PrepareOptions, encoding: tiktoken.Encoding) -> dict[str, Any]:
     """All options that decide the bytes of the shards."""
-    return {
+    recipe = {
         "tokenizer": fingerprint(encoding),
         "text_field": options.text_field,
         "format": options.format or "by ending",
@@ -96,3 +104,5 @@ def recipe_of(options: PrepareOptions, encoding: tiktoken.Encoding) -> dict[str,
             for source in find_sources(options.decontaminate).sources
         ],
     }
+    # Corpora of earlier versions have no such key.
+    return recipe | ({"validation_by_place": True} if options.validation_by_place else {})

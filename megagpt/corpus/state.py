@@ -22,7 +22,7 @@ from typing import Any
 from megagpt.corpus.documents import Source
 from megagpt.corpus.manifest import MANIFEST
 from megagpt.corpus.shards import Shard
-from megagpt.corpus.units import Unit
+from megagpt.corpus.unit import Unit
 from megagpt.errors import DamageError, UsageError
 from megagpt.files import write_durably
 

@@ -32,6 +32,8 @@ class Summary:
     notes: Counter[str] = field(default_factory=Counter)
     messages: list[str] = field(default_factory=list)
     backend: str = ""
+    validation_fraction: float = 0.0
+    """What was asked for."""
     elapsed_s: float = 0.0
     finished_before: bool = False
     """Nothing was done, the output was complete."""
@@ -63,6 +65,8 @@ class Summary:
             lines.append(
                 f"{folder}: {self.documents[place]:,} documents, {self.tokens[place]:,} tokens"
             )
+        if len(self.folders) > 1:
+            lines += self._validation(self.documents[1] / max(sum(self.documents), 1))
         rate = tokens / self.elapsed_s if self.elapsed_s else 0.0
         lines += [
             f"text: {size / 1e6:,.1f} MB, {size / max(tokens, 1):.2f} bytes per token",
@@ -74,3 +78,18 @@ class Summary:
         lines += [f"note: {message}" for message in self.messages]
         lines.append(f"time: {self.elapsed_s:,.1f} s, {rate:,.0f} tokens/s with {self.backend}")
         return "\n".join(lines)
+
+    def _validation(self, share: float) -> list[str]:
+        """What was asked for and what came out."""
+        of_tokens = self.tokens[1] / max(sum(self.tokens), 1)
+        lines = [
+            f"validation: {share:.2%} of the documents, {of_tokens:.2%} of the tokens; "
+            f"{self.validation_fraction:.2%} was asked for"
+        ]
+        if not all(self.documents):
+            lines.append(
+                f"note: {self.folders[bool(self.documents[0])]} is empty: documents are drawn "
+                "whole, and there are few; remove both folders and run again with "
+                "--validation-by-place, which takes the end of each text"
+            )
+        return lines

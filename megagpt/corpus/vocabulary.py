@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import json
+import re
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 
 from megagpt.corpus.documents import find_sources
 from megagpt.corpus.huggingface import hub_documents
-from megagpt.corpus.read import Problem, read
-from megagpt.corpus.units import plan_units
+from megagpt.corpus.read import Problem, read, utf8
+from megagpt.corpus.unit import plan_units
 from megagpt.errors import DamageError, UsageError
 from megagpt.tokenizer import END_OF_DOCUMENT
 from megagpt.tokenizer.json import read_tokenizer_file, write_tokenizer_file
 
-SMALLEST = 257
-"""The bytes and END-OF-DOCUMENT."""
+SMALLEST, LARGEST = 257, 1 << 24
+"""The bytes and END-OF-DOCUMENT; what a trainer has memory for."""
+LONG = 1 << 12
+"""Characters of a run with or without white space that are trained on together: the trainer takes
+time with the square of a word's length."""
 CHECKED = 1000
 """Documents on which the two libraries are compared."""
+
+_RUN = re.compile(rf"\s{{{LONG},}}|\S{{{LONG},}}")
 
 
 def texts(inputs: Sequence[str], args: Namespace) -> Iterator[str]:
@@ -27,10 +33,23 @@ def texts(inputs: Sequence[str], args: Namespace) -> Iterator[str]:
     for unit in plan_units(find_sources(items, args.format).sources):
         for item in read(unit, args.text_field):
             if not isinstance(item, Problem):
-                yield item[1]
-                left -= len(item[1].encode("utf-8", "replace"))
+                text, content = utf8(item[1])
+                yield text
+                left -= len(content)
                 if left <= 0:
                     return
+
+
+def short_runs(text: str) -> list[str]:
+    """The text in pieces without a run, of white space or of anything else, above LONG."""
+    parts, start = [], 0
+    for run in _RUN.finditer(text) if len(text) > LONG else ():
+        parts += [
+            text[start : run.start()],
+            *(run[0][at : at + LONG] for at in range(0, len(run[0]), LONG)),
+        ]
+        start = run.end()
+    return [*parts, text[start:]] if start else [text]
 
 
 def train_tokenizer(inputs: Sequence[str], args: Namespace) -> str:
@@ -41,11 +60,13 @@ def train_tokenizer(inputs: Sequence[str], args: Namespace) -> str:
     """
     import tokenizers
 
-    if args.vocab_size < SMALLEST:
+    if not SMALLEST <= args.vocab_size <= LARGEST:
         raise UsageError(
             f"vocab_size {args.vocab_size}: must be at least {SMALLEST}, the bytes and "
-            f"{END_OF_DOCUMENT}"
+            f"{END_OF_DOCUMENT}, and at most {LARGEST}"
         )
+    if args.output.is_dir() or not args.output.name:
+        raise UsageError(f"output {args.output}: is a folder; give the name of the file to write")
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=args.vocab_size - 1,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
@@ -53,7 +74,8 @@ def train_tokenizer(inputs: Sequence[str], args: Namespace) -> str:
     )
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model.train_from_iterator(texts(inputs, args), trainer)
+    words = (part for text in texts(inputs, args) for part in short_runs(text))
+    model.train_from_iterator(words, trainer)
     merges = _merges(json.loads(model.to_str())["model"]["merges"])
     if 256 + len(merges) + 1 != args.vocab_size:
         raise UsageError(
@@ -91,12 +113,14 @@ def _compare(inputs: Sequence[str], args: Namespace) -> int:
     theirs.encode_special_tokens = True
     count = 0
     for text in texts(inputs, args):
-        ids = ours.encode_ordinary(text)
-        if ids != theirs.encode(text, add_special_tokens=False).ids or ours.decode(ids) != text:
-            args.output.unlink()
-            raise DamageError(
-                f"tiktoken and Hugging Face disagree on {text[:60]!r}; choose another --vocab-size"
-            )
+        for part in short_runs(text):
+            ids = ours.encode_ordinary(part)
+            if ids != theirs.encode(part, add_special_tokens=False).ids or ours.decode(ids) != part:
+                args.output.unlink()
+                raise DamageError(
+                    f"tiktoken and Hugging Face disagree on {part[:60]!r}; choose another "
+                    "--vocab-size"
+                )
         count += 1
         if count == CHECKED:
             break

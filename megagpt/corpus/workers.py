@@ -16,7 +16,7 @@ from dataclasses import replace
 from queue import SimpleQueue
 from typing import Any
 
-from megagpt.corpus.units import Unit
+from megagpt.corpus.unit import Unit
 from megagpt.errors import MegagptError
 
 AHEAD = 256

@@ -66,7 +66,9 @@ def add_batch(subparsers: Any) -> None:
         default=80,
         help="characters of text for each document; 0: all (default: 80)",
     )
-    parser.add_argument("--json", action="store_true", help="one JSON object for each document")
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON object for each document, with its ids"
+    )
     parser.set_defaults(run=run)
 
 
@@ -153,8 +155,9 @@ def _lines(sample: Sample, text: Text, characters: int) -> Iterator[str]:
 
 
 def _json_lines(sample: Sample, text: Text) -> Iterator[str]:
-    """The lines of a sample for programs, with the whole text."""
+    """The lines of a sample for programs, with all token ids and the whole text."""
     for span in sample.spans:
+        ids = sample.tokens[span.start : span.start + span.tokens]
         yield json.dumps(
             {
                 "sample": sample.number,
@@ -164,6 +167,7 @@ def _json_lines(sample: Sample, text: Text) -> Iterator[str]:
                 "document": span.document,
                 "offset": span.offset,
                 "tokens": span.tokens,
-                "text": text(sample.tokens[span.start : span.start + span.tokens]),
+                "ids": ids.tolist(),
+                "text": text(ids),
             }
         )

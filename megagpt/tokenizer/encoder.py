@@ -6,7 +6,8 @@ encoded with both while it runs. `bytes` copies.
 
 tiktoken gives up on a run of about a million white-space characters. GPT-2's pattern never joins
 text across a white-space character that starts or ends such a run, so long texts are cut there:
-the ids stay the same, and memory is bounded by the pieces.
+the ids stay the same, and memory is bounded by the pieces. With another pattern they are cut where
+encoding the text on both sides shows that nothing is joined.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from functools import lru_cache
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -34,12 +36,20 @@ FastEncoder = Callable[[list[str]], tuple[bytes, bytes]]
 BACKENDS = ("auto", "fastokens", "tiktoken")
 PIECE = 1 << 18
 """Characters after which a long text is cut at the next safe place."""
+MARGIN = 1 << 10
+"""Characters on each side of a cut whose ids must show that it is safe."""
+SHIFTS = (0, 1, 2, 3, 5, 7)
+"""By how much the left side begins earlier, so that no group of up to eight characters passes."""
+TRIES = 32
+"""Places in so many characters as a piece has that are tried."""
 SAMPLE = 200
 """One piece in so many is encoded with tiktoken as well."""
 
 # Unicode White_Space, what \s means to tiktoken; str.isspace would add U+001C to U+001F.
 _SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 _CUT = re.compile(f"(?<=[^{_SPACE}])[{_SPACE}]|[{_SPACE}](?=[^{_SPACE}])")
+_EDGE = re.compile(f"(?<=[^{_SPACE}])[{_SPACE}]|(?<=[{_SPACE}])[^{_SPACE}]")
+"""Where white space begins or ends."""
 
 _HARD = [
     "I'll we've they're he'd 'S 'LL don't''s",
@@ -57,20 +67,49 @@ _HARD = [
 ]
 
 
-def pieces(text: str, pattern: str) -> Iterator[str]:
+def pieces(text: str, encoding: tiktoken.Encoding, searched: int = 0) -> Iterator[str]:
     """`text` in pieces of about PIECE characters that encode to the same ids one by one.
 
-    Only GPT-2's pattern has known safe places; for another the text comes whole.
+    `searched`: characters in which an earlier call has found no place to cut. The last piece may go
+    on; it is not cut in its last MARGIN characters. Text without white space comes whole, but for
+    the encoding `bytes`.
     """
     start = 0
-    if pattern == GPT2_PATTERN:
-        while len(text) - start > PIECE:
-            cut = _CUT.search(text, start + PIECE)
-            if cut is None:
-                break
-            yield text[start : cut.start()]
-            start = cut.start()
+    while len(text) - start > PIECE:
+        cut = _safe_place(text, max(start + PIECE, searched), encoding)
+        if cut is None:
+            break
+        yield text[start:cut]
+        start = cut
     yield text[start:] if start else text
+
+
+def _safe_place(text: str, place: int, encoding: tiktoken.Encoding) -> int | None:
+    """The first known place from `place` on where cutting the text keeps the ids."""
+    if encoding.name == "bytes":
+        return place
+    if encoding._pat_str == GPT2_PATTERN:
+        found = _CUT.search(text, place)
+        return found.start() if found else None
+    last = len(text) - MARGIN
+    while place < last:
+        for found in islice(_EDGE.finditer(text, place, min(place + PIECE, last)), TRIES):
+            if _is_proven(text, found.start(), encoding):
+                return found.start()
+        place += PIECE
+    return None
+
+
+def _is_proven(text: str, cut: int, encoding: tiktoken.Encoding) -> bool:
+    """Whether the ids around `cut` are those of its two sides, wherever the left side begins: a
+    pattern that counts characters, or looks back, gives others for one beginning or another."""
+    right = text[cut : cut + MARGIN]
+    ids = encoding.encode_ordinary(right)
+    for shift in SHIFTS:
+        left = text[max(cut - MARGIN - shift, 0) : cut]
+        if encoding.encode_ordinary(left) + ids != encoding.encode_ordinary(left + right):
+            return False
+    return True
 
 
 @lru_cache(maxsize=2)

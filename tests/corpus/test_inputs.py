@@ -18,7 +18,7 @@ from megagpt.corpus.manifest import read_manifest
 from megagpt.corpus.pipe import prepare
 from megagpt.corpus.read import Item, Problem, join, read
 from megagpt.corpus.recipe import PrepareOptions
-from megagpt.corpus.units import Unit, plan_units
+from megagpt.corpus.unit import Unit, plan_units
 from megagpt.errors import DamageError, UsageError
 from tests.corpus.test_prepare import decoded, jsonl
 

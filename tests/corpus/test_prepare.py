@@ -23,7 +23,7 @@ from megagpt.corpus.duplicates import Seen, Similar
 from megagpt.corpus.manifest import read_manifest
 from megagpt.corpus.pipe import prepare
 from megagpt.corpus.recipe import PrepareOptions
-from megagpt.corpus.units import plan_units
+from megagpt.corpus.unit import plan_units
 from megagpt.corpus.verify import verify_shards
 from megagpt.errors import UsageError
 from megagpt.tokenizer import load_tokenizer

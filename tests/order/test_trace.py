@@ -139,6 +139,7 @@ def test_every_step_of_a_run(run_file: Path, capsys: pytest.CaptureFixture[str])
             whole = f"{corpus}{line['document']}: line one\nand \u00e9\u00e8 number two"
             part = whole.encode()[line["offset"] : line["offset"] + line["tokens"]]
             assert part.decode("utf-8", "replace") == text
+            assert line["ids"] == [*part, 256][: line["tokens"]]
         numbers += sorted({line["sample"] for line in lines})
     assert numbers == list(range(40))
 
