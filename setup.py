@@ -31,6 +31,7 @@ setup(
     package_data={
         "megagpt.ds_configs": ["*.json"],
         "megagpt.launch": ["*.sh", "*.sbatch", "runs/*.toml"],
+        "megagpt.plan": ["*.json"],
         "megagpt.report": ["*.css", "*.html", "*.js", "uplot/*"],
         "megagpt.tokenizer": ["*.bpe", "LICENSE*"],
     },

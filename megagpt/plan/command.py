@@ -1,62 +1,173 @@
 """megagpt plan RUN.toml: what will happen, from the run file alone (L0: no torch)."""
 
 import argparse
+import dataclasses
+import json
+from pathlib import Path
 
-from megagpt.config import load_run
+from megagpt.config import RunConfig, load_run
 from megagpt.config.flops import flops_per_token, parameters
+from megagpt.errors import UsageError
+from megagpt.plan.accelerators import ACCELERATORS
+from megagpt.plan.batch import predict_file
+from megagpt.plan.candidates import Cluster, candidate
 from megagpt.plan.ds_config import read_ds_config, resolve
+from megagpt.plan.judge import Judgement, judge, refusal, search, what_works
 from megagpt.plan.layout import Layout, layout_of
 from megagpt.plan.memory import activation_bytes, state_bytes
-from megagpt.plan.table import as_text, idle_as_text, ramp, stages_as_text
+from megagpt.plan.sanity import disk, oddities
+from megagpt.plan.table import Row, idle_as_text, ramp, ramp_as_text, stages_as_text
+from megagpt.plan.told import judgement_as_text, search_as_text
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Adds the command to the command line."""
     made = commands.add_parser(
         "plan",
-        help="what a run will do: layout, batch ramp, steps",
-        description="Checks a run file against a number of ranks and prints what will happen.",
+        help="what a run will do: layout, batch ramp, steps, memory, time, cost",
+        description="Checks a run file against a number of GPUs and prints what will happen.",
+        # --gpu is another option than --gpus.
+        allow_abbrev=False,
     )
-    made.add_argument("file", metavar="RUN.toml", help="run file")
+    made.add_argument("file", metavar="RUN.toml", nargs="?", help="run file")
     made.add_argument("overrides", nargs="*", metavar="section.key=value", help="override of a key")
     made.add_argument(
         "--gpus",
         type=int,
         metavar="N",
-        help="ranks that will train, one a GPU (default: pipeline x tensor, one data rank)",
+        help="ranks that will train, one a GPU; without it nothing is judged (pipeline x tensor "
+        "ranks, one data rank)",
     )
+    made.add_argument("--gpu", default="h100", metavar="NAME", help=f"{', '.join(ACCELERATORS)}")
+    made.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="default: 8")
+    made.add_argument(
+        "--nvlink-domain", type=int, metavar="N", help="GPUs that NVLink connects (default: a node)"
+    )
+    made.add_argument("--network", metavar="400G", help="a node's network, bits a second")
+    made.add_argument("--price", type=float, default=0.0, help="dollars for a GPU-hour")
+    made.add_argument("--search", action="store_true", help="the ten fastest layouts that fit")
+    made.add_argument("--json", action="store_true", help="all of it as JSON")
+    made.add_argument("--batch", metavar="ROWS.csv", help="predict every row of a table instead")
+    made.add_argument("--output", metavar="OUT.csv", help="where --batch writes")
     made.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the plan. Raises UsageError with every reason why the run cannot go so."""
+    if args.batch:
+        if not args.output or args.file:
+            raise UsageError("--batch ROWS.csv needs --output OUT.csv, and no run file beside it")
+        print(f"{args.output}: {predict_file(args.batch, args.output)} rows")
+        return 0
+    if not args.file:
+        raise UsageError("megagpt plan needs a run file, or --batch ROWS.csv --output OUT.csv")
     config = load_run(args.file, args.overrides)
-    share = config.parallel.pipeline * config.parallel.tensor
-    world = share if args.gpus is None else args.gpus
-    layout: Layout = layout_of(config, world)
-    ds_config = resolve(config, layout, read_ds_config(config.parallel.ds_config))
+    cluster = cluster_of(args, config)
+    if args.search:
+        return _search(args, config, cluster)
+    layout = layout_of(config, cluster.gpus)
+    tree = read_ds_config(config.parallel.ds_config)
+    try:
+        ds_config = resolve(config, layout, tree)
+    except UsageError as error:
+        if args.gpus is None or args.gpus < 1:
+            raise
+        raise UsageError(f"{error}\n{what_works(config, cluster)}") from None
+    judged = judge(candidate(config, cluster.gpus), cluster)
+    if args.gpus is not None and not judged.fits:
+        raise UsageError(refusal(judged))
     rows = ramp(config, layout)
-    n_parameters, schedule = parameters(config.model), config.schedule
-    flops = flops_per_token(config.model) * schedule.end_tokens
-    print(f"{args.file}: {n_parameters:,} parameters, {config.model.n_layer} layers")
-    print(
-        f"layout: {layout}, ZeRO stage {ds_config['zero_optimization']['stage']}, "
-        f"micro-batch up to {config.parallel.micro_batch}, {config.parallel.dtype}"
-    )
+    if args.json:
+        print(json.dumps(_as_json(args, config, rows, [judged]), indent=1))
+        return 0
     stage = ds_config["zero_optimization"]["stage"]
-    states, most = state_bytes(config, layout, stage), max(row.micro_batch for row in rows)
-    print(
-        f"memory: {states / 1e9:.3g} GB a rank for weights, gradients and optimizer without "
-        f"offload, {activation_bytes(config, layout, most) / 1e9:.3g} GB for activations with "
-        f"micro-batches of {most}"
-    )
-    print(
-        f"run: {schedule.end_tokens:,} tokens in {schedule.n_steps:,} steps, {flops:.3e} model "
-        f"FLOPs ({flops / 8.64e19:,.3g} PF-days)\n"
-    )
-    if layout.pipeline > 1:
-        print(stages_as_text(config, layout) + "\n")
-    print(as_text(rows))
-    if idle := idle_as_text(config, layout, rows):
-        print("\n" + idle)
+    print(_run_as_text(args.file, config, layout, stage, rows))
+    if args.gpus is not None:
+        print("\n" + judgement_as_text(judged))
+    else:
+        print("\nnothing is judged without --gpus N --gpu NAME")
     return 0
+
+
+def cluster_of(args: argparse.Namespace, config: RunConfig) -> Cluster:
+    """The devices of the command line. Raises UsageError for what cannot be."""
+    share = config.parallel.pipeline * config.parallel.tensor
+    if args.gpu not in ACCELERATORS:
+        raise UsageError(f"--gpu {args.gpu}: must be one of {', '.join(ACCELERATORS)}")
+    domain = args.gpus_per_node if args.nvlink_domain is None else args.nvlink_domain
+    for name, value in (("gpus-per-node", args.gpus_per_node), ("nvlink-domain", domain)):
+        if value < 1:
+            raise UsageError(f"--{name} {value}: must be at least 1")
+    network = 0.0
+    if args.network is not None:
+        try:
+            network = float(args.network.upper().removesuffix("G"))
+        except ValueError:
+            network = 0.0
+        if not 0 < network < 1e6:
+            raise UsageError(f"--network {args.network}: must be like 400G, 10^9 bits a second")
+    if not 0 <= args.price < 1e6:
+        raise UsageError(f"--price {args.price}: must be dollars for a GPU-hour, 0 or more")
+    return Cluster(
+        gpu=args.gpu,
+        gpus=share if args.gpus is None else args.gpus,
+        per_node=args.gpus_per_node,
+        domain=domain,
+        node_gb=network,
+        price=args.price,
+    )
+
+
+def _search(args: argparse.Namespace, config: RunConfig, cluster: Cluster) -> int:
+    if args.gpus is None or args.gpus < 1:
+        raise UsageError(f"--search needs --gpus N of at least 1, got {args.gpus}")
+    found = search(config, cluster)
+    if not found:
+        raise UsageError(f"{args.file}: {what_works(config, cluster)}")
+    rows = ramp(found[0].candidate.config, found[0].candidate.layout)
+    if args.json:
+        print(json.dumps(_as_json(args, config, rows, found), indent=1))
+    else:
+        print(search_as_text(found) + "\n\n" + judgement_as_text(found[0]))
+    return 0
+
+
+def _run_as_text(file: str, config: RunConfig, layout: Layout, stage: int, rows: list[Row]) -> str:
+    """Model, schedule and ramp, whatever the device."""
+    schedule, most = config.schedule, max(row.micro_batch for row in rows)
+    flops = flops_per_token(config.model) * schedule.end_tokens
+    parts = [
+        f"{file}: {parameters(config.model):,} parameters, {config.model.n_layer} layers",
+        f"layout: {layout}, ZeRO stage {stage}, "
+        f"micro-batch up to {config.parallel.micro_batch}, {config.parallel.dtype}",
+        f"memory: {state_bytes(config, layout, stage) / 1e9:.3g} GB a rank for weights, gradients "
+        f"and optimizer without offload, {activation_bytes(config, layout, most) / 1e9:.3g} GB for "
+        f"activations with micro-batches of {most}",
+        f"run: {schedule.end_tokens:,} tokens in {schedule.n_steps:,} steps, {flops:.3e} model "
+        f"FLOPs ({flops / 8.64e19:,.3g} PF-days)",
+        disk(config),
+        *(f"note: {text}" for text in oddities(config)),
+        "",
+    ]
+    if layout.pipeline > 1:
+        parts += [stages_as_text(config, layout), ""]
+    parts.append(ramp_as_text(rows))
+    if idle := idle_as_text(config, layout, rows):
+        parts += ["", idle]
+    return "\n".join(parts)
+
+
+def _as_json(
+    args: argparse.Namespace, config: RunConfig, rows: list[Row], judged: list[Judgement]
+) -> dict[str, object]:
+    """Everything that the text tells, without its shortenings."""
+    return {
+        "file": str(Path(args.file)),
+        "parameters": parameters(config.model),
+        "tokens": config.schedule.end_tokens,
+        "steps": config.schedule.n_steps,
+        "flops": flops_per_token(config.model) * config.schedule.end_tokens,
+        "notes": list(oddities(config)),
+        "ramp": [dataclasses.asdict(row) for row in rows],
+        "layouts": [one.as_json() for one in judged],
+    }

@@ -92,6 +92,14 @@ def as_text(rows: list[Row]) -> str:
     return aligned([HEAD, *cells])
 
 
+def ramp_as_text(rows: Sequence[Row], most: int = 16) -> str:
+    """The same with rows left out where they are many, the first and the last kept."""
+    if len(rows) <= most:
+        return as_text(list(rows))
+    shown = [rows[round(n * (len(rows) - 1) / (most - 5))] for n in range(most - 4)]
+    return as_text(shown) + f"\n{len(shown)} of {len(rows)} rows; all of them with --json"
+
+
 def idle_as_text(config: RunConfig, layout: Layout, rows: Sequence[Row]) -> str:
     """How long which share of the ranks has nothing to do, and how to avoid it; empty: never."""
     idle = [row for row in rows if row.idle]

@@ -1,0 +1,84 @@
+"""Predictions for rows of a CSV file: step time, TFLOP/s and memory with their intervals (L0)."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+
+from megagpt.errors import UsageError
+from megagpt.plan.constants import CONSTANTS, interval
+from megagpt.plan.cost import layer_parameters, step_time
+from megagpt.plan.footprint import fullest
+from megagpt.plan.jobs import Column, Jobs, jobs_from_rows, read_rows
+
+COLUMNS = (
+    "row_id",
+    "predicted_step_time_s",
+    "predicted_tflops_per_gpu",
+    "predicted_memory_gb",
+    "step_time_low",
+    "step_time_high",
+    "tflops_low",
+    "tflops_high",
+    "memory_low",
+    "memory_high",
+)
+
+
+def predict_file(rows_file: str | Path, output: str | Path) -> int:
+    """Writes a prediction for every row of `rows_file`; returns their number.
+
+    Raises UsageError for a file that cannot be read or written, or a cell that is no number.
+    """
+    rows = read_rows(rows_file)
+    jobs = jobs_from_rows(rows, str(rows_file))
+    seconds = step_time(jobs, CONSTANTS)
+    memory = np.asarray(sum(fullest(jobs, CONSTANTS).values())) / 1e9
+    flops = counted_flops(jobs, [row.get("flops_convention", "") for row in rows])
+    low, high = interval(jobs, "time")
+    less, more = interval(jobs, "memory")
+    rate = flops / jobs.gpus / 1e12
+    table = np.array(
+        [
+            seconds,
+            rate / seconds,
+            memory,
+            seconds * low,
+            seconds * high,
+            rate / (seconds * high),
+            rate / (seconds * low),
+            memory * less,
+            memory * more,
+        ]
+    ).T
+    try:
+        with open(output, "w", newline="", encoding="utf-8") as file:
+            written = csv.writer(file)
+            written.writerow(COLUMNS)
+            for row, values in zip(rows, table, strict=True):
+                written.writerow([row["row_id"], *(f"{value:.6g}" for value in values)])
+    except OSError as error:
+        raise UsageError(f"--output {output}: cannot be written: {error.strerror}") from None
+    return len(rows)
+
+
+def counted_flops(jobs: Jobs, conventions: list[str]) -> Column:
+    """FLOPs of a step as each row counts them; they differ by up to 40%.
+
+    hw_full: four passes over the layers, three over the logits (Narayanan et al. 2021, equation
+    3). hw_8PT: 8 for each parameter of a layer and token. model_6PT: 6 N + 12 L h s a token with N
+    all parameters (PaLM; llm-foundry). Anything else: three passes over layers and logits.
+    """
+    tokens = jobs.batch * jobs.seq
+    parameters = layer_parameters(jobs) * jobs.tp * jobs.layers
+    layers = 2 * parameters + 4 * jobs.layers * jobs.seq * jobs.width
+    logits = 2 * jobs.width * jobs.vocab
+    everything = parameters + jobs.width * (jobs.vocab * (1 + jobs.untied) + jobs.seq)
+    counts = {
+        "hw_full": 4 * layers + 3 * logits,
+        "hw_8PT": 8 * parameters,
+        "model_6PT": 6 * everything + 12 * jobs.layers * jobs.width * jobs.seq,
+        "": 3 * layers + 3 * logits,
+    }
+    names = [next(name for name in counts if text.startswith(name)) for text in conventions]
+    return tokens * np.array([counts[name][i] for i, name in enumerate(names)])

@@ -1,0 +1,44 @@
+"""The fitted constants of time and memory, and how far they are off (L0).
+
+constants.json is written by benchmarks/planner/fit.py; "kinds" says what each constant means.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megagpt.plan.jobs import SYSTEMS, Column, Jobs
+
+PATH = Path(__file__).with_name("constants.json")
+_FILE: dict[str, Any] = json.loads(PATH.read_text(encoding="utf-8"))
+Constants = Mapping[str, float]
+CONSTANTS: dict[str, float] = _FILE["constants"] | _FILE["assumed"]
+"""kind or kind.NAME -> value; "assumed" are those of megagpt itself, which no row speaks about."""
+
+
+def interval(jobs: Jobs, what: str) -> tuple[Column, Column]:
+    """Factors between which 80% of measurements lie, as shares of the prediction, by system.
+
+    `what` is time or memory.
+    """
+    known = _FILE["intervals"][what]
+    table = np.array([known.get(name, known["other"]) for name in SYSTEMS])
+    return table[jobs.framework, 0], table[jobs.framework, 1]
+
+
+def pair_order(jobs: Jobs, measured: Column, ratio: Column) -> float:
+    """Share of pairs of layouts of one model on as many devices of one kind, with one batch, that
+    the prediction puts in the measured order; `ratio` is predicted / measured. Pairs that differ
+    by less than 2% do not count. NaN where there are none."""
+    names = ("layers", "width", "heads", "seq", "batch", "gpus", "gpu", "framework", "fp8")
+    keys = [tuple(getattr(jobs, name)[i] for name in names) for i in range(len(jobs))]
+    right: list[bool] = []
+    for i, key in enumerate(keys):
+        for k in range(i):
+            apart = np.log(measured[i] / measured[k])
+            if keys[k] == key and abs(apart) > 0.02:
+                right.append(bool((apart + np.log(ratio[i] / ratio[k])) * apart > 0))
+    return float(np.mean(right)) if right else float("nan")

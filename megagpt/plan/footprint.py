@@ -1,0 +1,101 @@
+"""Memory of a device, item by item and stage by stage (L0: numpy, no torch).
+
+Letters as in cost.py. Sources: Korthikanti et al. 2022, table 2 (activations, here with any width
+of the MLP), Rajbhandari et al. 2020 (states under ZeRO), DeepSpeed's schedule.py (buffers of the
+pipeline) and its bf16 optimizer (fp32 gradients beside the weights).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from megagpt.plan.cost import Constants, by_system, layer_parameters
+from megagpt.plan.jobs import SYSTEMS, Column, Jobs
+
+FSDP = SYSTEMS.index("fsdp")
+MEMORY_ITEMS = (
+    "weights", "gradients", "optimizer", "activations", "logits", "buffers", "overhead"
+)  # fmt: skip
+"""What a device's memory holds, in the order in which it is told."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """What one pipeline stage of each job bears."""
+
+    layers: Column
+    in_flight: Column
+    """Micro-batches whose activations it keeps at once."""
+    embeds: Column
+    """1 where it holds the embedding, or its copy for the logits."""
+    predicts: Column
+    """1 where it computes the logits."""
+
+
+def fullest(jobs: Jobs, c: Constants) -> dict[str, Column]:
+    """Bytes by item on the fullest of the first, the second and the last stage."""
+    p, m = jobs.pp, jobs.micro_batches
+    depth = np.minimum(p, m)
+    # Interleaved stages keep a part more (Korthikanti, section 4.2.3).
+    depth = depth * np.where(jobs.vpp > 1, 1 + (p - 1) / (p * jobs.vpp), 1.0)
+    one, alone = np.ones_like(p), (p == 1).astype(float)
+    stages = [
+        Stage(jobs.first, depth, one, alone),
+        Stage(np.where(p > 2, jobs.most, jobs.first), np.maximum(1, depth - 1), 0 * one, 0 * one),
+        Stage(jobs.last, one, one, one),
+    ]
+    found = [stage_bytes(jobs, c, stage) for stage in stages]
+    totals = np.array([sum(items.values()) for items in found])
+    worst = np.argmax(totals, axis=0)
+    return {name: np.choose(worst, [items[name] for items in found]) for name in MEMORY_ITEMS}
+
+
+def stage_bytes(jobs: Jobs, c: Constants, stage: Stage) -> dict[str, Column]:
+    """Bytes by item (MEMORY_ITEMS) on a rank of one stage."""
+    embedding = jobs.vocab * jobs.width / jobs.tp
+    copies = np.where(jobs.pp > 1, 1.0, 1.0 + jobs.untied)
+    held = layer_parameters(jobs) * stage.layers + stage.embeds * embedding * copies
+    share = [np.where(jobs.zero >= least, jobs.dp, 1.0) for least in (3, 2, 1)]
+    rows = jobs.micro * jobs.seq
+    size = jobs.weight_bytes
+    edge = size * rows * jobs.width
+    whole = layer_activations(jobs)
+    again = jobs.full
+    kept = stage.layers * stage.in_flight * (again * edge + (1 - again) * whole)
+    # A layer that is computed again is there in full for a while.
+    kept = kept + again * whole
+    gathered = np.where(jobs.zero >= 3, 2 * size * layer_parameters(jobs), 0.0)
+    passed = np.where(jobs.pp > 1, 2 * edge * stage.in_flight, 0.0)
+    return {
+        "weights": size * held / share[0],
+        "gradients": jobs.kept_grad_bytes * held / share[1],
+        "optimizer": (1 - jobs.offload) * np.where(size > 2, 8, 12) * held / share[2],
+        "activations": c["activations"] * kept,
+        "logits": stage.predicts * by_system(c, "logits", jobs) * size / 2 * jobs.logits,
+        "buffers": gathered + passed + jobs.buckets,
+        "overhead": by_system(c, "overhead", jobs) * 1e9 * np.ones_like(held),
+    }
+
+
+def layer_activations(jobs: Jobs) -> Column:
+    """Bytes that a layer keeps of one micro-batch for its backward pass, at 16 bits.
+
+    s b h (10 + 24 / t + 5 a s / (h t)), the last without fused attention or where the scores are
+    computed again; a gated MLP keeps two products and their mix.
+    """
+    h, t = jobs.width, jobs.tp
+    apart = np.where(jobs.sequence_parallel > 0, t, 1.0)
+    inside = 4 + 4 * jobs.kv_heads / jobs.heads + jobs.d_ff / h * np.where(jobs.gated > 0, 8, 4)
+    stored = (jobs.flash == 0) & (jobs.selective == 0)
+    scores = np.where(stored, 5 * jobs.heads * jobs.seq / (h * t), 0.0)
+    # PyTorch's selective checkpoints of single operations keep every other product.
+    half = np.where((jobs.selective > 0) & (jobs.framework == FSDP), 0.5, 1.0)
+    return (
+        jobs.weight_bytes
+        / 2
+        * half
+        * jobs.seq
+        * jobs.micro
+        * h
+        * (10 / apart + inside / t + scores)
+    )

@@ -1,0 +1,292 @@
+"""Training jobs as columns of numbers: what the cost model reads (L0: numpy, no torch).
+
+A job is one step of one model on one layout. The columns are those of benchmarks/planner's
+published measurements, so that one function predicts what others measured, what a run file asks
+for, and every layout of a search. Empty cells are filled by rules that stand here, never by a
+measured outcome.
+"""
+
+import csv
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megagpt.errors import UsageError
+from megagpt.plan.accelerators import ACCELERATORS, Accelerator, accelerator
+
+Column = NDArray[np.float64]
+
+FRAMEWORKS = {
+    "megatron-deepspeed zero-3": "deepspeed-zero3",
+    "deepspeed zero-3": "deepspeed-2021",
+    "sagemaker": "deepspeed-zero3",
+    "megatron-deepspeed": "megatron-deepspeed",
+    "gpt-neox": "gpt-neox",
+    "metaseq": "megatron-lm",
+    "nemo-megatron": "megatron-lm",
+    "megatron-lm": "megatron-lm",
+    "megatron-core": "megatron-core",
+    "nemo": "megatron-core",
+    "pax": "pax",
+    "nanotron": "nanotron",
+    "llm-foundry": "fsdp",
+    "fsdp": "fsdp",
+    "megagpt": "megagpt",
+    "llm.c": "ddp",
+    "ddp": "ddp",
+}
+"""Part of a system's name -> generation of frameworks; the first that is found counts."""
+
+SYSTEMS = tuple(dict.fromkeys(FRAMEWORKS.values()))
+GENERATIONS = ("V100", "A100", "H100", "B200")
+
+# Column -> what an empty cell means.
+_DEFAULTS = {
+    "n_layers": None,
+    "d_model": None,
+    "n_heads": None,
+    "seq_len": None,
+    "global_batch_seqs": None,
+    "vocab": 51_200.0,
+    "n_gpus": 1.0,
+    "tp": 1.0,
+    "pp": 1.0,
+    "zero_stage": 0.0,
+    "gpus_per_node": 8.0,
+    "gated_mlp": 0.0,
+    "untied_output": 0.0,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Jobs:
+    """Columns of equal length, float64 where nothing else is said."""
+
+    layers: Column
+    first: Column
+    """Layers of the first stage, which bears the embedding."""
+    most: Column
+    """Layers of the fullest stage."""
+    last: Column
+    """Layers of the last stage, which bears the logits."""
+    width: Column
+    heads: Column
+    kv_heads: Column
+    d_ff: Column
+    seq: Column
+    keys: Column
+    """Keys that a query sees on average over the layers, causal masks not deducted."""
+    vocab: Column
+    gated: Column
+    untied: Column
+    gpus: Column
+    tp: Column
+    pp: Column
+    vpp: Column
+    """Virtual stages of each pipeline rank (interleaved schedule)."""
+    dp: Column
+    zero: Column
+    micro: Column
+    """Sequences of a micro-batch."""
+    batch: Column
+    """Sequences of a step."""
+    sequence_parallel: Column
+    full: Column
+    """1 where every layer is computed again, a share where only some are."""
+    selective: Column
+    flash: Column
+    fp8: Column
+    grad_bytes: Column
+    """Bytes of a gradient in the data-parallel reduction."""
+    kept_grad_bytes: Column
+    """Bytes of a gradient that is added up."""
+    weight_bytes: Column
+    """2, or 4 in fp32."""
+    logits: Column
+    """Logits that a rank holds at once."""
+    buckets: Column
+    """Bytes of buffers that the framework's configuration asks for."""
+    offload: Column
+    """1 where optimizer states lie in the host's memory."""
+    peak: Column
+    """FLOP/s of 16-bit matrix products."""
+    hbm: Column
+    """Bytes/s of the device's memory."""
+    memory: Column
+    """Bytes of the device's memory."""
+    nvlink: Column
+    """Bytes/s and direction between two devices of a node."""
+    node: Column
+    """Bytes/s of a node's network."""
+    per_node: Column
+    """Devices that share a node's network."""
+    domain: Column
+    """Devices that NVLink connects."""
+    gpu: NDArray[np.int64]
+    """Generation of the device: index into GENERATIONS."""
+    framework: NDArray[np.int64]
+    """Index into SYSTEMS."""
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    @property
+    def micro_batches(self) -> Column:
+        """Micro-batches of a data rank in a step."""
+        return np.maximum(1.0, np.ceil(self.batch / (self.dp * self.micro) - 1e-9))
+
+
+def jobs_from_rows(rows: Sequence[Mapping[str, str]], origin: str = "rows") -> Jobs:
+    """Jobs of a CSV's rows. Raises UsageError for a cell that is no number or must be there."""
+    filled = [_filled(row, f"{origin}, row {row.get('row_id') or n}") for n, row in enumerate(rows)]
+    columns: dict[str, Any] = {
+        name: np.array([row[name] for row in filled]) for name in Jobs.__dataclass_fields__
+    }
+    return Jobs(**columns)
+
+
+def read_rows(path: str | Path) -> list[dict[str, str]]:
+    """Rows of a CSV file. Raises UsageError for one that cannot be read or lacks a column."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = [
+                {k: (v or "").strip() for k, v in row.items() if k} for row in csv.DictReader(file)
+            ]
+    except (OSError, UnicodeDecodeError, csv.Error, AttributeError) as error:
+        raise UsageError(f"{path}: cannot be read as CSV: {error}") from None
+    needed = ["row_id", *(name for name, default in _DEFAULTS.items() if default is None)]
+    missing = [name for name in needed if not rows or name not in rows[0]]
+    if missing:
+        raise UsageError(f"{path}: needs rows with the columns {', '.join(missing)}")
+    return rows
+
+
+_MAY_BE_0 = ("zero_stage", "gated_mlp", "untied_output")
+
+
+def _number(row: Mapping[str, str], name: str, default: float | None, where: str) -> float:
+    """A cell, or the default where it is empty. Raises UsageError for one that is no number."""
+    text = row.get(name, "")
+    try:
+        value = float(text) if text else default
+    except ValueError:
+        value = None
+    if value is None or not np.isfinite(value) or value < 0:
+        raise UsageError(f"{where}: {name} = {text!r}: must be a number")
+    return value
+
+
+def _filled(row: Mapping[str, str], where: str) -> dict[str, Any]:
+    """One row as the fields of Jobs."""
+
+    def least(name: str, default: float | None) -> float:
+        value = _number(row, name, default, where)
+        if value <= 0 and name not in _MAY_BE_0:
+            raise UsageError(f"{where}: {name} = {row.get(name)}: must be above 0")
+        return value
+
+    base = {name: least(name, default) for name, default in _DEFAULTS.items()}
+    tp, pp = base["tp"], base["pp"]
+    dp = least("dp", max(1.0, base["n_gpus"] // (tp * pp)))
+    name, device = accelerator(row.get("gpu_type", ""))
+    framework = framework_of(row.get("system", ""), base["zero_stage"], tp * pp, name)
+    precision = row.get("precision", "") or "bf16"
+    recompute = row.get("recompute", "")
+    share = base["global_batch_seqs"] / dp
+    micro = least("micro_batch", _micro(share, base["seq_len"], pp))
+    return {
+        "layers": base["n_layers"],
+        **dict(zip(("first", "most", "last"), even_stages(base["n_layers"], pp), strict=True)),
+        "width": base["d_model"],
+        "heads": base["n_heads"],
+        "kv_heads": least("n_kv_heads", base["n_heads"]),
+        "d_ff": least("d_ff", 4 * base["d_model"]),
+        "seq": base["seq_len"],
+        "keys": base["seq_len"],
+        "vocab": base["vocab"],
+        "gated": base["gated_mlp"],
+        "untied": base["untied_output"],
+        "gpus": base["n_gpus"],
+        "tp": tp,
+        "pp": pp,
+        "vpp": least("virtual_pp", _virtual(framework, base["n_layers"] / pp, pp)),
+        "dp": dp,
+        "zero": base["zero_stage"],
+        "micro": micro,
+        "batch": base["global_batch_seqs"],
+        "sequence_parallel": float(row.get("sequence_parallel", "") == "y"),
+        "full": float(recompute == "full"),
+        "selective": float(recompute == "selective"),
+        "flash": float(row.get("flash_attention", "") == "y"),
+        "fp8": float(precision == "fp8"),
+        "grad_bytes": 2.0 if precision == "fp16" or framework in ("fsdp", "ddp", "pax") else 4.0,
+        "kept_grad_bytes": _kept_grad_bytes(framework, precision),
+        "weight_bytes": 2.0,
+        "logits": micro * base["seq_len"] * base["vocab"] / tp,
+        "buckets": 0.0,
+        "offload": 0.0,
+        **device_columns(device, _number(row, "internode_gbps_per_node", 0.0, where)),
+        "per_node": base["gpus_per_node"],
+        "domain": base["gpus_per_node"],
+        "framework": SYSTEMS.index(framework),
+    }
+
+
+def device_columns(device: Accelerator, node_gb: float) -> dict[str, Any]:
+    """The columns of a device; a network of 0 is one that nobody named."""
+    return {
+        "peak": device.tflops * 1e12,
+        "hbm": device.memory_tb_s * 1e12,
+        "memory": device.memory_gb * 1e9,
+        "nvlink": device.link_gb_s * 1e9,
+        "node": (node_gb or device.node_gb) * 1e9 / 8,
+        "gpu": GENERATIONS.index(device.generation),
+    }
+
+
+def even_stages(layers: float, pp: float) -> tuple[float, float, float]:
+    """Layers of the first, the fullest and the last stage where they are dealt out evenly; where
+    embedding and logits make the division whole they count as a layer each (BLOOM's 70)."""
+    if pp > 1 and layers % pp != 0 and (layers + 2) % pp == 0:
+        most = (layers + 2) / pp
+        return most - 1, most, most - 1
+    return math.ceil(layers / pp), math.ceil(layers / pp), layers // pp
+
+
+def _kept_grad_bytes(framework: str, precision: str) -> float:
+    """fp16 adds up in place; bf16 in fp32, and DeepSpeed's bf16 optimizer keeps both."""
+    if precision == "fp16":
+        return 2.0
+    return 6.0 if framework == "megatron-deepspeed" else 4.0
+
+
+def _virtual(framework: str, layers: float, pp: float) -> float:
+    """Virtual stages where nobody says: NVIDIA's later recipes give each a layer or two."""
+    return max(1.0, layers // 2) if framework == "megatron-core" and pp > 1 else 1.0
+
+
+def _micro(share: float, seq: float, pp: float) -> float:
+    """A micro-batch where nobody says: the largest part of a rank's share of 16k tokens (4k with
+    a pipeline, whose bubble wants many)."""
+    most = max(1, int((4096 if pp > 1 else 16_384) // seq))
+    return float(max(n for n in range(1, most + 1) if n == 1 or share % n == 0))
+
+
+def framework_of(system: str, zero: float, model_parallel: float, gpu: str) -> str:
+    """Generation of frameworks by the system's name; for an unknown one by what it does."""
+    low = system.lower()
+    for part, generation in FRAMEWORKS.items():
+        if part in low:
+            return generation
+    if zero == 3:
+        return "fsdp"
+    if model_parallel > 1:
+        return (
+            "megatron-core" if ACCELERATORS[gpu].generation in ("H100", "B200") else "megatron-lm"
+        )
+    return "ddp"

@@ -1,0 +1,209 @@
+"""A layout judged: does it fit, how long is a step, what does the run cost (L0: no torch)."""
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+
+from megagpt.config import RunConfig
+from megagpt.config.flops import flops_per_token
+from megagpt.plan.candidates import (
+    Candidate,
+    Cluster,
+    candidates,
+    jobs_of,
+    stage_layers,
+)
+from megagpt.plan.constants import CONSTANTS, Constants, interval
+from megagpt.plan.cost import step_items
+from megagpt.plan.footprint import MEMORY_ITEMS, Stage, fullest, stage_bytes
+from megagpt.plan.layout import Layout, busy_start_tokens, padded_model
+
+ROOM = 0.95
+"""Share of a device's memory that a layout may be predicted to take."""
+HOST_WATTS = 1.3
+"""Power of a node over that of its devices alone: processors, network, fans (DGX H100: 10.2 kW at
+most for 8 x 0.7 kW; typical load is lower). Cooling of the building is not counted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What is predicted for one layout."""
+
+    candidate: Candidate
+    cluster: Cluster
+    stages: list[dict[str, float]]
+    """Bytes by item (MEMORY_ITEMS) on a rank of each pipeline stage."""
+    items: dict[str, float]
+    """Seconds of a full step by item (ITEMS)."""
+    seconds: tuple[float, ...]
+    """Of a step in each segment of the schedule."""
+    time_ends: tuple[float, float]
+    """Factors between which 80% of measured step times lie."""
+    memory_ends: tuple[float, float]
+
+    @property
+    def peak(self) -> float:
+        """Bytes on the fullest device."""
+        return max(sum(stage.values()) for stage in self.stages)
+
+    @property
+    def fits(self) -> bool:
+        """Whether that is in the device's memory with some room."""
+        return self.peak <= ROOM * self.cluster.device.memory_gb * 1e9
+
+    @property
+    def step(self) -> float:
+        """Seconds of a full step."""
+        return sum(self.items.values())
+
+    @property
+    def days(self) -> float:
+        """Of the whole run along its ramp; evaluations, checkpoints and failures not counted."""
+        segments = self.candidate.config.schedule.segments
+        return sum(s.n_steps * t for s, t in zip(segments, self.seconds, strict=True)) / 86_400
+
+    @property
+    def gpu_hours(self) -> float:
+        """Of the whole run."""
+        return self.days * 24 * self.cluster.gpus
+
+    def utilisation(self, recompute: str) -> float:
+        """MFU (recompute = none) or HFU (as the run has it) of a full step."""
+        config = self.candidate.config
+        every = config.parallel.recompute_every
+        flops = flops_per_token(config.model, recompute, "full", every)
+        tokens = config.schedule.segments[-1].batch_tokens
+        device = self.cluster.device
+        peak = device.fp32_tflops if config.parallel.dtype == "fp32" else device.tflops
+        return flops * tokens / self.step / self.cluster.gpus / (peak * 1e12)
+
+    def as_json(self) -> dict[str, object]:
+        """Everything as JSON's types; times in seconds, memory in bytes."""
+        recompute = self.candidate.config.parallel.recompute
+        mega = self.gpu_hours * self.cluster.device.watts * HOST_WATTS / 1e6
+        return {
+            "layout": str(self.candidate),
+            "keys": self.candidate.keys,
+            "cluster": dataclasses.asdict(self.cluster),
+            "fits": self.fits,
+            "memory_bytes": self.peak,
+            "memory_interval": [self.peak * end for end in self.memory_ends],
+            "stages": self.stages,
+            "step_seconds": self.step,
+            "step_interval": [self.step * end for end in self.time_ends],
+            "items": self.items,
+            "mfu": self.utilisation("none"),
+            "hfu": self.utilisation(recompute),
+            "days": self.days,
+            "days_interval": [self.days * end for end in self.time_ends],
+            "gpu_hours": self.gpu_hours,
+            "mwh": mega,
+            "dollars": self.gpu_hours * self.cluster.dollars,
+        }
+
+
+def judge(one: Candidate, cluster: Cluster, constants: Constants = CONSTANTS) -> Judgement:
+    """The prediction for one layout."""
+    config, layout = one.config, one.layout
+    segments = config.schedule.segments
+    jobs = jobs_of([(one, segment.batch_tokens) for segment in segments], cluster)
+    items = {name: np.asarray(v) for name, v in step_items(jobs, constants).items()}
+    full = jobs_of([(one, segments[-1].batch_tokens)], cluster)
+    passes = float(full.micro_batches[0])
+    stages = []
+    layers = stage_layers(padded_model(config, layout), layout.pipeline)
+    for index, blocks in enumerate(layers):
+        flight = min(layout.pipeline - index, passes)
+        ends = index in (0, layout.pipeline - 1), index == layout.pipeline - 1
+        parts = [np.array([float(value)]) for value in (blocks, flight, *ends)]
+        found = stage_bytes(full, constants, Stage(*parts))
+        stages.append({name: float(found[name][0]) for name in MEMORY_ITEMS})
+    ends_ = [tuple(float(end[0]) for end in interval(full, what)) for what in ("time", "memory")]
+    return Judgement(
+        one,
+        cluster,
+        stages,
+        {name: float(v[-1]) for name, v in items.items()},
+        tuple(float(t) for t in np.asarray(sum(items.values()))),
+        (ends_[0][0], ends_[0][1]),
+        (ends_[1][0], ends_[1][1]),
+    )
+
+
+def search(
+    config: RunConfig, cluster: Cluster, most: int = 10, constants: Constants = CONSTANTS
+) -> list[Judgement]:
+    """The fastest layouts that fit, at most `most`, best first; empty where none fits."""
+    found = list(candidates(config, cluster))
+    if not found:
+        return []
+    full = config.schedule.segments[-1].batch_tokens
+    jobs = jobs_of([(one, full) for one in found], cluster)
+    seconds = np.asarray(sum(step_items(jobs, constants).values()))
+    memory = np.asarray(sum(fullest(jobs, constants).values()))
+    # Those that nearly fit are judged stage by stage below.
+    near = memory <= 1.1 * ROOM * jobs.memory
+    order = [found[i] for i in np.argsort(np.where(near, seconds, np.inf))[: int(near.sum())]]
+    best: list[Judgement] = []
+    for one in order:
+        if len(best) == most:
+            break
+        judged = judge(one, cluster, constants)
+        best += [judged] if judged.fits else []
+    return best
+
+
+def decided_by(loser: Judgement, winner: Judgement) -> tuple[str, float]:
+    """The item in which a layout loses most, and by how many seconds."""
+    lost = {name: loser.items[name] - winner.items[name] for name in winner.items}
+    name = max(lost, key=lambda item: lost[item])
+    return name, lost[name]
+
+
+def what_works(config: RunConfig, cluster: Cluster, most: int = 3) -> str:
+    """Layouts that fit, as lines to follow; else the least number of devices that can."""
+    # The fastest of each split: the same with half the micro-batch is no other way.
+    splits: dict[Layout, Judgement] = {}
+    for one in search(config, cluster, 3 * most):
+        splits.setdefault(one.candidate.layout, one)
+    if splits:
+        lines = [f"  {one.candidate}: {' '.join(one.candidate.keys)}" for one in splits.values()]
+        return f"what works on {cluster.gpus:,} {cluster.gpu}:\n" + "\n".join(lines[:most])
+    gpus = 1
+    while gpus <= 16_384:
+        gpus *= 2
+        larger = dataclasses.replace(cluster, gpus=gpus)
+        if gpus > cluster.gpus and (best := search(config, larger, 1)):
+            least = best[0].candidate
+            return (
+                f"nothing fits {cluster.gpus:,} {cluster.gpu}; {gpus:,} can do it: {least}: "
+                f"{' '.join(least.keys)}"
+            )
+    return f"nothing fits {cluster.gpus:,} {cluster.gpu}, nor up to {gpus:,} of them"
+
+
+def with_higher_start(one: Judgement) -> Judgement | None:
+    """The same run with a ramp that starts where every data rank has work; None where it does."""
+    config, layout = one.candidate.config, one.candidate.layout
+    start = busy_start_tokens(config, layout)
+    if start is None or start <= config.schedule.start_tokens:
+        return None
+    schedule = dataclasses.replace(
+        config.schedule, ramp_start_tokens=start, ramp_increment_tokens=start
+    )
+    higher = dataclasses.replace(config, schedule=schedule)
+    return judge(dataclasses.replace(one.candidate, config=higher), one.cluster)
+
+
+def refusal(one: Judgement) -> str:
+    """Why a layout that does not fit is refused, and what works instead."""
+    worst = max(range(len(one.stages)), key=lambda n: sum(one.stages[n].values()))
+    items = sorted(one.stages[worst].items(), key=lambda item: -item[1])
+    told = ", ".join(f"{name} {size / 1e9:,.1f}" for name, size in items if size > 5e7)
+    share = one.cluster.device.memory_gb * ROOM
+    return (
+        f"{one.candidate}: stage {worst} needs {one.peak / 1e9:,.1f} GB a GPU ({told}), and "
+        f"{ROOM:.0%} of a {one.cluster.gpu}'s memory are {share:,.0f} GB; "
+        f"{what_works(one.candidate.config, one.cluster)}"
+    )

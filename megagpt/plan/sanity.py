@@ -1,0 +1,60 @@
+"""What is odd about a run though it can go: ramps that never end, epochs, disk (L0)."""
+
+import json
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+from megagpt.config import RunConfig
+from megagpt.plan.memory import checkpoint_bytes, checkpoints_kept
+
+
+def oddities(config: RunConfig) -> Iterator[str]:
+    """A sentence for each; the run goes on with all of them."""
+    schedule = config.schedule
+    total = schedule.total_tokens
+    for key, what in (
+        ("warmup_tokens", "the learning rate never reaches its peak"),
+        ("ramp_tokens", "the batch never reaches batch_tokens"),
+        ("decay_tokens", "the learning rate never reaches its floor"),
+    ):
+        value = getattr(schedule, key)
+        if value > total and (
+            key != "ramp_tokens" or schedule.start_tokens < schedule.batch_tokens
+        ):
+            yield (
+                f"schedule.{key} = {value}: {what} within total_tokens ({total}); lower it or "
+                "train longer"
+            )
+    for path, epochs in epochs_of(config):
+        yield f"{path} is read {epochs:.2f} times" + (
+            "; more than about 4 teach little more (Muennighoff et al. 2023)" if epochs > 4 else ""
+        )
+
+
+def disk(config: RunConfig) -> str:
+    """What checkpoints take."""
+    one, kept = checkpoint_bytes(config.model), checkpoints_kept(config)
+    return (
+        f"disk: {one * kept / 1e9:,.4g} GB for at most {kept} checkpoints at once of "
+        f"{one / 1e9:,.4g} GB"
+    )
+
+
+def epochs_of(config: RunConfig) -> Iterator[tuple[str, float]]:
+    """Path and epochs of every training corpus that is prepared here."""
+    data, total = config.data, config.schedule.end_tokens
+    turns = [0, *(change.at_tokens for change in data.changes), total]
+    weights = [tuple(source.weight for source in data.train), *(c.weights for c in data.changes)]
+    for index, source in enumerate(data.train):
+        try:
+            tree = json.loads((Path(source.path) / "manifest.json").read_text(encoding="utf-8"))
+            size = int(tree["totals"]["tokens"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        read = sum(
+            max(0, min(end, total) - first) * w[index] / sum(w)
+            for (first, end), w in zip(pairwise(turns), weights, strict=True)
+        )
+        if size:
+            yield source.path, read / size

@@ -1,0 +1,183 @@
+"""megagpt plan on devices: what fits, what is refused and where refusals lead, the search."""
+
+import json
+import shlex
+import time
+
+import pytest
+
+from megagpt.cli import main
+from megagpt.config import load_run
+from megagpt.plan.candidates import Cluster, candidate, candidates
+from megagpt.plan.judge import decided_by, judge, search, with_higher_start
+from megagpt.plan.sanity import oddities
+
+
+@pytest.fixture
+def run_file(tmp_path):
+    def made(size: str) -> str:
+        path = tmp_path / f"{size}.toml"
+        path.write_text(
+            f'model = "gpt3-{size}"\noutput = "x"\n[data]\ntrain = [{{ path = "{tmp_path}/x" }}]\n'
+        )
+        return str(path)
+
+    return made
+
+
+def planned(capsys, *words: str) -> tuple[int, str, str]:
+    code = main(["plan", *words])
+    found = capsys.readouterr()
+    return code, found.out, found.err
+
+
+def test_nothing_that_does_not_fit_is_accepted(run_file, capsys):
+    code, out, err = planned(capsys, run_file("175b"), "parallel.micro_batch=16", "--gpus", "1")
+    assert (code, out) == (2, "")
+    assert "stage 0 needs 4," in err and "optimizer 2,09" in err
+    assert "95% of a h100's memory are 76 GB; nothing fits 1 h100; " in err
+    # 80 GB hold 1.3B with 18 bytes a parameter, 40 GB do not hold 2.7B.
+    assert planned(capsys, run_file("1.3b"), "--gpus", "1", "--gpu", "h100")[0] == 0
+    assert planned(capsys, run_file("2.7b"), "--gpus", "1", "--gpu", "a100-40")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("size", "gpus"),
+    [
+        ("125m", 24),
+        ("350m", 100),
+        ("2.7b", 3),
+        ("6.7b", 1),
+        ("13b", 8),
+        ("175b", 1),
+        ("175b", 1024),
+    ],
+)
+def test_refusals_lead_to_a_plan_that_is_accepted(run_file, capsys, size, gpus):
+    file = run_file(size)
+    code, _, err = planned(capsys, file, "--gpus", str(gpus))
+    if code == 0:
+        return
+    line = next(line for line in err.splitlines() if "parallel.ds_config=" in line)
+    count = gpus
+    if "can do it" in line:
+        count = int(line.split(" can do it")[0].split("; ")[-1].replace(",", ""))
+        assert count > gpus
+    keys = shlex.split(line[line.index("parallel.ds_config=") :])
+    code, out, err = planned(capsys, file, *keys, "--gpus", str(count))
+    assert code == 0, err
+    assert "whole run: " in out
+
+
+def test_what_is_printed_adds_up(run_file, capsys):
+    words = [run_file("6.7b"), "--gpus", "32", "parallel.recompute=full", "--price", "2"]
+    code, out, _ = planned(capsys, *words, "--json")
+    made = json.loads(out)
+    [one] = made["layouts"]
+    assert code == 0 and one["fits"] and len(made["ramp"]) == 64
+    assert sum(one["items"].values()) == pytest.approx(one["step_seconds"])
+    assert max(sum(s.values()) for s in one["stages"]) == pytest.approx(one["memory_bytes"])
+    assert one["gpu_hours"] == pytest.approx(one["days"] * 24 * 32)
+    assert one["dollars"] == pytest.approx(2 * one["gpu_hours"])
+    # 300B tokens at the MFU of the full batch: the ramp only adds.
+    model = made["flops"] / (32 * 989e12 * one["mfu"]) / 86_400
+    assert model < one["days"] < 1.2 * model
+    assert 1.2 < one["hfu"] / one["mfu"] < 1.34
+    low, high = one["step_interval"]
+    assert low < one["step_seconds"] < high
+    assert planned(capsys, *words)[1].count("\n") < 50
+
+
+def test_the_long_ramp_is_shortened_but_not_in_json(run_file, capsys):
+    words = [run_file("175b"), "parallel.pipeline=16", "parallel.tensor=8", "--gpus", "1024"]
+    words += ["parallel.ds_config=pipeline", "parallel.recompute=full"]
+    _, out, _ = planned(capsys, *words)
+    assert "12 of 96 rows; all of them with --json" in out
+    assert len(json.loads(planned(capsys, *words, "--json")[1])["ramp"]) == 96
+
+
+def test_search_finds_the_best_of_all_and_tells_why_others_lose(run_file, capsys):
+    config, cluster = load_run(run_file("2.7b")), Cluster(gpu="a100-40", gpus=4)
+    best = search(config, cluster)
+    everything = [judge(one, cluster) for one in candidates(config, cluster)]
+    steps = sorted(one.step for one in everything if one.fits)
+    assert [one.step for one in best] == pytest.approx(steps[:10])
+    item, seconds = decided_by(best[1], best[0])
+    assert seconds == pytest.approx(best[1].items[item] - best[0].items[item]) and seconds >= 0
+    code, out, _ = planned(capsys, run_file("2.7b"), "--gpus", "4", "--gpu", "a100-40", "--search")
+    assert code == 0 and f"use the first: {' '.join(best[0].candidate.keys)}" in out
+    assert "s a step by " in out
+
+
+def test_a_search_over_4096_gpus_takes_seconds(run_file, capsys):
+    start = time.process_time()
+    assert planned(capsys, run_file("175b"), "--gpus", "1536", "--search")[0] == 0
+    assert time.process_time() - start < 20
+
+
+def test_a_ramp_that_starts_higher_saves_time(run_file):
+    config, cluster = load_run(run_file("125m")), Cluster(gpu="h100", gpus=32)
+    one = judge(candidate(config, 32), cluster)
+    higher = with_higher_start(one)
+    assert higher is not None and higher.days < one.days
+    assert higher.candidate.config.schedule.ramp_start_tokens == 65_536
+    eight = Cluster(gpu="h100", gpus=8)
+    assert with_higher_start(judge(candidate(config, 8), eight)) is None
+
+
+def test_more_is_told_of_odd_runs(run_file, tmp_path):
+    config = load_run(run_file("125m"), ["schedule.total_tokens=1000000000"])
+    found = "\n".join(oddities(config))
+    assert "schedule.ramp_tokens = 4000000000: the batch never reaches batch_tokens within" in found
+    assert (
+        "schedule.decay_tokens = 260000000000: the learning rate never reaches its floor" in found
+    )
+    assert "warmup" not in found and "is read" not in found
+    short = load_run(run_file("125m"), ["schedule.total_tokens=100000000"])
+    assert (
+        "schedule.warmup_tokens = 375000000: the learning rate never reaches its peak"
+        in "".join(oddities(short))
+    )
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "manifest.json").write_text('{"totals": {"tokens": 200000000}}')
+    assert f"{tmp_path}/x is read 5.00 times; more than about 4" in "\n".join(oddities(config))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--gpu", "8"], "--gpu 8: must be one of v100-16, v100, a100-40"),
+        (["--gpus", "8", "--network", "fast"], "--network fast: must be like 400G"),
+        (["--gpus", "8", "--network", "0"], "--network 0: must be like 400G"),
+        (["--gpus", "8", "--gpus-per-node", "0"], "--gpus-per-node 0: must be at least 1"),
+        (["--gpus", "8", "--nvlink-domain", "-8"], "--nvlink-domain -8: must be at least 1"),
+        (["--gpus", "8", "--price", "-1"], "--price -1.0: must be dollars for a GPU-hour"),
+        (["--search"], "--search needs --gpus N of at least 1, got None"),
+        (["--search", "--gpus", "0"], "--search needs --gpus N of at least 1, got 0"),
+        (["--search", "--gpus", "1", "--gpu", "v100-16"], "nothing fits 1 v100-16; "),
+        (["--batch", "rows.csv"], "--batch ROWS.csv needs --output OUT.csv, and no run file"),
+    ],
+)
+def test_what_cannot_be_planned(run_file, capsys, words, message):
+    code, out, err = planned(capsys, run_file("13b"), *words)
+    assert (code, out) == (2, "") and message in err
+
+
+def test_a_run_file_is_needed(capsys):
+    assert planned(capsys)[0] == 2
+    assert "megagpt plan needs a run file, or --batch" in planned(capsys)[2]
+
+
+def test_networks_and_domains_matter(run_file):
+    config = load_run(run_file("13b"), ["parallel.ds_config=zero3", "parallel.recompute=full"])
+    slow, fast = (
+        judge(candidate(config, 64), Cluster(gpu="h100", gpus=64, node_gb=gb)).step
+        for gb in (100, 3200)
+    )
+    assert slow > 1.2 * fast
+    rack = Cluster(gpu="gb200", gpus=64, per_node=4, domain=64)
+    assert any(one.layout.tensor == 40 for one in candidates(config, Cluster(
+        gpu="gb200", gpus=40, per_node=4, domain=72)))  # fmt: skip
+    near = judge(candidate(config, 64), rack).step
+    apart = judge(candidate(config, 64), Cluster(gpu="gb200", gpus=64, per_node=4, domain=4)).step
+    assert near <= apart
