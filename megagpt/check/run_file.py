@@ -111,6 +111,8 @@ def check_precision(dtype: str, cards: list[Gpu]) -> Check:
 
 def check_disk(config: RunConfig) -> Check:
     """Room for all checkpoints that the run will keep at once, besides those it has already."""
+    from megagpt.checkpoint.record import saved_here
+
     run = Path(config.output)
     folder = existing(run)
     if not os.access(folder, os.W_OK):
@@ -118,7 +120,8 @@ def check_disk(config: RunConfig) -> Check:
         return Check("disk", FAIL, f"{folder}: cannot write there", remedy)
     free = shutil.disk_usage(folder).free
     one, count = checkpoint_bytes(config.model), checkpoints_kept(config)
-    there = sum(f.stat().st_size for f in (run / "checkpoints").rglob("*.safetensors"))
+    # What the run has saved goes again; what else lies there stays.
+    there = sum(file.bytes for _, saved in saved_here(run) for file in saved.files)
     needed = max(0, one * count - there)
     detail = (
         f"{folder}: {_size(free)} free, {_size(needed)} needed: {count} checkpoints of {_size(one)}"

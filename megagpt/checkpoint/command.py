@@ -24,8 +24,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         ("consolidate", gather, "write the weights as safetensors with canonical names"),
     ):
         action = actions.add_parser(name, help=text, description=text)
+        more = ", or a folder of consolidated weights" if name == "verify" else ""
         action.add_argument(
-            "folder", metavar="RUN_DIR", type=Path, help="run folder, or one checkpoint of it"
+            "folder",
+            metavar="RUN_DIR",
+            type=Path,
+            help=f"run folder, or one checkpoint of it{more}",
         )
         if name == "consolidate":
             action.add_argument("output", metavar="OUT", type=Path, help="folder to write; new")

@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -262,27 +262,29 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
 
 
-def retire(run: Path, keep_last: int) -> list[Path]:
-    """Removes all but the newest `keep_last` and the milestones. One rank calls this.
+def saved_here(run: Path) -> list[tuple[Path, CheckpointRecord]]:
+    """The checkpoints that a run has saved in its folder, oldest first, with their manifests.
 
-    A folder whose manifest cannot be read stays: it may be a milestone worth repairing. So does
-    what a user has put there: a link, and a name that a run would not give.
+    Without those whose manifest cannot be read (they may be worth repairing), and without what a
+    user has put there: a link, and a name that a run would not give.
     """
-    saved = [(folder, _ours(folder)) for folder in list_checkpoints(run)]
-    ours = [(folder, state) for folder, state in saved if state]
-    removed = [folder for folder, state in ours[:-keep_last] if not state.milestone]
+    found = []
+    for folder in list_checkpoints(run):
+        with suppress(DamageError, UsageError):
+            saved = read_record(folder)
+            if folder.name == name_of(saved.step) and not folder.is_symlink():
+                found.append((folder, saved))
+    return found
+
+
+def retire(run: Path, keep_last: int) -> list[Path]:
+    """Removes all that the run saved here but the newest `keep_last` and the milestones. One rank
+    calls this."""
+    ours = saved_here(run)
+    removed = [folder for folder, saved in ours[:-keep_last] if not saved.milestone]
     for folder in removed:
         # Without its new name a crash in the middle would leave a folder that looks whole.
         doomed = unfinished_of(folder)
         os.replace(folder, doomed)
         shutil.rmtree(doomed)
     return removed
-
-
-def _ours(folder: Path) -> CheckpointRecord | None:
-    """The manifest of a checkpoint that a run has saved here and that can be read."""
-    try:
-        saved = read_record(folder)
-    except (DamageError, UsageError):
-        return None
-    return saved if folder.name == name_of(saved.step) and not folder.is_symlink() else None

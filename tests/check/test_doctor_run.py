@@ -1,5 +1,7 @@
 """What the doctor says of a run: its checkpoints, its memory, its layout and its shards."""
 
+import shutil
+
 from megagpt.check import run_file as checks
 from megagpt.check.findings import FAIL, OK, WARN, Order
 from megagpt.check.machine import Gpu
@@ -44,6 +46,20 @@ def test_a_disk_that_is_too_small(tmp_path):
 def test_checkpoints_that_are_there_already_need_no_more_room():
     config = load_run(undisturbed() / "run.toml")
     assert "less" in checks.check_disk(config).detail
+
+
+def test_what_a_user_keeps_beside_them_makes_no_room(tmp_path):
+    shutil.copytree(undisturbed() / "run", tmp_path / "run")
+    config = load_run(undisturbed() / "run.toml", [f'output="{tmp_path}/run"'])
+
+    def told() -> str:
+        return checks.check_disk(config).detail.partition("needed:")[2]
+
+    before, newest = told(), list_checkpoints(tmp_path / "run")[-1]
+    for name in ("step_best", "step_99999999", f"{newest.name}.damaged1", "step_00000099.tmp"):
+        shutil.copytree(newest, newest.with_name(name))
+    newest.with_name("step_00000098").symlink_to(newest)
+    assert told() == before
 
 
 def test_memory(tmp_path):
