@@ -7,6 +7,7 @@ ends the doubling; each one is recorded before the next is tried.
 """
 
 import argparse
+import functools
 import os
 import statistics
 import sys
@@ -46,6 +47,8 @@ def main(name: str) -> None:
     if contender == "nanogpt" and not options.nanogpt:
         record("step", name=row.name, micro_batch=options.batch, error="no nanoGPT named")
         return
+    if tiny:  # Inductor takes minutes on a busy CPU, and its speed there is not asked about
+        torch.compile = functools.partial(torch.compile, backend="aot_eager")
     step = model_step.CONTENDERS[contender](options)
     last_s = 0.0
     while last_s * 2 < seconds_left() and not (tiny and options.batch > TINY_END):

@@ -128,7 +128,7 @@ class ParallelConfig:
     """bf16, fp16 or fp32: weights and activations; masters and moments are always fp32."""
     compile: Literal["auto", True, False] = "auto"
     """torch.compile: auto (on CUDA each block, on a CPU nothing), true or false; where there is no
-    compiler the run goes on without one, with a warning."""
+    compiler, and under ZeRO-3, nothing is compiled, with a warning."""
     deterministic: bool = False
     """Use only kernels that give the same bits in every run of the same layout; costs speed on
     CUDA, and nothing on a CPU, whose kernels are of that kind."""

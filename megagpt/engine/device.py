@@ -134,6 +134,12 @@ def _compile_mode(config: RunConfig, kind: str, stage: int, slow: list[str]) -> 
     wanted = config.parallel.compile
     if wanted is False or (wanted == "auto" and kind != "cuda"):
         return "no"
+    if stage == 3:
+        slow.append(
+            "nothing is compiled: ZeRO-3's hooks would cut each block into many graphs, and what "
+            "they count would have them compiled again in every step"
+        )
+        return "no"
     lacking = missing_compiler(kind)
     if lacking:
         slow.append(
@@ -141,13 +147,9 @@ def _compile_mode(config: RunConfig, kind: str, stage: int, slow: list[str]) -> 
             "torch.compile needs; going on without compiling"
         )
         return "no"
-    if wanted == "auto" and stage == 3:
-        slow.append("nothing is compiled: ZeRO-3's hooks would cut each block into many graphs")
-        return "no"
-    # Block by block: one compilation serves every layer of a kind, hooks on a layer still run,
-    # and DeepSpeed's hooks (ZeRO-3) may gather the head's weight, which is the embedding's. As one
-    # graph a small model saves 4% on a CPU (docs/benchmarks/model_step.md).
-    return "model" if kind == "cpu" and stage < 3 else "blocks"
+    # Block by block: one compilation serves every layer of a kind, and hooks on a layer still run.
+    # As one graph a small model saves 4% on a CPU (docs/benchmarks/model_step.md).
+    return "model" if kind == "cpu" else "blocks"
 
 
 def _sdpa_backend(config: RunConfig, device: torch.device, dtype: torch.dtype) -> str:

@@ -39,7 +39,7 @@ class ZeroEngine(Engine):
         create_moments(self.deepspeed.optimizer)
         if self.stage > 0:
             self._watch_updates()
-        compile_model(model, self.choices.compile, whole_graphs=self.stage < 3)
+        compile_model(model, self.choices.compile)
 
     def _build_model(self, ds_config: dict[str, Any]) -> GPT:
         """The model with its initial weights; under ZeRO-3 no rank ever holds it whole."""

@@ -91,6 +91,7 @@ def test_a_cpu_gets_its_own(caplog):
         ([], {"triton": False}, "the loss in several passes over the logits (expressions)"),
         ([], {"triton": False}, "parallel.compile = auto, but this host has not Triton"),
         ([], {"stage": 3}, "nothing is compiled: ZeRO-3's hooks"),
+        (["parallel.compile=true"], {"stage": 3}, "nothing is compiled: ZeRO-3's hooks"),
         (["model.vocab_size=50001"], {}, "rows of the output matrix, no multiple of 8"),
         (
             [],
@@ -117,7 +118,7 @@ def test_compile_is_auto_true_or_false(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(devices, "missing_compiler", lambda _: "")
     always = parse_run(RUN, ["parallel.compile=true"])
-    assert [choose(always, Layout(), CPU, stage).compile for stage in (1, 3)] == ["model", "blocks"]
+    assert [choose(always, Layout(), CPU, stage).compile for stage in (1, 3)] == ["model", "no"]
 
 
 def test_dynamo_is_never_switched_off_on_a_gpu():

@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megagpt.checkpoint import list_checkpoints
 from megagpt.checkpoint.slice_file import SliceReader
 from megagpt.cluster.process import join, leave, prepare_environment
@@ -235,7 +237,8 @@ def group_of_one() -> Iterator[None]:
 @functools.cache
 def _joined_alone() -> dict[str, str]:
     """Joins; the variables that torch and DeepSpeed look for."""
-    found = {"TORCHDYNAMO_DISABLE": "1"}
+    # As the trainer does; on a GPU it would last for the kernels that other tests compile.
+    found: dict[str, str] = {} if torch.cuda.is_available() else {"TORCHDYNAMO_DISABLE": "1"}
     prepare_environment(Ranks(), found)
     os.environ.update(found)
     join(Ranks())

@@ -85,7 +85,10 @@ def test_it_tells_how_long_which_ranks_are_idle(run_file, capsys):
         ("NVIDIA GB300", 2500),
         ("NVIDIA A100-SXM4-80GB", 312),
         ("Tesla V100-SXM2-32GB", 125),
+        ("NVIDIA GH200 480GB", 989),
         ("NVIDIA GeForce GTX 1080", None),
+        ("NVIDIA RTX A1000 Laptop GPU", None),
+        ("NVIDIA A10", None),
     ],
 )
 def test_peaks_by_the_drivers_names(device, peak):

@@ -40,13 +40,17 @@ def attention_form(
     tiles: this package's own for CPUs; flex: flex_attention; sdpa: scaled_dot_product_attention;
     blocks: the same over blocks of a band. `width` is that of a head.
     """
-    if device == "cpu" and dtype == torch.bfloat16 and dropout == 0.0:
+    if _takes_tiles(device, dtype, dropout):
         return "tiles"
     if not banded:
         return "sdpa"
     # flex_attention has no dropout.
     flex = device == "cuda" and dropout == 0.0 and width >= FLEX_WIDTH and _flex_fuses()
     return "flex" if flex else "blocks"
+
+
+def _takes_tiles(device: str, dtype: torch.dtype, dropout: float) -> bool:
+    return device == "cpu" and dtype == torch.bfloat16 and dropout == 0.0
 
 
 @cache
@@ -69,9 +73,9 @@ def attend(
     `band` is W, or None for dense. `dropout` acts on the attention weights; pass 0 to evaluate.
     `mask` is the band's block mask where flex_attention is to compute it.
     """
-    t, s, width = q.shape[2], k.shape[2], q.shape[3]
-    form = attention_form(q.device.type, q.dtype, band is not None, dropout, width)
-    if t == s > 1 and form == "tiles":
+    t, s = q.shape[2], k.shape[2]
+    # Not attention_form: this is traced with a block, and that may look for files.
+    if t == s > 1 and _takes_tiles(q.device.type, q.dtype, dropout):
         return attend_tiled(q, k, v, band)
     if band is None or s <= band:  # the band holds every key: dense
         return _dense(q, k, v, dropout)
