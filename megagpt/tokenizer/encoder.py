@@ -27,6 +27,7 @@ from megagpt.errors import DamageError, UsageError
 from megagpt.tokenizer import token_dtype
 from megagpt.tokenizer.gpt2 import GPT2_PATTERN
 from megagpt.tokenizer.json import encoding_merges, tokenizer_json
+from megagpt.tokenizer.proof import HARD
 
 if TYPE_CHECKING:
     import tiktoken
@@ -50,21 +51,6 @@ _SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 _CUT = re.compile(f"(?<=[^{_SPACE}])[{_SPACE}]|[{_SPACE}](?=[^{_SPACE}])")
 _EDGE = re.compile(f"(?<=[^{_SPACE}])[{_SPACE}]|(?<=[{_SPACE}])[^{_SPACE}]")
 """Where white space begins or ends."""
-
-_HARD = [
-    "I'll we've they're he'd 'S 'LL don't''s",
-    "  two   three\n\n\tfour \r\n end ",
-    "0123 4567 8,900.50 \u0661\u0662\u0663 \u00bd \u2163",
-    "na\u00efve caf\u00e9 e\u0301 \u0130\u0131 \u1e9e\ufb01",
-    "\u4e2d\u6587\u5b57 \u65e5\u672c\u8a9e \ud55c\uad6d\uc5b4 \u0939\u093f\u0928\u094d\u0926\u0940",
-    "\U0001f600\U0001f468\u200d\U0001f469\u200d\U0001f467 \u2764\ufe0f \U0001f1e9\U0001f1ea",
-    "<|endoftext|> <|end of text|> \x00\x01\x1c\x1f\x7f\x85\xa0\u2028\u3000\ufeff\ufffd",
-    "{\"key\": [1, 2.5e-3], 'x': None}  # comment\n\t\treturn _self.__init__(*args)\n",
-    "http://example.com/a?b=c&d=%20#e user@host !!! ??? ... --- === *** ///",
-    "a" * 300 + " " * 300 + "." * 300 + "\n" * 300 + "\u4e2d" * 99 + "x",
-    "".join(chr(code) for code in range(0x20, 0x3000, 7)),
-    "".join(chr(code) for code in range(0x10000, 0x20000, 257)),
-]
 
 
 def pieces(text: str, encoding: tiktoken.Encoding, searched: int = 0) -> Iterator[str]:
@@ -139,6 +125,10 @@ class Encoder:
         self.note = ""
         self._fast: FastEncoder | None = None
         self._count = 0
+        self._bytes = np.zeros(encoding.n_vocab, np.int32)
+        """(n_vocab,) bytes of text that each id stands for."""
+        for word, rank in encoding._mergeable_ranks.items():
+            self._bytes[rank] = len(word)
         if encoding.name == "bytes":
             self.backend = "bytes"
         elif backend != "tiktoken":
@@ -151,8 +141,8 @@ class Encoder:
         """Compare the fast backend with tiktoken on hard strings; fall back when they differ."""
         if self._fast is None:
             return
-        tokens, sizes = self._encode_fast(_HARD)
-        expected = [self._reference(text) for text in _HARD]
+        tokens, sizes = self._encode_fast(HARD)
+        expected = [self._reference(text) for text in HARD]
         if [len(ids) for ids in expected] != list(sizes) or not np.array_equal(
             np.concatenate(expected), tokens
         ):
@@ -165,7 +155,7 @@ class Encoder:
 
         Texts must not hold lone surrogates; what `pieces` would cut may be too long for tiktoken.
         Raises ValueError for a text that tiktoken cannot split, DamageError when the fast backend
-        differs from tiktoken.
+        differs from tiktoken, UsageError when the ids do not stand for all of the text.
         """
         if not parts:
             return np.zeros(0, self.dtype), np.zeros(0, np.int64)
@@ -176,10 +166,26 @@ class Encoder:
         if self._fast is None:
             found = [self._reference(part) for part in parts]
             sizes = np.array([len(ids) for ids in found], np.int64)
-            return np.concatenate(found, dtype=self.dtype, casting="unsafe"), sizes
-        tokens, sizes = self._encode_fast(parts)
-        self._compare(parts, tokens, sizes)
+            tokens = np.concatenate(found)
+        else:
+            tokens, sizes = self._encode_fast(parts)
+            self._compare(parts, tokens, sizes)
+        self._check_coverage(parts, tokens)
         return tokens.astype(self.dtype), sizes
+
+    def _check_coverage(self, parts: list[str], tokens: npt.NDArray) -> None:
+        """Bytes of the ids against bytes of the text: a pattern may pass over some of it."""
+        size = sum(len(part) if part.isascii() else len(part.encode()) for part in parts)
+        covered = int(self._bytes.take(tokens, mode="clip").sum(dtype=np.int64))
+        if covered == size:
+            return
+        for part in parts if len(parts) > 1 else ():
+            self._check_coverage([part], self._reference(part))
+        raise UsageError(
+            f"tokenizer {self.encoding.name}: its ids stand for {covered} of {size} bytes of "
+            f"{parts[0][:60]!r}, so text would vanish; use a tokenizer that covers every text, for "
+            "example one from data_prep/train_tokenizer.py"
+        )
 
     def _reference(self, text: str) -> npt.NDArray[np.uint32]:
         return self.encoding.encode_to_numpy(text, disallowed_special=())

@@ -1,8 +1,11 @@
 """tokenizer.json (Hugging Face's format) with a byte-level BPE, read into tiktoken and written.
 
-tiktoken merges by rank, Hugging Face by the order of a merge list. The two agree when ids follow
-merge order, which `read_tokenizer_file` checks; a file that breaks the rule is refused, because
-its ids would come out wrong without a word.
+tiktoken merges two tokens whenever their bytes together are a word, the word of the lowest id
+first; Hugging Face merges the pairs of a list, in its order. The two are the same for every text
+when ids follow the list and the pair of each word is the one that merges of lower ids leave of its
+bytes: a span of text that becomes a word goes through the same merges as the word alone. A file of
+which that is not true, or whose pattern is not proven (proof.py), is refused, because its ids would
+come out wrong without a word.
 """
 
 from __future__ import annotations
@@ -21,9 +24,13 @@ from megagpt.tokenizer.gpt2 import (
     gpt2_merges,
     word_bytes,
 )
+from megagpt.tokenizer.proof import compare
 
 if TYPE_CHECKING:
     import tiktoken
+
+NEVER = 2**31 - 1
+"""A rank above all: an id is stored as int32, and the vocabulary has one more."""
 
 
 def read_tokenizer_file(path: Path) -> tiktoken.Encoding:
@@ -39,25 +46,63 @@ def read_tokenizer_file(path: Path) -> tiktoken.Encoding:
         model = data["model"]
         vocab = {str(word): int(rank) for word, rank in model["vocab"].items()}
         merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
-        special = {str(token["content"]): int(token["id"]) for token in data["added_tokens"]}
+        added = [
+            (str(token["content"]), int(token["id"]), bool(token["special"]))
+            for token in data["added_tokens"]
+        ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamageError(
             f"{path}: not a tokenizer.json with a BPE model ({type(error).__name__}: {error}); "
             "make one with data_prep/train_tokenizer.py"
         ) from None
-    problem = _unsupported(data) or _merge_problem(vocab, merges, special)
-    if problem:
-        raise UsageError(
-            f"{path}: {problem}, so tiktoken would give other ids; use a plain byte-level BPE, "
-            "for example from data_prep/train_tokenizer.py"
-        )
-    ranks = {word_bytes(word): rank for word, rank in vocab.items() if word not in special}
-    name = f"{path.name}-{hashlib.sha256(content).hexdigest()[:12]}"
-    encoding = tiktoken.Encoding(
-        name, pat_str=_pattern(data), mergeable_ranks=ranks, special_tokens=special
+    special = {word: rank for word, rank, _ in added}
+    problem = (
+        _unsupported(data) or _id_problem(vocab, added) or _merge_problem(vocab, merges, special)
     )
+    if problem:
+        raise _refusal(path, problem)
+    ranks = {word_bytes(word): rank for word, rank in vocab.items() if word not in special}
+    for listed, made in zip(merges, merges_of_ranks(ranks), strict=True):
+        if listed != made:
+            raise _refusal(
+                path,
+                f"it makes {''.join(made)!r} of {' and '.join(listed)}, which tiktoken would make "
+                f"of {' and '.join(made)}",
+            )
+    name = f"{path.name}-{hashlib.sha256(content).hexdigest()[:12]}"
+    try:
+        encoding = tiktoken.Encoding(
+            name, pat_str=_pattern(data), mergeable_ranks=ranks, special_tokens=special
+        )
+    except ValueError as error:
+        raise _refusal(path, f"its pattern is not one of tiktoken's ({error})") from None
+    if problem := compare(content, encoding):
+        raise _refusal(path, problem)
     end_of_document(encoding)
     return encoding
+
+
+def _refusal(path: Path, problem: str) -> UsageError:
+    return UsageError(
+        f"{path}: {problem}; use a plain byte-level BPE, for example from "
+        "data_prep/train_tokenizer.py"
+    )
+
+
+def _id_problem(vocab: dict[str, int], added: list[tuple[str, int, bool]]) -> str | None:
+    """Which id is none, or means two things, or comes from text in a way that is not tiktoken's."""
+    words: dict[int, str] = {}
+    for word, rank in (*vocab.items(), *((word, rank) for word, rank, _ in added)):
+        if not 0 <= rank < NEVER:
+            return f"its word {word!r} has the id {rank}"
+        if words.setdefault(rank, word) != word:
+            return f"its words {words[rank]!r} and {word!r} have one id, {rank}"
+        if vocab.get(word, rank) != rank:
+            return f"its word {word!r} has two ids, {vocab[word]} and {rank}"
+    for word, rank, special in added:
+        if not special:
+            return f"Hugging Face makes its added token {word!r} ({rank}) from text"
+    return None
 
 
 def _unsupported(data: dict[str, Any]) -> str | None:
@@ -104,6 +149,8 @@ def _merge_problem(
         return f"its vocabulary has the character {error} outside the byte alphabet"
     if any(bytes([byte]) not in known for byte in range(256)):
         return "its vocabulary lacks some of the 256 bytes"
+    if any(len(merge) != 2 or not words.keys() >= set(merge) for merge in merges):
+        return "a merge is not of two words of its vocabulary"
     ranks = [words.get("".join(merge), -1) for merge in merges]
     if -1 in ranks:
         return f"merge {ranks.index(-1) + 1} makes a word that is not in the vocabulary"
@@ -173,7 +220,7 @@ def merges_of_ranks(ranks: dict[bytes, int]) -> list[tuple[str, str]]:
     for word in sorted((word for word in ranks if len(word) > 1), key=lambda word: ranks[word]):
         parts = [bytes([byte]) for byte in word]
         while len(parts) > 2:
-            pairs = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:], strict=False)]
+            pairs = [ranks.get(a + b, NEVER) for a, b in zip(parts, parts[1:], strict=False)]
             lowest = pairs.index(min(pairs))
             parts[lowest : lowest + 2] = [parts[lowest] + parts[lowest + 1]]
         left, right = ("".join(letters[byte] for byte in part) for part in parts)

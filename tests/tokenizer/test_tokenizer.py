@@ -4,9 +4,11 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,6 +16,7 @@ from megagpt import tokenizer
 from megagpt.errors import DamageError, UsageError
 from megagpt.tokenizer import end_of_document, fingerprint, load_tokenizer
 from megagpt.tokenizer import gpt2 as bpe
+from megagpt.tokenizer.encoder import Encoder
 from megagpt.tokenizer.json import encoding_merges, read_tokenizer_file, write_tokenizer_file
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "data/gpt2_golden.json").read_text())["cases"]
@@ -128,12 +131,20 @@ def test_merges_of_gpt2_are_found_from_ranks_alone() -> None:
 SPLIT = {"type": "Split", "pattern": {"Regex": r"\w+|\W"}, "behavior": "Isolated", "invert": False}
 
 
+BYTE_LEVEL = {
+    "type": "ByteLevel",
+    "add_prefix_space": False,
+    "trim_offsets": True,
+    "use_regex": False,
+}
+
+
 def sequence(*steps: dict) -> dict:
     return {"pre_tokenizer": {"type": "Sequence", "pretokenizers": list(steps)}}
 
 
 def test_the_pattern_of_a_split_is_taken(tmp_path: Path) -> None:
-    changes = sequence(SPLIT, {"type": "ByteLevel", "use_regex": False})
+    changes = sequence(SPLIT, BYTE_LEVEL)
     assert read_tokenizer_file(small_file(tmp_path / "t.json", **changes))._pat_str == r"\w+|\W"
 
 
@@ -143,10 +154,10 @@ def test_the_pattern_of_a_split_is_taken(tmp_path: Path) -> None:
         # Without the key Hugging Face splits by GPT-2's pattern once more.
         (sequence(SPLIT, {"type": "ByteLevel"}), "not ByteLevel or Split and ByteLevel"),
         (
-            sequence({**SPLIT, "invert": True}, {"type": "ByteLevel", "use_regex": False}),
+            sequence({**SPLIT, "invert": True}, BYTE_LEVEL),
             "not Byte",
         ),
-        (sequence(SPLIT, SPLIT, {"type": "ByteLevel", "use_regex": False}), "not ByteLevel or"),
+        (sequence(SPLIT, SPLIT, BYTE_LEVEL), "not ByteLevel or"),
         ({"pre_tokenizer": {"type": "ByteLevel", "use_regex": False}}, "not ByteLevel or"),
         ({"normalizer": {"type": "NFC"}}, "it has a normalizer"),
         ({"type": "Unigram"}, "its model is Unigram, not BPE"),
@@ -166,6 +177,93 @@ def test_files_that_tiktoken_would_get_wrong_are_refused(
 ) -> None:
     with pytest.raises(UsageError, match=message):
         read_tokenizer_file(small_file(tmp_path / "t.json", **changes))
+
+
+def split_by(regex: str) -> dict:
+    """The changes that make a file cut text by a regular expression."""
+    pattern = SPLIT | {"pattern": {"Regex": regex}}
+    return sequence(pattern, BYTE_LEVEL)
+
+
+def added(content: str, number: int, special: bool = True) -> dict:
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": number, "content": content, "special": special, **flags}
+
+
+END = added("<|endoftext|>", 259)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        # BLOOM's pattern, which leaves full stops and line ends out.
+        (split_by(r" ?[^(\s|[.,!?])]+"), "its pattern passes over ' ', which would vanish"),
+        (split_by(r"[^\n]+"), r"its pattern passes over '\\n', which would vanish"),
+        (split_by(r"[^\u3002]+"), "its pattern passes over '\u3002', which would vanish"),
+        (split_by("a*"), "its pattern matches the empty string"),
+        (split_by(r"(?=e)|[\s\S]"), "its pattern matches the empty string"),
+        (split_by("(a"), "its pattern is not one of tiktoken's .*arsing error"),
+        # A $ ends a line for Hugging Face, a text for tiktoken.
+        (split_by(r"\w+$|[\s\S]"), "Hugging Face tokenizers give other ids for '  two   three"),
+        ({"added_tokens": [END, added("  ", 260, special=False)]}, "its added token '  ' .260. fr"),
+        ({"added_tokens": [added("<|endoftext|>", 5)]}, "'&' and '<|endoftext|>' have one id, 5"),
+        ({"added_tokens": [END, added("<|x|>", 259)]}, "'<|endoftext|>' and '<|x|>' have one id"),
+        ({"added_tokens": [END, added("th", 270)]}, "its word 'th' has two ids, 256 and 270"),
+        ({"added_tokens": [END, added("<|x|>", -1)]}, "its word '<|x|>' has the id -1"),
+        ({"added_tokens": [END, added("<|x|>", 2**31)]}, "'<|x|>' has the id 2147483648"),
+        ({"merges": ["t h", "th e", "a n", "zz z"]}, "a merge is not of two words"),
+        ({"merges": ["t h", "the", "a n"]}, "a merge is not of two words"),
+        ({"decoder": {"type": "none"}}, "Hugging Face tokenizers cannot read it"),
+    ],
+)
+def test_a_file_is_refused_unless_its_ids_are_proven(
+    tmp_path: Path, changes: dict, message: str
+) -> None:
+    with pytest.raises(UsageError, match=f"t.json: .*{message}.*train_tokenizer.py"):
+        read_tokenizer_file(small_file(tmp_path / "t.json", **changes))
+
+
+def test_ids_in_merge_order_are_not_enough(tmp_path: Path) -> None:
+    """tiktoken makes pqbc of pq and bc, which the list knows no merge for."""
+    path = tmp_path / "t.json"
+    merges = [("b", "c"), ("p", "q"), ("pq", "b"), ("pqb", "c")]
+    write_tokenizer_file(path, merges, "<|endoftext|>")
+    theirs = tokenizers.Tokenizer.from_file(str(path)).encode("pqbc").tokens
+    assert theirs == ["pq", "bc"]
+    with pytest.raises(UsageError, match="makes 'pqbc' of pqb and c, which tiktoken .* pq and bc"):
+        read_tokenizer_file(path)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=8), st.data())
+def test_a_file_that_is_taken_gives_hugging_faces_ids(pairs: list, data: st.DataObject) -> None:
+    """Merges drawn at random: those that pass the proof agree on any text of their letters."""
+    words, merges = ["a", "b", "c"], []
+    for left, right in pairs:
+        merge = (words[left % len(words)], words[right % len(words)])
+        if "".join(merge) not in words:
+            merges.append(merge)
+            words.append("".join(merge))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "t.json"
+        write_tokenizer_file(path, merges, "<|endoftext|>")
+        try:
+            encoding = read_tokenizer_file(path)
+        except UsageError:
+            return
+        theirs = tokenizers.Tokenizer.from_file(str(path))
+    for _ in range(20):
+        text = data.draw(st.text("abc", min_size=1, max_size=30))
+        assert encoding.encode_ordinary(text) == theirs.encode(text).ids
+
+
+def test_text_that_a_pattern_passes_over_is_noticed_while_encoding(tmp_path: Path) -> None:
+    gap = "\U0001f999"
+    encoding = read_tokenizer_file(small_file(tmp_path / "t.json", **split_by(f"[^{gap}]+")))
+    encoder = Encoder(encoding)
+    assert encoder.encode_pieces(["the ant", "\u00e9\u4e2d"])[1].tolist() == [4, 5]
+    with pytest.raises(UsageError, match=f"stand for 1 of 5 bytes of 'x{gap}', so text would van"):
+        encoder.encode_pieces(["the ant", f"x{gap}", "then"])
 
 
 def test_tokenizer_file_without_end_of_document(tmp_path: Path) -> None:
