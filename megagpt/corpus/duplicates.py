@@ -2,19 +2,21 @@
 
 - Exact duplicates: a 64-bit hash of the text; the first document stays. With 10^9 documents the
   chance that one document is dropped wrongly is about 3%.
-- Near-duplicates: MinHash over 5-word shingles and LSH (datasketch); a document whose estimated
-  Jaccard similarity with an earlier one that stayed reaches the threshold goes. GPT-3 did the same
-  on Spark with 10 hashes (Brown et al. 2020, appendix A).
+- Near-duplicates: MinHash over 5-word shingles and LSH (datasketch). Of the documents that have the
+  given Jaccard similarity with an earlier one that stayed, at least 95% go, and more of those that
+  are nearer: `Bands` is chosen for that. GPT-3 (Brown et al. 2020, appendix A) used single words
+  and Spark's ten tables of one hash, which finds more and drops much that is less alike.
 
 Hashes are the same on every machine.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from hashlib import blake2b
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +27,10 @@ SCHEME: Literal["affine32"] = "affine32"
 """datasketch's family of hash functions with 32-bit values."""
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 """An odd number that spreads bits: 2^64 over the golden ratio."""
+NO_BAND = 0.01
+"""Chance that a pair of the given similarity has no band in common."""
+FEW = 1.75
+"""Standard deviations below the mean that 4% of such pairs have fewer equal hashes than."""
 _REMEMBERED = 1 << 16
 _LONG_WORD = 40
 
@@ -94,10 +100,10 @@ class Duplicates:
     """Decides, part by part in the order of the input, which documents stay."""
 
     def __init__(self, exact: bool, similarity: float, hashes: int) -> None:
-        """`similarity` is the Jaccard similarity from which a document is a near-copy, 0 keeps all;
-        `hashes` those of a signature."""
+        """`similarity` is the Jaccard similarity of which 95% of near-copies are found, 0 keeps
+        all; `hashes` those of a signature."""
         self._seen = Seen() if exact else None
-        self._similar = Similar(similarity, hashes) if similarity else None
+        self._similar = Similar(bands_for(similarity, hashes)) if similarity else None
 
     def keep(
         self, hashes: Hashes, signatures: npt.NDArray[np.uint32]
@@ -136,18 +142,40 @@ def signature(text: str, hashes: int) -> npt.NDArray[np.uint32]:
     return np.asarray(sketch.hashvalues, np.uint32)
 
 
+class Bands(NamedTuple):
+    """How near-copies are told: they share all hashes of a band, and so many of all."""
+
+    bands: int
+    rows: int
+    """Hashes of a band."""
+    matches: int
+    """Equal hashes from which two documents are near-copies."""
+
+
+def bands_for(similarity: float, hashes: int) -> Bands:
+    """What finds a pair of this Jaccard similarity with 95%.
+
+    A hash of the two is equal with the probability `similarity`. No band of a pair may be shared in
+    1% at most, and fewer than `matches` hashes in 4%: the estimate scatters around the similarity,
+    and asking for the similarity itself would pass over half.
+    """
+    rows = max(
+        (r for r in range(1, hashes + 1) if (1 - similarity**r) ** (hashes // r) <= NO_BAND),
+        default=1,
+    )
+    spread = math.sqrt(hashes * similarity * (1 - similarity))
+    return Bands(hashes // rows, rows, max(0, int(hashes * similarity - FEW * spread)))
+
+
 class Similar:
     """Which documents are near-copies of an earlier one that stayed.
 
-    datasketch chooses the bands for the threshold; its index of them is spelled out here, for all
-    bands of a batch at once, because one process has to keep up with all workers.
+    datasketch's index of bands is spelled out here, for all bands of a batch at once, because one
+    process has to keep up with all workers.
     """
 
-    def __init__(self, threshold: float, hashes: int) -> None:
-        from datasketch import MinHashLSH
-
-        chosen = MinHashLSH(threshold=threshold, num_perm=hashes)
-        self._threshold, self._bands, self._rows = threshold, chosen.b, chosen.r
+    def __init__(self, bands: Bands) -> None:
+        self._bands, self._rows, self._matches = bands
         self._index: dict[int, tuple[int, ...]] = {}
         """Band to the places of the documents that have it."""
         self._kept: list[npt.NDArray[np.uint32]] = []
@@ -171,10 +199,12 @@ class Similar:
 
     def _add(self, row: npt.NDArray[np.uint32], bands: list[int]) -> bool:
         for place in {place for band in bands for place in self._index.get(band, ())}:
-            if np.mean(self._kept[place] == row) >= self._threshold:
+            if np.count_nonzero(self._kept[place] == row) >= self._matches:
                 return False
-        place = len(self._kept)
+        # One tuple for all bands that no other document has, which are nearly all.
+        own = (len(self._kept),)
         for band in bands:
-            self._index[band] = (*self._index.get(band, ()), place)
+            others = self._index.get(band)
+            self._index[band] = (*others, *own) if others else own
         self._kept.append(row)
         return True

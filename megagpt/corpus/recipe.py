@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megagpt.corpus.documents import FORMATS, Inputs, find_sources
+from megagpt.corpus.duplicates import bands_for
 from megagpt.corpus.manifest import Subset
 from megagpt.corpus.shards import SHARD_TOKENS
 from megagpt.corpus.unit import UNIT_BYTES
@@ -40,7 +41,7 @@ class PrepareOptions:
     shard_tokens: int = SHARD_TOKENS
     deduplicate: bool = False
     near_duplicates: float = 0.0
-    """Jaccard similarity from which a document is a near-copy; 0 keeps all."""
+    """Jaccard similarity of which 95% of near-copies go; 0 keeps all."""
     hashes: int = 128
     """MinHash hashes of a document."""
     decontaminate: tuple[str, ...] = ()
@@ -90,19 +91,22 @@ def check_inputs(options: PrepareOptions, inputs: Inputs) -> None:
 
 def recipe_of(options: PrepareOptions, encoding: tiktoken.Encoding) -> dict[str, Any]:
     """All options that decide the bytes of the shards."""
-    recipe = {
+    near = options.near_duplicates
+    recipe: dict[str, Any] = {
         "tokenizer": fingerprint(encoding),
         "text_field": options.text_field,
         "format": options.format or "by ending",
         "shard_tokens": options.shard_tokens,
         "validation_fraction": options.validation_fraction,
         "deduplicate": options.deduplicate,
-        "near_duplicates": options.near_duplicates,
-        "hashes": options.hashes if options.near_duplicates else 0,
+        "near_duplicates": near,
+        "hashes": options.hashes if near else 0,
         "decontaminate": [
             [source.path, file_sha256(Path(source.path))]
             for source in find_sources(options.decontaminate).sources
         ],
     }
-    # Corpora of earlier versions have no such key.
+    # Corpora of earlier versions have no such keys; those with near-duplicates are others.
+    if near:
+        recipe["bands"] = list(bands_for(near, options.hashes))
     return recipe | ({"validation_by_place": True} if options.validation_by_place else {})

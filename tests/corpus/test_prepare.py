@@ -19,7 +19,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from megagpt.corpus.documents import Documents, find_sources
-from megagpt.corpus.duplicates import Seen, Similar
+from megagpt.corpus.duplicates import Seen, Similar, bands_for, signature
 from megagpt.corpus.manifest import read_manifest
 from megagpt.corpus.pipe import prepare
 from megagpt.corpus.recipe import PrepareOptions
@@ -297,22 +297,62 @@ def test_seen_is_a_set(batches: list[list[int]]) -> None:
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 10**6), threshold=st.sampled_from([0.5, 0.8, 0.9]))
 def test_similar_is_datasketchs_index(seed: int, threshold: float) -> None:
-    """The same candidates as its MinHashLSH, whatever the batches."""
+    """The same candidates as its MinHashLSH has with these bands, whatever the batches."""
     draw = np.random.default_rng(seed)
     rows = draw.integers(0, 2**32, (6, 32), np.uint32)[draw.integers(0, 6, 60)]
     changed = draw.random(rows.shape) < draw.choice([0, 0.1, 0.3], (60, 1))
     rows = np.where(changed, draw.integers(0, 2**32, rows.shape, np.uint32), rows)
-    index, kept, expected = MinHashLSH(threshold=threshold, num_perm=32), [], []
+    bands = bands_for(threshold, 32)
+    index, kept, expected = MinHashLSH(num_perm=32, params=bands[:2]), [], []
     for row in rows:
         sketch = MinHash(num_perm=32, scheme="affine32", hashvalues=row)
-        near = [n for n in index.query(sketch) if np.mean(kept[n] == row) >= threshold]
+        near = [n for n in index.query(sketch) if np.sum(kept[n] == row) >= bands.matches]
         expected.append(not near)
         if not near:
             index.insert(len(kept), sketch)
             kept.append(row)
-    similar = Similar(threshold, 32)
+    similar = Similar(bands)
     parts = np.split(rows, sorted(draw.integers(0, 60, 3)))
     assert [stays for part in parts for stays in similar.first(part)] == expected
+
+
+def share_that_goes(jaccard: float, similarity: float, pairs: int = 300) -> float:
+    """Of pairs of documents with exactly this similarity of their 5-word shingles."""
+    texts = []
+    for pair in range(pairs):
+        words = [f"w{pair}-{number}" for number in range(2000)]
+        shared = round(2 * 500 * jaccard / (1 + jaccard))
+        # The second begins with the end of the first.
+        texts.append(" ".join(words[:504]))
+        texts.append(" ".join(words[500 - shared : 1004 - shared]))
+    signatures = np.stack([signature(text, 128) for text in texts])
+    stays = Similar(bands_for(similarity, 128)).first(signatures)
+    assert stays[::2].all()
+    return 1 - stays[1::2].mean()
+
+
+@pytest.mark.parametrize(
+    ("jaccard", "least", "most"),
+    # At 0.8 at least 95% are promised: 92% is 2.4 standard deviations of 300 pairs below that.
+    [(0.8, 0.92, 1), (0.85, 0.99, 1), (0.9, 1, 1), (0.7, 0.1, 0.35), (0.6, 0, 0.02), (0.3, 0, 0)],
+)
+def test_near_duplicates_are_found_as_often_as_is_said(
+    jaccard: float, least: float, most: float
+) -> None:
+    assert least <= share_that_goes(jaccard, 0.8) <= most
+
+
+@pytest.mark.parametrize("similarity", [0.5, 0.9, 0.95])
+def test_other_similarities_are_found_as_often(similarity: float) -> None:
+    assert share_that_goes(similarity, similarity) >= 0.92
+
+
+@pytest.mark.parametrize("hashes", [2, 10, 128, 1000, 4096])
+@pytest.mark.parametrize("similarity", [0.01, 0.5, 0.8, 1.0])
+def test_bands_fit_the_hashes(similarity: float, hashes: int) -> None:
+    bands = bands_for(similarity, hashes)
+    assert bands.rows >= 1 and 1 <= bands.bands * bands.rows <= hashes
+    assert 0 <= bands.matches <= hashes
 
 
 def test_near_duplicates_go(tmp_path: Path) -> None:
