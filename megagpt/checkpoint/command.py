@@ -1,10 +1,17 @@
 """megagpt checkpoint list | verify | reshape | consolidate (L2)."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from megagpt.checkpoint import record
-from megagpt.checkpoint.export import INDEX, consolidate, consolidated_problems, reshape
+from megagpt.checkpoint.export import (
+    INDEX,
+    consolidate,
+    consolidated_problems,
+    consolidated_strangers,
+    reshape,
+)
 from megagpt.checkpoint.load import data_of_another_tokenizer, verify
 from megagpt.errors import EXIT_DAMAGE, EXIT_OK, DamageError, UsageError
 
@@ -71,18 +78,24 @@ def check(args: argparse.Namespace) -> int:
     damaged = False
     if (args.folder / INDEX).exists():
         problems = consolidated_problems(args.folder)
-        print(f"{args.folder.name}  " + ("; ".join(problems) or "whole"))
+        names = [] if problems else consolidated_strangers(args.folder)
+        print(f"{args.folder.absolute().name}  {_verdict(problems, names)}")
         return EXIT_DAMAGE if problems else EXIT_OK
     for folder in record.checkpoints_of(args.folder):
         problems = verify(folder)
         damaged = damaged or bool(problems)
-        line = "; ".join(problems) or "whole"
-        if not problems and (names := record.strangers(folder)):
-            line += "; not in its manifest, and read by nothing: " + ", ".join(map(repr, names))
+        files = () if problems else record.read_record(folder).files
+        line = _verdict(problems, record.strangers(folder, files) if files else [])
         if not problems and (paths := data_of_another_tokenizer(folder)):
             line += "; of another tokenizer by now: " + ", ".join(map(repr, paths))
         print(f"{folder.name}  {line}", flush=True)
     return EXIT_DAMAGE if damaged else EXIT_OK
+
+
+def _verdict(problems: Sequence[str], strangers: Sequence[str]) -> str:
+    """What is wrong with a folder, or that it is whole and what else lies there."""
+    named = "; not in its manifest, and read by nothing: " + ", ".join(map(repr, strangers))
+    return "; ".join(problems) or "whole" + (named if strangers else "")
 
 
 def cut(args: argparse.Namespace) -> int:

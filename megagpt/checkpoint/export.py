@@ -127,6 +127,13 @@ def consolidated_problems(folder: Path) -> list[str]:
         return [f"{folder / INDEX}: not readable as consolidated weights ({error})"]
 
 
+def consolidated_strangers(folder: Path) -> list[str]:
+    """What lies in a folder of whole consolidated weights and is read by nothing."""
+    index = _index(folder)
+    files = [FileRecord(**file) for file in index["metadata"].get("files", ())]
+    return record.strangers(folder, files, INDEX) if files else []
+
+
 def _index(folder: Path) -> dict[str, Any]:
     """The index of consolidated weights. Raises one of BROKEN for what is none."""
     content = (folder / INDEX).read_bytes()

@@ -100,7 +100,7 @@ def data_of_another_tokenizer(folder: Path) -> list[str]:
 
 def tell_strangers(folder: Path) -> None:
     """Warns of what lies in a checkpoint's folder and is not read."""
-    if names := record.strangers(folder):
+    if names := record.strangers(folder, record.read_record(folder).files):
         log.warning(
             "%s: not in its manifest, and not read: %s", folder, ", ".join(map(repr, names))
         )

@@ -17,7 +17,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -149,12 +149,9 @@ def files_problems(folder: Path, share: slice = slice(None)) -> list[str]:
     return [problem for file in saved.files[share] if (problem := file.problem(folder))]
 
 
-def strangers(folder: Path) -> list[str]:
-    """Names that lie in a checkpoint's folder and not in its manifest, sorted; nothing reads them.
-
-    Raises what read_record raises.
-    """
-    known = {file.name for file in read_record(folder).files} | {MANIFEST}
+def strangers(folder: Path, files: Iterable[FileRecord], manifest: str = MANIFEST) -> list[str]:
+    """Names that lie in the folder and not in its manifest, sorted; nothing reads them."""
+    known = {file.name for file in files} | {manifest}
     return sorted(path.name for path in folder.iterdir() if path.name not in known)
 
 

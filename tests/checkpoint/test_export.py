@@ -245,6 +245,10 @@ def test_an_index_without_a_checksum_is_one_of_before_or_none(weights, name):
 def test_weights_verify_as_checkpoints_do(weights, capsys):
     assert main(["checkpoint", "verify", str(weights)]) == 0
     assert capsys.readouterr().out == "weights  whole\n"
+    shutil.copy(weights / SHARD, weights / "model-00001-of-00001 (copy).safetensors")
+    assert main(["checkpoint", "verify", str(weights)]) == 0
+    named = "not in its manifest, and read by nothing: 'model-00001-of-00001 (copy).safetensors'"
+    assert capsys.readouterr().out == f"weights  whole; {named}\n"
     flip(weights / SHARD)
     assert main(["checkpoint", "verify", str(weights)]) == 3
     assert f"{SHARD}: its checksum is not the manifest's" in capsys.readouterr().out
