@@ -19,13 +19,15 @@ _LONGEST_WORD = 16
 """Characters before the end of a chunk in which a cut word, number or escape may begin."""
 # Files that were put together may have byte order marks in the middle.
 _SPACE = re.compile("[ \t\n\r\ufeff]*+")
+_OUTSIDE = re.compile('[ \t\n\r\ufeff]*+(?:["{\\[,]|\\Z)')
 _BEHIND = re.compile(r"[ \t\n\r]*+(?:[,\]]|\Z)")
 _UNDECODED = re.compile("[\udc80-\udcff]")
 _OPENING = re.compile(r'"|\{\s*+"[^"\\]*+"|')
 _PLACE = re.compile(r'[,\[][ \t\n\r]*+(?=["{]|\Z)')
 """Where an element may begin."""
-_MARK = re.compile(r'"(?:[^"\\]++|\\.)*+"|["{}\[\]]', re.DOTALL)
-_COMMA = re.compile(r"[,\]]")
+_MARK = re.compile(r'"(?:[^"\\]++|\\.)*+"(?=\s*+[:,\]}])|["{}\[\]]', re.DOTALL)
+"""A bracket, or a string with what may follow one; a quote alone belongs to something else."""
+_WORD = re.compile(r"[\w.+-]*+[ \t\n\r]*+(?=[,\]])")
 
 
 class Broken(NamedTuple):
@@ -53,6 +55,8 @@ def array_elements(file: IO[bytes]) -> Iterator[Any]:
             )
             before = mark
         else:
+            # A file that begins with nothing else has lost its first bracket.
+            window.inside |= not before and mark not in '"{'
             element = window.element()
             yield element
             before = "broken" if isinstance(element, Broken) else "element"
@@ -104,6 +108,7 @@ class _Window:
         value, end, problem = self._read()
         # A string with text behind it may be what lies between two others, where a quote is lost.
         if not (problem or isinstance(value, dict | list) or self._is_last(end)):
+            end = self._see(end)
             problem = "text behind the element" if self._is_quote_lost(end) else ""
         if problem:
             self._pass_over()
@@ -136,16 +141,19 @@ class _Window:
             self._more()
 
     def _is_last(self, end: int) -> bool:
-        """Whether the element or the array ends at `end`."""
-        return not self.inside or _BEHIND.match(self._text, end) is not None
+        """Whether what stands at `end` may stand behind an element."""
+        behind = _BEHIND if self.inside else _OUTSIDE
+        return behind.match(self._text, end) is not None
 
     def _is_quote_lost(self, end: int) -> bool:
         """Whether the next quote does not open an element either: then it is no comma that is
         missing at `end`."""
-        end = self._see(end)
         text = self._text[end : end + NEAR]
         try:
-            return not _BEHIND.match(text, self._parse(text, text.index('"'))[1])
+            quote = text.index('"')
+            # An escaped one is text.
+            escaped = quote > 0 and text[quote - 1] == "\\"
+            return escaped or not _BEHIND.match(text, self._parse(text, quote)[1])
         except (ValueError, RecursionError):
             return True
 
@@ -177,8 +185,8 @@ class _Window:
         do not close nearby."""
         text, start = self._text, self._start
         if text[start] not in '"{[':
-            comma = _COMMA.search(text, start, start + NEAR)
-            return comma.start() if comma else 0
+            word = _WORD.match(text, start, start + NEAR)
+            return word.end() if word else 0
         waiting: list[str] = []
         for match in _MARK.finditer(text, start, start + NEAR):
             mark = match[0]

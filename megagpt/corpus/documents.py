@@ -197,7 +197,7 @@ def _format(path: str, format: str | None) -> tuple[str, str]:
     kind = format or SUFFIXES.get(ending.lower(), "")
     if kind == "parquet":
         compression = ""
-    if kind == "json" and not format and _first_byte(path, compression) != b"[":
+    if kind == "json" and not format and _first_byte(path, compression) == b"{":
         kind = "jsonl"  # lines of JSON in a file called .json are common
     return kind, compression
 
