@@ -159,7 +159,11 @@ def add_parsers(subparsers: Any) -> None:
     verify.set_defaults(run=run_verify)
 
     adopt = subparsers.add_parser(
-        "import", help="take Megatron pairs, nanoGPT .bin files or llm.c shards"
+        "import",
+        help="take Megatron pairs, nanoGPT .bin files or llm.c shards",
+        description="Writes a manifest beside Megatron pairs that can stay where they are, or "
+        "converts what others have tokenized into a folder of shards.",
+        epilog="Exit codes: 0 done; 2 files that cannot be taken; 3 damage.",
     )
     adopt.add_argument(
         "inputs", type=Path, nargs="+", metavar="INPUT", help=".bin files, prefixes or a folder"

@@ -28,7 +28,11 @@ def fetch(url: str, path: Path, sha256: str | None = None) -> Path:
                 with temporary.open("wb") as file:
                     while block := answer.read(1 << 20):
                         file.write(block)
-        except (OSError, HTTPException, ValueError) as error:
+                    # Python's client takes an answer that breaks off for a whole one.
+                    size = answer.headers.get("Content-Length")
+                    if size is not None and file.tell() != int(size):
+                        raise EOFError(f"it broke off after {file.tell()} of {size} bytes")
+        except (OSError, HTTPException, ValueError, EOFError) as error:
             raise UsageError(
                 f"{url} cannot be downloaded ({error}); download it elsewhere and put it at {path}"
             ) from None

@@ -81,6 +81,11 @@ def check_inputs(options: PrepareOptions, inputs: Inputs) -> None:
         raise UsageError(
             "the inputs hold no file to tokenize; see --format for unusual endings" + "".join(why)
         )
+    if any(source.path == "-" and source.format == "parquet" for source in inputs.sources):
+        raise UsageError(
+            "input -: Parquet is read in any order, which standard input does not allow; write it "
+            "to a file and give that"
+        )
     paths = [source.path for source in inputs.sources]
     if options.decontaminate and "-" in (*paths, *options.decontaminate):
         raise UsageError(
