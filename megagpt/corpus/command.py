@@ -15,7 +15,7 @@ from typing import Any
 from megagpt.corpus.documents import FORMATS, Documents
 from megagpt.corpus.manifest import Subset
 from megagpt.corpus.shards import SHARD_TOKENS
-from megagpt.errors import EXIT_DAMAGE, EXIT_OK, Stopped, ended
+from megagpt.errors import EXIT_DAMAGE, EXIT_OK, Stopped, UsageError, ended
 
 UNSEALED = (
     "; its manifest.json was written by an earlier megagpt, without a checksum of itself: what it "
@@ -184,6 +184,9 @@ def run_inspect(args: argparse.Namespace) -> int:
     """Print what a folder holds."""
     from megagpt.corpus.inspect import describe
 
+    for name in ("documents", "characters"):
+        if getattr(args, name) < 0:
+            raise UsageError(f"--{name} {getattr(args, name)}: must be 0 or more")
     print(describe(args.folder, args.documents, args.characters))
     return EXIT_OK
 

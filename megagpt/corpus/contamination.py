@@ -31,11 +31,11 @@ import numpy.typing as npt
 from megagpt.corpus.documents import Source, find_sources
 from megagpt.corpus.duplicates import Hashes, row_hashes, text_hash, word_hashes
 from megagpt.corpus.progress import Progress
-from megagpt.corpus.read import texts, utf8
+from megagpt.corpus.read import Problem, join, read, texts, utf8
 from megagpt.corpus.state import State, payload_digest, unit_path
 from megagpt.corpus.unit import Unit, plan_units
 from megagpt.corpus.workers import Workers
-from megagpt.errors import UsageError
+from megagpt.errors import DamageError, UsageError
 from megagpt.files import write_durably
 
 GRAM = 13
@@ -81,11 +81,22 @@ def _find(grams: Hashes, among: Hashes) -> tuple[npt.NDArray[np.intp], npt.NDArr
 def evaluation_grams(paths: Sequence[str], text_field: str) -> Hashes:
     """All 13-grams of evaluation files of any input format, sorted.
 
-    Raises UsageError when the files hold no 13-gram at all.
+    Raises UsageError when the files hold no 13-gram at all, DamageError when some of them cannot be
+    read.
     """
-    units = plan_units(find_sources([Path(path) for path in paths]).sources)
-    documents = (text for unit in units for text in texts(unit, text_field))
-    parts = [np.unique(part) for text in documents for part in _text_grams(text)]
+    found = find_sources([Path(path) for path in paths])
+    wrong = [f"{path}: {reason}" for path, reason, _ in found.problems]
+    parts: list[Hashes] = []
+    for unit in plan_units(found.sources):
+        for item in join(read(unit, text_field)):
+            if not isinstance(item, Problem):
+                parts += [np.unique(part) for part in _text_grams(item[1])]
+            elif item.reason not in ("", "empty document"):
+                path = item.path or found.sources[unit.sources[0]].path
+                wrong.append(f"{path}: {item.reason} ({item.detail})")
+    if wrong:
+        # What is not known cannot be cut out.
+        raise DamageError(f"decontamination file {wrong[0]}; repair it, or leave it out")
     grams = np.unique(np.concatenate(parts)) if parts else np.zeros(0, np.uint64)
     if not len(grams):
         raise UsageError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from megagpt.corpus.documents import find_sources
@@ -20,19 +21,24 @@ SMALLEST, LARGEST = 257, 1 << 24
 LONG = 1 << 12
 """Characters of a run with or without white space that are trained on together: the trainer takes
 time with the square of a word's length."""
-CHECKED = 1000
-"""Documents on which the two libraries are compared."""
+CHECKED, CHECKED_SIZE = 1000, 1 << 26
+"""Documents on which the two libraries are compared, and about how many characters of them."""
 
 _RUN = re.compile(rf"\s{{{LONG},}}|\S{{{LONG},}}")
 
 
-def texts(inputs: Sequence[str], args: Namespace) -> Iterator[str]:
-    """The documents of the inputs up to `args.sample_bytes`; broken ones are left out."""
+def texts(inputs: Sequence[str], args: Namespace, left_out: Counter[str]) -> Iterator[str]:
+    """The documents of the inputs up to `args.sample_bytes`; broken ones are left out and counted
+    by their reason."""
     items = [hub_documents(x, args.text_field) if x.startswith("hf:") else x for x in inputs]
     left = args.sample_bytes
-    for unit in plan_units(find_sources(items, args.format).sources):
+    found = find_sources(items, args.format)
+    left_out.update(reason for _, reason, _ in found.problems)
+    for unit in plan_units(found.sources):
         for item in read(unit, args.text_field):
-            if not isinstance(item, Problem):
+            if isinstance(item, Problem):
+                left_out.update([item.reason] if item.reason else [])
+            else:
                 text, content = utf8(item[1])
                 yield text
                 left -= len(content)
@@ -74,8 +80,18 @@ def train_tokenizer(inputs: Sequence[str], args: Namespace) -> str:
     )
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    words = (part for text in texts(inputs, args) for part in short_runs(text))
-    model.train_from_iterator(words, trainer)
+    left_out: Counter[str] = Counter()
+    sample: list[str] = []
+
+    def words() -> Iterator[str]:
+        size = 0
+        for text in texts(inputs, args, left_out):
+            if len(sample) < CHECKED and size < CHECKED_SIZE:
+                sample.append(text)
+                size += len(text)
+            yield from short_runs(text)
+
+    model.train_from_iterator(words(), trainer)
     merges = _merges(json.loads(model.to_str())["model"]["merges"])
     if 256 + len(merges) + 1 != args.vocab_size:
         raise UsageError(
@@ -84,10 +100,11 @@ def train_tokenizer(inputs: Sequence[str], args: Namespace) -> str:
         )
     args.output.parent.mkdir(parents=True, exist_ok=True)
     write_tokenizer_file(args.output, merges, END_OF_DOCUMENT)
-    checked = _compare(inputs, args)
+    _compare(sample, args)
+    reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(left_out.items()))
     return (
         f"{args.output}: {args.vocab_size:,} tokens; Hugging Face and tiktoken give the same ids "
-        f"on {checked:,} documents"
+        f"on {len(sample):,} documents; left out: {reasons or 'nothing'}"
     )
 
 
@@ -103,7 +120,7 @@ def _merges(merges: list[str | list[str]]) -> list[tuple[str, str]]:
     return result
 
 
-def _compare(inputs: Sequence[str], args: Namespace) -> int:
+def _compare(sample: Sequence[str], args: Namespace) -> None:
     """Encode the first documents with both libraries. Raises DamageError."""
     import tokenizers
 
@@ -111,17 +128,10 @@ def _compare(inputs: Sequence[str], args: Namespace) -> int:
     theirs = tokenizers.Tokenizer.from_file(str(args.output))
     # Hugging Face takes the literal in a text for the special token, unlike encode_ordinary.
     theirs.encode_special_tokens = True
-    count = 0
-    for text in texts(inputs, args):
-        for part in short_runs(text):
-            ids = ours.encode_ordinary(part)
-            if ids != theirs.encode(part, add_special_tokens=False).ids or ours.decode(ids) != part:
-                args.output.unlink()
-                raise DamageError(
-                    f"tiktoken and Hugging Face disagree on {part[:60]!r}; choose another "
-                    "--vocab-size"
-                )
-        count += 1
-        if count == CHECKED:
-            break
-    return count
+    for part in (part for text in sample for part in short_runs(text)):
+        ids = ours.encode_ordinary(part)
+        if ids != theirs.encode(part, add_special_tokens=False).ids or ours.decode(ids) != part:
+            args.output.unlink()
+            raise DamageError(
+                f"tiktoken and Hugging Face disagree on {part[:60]!r}; choose another --vocab-size"
+            )

@@ -28,7 +28,7 @@ from megagpt.corpus.documents import Documents
 from megagpt.corpus.duplicates import word_hashes
 from megagpt.corpus.pipe import prepare
 from megagpt.corpus.recipe import PrepareOptions
-from megagpt.errors import Stopped, UsageError
+from megagpt.errors import DamageError, Stopped, UsageError
 from tests.corpus.test_prepare import content, decoded, jsonl
 
 WORDS = [f"w{n}" for n in range(5000)]
@@ -232,3 +232,20 @@ def test_evaluation_files_need_text(tmp_path: Path) -> None:
     (tmp_path / "eval.txt").write_text("too short")
     with pytest.raises(UsageError, match="eval.txt: no text of 13 words"):
         evaluation_grams([str(tmp_path / "eval.txt")], "text")
+
+
+def test_evaluation_text_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    good = " ".join(WORDS[:40])
+    for name, damaged in {
+        "a.jsonl": f'{{"text": "{good}"}}\n{{"text": "lost'.encode(),
+        "b.txt": good.encode() + b"\xff",
+        "c.json": f'["{good}", nope]'.encode(),
+    }.items():
+        path = tmp_path / name
+        path.write_bytes(damaged)
+        with pytest.raises(DamageError, match=f"file .*{name}: .*; repair it, or leave it out"):
+            evaluation_grams([str(path)], "text")
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d/e.txt").symlink_to("nowhere")
+    with pytest.raises(DamageError, match="d/e.txt: unreadable file; repair it"):
+        evaluation_grams([str(tmp_path / "d")], "text")

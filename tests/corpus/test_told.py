@@ -89,9 +89,21 @@ def test_a_tokenizer_is_trained_on_what_is_sound(
     output = tmp_path / "t.json"
     inputs = [tmp_path / name for name in files]
     assert call("train_tokenizer", *inputs, "--vocab-size", 300, "--output", output) == 0
-    assert "300 tokens; Hugging Face and tiktoken give the same ids on" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "300 tokens; Hugging Face and tiktoken give the same ids on" in said
+    assert "left out: broken JSON 1, invalid UTF-8 4, truncated or damaged file 1" in said
     summary = prepare(inputs, options(tmp_path, tokenizer=str(output)))
     assert summary.documents[0] > 400 and sum(summary.left_out.values()) == 6
+
+
+def test_a_tokenizer_from_a_pipe_is_compared_on_its_text(
+    tmp_path: Path, call, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in sample_texts(200)).encode()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines)))
+    output = tmp_path / "t.json"
+    assert call("train_tokenizer", "-", "--vocab-size", 300, "--output", output) == 0
+    assert "the same ids on 200 documents; left out: nothing" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -182,6 +194,15 @@ def test_stopped_before_the_work_begins(
     monkeypatch.setattr("megagpt.corpus.pipe.find_sources", stop)
     assert call("tokenize_corpus", tmp_path, "--output", tmp_path / "out") == Stopped.exit_code
     assert "stopped; run the same command again to continue" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["documents", "characters"])
+def test_inspect_shows_no_negative_number_of_anything(tmp_path: Path, option: str) -> None:
+    made = argparse.ArgumentParser()
+    add_parsers(made.add_subparsers())
+    args = made.parse_args(["inspect", str(tmp_path), f"--{option}", "-1"])
+    with pytest.raises(UsageError, match=f"--{option} -1: must be 0 or more"):
+        args.run(args)
 
 
 # --- outputs ------------------------------------------------------------------------------------
