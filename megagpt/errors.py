@@ -91,10 +91,14 @@ class Output:
 
     def write(self, text: str) -> int:
         """Print the text."""
-        encoding = getattr(self.rich_proxied_file, "encoding", None) or "utf-8"
-        shown = visible(text).encode(encoding, "backslashreplace").decode(encoding)
-        self._try(lambda: self.rich_proxied_file.write(shown))
+        self.write_exactly(visible(text))
         return len(text)
+
+    def write_exactly(self, text: str) -> None:
+        """Print the text, whatever it does."""
+        encoding = getattr(self.rich_proxied_file, "encoding", None) or "utf-8"
+        text = text.encode(encoding, "backslashreplace").decode(encoding)
+        self._try(lambda: self.rich_proxied_file.write(text))
 
     def flush(self) -> None:
         """Hand in what is printed."""
@@ -114,6 +118,15 @@ class Output:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.rich_proxied_file, name)
+
+
+def print_exactly(text: str) -> None:
+    """Prints a text that a file or a pipe must get unchanged, visible where a terminal reads it."""
+    if isinstance(sys.stdout, Output) and not sys.stdout.isatty():
+        sys.stdout.write_exactly(text)
+    else:
+        sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 @contextlib.contextmanager

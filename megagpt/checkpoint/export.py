@@ -142,6 +142,9 @@ def _index(folder: Path) -> dict[str, Any]:
         tree = read_sealed(content)
     for name in tree["weight_map"].values():
         FileRecord(name, 0, "")  # raises for a name that leads out of the folder
+    facts = tree["metadata"]
+    if [type(facts[key]) for key in ("step", "tokens", "tokenizer")] != [int, int, str]:
+        raise ValueError("its metadata tells no step, tokens and tokenizer")
     return tree
 
 

@@ -26,3 +26,8 @@ Minutes = Annotated[float, Interval(ge=0, le=1e6)]
 Line = Annotated[str, Predicate(_one_line)]
 FileName = Annotated[str, MinLen(1), Predicate(_one_line)]
 """A name or path of a file or folder."""
+
+
+def around(value: int, unit: int) -> str:
+    """The multiples of `unit` next to a value that is none: "2048 or 4096"."""
+    return " or ".join(str(n) for n in (value // unit * unit, -(-value // unit) * unit) if n)

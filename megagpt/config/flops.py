@@ -13,9 +13,20 @@ the padding of the vocabulary, nor looking up an embedding.
 - causal = "full" counts every dense query as seeing n_ctx keys, as PaLM, Megatron-LM, nanoGPT and
   llm-foundry do; causal = "halved" counts the keys that it does see, (n_ctx + 1) / 2 on average.
   A banded query sees min(band_width, n_ctx) keys in full, and fewer at the start when halved.
+- *PF-days* are what GPT-3's Table D.1 prints: 6 FLOPs for each parameter, embeddings among them,
+  and each token, without attention, over 10^15 x 86,400. The scaling laws of its figure 3.1 leave
+  the embeddings out: a figure for them is called "PF-days without embeddings".
 """
 
 from megagpt.config.presets import ModelConfig
+
+PF_DAY = 1e15 * 86_400
+"""FLOPs of a petaflop/s-day."""
+
+
+def pf_days(n_parameters: int, tokens: float) -> float:
+    """PF-days of training so many parameters on so many tokens."""
+    return 6.0 * n_parameters * tokens / PF_DAY
 
 
 def parameters(config: ModelConfig) -> int:

@@ -187,14 +187,15 @@ def _gpt1() -> Preset:
 
 
 def _igpt(
-    n_layer: int, d_model: int, n_head: int, peak_lr: float, images: int, steps: int
+    n_layer: int, d_model: int, n_head: int, peak_lr: float, images: int, pixels: int
 ) -> Preset:
-    """A row of Image GPT: 32 x 32 pixels of a 512-colour palette, `images` a batch.
+    """A row of Image GPT: `pixels` of a 512-colour palette an image, `images` a batch.
 
-    The context is 1,024 pixels, which is also what the parameter counts of the paper's tables
-    imply for every size. Warm-up is one epoch of ImageNet's 1,281,167 training images.
+    Every size sees 128 million images. Warm-up is one epoch: ImageNet's 1,281,167 training images
+    without the 4% that the paper holds out. Its gradient is clipped to 1 by our default, of which
+    the paper says nothing.
     """
-    pixels = 1024
+    total = 128_000_000 * pixels
     return Preset(
         model=ModelConfig(
             family="igpt",
@@ -205,9 +206,9 @@ def _igpt(
             vocab_size=512,
         ),
         schedule={
-            "total_tokens": steps * images * pixels,
-            "warmup_tokens": 1_281_167 * pixels,
-            "decay_tokens": steps * images * pixels,
+            "total_tokens": total,
+            "warmup_tokens": 1_229_920 * pixels,
+            "decay_tokens": total,
             "peak_lr": peak_lr,
             "min_lr_ratio": 0.0,
             "batch_tokens": images * pixels,
@@ -228,7 +229,7 @@ PRESETS: dict[str, Preset] = {
     "gpt3-6.7b":  _gpt3(     32,    4096,    32, 2_097_152, 1.2e-4,  8_000_000_000),
     # The paper prints d_model 5140; Table D.1's 12,850M parameters and 40 heads of 128 prove 5120.
     "gpt3-13b":   _gpt3(     40,    5120,    40, 2_097_152, 1.0e-4, 10_000_000_000),
-    # 3.2M tokens: 1,536 sequences of 2,048.
+    # The paper prints a batch of 3.2M tokens, which is no multiple of 2,048: 1,536 sequences.
     "gpt3-175b":  _gpt3(     96,   12288,    96, 3_145_728, 0.6e-4, 12_000_000_000),
     #                     layers  d_model  heads  peak LR
     "gpt2-124m":  _gpt2(     12,     768,    12,   6.0e-4),
@@ -236,12 +237,12 @@ PRESETS: dict[str, Preset] = {
     "gpt2-774m":  _gpt2(     36,    1280,    20,   2.5e-4),
     "gpt2-1.5b":  _gpt2(     48,    1600,    25,   2.0e-4),
     "gpt1":       _gpt1(),
-    #                     layers  d_model  heads  peak LR  images      steps
+    #                     layers  d_model  heads  peak LR  images  pixels
     # Only iGPT-S's learning rate (0.003) is at hand; larger models get smaller ones of ours.
-    "igpt-s":     _igpt(     24,     512,     8,   3.0e-3,    128, 1_000_000),
-    "igpt-m":     _igpt(     36,    1024,     8,   3.0e-3,    128, 1_000_000),
-    "igpt-l":     _igpt(     48,    1536,    16,   1.0e-3,    128, 1_000_000),
-    # The paper's text names no heads for XL: 16, as common reproductions have.
-    "igpt-xl":    _igpt(     60,    3072,    16,   3.0e-4,     64, 2_000_000),
+    "igpt-s":     _igpt(     24,     512,     8,   3.0e-3,    128,   1024),
+    "igpt-m":     _igpt(     36,    1024,     8,   3.0e-3,    128,   1024),
+    "igpt-l":     _igpt(     48,    1536,    16,   1.0e-3,    128,   1024),
+    # Trained at 64 x 64. The paper's text names no heads: 16, as common reproductions have.
+    "igpt-xl":    _igpt(     60,    3072,    16,   3.0e-4,     64,   4096),
 }
 # fmt: on

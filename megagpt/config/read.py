@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import tomli_w
 
+from megagpt.config.foreign import HERE
 from megagpt.config.presets import PRESETS
 from megagpt.config.sections import RunConfig
 from megagpt.errors import UsageError
@@ -19,6 +20,8 @@ from megagpt.errors import UsageError
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
+_LARGEST = 1 << 20
+"""Bytes of a run file."""
 RULES = {
     "int_type": "a whole number",
     "float_type": "a number",
@@ -48,7 +51,10 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            content = file.read(_LARGEST + 1)
+        # Editors of Windows begin a file with a mark of its encoding.
+        text = content.decode("utf-8-sig")
     except OSError as error:
         raise UsageError(
             f"{path}: cannot read the run file ({error.strerror}); give the path of a .toml file, "
@@ -56,6 +62,8 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         ) from None
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: not valid TOML: not UTF-8 ({error})") from None
+    if len(content) > _LARGEST:
+        raise UsageError(f"{path}: larger than {_LARGEST:,} bytes, so it is no run file")
     return parse_run(text, overrides, name=str(path))
 
 
@@ -66,8 +74,8 @@ def parse_run(text: str, overrides: Sequence[str] = (), name: str = "run file") 
     end = table.start() if table else len(text)
     head = re.sub(r"(?m)^model(\s*=)", r"preset\1", text[:end])
     try:
-        tree = tomllib.loads(head + text[end:], parse_float=_number)
-    except tomllib.TOMLDecodeError as error:
+        tree = _toml(head + text[end:])
+    except ValueError as error:
         raise UsageError(f"{name}: not valid TOML: {error}") from None
     problems: list[str] = []
     for override in overrides:
@@ -88,6 +96,14 @@ def dump_run(config: RunConfig) -> str:
     return tomli_w.dumps(asdict(config))
 
 
+def _toml(text: str) -> dict[str, Any]:
+    """The tree of a text; raises ValueError for what is no TOML, or more than Python can read."""
+    try:
+        return tomllib.loads(text, parse_float=_number)
+    except RecursionError:
+        raise ValueError("lists or tables are nested too deeply") from None
+
+
 def _number(text: str) -> int | float:
     """A TOML float; a whole one is a count, so that total_tokens = 3e9 can be written."""
     value = float(text)
@@ -105,8 +121,8 @@ def _override(tree: dict[str, Any], override: str, problems: list[str]) -> None:
         problems.append(f"override {override!r}: must be UTF-8")
         return
     try:
-        value = tomllib.loads(f"value = {text}", parse_float=_number)["value"]
-    except tomllib.TOMLDecodeError:
+        value = _toml(f"value = {text}")["value"]
+    except ValueError:
         value = text
     *sections, last = ("preset" if key == "model" else key).split(".")
     for section in sections:
@@ -118,12 +134,22 @@ def _override(tree: dict[str, Any], override: str, problems: list[str]) -> None:
 
 
 def _add_preset(tree: dict[str, Any], problems: list[str]) -> None:
-    """Lays the sections of the tree over those of its preset's row."""
+    """Lays the sections of the tree over those of its preset's row.
+
+    Where the preset is the problem, any row stands in, so that its keys are not missed one by one.
+    """
     name = tree.get("preset", "")
     row = PRESETS.get(name) if isinstance(name, str) else None
     if isinstance(name, str) and name and row is None:
         near = _nearest(name, PRESETS)
         problems.append(f"model = {name!r}: no such preset{near}; presets: {', '.join(PRESETS)}")
+    elif name == "" and not {"model", "schedule"} & tree.keys():
+        problems.append(
+            f"model is missing: name a preset ({', '.join(PRESETS)}), or give the tables [model] "
+            "and [schedule]"
+        )
+    if problems and row is None:
+        row = next(iter(PRESETS.values()))
     defaults = {
         "model": asdict(row.model) if row else {},
         "schedule": row.schedule if row else {},
@@ -157,6 +183,9 @@ def _validate(tree: dict[str, Any], problems: list[str]) -> RunConfig | None:
         # Through JSON, because pydantic's strict mode takes lists and tables only from there. A
         # date, which JSON has not, becomes null: no key takes either.
         return _adapter().validate_json(json.dumps(tree, default=lambda _: None))
+    except RecursionError:
+        problems.append("tables are nested too deeply: no key has so many sections")
+        return None
     except ValidationError as error:
         schema = _adapter().json_schema()
         for details in error.errors():
@@ -164,6 +193,19 @@ def _validate(tree: dict[str, Any], problems: list[str]) -> RunConfig | None:
             if details["type"] != "too_short" or not details["input"]:
                 problems.append(_problem(details, tree, schema))
         return None
+
+
+def _unknown(key: str, name: str, known: dict[str, Any], schema: dict[str, Any]) -> str:
+    """An unknown key, with what it may have meant: here, in another table, in another trainer."""
+    if name in HERE and name not in known:
+        return f"unknown key {key!r}: say it as {HERE[name]}"
+    for section, node in schema["properties"].items():
+        table = schema["$defs"].get(node.get("$ref", "").rpartition("/")[2], {})
+        if name in table.get("properties", {}):
+            return f"unknown key {key!r}: it belongs to [{section}], {section}.{name}"
+    if name in schema["properties"]:
+        return f"unknown key {key!r}: it belongs above the first table"
+    return f"unknown key {key!r}{_nearest(name, known)}; known: {', '.join(sorted(known))}"
 
 
 def _problem(error: Mapping[str, Any], tree: Any, schema: dict[str, Any]) -> str:
@@ -187,7 +229,7 @@ def _problem(error: Mapping[str, Any], tree: Any, schema: dict[str, Any]) -> str
             node, sentence = known.get(step, {}), ""
         sentence = node.get("description", sentence)
     if kind == "unexpected_keyword_argument":
-        return f"unknown key {key!r}{_nearest(step, known)}; known: {', '.join(sorted(known))}"
+        return _unknown(key, step, known, schema)
     # The first sentence of the text below the key in sections.py.
     sentence = " ".join(sentence.split()).partition(". ")[0].rstrip(".")
     meaning = f" ({sentence})" if sentence else ""

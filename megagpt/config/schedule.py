@@ -19,7 +19,7 @@ from typing import Annotated
 
 from annotated_types import Gt, Interval
 
-from megagpt.config.bounds import OneOrMore, ZeroOrMore
+from megagpt.config.bounds import OneOrMore, ZeroOrMore, around
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,12 +156,11 @@ class Schedule:
                 f"batch_tokens ({self.batch_tokens})"
             )
         increment = self.increment_tokens
-        for key, value in (
-            ("ramp_start_tokens", self.start_tokens),
-            ("batch_tokens", self.batch_tokens),
-        ):
-            if value % increment:
+        # Only keys that the run file has are spoken of.
+        name = "ramp_increment_tokens" if self.ramp_increment_tokens else "ramp_start_tokens"
+        for key in ("ramp_start_tokens", "batch_tokens"):
+            if (value := getattr(self, key)) % increment:
                 yield (
-                    f"schedule.{key} = {value}: must be a multiple of ramp_increment_tokens "
-                    f"({increment}), in which the batch grows"
+                    f"schedule.{key} = {value}: must be a multiple of {name} ({increment}), in "
+                    f"which the batch grows; use {around(value, increment)}"
                 )

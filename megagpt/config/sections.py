@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Interval, MinLen
 
-from megagpt.config.bounds import FileName, Line, Minutes, OneOrMore, Size, ZeroOrMore
+from megagpt.config.bounds import FileName, Line, Minutes, OneOrMore, Size, ZeroOrMore, around
 from megagpt.config.presets import ModelConfig
 from megagpt.config.schedule import Schedule
 
@@ -235,15 +235,15 @@ class RunConfig:
         yield from self.data.problems()
         yield from self.log.problems()
         tokens = {
-            "schedule.batch_tokens": self.schedule.batch_tokens,
-            "schedule.ramp_start_tokens": self.schedule.start_tokens,
-            "schedule.ramp_increment_tokens": self.schedule.increment_tokens,
+            f"schedule.{key}": getattr(self.schedule, key)
+            for key in ("batch_tokens", "ramp_start_tokens", "ramp_increment_tokens")
         }
         for index, change in enumerate(self.data.changes):
             tokens[f"data.changes[{index}].at_tokens"] = change.at_tokens
+        n_ctx = self.model.n_ctx
         for key, value in tokens.items():
-            if value % self.model.n_ctx:
+            if value % n_ctx:
                 yield (
-                    f"{key} = {value}: must be a multiple of model.n_ctx ({self.model.n_ctx}), the "
-                    "tokens of one sequence"
+                    f"{key} = {value}: must be a multiple of model.n_ctx ({n_ctx}), the tokens of "
+                    f"one sequence; use {around(value, n_ctx)}"
                 )

@@ -53,6 +53,14 @@ def describe(folder: Path | str, documents: int = 3, characters: int = 300) -> s
 
     Raises UsageError or DamageError when the folder or its tokenizer cannot be read.
     """
+    try:
+        return _describe(folder, documents, characters)
+    except (IndexError, KeyError, ValueError) as error:
+        # An index that leads out of its shard, an id that the tokenizer has not.
+        raise DamageError(f"{folder}: damaged ({error}); run megagpt data verify") from None
+
+
+def _describe(folder: Path | str, documents: int, characters: int) -> str:
     manifest = read_manifest(folder)
     lines = [*_totals(manifest), *_histogram(document_sizes(manifest))]
     if documents:

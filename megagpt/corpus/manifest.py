@@ -139,12 +139,12 @@ def read_manifest(folder: Path | str) -> CorpusManifest:
                 "version that wrote it or prepare the corpus again"
             )
         manifest = _parse(folder, data)
+        problem = _contradiction(manifest)
     except (*BROKEN, OverflowError, RecursionError) as error:
         raise DamageError(
             f"{path}: not a manifest that can be believed ({type(error).__name__}: {error}); "
             "prepare or copy the corpus again"
         ) from None
-    problem = _contradiction(manifest)
     if problem:
         raise DamageError(f"{path}: {problem}; prepare or copy the corpus again")
     return manifest
@@ -172,6 +172,10 @@ def _parse(folder: Path, data: dict[str, Any]) -> CorpusManifest:
     tokenizer = data["tokenizer"]
     if strange := sorted(data.keys() - KEYS):
         raise ValueError(f"no key of a manifest is called {strange[0]!r}")
+    totals = data.get("totals", {})
+    counts = (totals.get("text_bytes", 0), *totals.get("left_out", {}).values())
+    if any(type(count) is not int for count in counts):
+        raise TypeError(f"totals {totals!r:.200} are no counts")
     if data["dtype"] not in ("uint16", "int32"):
         raise ValueError(f"dtype {data['dtype']!r} is neither uint16 nor int32")
     return CorpusManifest(
@@ -186,7 +190,7 @@ def _parse(folder: Path, data: dict[str, Any]) -> CorpusManifest:
         split=Subset(**data["split"]),
         shards=tuple(Shard(**shard) for shard in data["shards"]),
         sources=tuple(data.get("sources", ())),
-        totals=dict(data.get("totals", {})),
+        totals=dict(totals),
         preparation=dict(data.get("preparation", {})),
     )
 

@@ -18,6 +18,15 @@ from megagpt.errors import DamageError, UsageError
 
 NAME = "metrics.jsonl"
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+_NUMBERS = frozenset(
+    "step tokens time samples loss validation_loss lr batch_tokens tokens_per_s step_s mfu "
+    "skipped_steps lost_steps lost_tokens lost_s down_s stall_s evaluate_s".split()
+)
+"""Figures that are numbers wherever they stand; others may be null."""
+_PLACES = frozenset("step tokens time samples".split())
+"""Numbers that say where in a run a line stands."""
+_LAST_TIME = 1e11
+"""The year 5138, in seconds since 1970."""
 
 
 def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
@@ -48,11 +57,22 @@ def encode(record: Mapping[str, Any]) -> bytes:
 
 
 def decode(line: bytes) -> dict[str, Any]:
-    """The record of one line; raises ValueError when the line is not a whole JSON object."""
-    record = json.loads(line)
+    """The record of one line; raises ValueError when the line is not a whole JSON object, or a
+    figure that all readers take for a number is none."""
+    try:
+        record = json.loads(line)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
     if not isinstance(record, dict):
         raise ValueError(f"expected an object, found {type(record).__name__}")
-    return {key: _number(value) for key, value in record.items()}
+    record = {key: _number(value) for key, value in record.items()}
+    for key in _NUMBERS & record.keys():
+        if type(record[key]) not in (int, float):
+            raise ValueError(f"{key} is no number")
+    for key in _PLACES & record.keys():
+        if not 0 <= record[key] < 2**63 or (key == "time" and record[key] > _LAST_TIME):
+            raise ValueError(f"{key} is nowhere in a run")
+    return record
 
 
 def _number(value: Any) -> Any:

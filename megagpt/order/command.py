@@ -90,6 +90,12 @@ def run(args: argparse.Namespace) -> int:
     record, count = _record(config, args.step), size // n_ctx
     # A rollback may have skipped samples before this step.
     first = record["samples"] - count if "samples" in record else tokens // n_ctx
+    if first < 0:
+        raise UsageError(
+            f"step {args.step} has {count:,} samples, but {config.output} had taken "
+            f"{record['samples']:,} by its end: the schedule is not what it was; look at "
+            f"{config.output}/config.toml"
+        )
     digest = loader.digest(first, count)
     recorded = record.get("digest")
     if recorded not in (None, digest):

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from megagpt.config import RunConfig, load_run
-from megagpt.config.flops import flops_per_token, parameters
+from megagpt.config.flops import flops_per_token, parameters, pf_days
 from megagpt.errors import UsageError
 from megagpt.plan.accelerators import ACCELERATORS
 from megagpt.plan.batch import predict_file
@@ -136,6 +136,7 @@ def _run_as_text(file: str, config: RunConfig, layout: Layout, stage: int, rows:
     """Model, schedule and ramp, whatever the device."""
     schedule, most = config.schedule, max(row.micro_batch for row in rows)
     flops = flops_per_token(config.model) * schedule.end_tokens
+    days = pf_days(parameters(config.model), schedule.end_tokens)
     parts = [
         f"{file}: {parameters(config.model):,} parameters, {config.model.n_layer} layers",
         f"layout: {layout}, ZeRO stage {stage}, "
@@ -144,7 +145,7 @@ def _run_as_text(file: str, config: RunConfig, layout: Layout, stage: int, rows:
         f"and optimizer without offload, {activation_bytes(config, layout, most) / 1e9:.3g} GB for "
         f"activations with micro-batches of {most}",
         f"run: {schedule.end_tokens:,} tokens in {schedule.n_steps:,} steps, {flops:.3e} model "
-        f"FLOPs ({flops / 8.64e19:,.3g} PF-days)",
+        f"FLOPs, {days:,.3g} PF-days (6 a parameter and token)",
         disk(config),
         *(f"note: {text}" for text in oddities(config)),
         "",

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megagpt.config import RunConfig
+from megagpt.config.bounds import around
 from megagpt.config.presets import ModelConfig
 
 ROW_MULTIPLE = 128
@@ -107,7 +108,8 @@ def layout_problems(config: RunConfig, layout: Layout) -> Iterator[str]:
     if layout.world < 1 or layout.world % share:
         yield (
             f"{layout.world} ranks: must be a positive multiple of pipeline x tensor "
-            f"({layout.pipeline} x {layout.tensor} = {share})"
+            f"({layout.pipeline} x {layout.tensor} = {share}); use "
+            f"{around(max(layout.world, 1), share)}"
         )
         return
     # Earlier batches of the ramp may leave some ranks idle for a while, the last one never.
@@ -117,13 +119,16 @@ def layout_problems(config: RunConfig, layout: Layout) -> Iterator[str]:
     if layout.pipeline > model.n_layer:
         yield (
             f"parallel.pipeline = {layout.pipeline}: must not be more than model.n_layer "
-            f"({model.n_layer}), every stage needs a block"
+            f"({model.n_layer}), every stage needs a block; use {model.n_layer} or less"
         )
+    both = math.gcd(model.n_head, model.d_model)
+    fitting = ", ".join(str(n) for n in range(1, both + 1) if both % n == 0)
     for key in ("n_head", "d_model"):
         if getattr(model, key) % layout.tensor:
             yield (
                 f"parallel.tensor = {layout.tensor}: must divide model.{key} "
-                f"({getattr(model, key)}), every rank holds the same share of each layer"
+                f"({getattr(model, key)}), every rank holds the same share of each layer; use one "
+                f"of {fitting}"
             )
     if layout.pipelined and model.family != "gpt2":
         yield (

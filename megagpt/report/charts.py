@@ -1,8 +1,8 @@
 """What the page and the picture draw: each chart as plain data (numpy only).
 
-A chart is a dict: title, x ("tokens" or "PF-days"), unit of y, xlog, ylog, lines and marks. A
-line is name, colour, x, y, kind ("line", "faint", "dots", "step" or "dash"); a mark is a vertical
-line at x with a text and a kind ("restart", "rollback" or "spike").
+A chart is a dict: title, x ("tokens" or "PF-days without embeddings"), unit of y, xlog, ylog, lines
+and marks. A line is name, colour, x, y, kind ("line", "faint", "dots", "step" or "dash"); a mark is
+a vertical line at x with a text and a kind ("restart", "rollback" or "spike").
 
 The published scaling laws beside a run's loss are fits to English web text in nats per token with
 vocabularies of 32k to 50k: for other text, or another tokenizer, slopes compare and levels do not.
@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from megagpt.report.series import PF_DAY, Floats, Run, column, thin
+from megagpt.config.flops import PF_DAY
+from megagpt.report.series import Floats, Run, column, table, thin
 
 INK, FAINT, GRID, GREY = "#1f2933", "#66727f", "#e6e9ed", "#8a94a0"
 TRAIN, VALIDATION, RATE, BATCH, ALARM = "#2b6cb0", "#dd6b20", "#2f855a", "#6b46c1", "#c53030"
@@ -139,7 +140,7 @@ def _compute(runs: Sequence[Run]) -> Chart:
     """Loss over compute on log axes, with what the scaling laws say."""
     chart = _chart(
         "loss over compute",
-        x="PF-days",
+        x="PF-days without embeddings",
         unit="nats per token",
         xlog=True,
         ylog=True,
@@ -246,9 +247,9 @@ def _sources(runs: Sequence[Run]) -> Chart:
     """Epochs of each source of data; of the first run only."""
     run = runs[0]
     chart = _chart(_of_first("epochs of each source", runs))
-    last = run.steps[-1].get("sources")
-    for name in last if isinstance(last, dict) else {}:
-        epochs = column([step.get("sources", {}).get(name, {}) for step in run.steps], "epochs")
+    for name in table(run.steps[-1].get("sources")):
+        of_each = (table(table(step.get("sources")).get(name)) for step in run.steps)
+        epochs = column(list(of_each), "epochs")
         if np.isfinite(epochs).any():
             colour = colour_of(len(chart["lines"]))
             chart["lines"].append(_line(name, colour, run.tokens, epochs))

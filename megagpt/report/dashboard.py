@@ -166,7 +166,7 @@ def _figures(run: Run, now: float, width: int) -> RenderableType:
     """The last step, the last checkpoint and the run's history."""
 
     def ago(record: dict[str, Any]) -> str:
-        return f"{duration(max(0.0, now - record['time']))} ago"
+        return f"{duration(max(0.0, now - record['time']))} ago" if "time" in record else ""
 
     last = run.steps[-1]
     saved = [event for event in run.events if event["event"] == "checkpoint"]
@@ -179,7 +179,7 @@ def _figures(run: Run, now: float, width: int) -> RenderableType:
         ("MFU", f"{100 * last['mfu']:.1f}%" if "mfu" in last else ""),
         ("validation loss", f"{losses[-1]:.4f}" if len(losses) else ""),
         ("layout", str(run.facts.get("layout", ""))),
-        ("last step", ago(last) if "time" in last else ""),
+        ("last step", ago(last)),
         ("last checkpoint", f"step {saved[-1]['step']}, {ago(saved[-1])}" if saved else ""),
         ("restarts", str(len(run.restarts))),
         ("goodput", f"{100 * run.goodput:.1f}%" if math.isfinite(run.goodput) else ""),

@@ -12,13 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megagpt.config import RunConfig, load_run
-from megagpt.config.flops import parameters_by_kind
+from megagpt.config.flops import PF_DAY, parameters_by_kind
 from megagpt.errors import UsageError
 from megagpt.log.metrics import read_metrics
 
 Floats = NDArray[np.float64]
-PF_DAY = 1e15 * 86_400
-"""FLOPs of a petaflop/s-day."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +68,7 @@ class Run:
     @property
     def validation_sets(self) -> dict[str, Floats]:
         """Loss of each evaluation by validation set, where a run has several sets."""
-        losses = [line.get("validation_losses", {}) for line in self.evaluations]
+        losses = [table(line.get("validation_losses")) for line in self.evaluations]
         names = dict.fromkeys(name for line in losses for name in line)
         return {name: column(losses, name) for name in names} if len(names) > 1 else {}
 
@@ -132,8 +130,8 @@ class Run:
         return sum(kinds.values()), sum(kinds.values()) - embeddings
 
     def pf_days(self, tokens: Floats) -> Floats | None:
-        """Compute of so many tokens in petaflop/s-days, 6 N per token with N outside the
-        embeddings (Kaplan et al. 2020, section 2.1)."""
+        """Compute of so many tokens in PF-days without embeddings: 6 N per token with N outside
+        them (Kaplan et al. 2020, section 2.1)."""
         return 6.0 * self.parameters[1] * tokens / PF_DAY if self.parameters else None
 
     @property
@@ -152,10 +150,19 @@ class Run:
         return float(np.nanmedian(values)) if np.isfinite(values).any() else math.nan
 
 
+def table(value: Any) -> dict[str, Any]:
+    """A record of figures by name; nothing where something else stands in its place."""
+    return value if isinstance(value, dict) else {}
+
+
 def column(lines: Sequence[dict[str, Any]], key: str) -> Floats:
-    """A figure of every line, NaN where a line has none."""
-    values = (line.get(key) for line in lines)
-    return np.array([math.nan if value is None else value for value in values], dtype=float)
+    """A figure of every line, NaN where a line has none, or something else in its place."""
+    return np.array([_figure(line.get(key)) for line in lines], dtype=float)
+
+
+def _figure(value: Any) -> float:
+    sound = type(value) is float or (type(value) is int and abs(value) < 2**63)
+    return float(value) if sound else math.nan
 
 
 def read_run(folder: Path, name: str = "") -> Run:
@@ -168,6 +175,8 @@ def read_run(folder: Path, name: str = "") -> Run:
 
 def read_facts(folder: Path, lines: Sequence[dict[str, Any]], name: str = "") -> Run:
     """The run of `folder` whose metrics.jsonl holds `lines`; raises UsageError without a step."""
+    # What is not ours has no place on the axis of a run.
+    lines = [line for line in lines if _placed(line)]
     steps = [line for line in lines if "loss" in line and "event" not in line]
     if not steps:
         raise UsageError(
@@ -182,6 +191,12 @@ def read_facts(folder: Path, lines: Sequence[dict[str, Any]], name: str = "") ->
         config=_config(folder),
         facts=_facts(folder),
     )
+
+
+def _placed(line: dict[str, Any]) -> bool:
+    """Whether a line says where in the run it stands."""
+    step = line.get("step", 0 if "validation_loss" in line else None)
+    return type(step) is int and "tokens" in line
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:

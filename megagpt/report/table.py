@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from megagpt.config.flops import pf_days
 from megagpt.log.units import amount, duration, scientific
 from megagpt.report.series import Run
 
@@ -101,12 +102,12 @@ def _result(run: Run) -> Rows:
 
 
 def _cost(run: Run) -> Rows:
-    compute = run.pf_days(run.tokens[-1:])
+    compute = pf_days(run.parameters[0], run.tokens[-1]) if run.parameters else math.nan
     speed = _known(amount, run.median("tokens_per_s"))
     return [
         ("throughput", f"{speed} tokens/s" if speed else ""),
         ("MFU", _known(_percent, run.median("mfu"))),
-        ("compute", f"{compute[0]:.3g} PF-days" if compute is not None else ""),
+        ("compute (6 a parameter and token)", _known(lambda days: f"{days:.3g} PF-days", compute)),
         ("wall time", duration(run.wall_s) if run.wall_s else ""),
         ("goodput", _known(_percent, run.goodput)),
         ("restarts", str(count(run, "restart"))),
@@ -140,7 +141,9 @@ def restart_rows(run: Run) -> list[list[str]]:
         again, down = event.get("lost_s", 0.0), event.get("down_s", 0.0)
         return [
             event["cause"],
-            time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(event["time"])) + " UTC",
+            time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(event["time"])) + " UTC"
+            if "time" in event
+            else "",
             str(event["step"]),
             amount(event["tokens"]),
             f"{event.get('lost_steps', 0)} ({amount(event.get('lost_tokens', 0))} tokens)",

@@ -3,6 +3,7 @@
 import argparse
 import codecs
 import logging
+import os
 import secrets
 import sys
 import time
@@ -13,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megagpt.errors import UsageError
+from megagpt.errors import UsageError, print_exactly
 
 if TYPE_CHECKING:
     import tiktoken
@@ -108,8 +109,9 @@ def device_named(name: str | None) -> str:
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
+        # Read back: a device may make tensors that hold nothing.
+        torch.zeros(1, device=name).tolist()
+    except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"--device {name}: not on this machine ({reason}); use cpu") from None
     return name
@@ -193,25 +195,28 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _prompt(args: argparse.Namespace) -> str:
-    if args.prompt_file is None:
-        return args.prompt
     try:
+        if args.prompt_file is None:
+            # Bytes of a command line that are no UTF-8 arrive as halves of surrogate pairs.
+            return os.fsencode(args.prompt).decode()
         if args.prompt_file == "-":
-            return sys.stdin.read()
+            return sys.stdin.buffer.read().decode()
         return Path(args.prompt_file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
             f"--prompt-file {args.prompt_file}: {error}; give a readable UTF-8 text file"
+            if args.prompt_file is not None
+            else f"--prompt: not UTF-8 ({error})"
         ) from error
 
 
 def _stream(prompt: str, pieces: Iterator[str]) -> None:
     """Prompt and text to stdout as they come, speed to the log."""
     t0 = time.perf_counter()
-    print(prompt, end="", flush=True)
+    print_exactly(prompt)
     n_tokens = 0
     for piece in pieces:
-        print(piece, end="", flush=True)
+        print_exactly(piece)
         n_tokens += 1
     print(flush=True)
     elapsed_s = time.perf_counter() - t0

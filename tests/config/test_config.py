@@ -1,8 +1,11 @@
 """The run file: precedence, every problem at once, and a lossless round trip."""
 
+import re
+
 import pytest
 
 from megagpt.config import DataSource, dump_run, load_run, parse_run
+from megagpt.config.foreign import HERE
 from megagpt.errors import UsageError
 
 RUN = """
@@ -144,3 +147,92 @@ def test_missing_and_broken_files(tmp_path):
     (tmp_path / "latin.toml").write_bytes(b'output = "\xe9"\n')
     with pytest.raises(UsageError, match=r"latin.toml: not valid TOML: not UTF-8 \("):
         load_run(tmp_path / "latin.toml")
+
+
+def test_files_that_are_more_than_a_run_file(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_bytes(b"\xef\xbb\xbf" + RUN.replace("\n", "\r\n").encode())
+    assert load_run(path) == parse_run(RUN)
+    for text, message in (
+        ("seed = " + "9" * 5000, r"not valid TOML: Exceeds the limit \(4300 digits\)"),
+        ("a = " + "[" * 9999, "not valid TOML: lists or tables are nested too deeply"),
+        ("[" + "a." * 2000 + "b]", "tables are nested too deeply: no key has so many sections"),
+        (RUN + "#" * 2**20, "larger than 1,048,576 bytes, so it is no run file"),
+    ):
+        path.write_text(text)
+        with pytest.raises(UsageError, match=message):
+            load_run(path)
+    with pytest.raises(UsageError, match=r"cannot read the run file \(Is a directory\)"):
+        load_run(tmp_path)
+
+
+@pytest.mark.parametrize("number", ["9" * 400, "-" + "9" * 400, "1e400", "nan", "9" * 5000])
+def test_numbers_that_no_machine_holds(number):
+    for key in ("seed", "schedule.peak_lr", "optimizer.betas", "log.profile_steps", "output"):
+        [problem] = problems_of(RUN, f"{key}={number}") if key != "output" else [f"{key} = "]
+        assert f"{key} = " in problem or f"{key}[" in problem
+        assert len(problem) < 400
+
+
+# --- keys of other trainers, and refusals that say what would do ---------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("learning_rate=1", "unknown key 'learning_rate': say it as schedule.peak_lr"),
+        ("lr=1", "unknown key 'lr': say it as schedule.peak_lr"),
+        ("max_iters=1", "schedule.total_tokens, in tokens: steps x schedule.batch_tokens"),
+        ("model.block_size=1", "unknown key 'model.block_size': say it as model.n_ctx, in tokens"),
+        ("model.n_embd=1", "unknown key 'model.n_embd': say it as model.d_model"),
+        ("schedule.batch_size=1", "schedule.batch_tokens, in tokens over all ranks: sequences x"),
+        ("gradient_accumulation_steps=8", "say it as nothing: it follows from schedule.batch_tok"),
+        ("parallel.zero_stage=1", "say it as parallel.ds_config"),
+        ("optimizer.lr=1", "unknown key 'optimizer.lr': say it as schedule.peak_lr"),
+        ("peak_lr=1", "unknown key 'peak_lr': it belongs to [schedule], schedule.peak_lr"),
+        ("model.micro_batch=1", "it belongs to [parallel], parallel.micro_batch"),
+        ("schedule.seed=1", "unknown key 'schedule.seed': it belongs above the first table"),
+    ],
+)
+def test_keys_that_people_bring(override, message):
+    [problem] = problems_of(RUN, override)
+    assert message in problem
+
+
+def test_what_other_trainers_say_leads_to_keys_that_exist():
+    config = parse_run(RUN)
+    for name, here in HERE.items():
+        for key in re.findall(r"\b(?:[a-z]+\.)+[a-z_]+|^output", here):
+            at = config
+            for step in key.split("."):
+                at = getattr(at, step)
+        assert not hasattr(config, name), name
+    assert len(HERE) > 60
+
+
+def test_a_wrong_preset_is_one_problem():
+    text = RUN.replace("[model]\nn_layer = 2\n", "")
+    [problem] = problems_of(text, "model=gpt3-125")
+    assert "no such preset (did you mean 'gpt3-125m'?)" in problem
+    [problem] = problems_of(text.replace('model = "gpt3-125m"', "").partition("[schedule]")[0])
+    assert "model is missing: name a preset (gpt3-125m," in problem
+    # What else is wrong is said with it.
+    assert len(problems_of(text, "model=gpt3-125", "sead=1")) == 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "messages"),
+    [
+        (["schedule.batch_tokens=100000"], ["use 98304 or 131072"]),
+        (
+            ["schedule.batch_tokens=100000", "schedule.ramp_start_tokens=0"],
+            ["(2048), the tokens of one sequence; use 98304 or 100352"],
+        ),
+        (["schedule.ramp_increment_tokens=4096", "schedule.batch_tokens=6144"], ["start_tokens"]),
+    ],
+)
+def test_refusals_speak_of_keys_that_are_there_and_solve(overrides, messages):
+    found = problems_of(RUN, *overrides)
+    assert all(any(message in problem for problem in found) for message in messages), found
+    if "schedule.ramp_start_tokens=0" in overrides:
+        assert len(found) == 1 and "ramp" not in found[0]

@@ -6,7 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from megagpt.config.flops import flops_per_token, layer_parameters, parameters, visible_keys
+from megagpt.config.flops import (
+    flops_per_token,
+    layer_parameters,
+    parameters,
+    pf_days,
+    visible_keys,
+)
 from megagpt.config.presets import PRESETS, ModelConfig
 from megagpt.config.schedule import Schedule
 from megagpt.model import GPT
@@ -43,6 +49,10 @@ PRINTED_MILLIONS = {  # GPT-3's Table D.1; Image GPT's text
     "igpt-l": 1_400,
     "igpt-xl": 6_800,
 }
+PRINTED = {name: f"{millions:,}M" for name, millions in PRINTED_MILLIONS.items()}
+PRINTED |= {"igpt-l": "1.4B", "igpt-xl": "6.8B"}
+PRINTED |= {"gpt2-124m": "117M", "gpt2-355m": "345M", "gpt2-774m": "762M", "gpt2-1.5b": "1542M"}
+"""As the papers print it; GPT-2's counts are known to be wrong."""
 HEADS = {"gpt3-760m": 96, "gpt3-2.7b": 80, "gpt3-1.3b": 128, "gpt3-6.7b": 128, "gpt3-13b": 128}
 HEADS |= {"gpt3-175b": 128, "igpt-m": 128, "igpt-l": 96, "igpt-xl": 192}
 """d_head where it is not 64."""
@@ -162,9 +172,19 @@ def test_flops_of_the_papers_dense_formula():
 
 
 def test_compute_of_the_papers_table():
-    """Table D.1's petaflop-days: 6 N 300B tokens, attention and embeddings aside."""
+    """Table D.1's petaflop-days: 6 N 300B tokens, embeddings among N, without attention."""
     for name, days in (("gpt3-125m", 2.60), ("gpt3-13b", 268), ("gpt3-175b", 3640)):
-        assert 6 * EXACT[name] * 300e9 / 8.64e19 == pytest.approx(days, rel=0.01)
+        assert pf_days(parameters(PRESETS[name].model), 300e9) == pytest.approx(days, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["igpt-s", "igpt-m", "igpt-l", "igpt-xl"])
+def test_image_gpts_recipe(name):
+    """128 million images; one epoch is the 1,281,167 of ImageNet without 4%."""
+    row, pixels = PRESETS[name], 64 * 64 if name == "igpt-xl" else 32 * 32
+    assert row.model.n_ctx == pixels
+    assert row.schedule["total_tokens"] == 128e6 * pixels == row.schedule["decay_tokens"]
+    assert row.schedule["warmup_tokens"] == 1_229_920 * pixels == round(1_281_167 * 0.96) * pixels
+    assert row.schedule["batch_tokens"] == (64 if name == "igpt-xl" else 128) * pixels
 
 
 def test_the_pages_table():
@@ -177,6 +197,7 @@ def test_the_pages_table():
         work = [f"{flops_per_token(m, causal=c) / 1e9:.4g}" for c in ("full", "halved")]
         assert cells[1:6] == [*shape, f"{parameters(m):,}"]
         assert cells[7:] == work
+        assert cells[6] == PRINTED[name]
 
 
 def test_visible_keys():

@@ -54,8 +54,8 @@ def test_the_command(run_file, capsys):
     out = capsys.readouterr().out
     assert "125,226,240 parameters, 12 layers" in out
     assert "8 ranks = data 8, ZeRO stage 1, micro-batch up to 2, bf16" in out
-    # The paper's Table D.1 gives 2.60 PF-days.
-    assert "PF-days" in out
+    # The paper's Table D.1 gives 2.60 PF-days for its rounded 125M parameters.
+    assert " 2.61 PF-days (6 a parameter and token)" in out
 
 
 def test_it_tells_how_long_which_ranks_are_idle(run_file, capsys):

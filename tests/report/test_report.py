@@ -98,6 +98,9 @@ def test_figures_of_a_run(tmp_path):
     compute = run.pf_days(run.tokens)
     assert compute is not None
     assert compute[-1] == pytest.approx(6 * 85_056_000 * 60_000 / 8.64e19)
+    # The table tells what GPT-3's Table D.1 would, as `plan` does.
+    told = dict(facts(run))["compute (6 a parameter and token)"]
+    assert told == f"{6 * 125_226_240 * 60_000 / 8.64e19:.3g} PF-days"
     at, loss = run.validation
     assert at.tolist() == [20_000, 40_000, 60_000] and loss[0] == 9.0 / 20**0.3
 
