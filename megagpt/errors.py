@@ -25,6 +25,9 @@ EXIT_USAGE = 2
 """Wrong usage or configuration."""
 EXIT_DAMAGE = 3
 """Damaged input, named in the message."""
+EXIT_UNSOUND = 4
+"""The training went wrong: weights or moments that cannot be, or no update any more. Nothing of it
+was saved; the checkpoints before are kept."""
 EXIT_STOPPED = 75
 """Stopped by a signal or a time limit with a checkpoint saved; run again to go on (EX_TEMPFAIL)."""
 
@@ -45,6 +48,12 @@ class DamageError(MegagptError):
     """A file that is not what its checksum or its format says: exit code 3."""
 
     exit_code = EXIT_DAMAGE
+
+
+class UnsoundError(MegagptError):
+    """A training whose state is not to be saved: exit code 4."""
+
+    exit_code = EXIT_UNSOUND
 
 
 class Stopped(MegagptError):

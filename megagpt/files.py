@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import socket
 import time
 from collections.abc import Callable
@@ -70,6 +71,18 @@ def sealed_json(tree: dict[str, Any]) -> str:
     facts = {key: value for key, value in tree.items() if key != "sha256"}
     digest = hashlib.sha256(json.dumps(facts, indent=1).encode()).hexdigest()
     return json.dumps(facts | {"sha256": digest}, indent=1) + "\n"
+
+
+def copy_aside(path: Path, name: str = "") -> Path:
+    """Copies a damaged file beside itself, as `name`.broken-1 or the next number that is free.
+
+    `name`: the file's own unless another is given.
+    """
+    number = 1
+    while (aside := path.with_name(f"{name or path.name}.broken-{number}")).exists():
+        number += 1
+    shutil.copyfile(path, aside)
+    return aside
 
 
 def sync_folder(folder: Path) -> None:

@@ -4,7 +4,9 @@ Who calls what: `megagpt.train` reads the run file and joins the ranks, then mak
 each; the engine knows DeepSpeed, the checkpoints know files. All ranks run every line together.
 """
 
+import logging
 import time
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,18 +16,21 @@ from megagpt.cluster.watchdog import Watchdog
 from megagpt.config import RunConfig
 from megagpt.engine import StepResult, build_engine
 from megagpt.engine.slices import gather_whole
-from megagpt.errors import MegagptError, Stopped
+from megagpt.errors import Stopped, UnsoundError
 from megagpt.health.meter import Meter
 from megagpt.health.replicas import check_replicas
+from megagpt.health.soundness import Soundness
 from megagpt.health.spikes import SpikeDetector
 from megagpt.order.loader import TokenLoader, check_vocabulary, training_loader
 from megagpt.plan.layout import Layout, micro_batch_of
 from megagpt.run.evaluation import Evaluation
-from megagpt.run.folder import open_log, write_run_files
+from megagpt.run.folder import make_run_folder, open_log, write_run_files
 from megagpt.run.inputs import check_data
 from megagpt.run.saving import Checkpoints
 from megagpt.run.state import RunState, Step, crossed
 from megagpt.use.samples import write_samples
+
+log = logging.getLogger("megagpt.train")
 
 
 class Agreed(NamedTuple):
@@ -60,10 +65,15 @@ class Trainer:
         check_vocabulary(config, [self.loader, *self.validation])
         self.engine = build_engine(config, layout, ranks, ds_config)
         self.evaluation = Evaluation(config, layout, self.engine, self.validation)
-        self.checkpoints = Checkpoints(config, layout, self.engine, self.loader)
+        self.soundness = Soundness(config, self.engine)
+        self.checkpoints = Checkpoints(
+            config, layout, self.engine, self.loader, partial(self.soundness.look, anew=True)
+        )
         self.spikes = SpikeDetector(config.optimizer.spike_window, config.optimizer.spike_threshold)
         self.meter = Meter(config, layout, self.engine)
         self.watchdog = watchdog or Watchdog(self.folder, ranks, minutes=0)
+        self.compared = False
+        """Whether the copies of the weights were found equal after the latest step."""
 
     def run(self, stop: StopRequest, allow_changes: bool) -> None:
         """From wherever the run folder is to the end of the run. Raises Stopped when asked to."""
@@ -79,11 +89,10 @@ class Trainer:
             if agreed.rolls_back and (earlier := self.roll_back(run, spike)):
                 run = earlier  # 7) back to the newest checkpoint, behind the spike's samples
                 continue
-            give_up = self.spikes.give_up(self.config.optimizer.max_skipped_steps)
-            last = self.finished(run) or agreed.stopping or bool(give_up)
+            last = self.finished(run) or agreed.stopping
             self.evaluate_if_due(before, run)  # 8) what is due: an evaluation,
-            self.save_if_due(before, run, agreed.saved, last)  # 9) a checkpoint,
-            self.leave_if_asked(run, stop, agreed.stopping, give_up)  # 10) an early end
+            self.save_if_due(run, agreed.saved, last)  # 9) a checkpoint, if the state is sound,
+            self.leave_if_asked(run, stop, agreed.stopping)  # 10) an early end
 
     # --- the lines of the loop ------------------------------------------------------------------
 
@@ -94,12 +103,9 @@ class Trainer:
         if self.config.data.verify:
             loaders = [self.loader, *self.validation]
             check_data(loaders, self.folder, self.engine, self.watchdog.alive)
-        run, self.spikes.history = self.checkpoints.resume(allow_changes)
+        run, self.spikes.history, self.spikes.skipped = self.checkpoints.resume(allow_changes)
         # Not before: a run that is refused leaves the folder as it is.
-        if self.ranks.rank == 0:
-            computing = self.engine.choices.record()
-            write_run_files(self.config, self.layout, self.ds_config, computing)
-        self.log = open_log(self.config, run, writer=self.ranks.rank == 0)
+        self.open_log(run)
         self.meter.recall(self.log.records("noise_trace"))
         return run
 
@@ -131,6 +137,15 @@ class Trainer:
     def record(self, before: RunState, run: RunState, step: Step, result: StepResult) -> str:
         """Writes what the step was; why it is a spike, "" when it is none."""
         measured = self.meter.end(result, step.batch_tokens, step.lr)
+        if self.log.displaced():
+            self.log.close()
+            make_run_folder(self.config)
+            log.error(
+                "%s was moved or removed while it is trained; the run goes on in a new folder of "
+                "that name, without the checkpoints and the record from before",
+                self.folder,
+            )
+            self.open_log(before)
         self.log.step(self._figures(run, step, result) | measured)
         if self.meter.table:
             self.log.profile(self.meter.table)
@@ -140,7 +155,10 @@ class Trainer:
             self.log.event("spike", reason=spike, update=update)
         if run.journal is not before.journal and self.ranks.rank == 0:
             run.journal.write(self.folder, reason=spike)
-        if crossed(self.config.log.check_replicas_every_steps, before.step, run.step):
+        if result.applied:
+            self.soundness.after_update(step.lr)
+        self.compared = crossed(self.config.log.check_replicas_every_steps, before.step, run.step)
+        if self.compared:
             check_replicas(self.engine, run.step)
         return spike
 
@@ -196,26 +214,37 @@ class Trainer:
         ):
             self.evaluate(run)
 
-    def save_if_due(self, before: RunState, run: RunState, saved: bool, last: bool) -> None:
+    def save_if_due(self, run: RunState, saved: bool, last: bool) -> None:
         """Every checkpoint.every_tokens tokens and before the process ends; a checkpoint that all
-        ranks have written becomes valid."""
-        due = self.config.checkpoint
+        ranks have written becomes valid. After a step without an update it waits for the next.
+
+        Raises UnsoundError for a run that makes no update any more and for a state that no
+        training makes, DamageError for copies that differ; nothing of it is saved then.
+        """
+        self.give_up_if_idle(run)
         if saved:
             self.finish_saving()
-        if last or crossed(due.every_tokens, before.tokens, run.tokens):
-            self.watchdog.begin("saving")
-            milestone = crossed(due.keep_every_tokens, before.tokens, run.tokens)
-            self.checkpoints.save(run, self.spikes.history, milestone)
+        if last or (self.checkpoints.due(run) and not self.spikes.skipped):
+            self.finish_saving()
+            if not self.compared:
+                check_replicas(self.engine, run.step)
+            if problems := self.soundness.look():
+                raise UnsoundError(_unsound(run.step, problems))
+            self.checkpoints.save(run, self.spikes.history, self.spikes.skipped)
         if last:
             self.finish_saving(last=True)
 
-    def leave_if_asked(
-        self, run: RunState, stop: StopRequest, stopping: bool, give_up: str
-    ) -> None:
-        """Raises MegagptError for a run that applies no update any more, Stopped for one that was
-        asked to stop; both are saved."""
-        if give_up:
-            raise MegagptError(f"step {run.step}, saved: {give_up}")
+    def give_up_if_idle(self, run: RunState) -> None:
+        """Raises UnsoundError for a run that makes no update any more. It saves nothing, so that
+        no checkpoint from before is retired for it; one that was begun is finished."""
+        limit = self.config.optimizer.max_skipped_steps
+        # A run that ends before the limit must have made some update all the same.
+        if why := self.spikes.give_up(min(limit, run.step) if self.finished(run) else limit):
+            self.finish_saving(last=True)
+            raise UnsoundError(f"step {run.step}, not saved: {why}")
+
+    def leave_if_asked(self, run: RunState, stop: StopRequest, stopping: bool) -> None:
+        """Raises Stopped for a run that was asked to stop before its end; it is saved."""
         if stopping and not self.finished(run):
             raise Stopped(
                 f"stopped by {stop.reason or 'a signal or limit of another rank'} at step "
@@ -223,6 +252,13 @@ class Trainer:
             )
 
     # --- parts of them --------------------------------------------------------------------------
+
+    def open_log(self, run: RunState) -> None:
+        """The files of the run folder and its record, cut back to where the run is."""
+        if self.ranks.rank == 0:
+            computing = self.engine.choices.record()
+            write_run_files(self.config, self.layout, self.ds_config, computing)
+        self.log = open_log(self.config, run, writer=self.ranks.rank == 0)
 
     def finished(self, run: RunState) -> bool:
         """Whether all tokens were trained on."""
@@ -246,6 +282,7 @@ class Trainer:
     def finish_saving(self, last: bool = False) -> None:
         """Makes the checkpoint that was begun valid, and records it."""
         self.watchdog.begin("saving")
+        self.log.sync()  # a checkpoint never has steps that the record could lose
         if facts := self.checkpoints.finish(last):
             self.log.event("checkpoint", **facts)
 
@@ -258,6 +295,16 @@ class Trainer:
             self.log.close()
         self.loader.close()
         self.engine.close()
+
+
+def _unsound(step: int, problems: list[str]) -> str:
+    return (
+        f"after step {step} weights or moments are what no training makes of them:\n"
+        + "\n".join(f"  - {problem}" for problem in problems)
+        + "\nnothing of it was saved: run again to go on from the checkpoint before. If the same "
+        "comes back at the same step, lower schedule.peak_lr (with --allow-changes) or look at the "
+        "data; else the hardware of that rank is suspect"
+    )
 
 
 def _always(loss: float, norm: float) -> bool:

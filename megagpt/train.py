@@ -30,8 +30,9 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="megagpt.train",
         description="Train a run file; with the same run folder again, resume at the exact step.",
-        epilog="Exit codes: 0 done; 2 wrong usage or configuration; 3 damaged input; 75 stopped by "
-        "a signal with a checkpoint saved; 1 anything else.",
+        epilog="Exit codes: 0 done; 2 wrong usage or configuration; 3 damaged input; 4 weights "
+        "that cannot be or no update any more, nothing of it saved; 75 stopped by a signal with a "
+        "checkpoint saved; 1 anything else.",
     )
     made.add_argument("run", help="run file (.toml), for example launch/runs/quickstart.toml")
     made.add_argument("overrides", nargs="*", metavar="section.key=value", help="override of a key")

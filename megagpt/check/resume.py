@@ -7,7 +7,9 @@ this machine. Every step's record and the final weights and moments must agree b
 
 import argparse
 import dataclasses
+import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +62,15 @@ def run(args: argparse.Namespace) -> int:
     n = config.schedule.n_steps // 2
     with tempfile.TemporaryDirectory(prefix="megagpt-verify-resume-") as folder:
         whole, parts = Path(folder) / "whole", Path(folder) / "parts"
+        steps = config.schedule.n_steps
+        _say(f"1 of 3: {steps} steps without a break on {ranks} rank(s)")
         expected = train(config, whole, ranks)
+        _say(f"2 of 3: {n} steps, then stopped")
         train(config, parts, ranks, f"checkpoint.stop_after_steps={n}", stops=True)
         # The rest may be one step longer than the first part.
+        _say(f"3 of 3: {steps - n} steps from the checkpoint on")
         records = train(config, parts, ranks)
+        _say("comparing")
         states = [read_record(list_checkpoints(output)[-1]) for output in (whole, parts)]
     rows = compare((expected, states[0]), (records, states[1]))
     split = f"{config.parallel.ds_config}, {config.parallel.dtype}, {ranks} rank(s)"
@@ -71,6 +78,11 @@ def run(args: argparse.Namespace) -> int:
     for name, difference in rows.items():
         print(f"{name:<24}  {difference or 'the same, bit for bit'}")
     return EXIT_FAILURE if any(rows.values()) else EXIT_OK
+
+
+def _say(text: str) -> None:
+    """A line that shows that the command is working; its results go to stdout."""
+    print(f"{time.strftime('%H:%M:%S')}  {text}", file=sys.stderr, flush=True)
 
 
 def shortened(config: RunConfig, n: int, full_shape: bool) -> RunConfig:

@@ -28,7 +28,7 @@ from megagpt.checkpoint.slice_file import file_name, write_slices
 from megagpt.config import RunConfig, dump_run
 from megagpt.engine.engine import Engine
 from megagpt.engine.slices import STATES, Slice
-from megagpt.errors import DamageError
+from megagpt.errors import DamageError, UsageError
 from megagpt.files import write_durably, write_file
 from megagpt.tokenizer.portable import FILE
 
@@ -141,16 +141,27 @@ class Saver:
         if self.vocabulary:
             write_durably(temporary / FILE, self.vocabulary)
         record.seal(temporary, state, files)
+        advances = self._advances(state)
         if os.path.lexists(folder):
             # Saved before at this step, by a run that was then sent back to an older checkpoint.
             record.set_aside(folder)
         record.publish(temporary, folder)
         # From here on it is valid, so nothing below may call it not saved.
         try:
-            record.retire(self.run, self.config.checkpoint.keep_last)
+            if advances:
+                record.retire(self.run, self.config.checkpoint.keep_last)
             record.name_latest(folder)
         except OSError as error:
             log.warning("%s is saved, but %s", folder, _reason(error, folder.parent))
+
+    def _advances(self, state: CheckpointRecord) -> bool:
+        """Whether an update was made since the newest checkpoint. A run that makes none any more
+        must not push out what it could go back to."""
+        newest = record.list_checkpoints(self.run)[-1:]
+        try:
+            return all(record.read_record(folder).updates < state.updates for folder in newest)
+        except (DamageError, UsageError):
+            return True
 
     def _fail(self, problems: list[str], last: bool) -> None:
         text = "checkpoint not saved: " + "; ".join(problems)

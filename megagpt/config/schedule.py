@@ -9,6 +9,10 @@ ends at `tokens + batch(tokens)`; the learning rate of its update is `lr` at its
 first update is not lost at zero. Nothing here knows the number of ranks: the batch moves in
 whole multiples of `ramp_increment_tokens`, so every layout whose ranks can share one increment
 walks the same steps.
+
+A floor of 0 is reached one batch behind the end: GPT-1 and Image GPT anneal to 0, and at its very
+end the last update would be made at a rate of 0. OpenAI's code for GPT-1 takes the cosine at t / T
+with t = 0 for the first update, so that its last has a rate above 0, and the first has none.
 """
 
 import math
@@ -85,6 +89,8 @@ class Schedule:
         # 2) constant floor after the decay
         floor = self.peak_lr * self.min_lr_ratio
         end = self.decay_tokens or self.total_tokens
+        if not floor:
+            end += self.batch_tokens
         if tokens >= end:
             return floor
         # 3) cosine in between

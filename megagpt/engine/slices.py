@@ -209,8 +209,10 @@ def write_state(zero: Any, state: OptimizerState) -> None:
     for one in adam.state.values():
         if "step" in one:
             one["step"] = torch.full_like(one["step"], float(state.updates))
-    for name, value in state.loss_scale.items():
-        setattr(zero.loss_scaler, name, value)
+    # A run that has come to bf16 or fp32 scales no loss; one that comes to fp16 begins anew.
+    if _loss_scale(zero):
+        for name, value in state.loss_scale.items():
+            setattr(zero.loss_scaler, name, value)
     if hasattr(zero, "fp16_partitioned_groups_flat"):
         _refresh_stage_3(zero)
     elif hasattr(zero, "update_lp_params"):

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megagpt.errors import UsageError
+from megagpt.log.repair import repair_events
 from megagpt.log.tags import FIRST_SCREEN
 
 log = logging.getLogger(__name__)
@@ -39,6 +40,9 @@ class Board(Protocol):
 
     def text(self, tag: str, text: str, tokens: int) -> None:
         """Write a text, read as Markdown, at `tokens` consumed."""
+
+    def sync(self) -> None:
+        """Return once what was written survives a power cut, where it is on this disk."""
 
     def close(self) -> None:
         """Hand in what is not written yet; a second call does nothing."""
@@ -60,10 +64,14 @@ class TensorBoard:
 
         folder.mkdir(parents=True, exist_ok=True)
         self._Event, self._Summary, self._text = Event, Summary, summary.text
+        for path in event_files(folder):
+            if problem := repair_events(path):
+                log.error("%s", problem)
         self.path = _new_path(folder)
         # torch's FileWriter would open the file anew for every event and name it by this host's
         # clock alone. "x": two writers of one file would spoil each other's curve.
-        self._writer = RecordWriter(self.path.open("xb"))
+        self._file = self.path.open("xb")
+        self._writer = RecordWriter(self._file)
         self._write(0, file_version="brain.Event:2")
         # Points at this step and later are dropped. The evaluation before the first step is made
         # again where a run begins anew, the one of the last checkpoint is not.
@@ -93,6 +101,10 @@ class TensorBoard:
         summary = self._text(tag, text)
         summary.value[0].tag = tag  # torch appends "/text_summary"
         self._write(tokens, summary=summary)
+
+    def sync(self) -> None:
+        """Return once every event is on the disk."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file."""
@@ -152,6 +164,9 @@ class Wandb:
     def text(self, tag: str, text: str, tokens: int) -> None:
         """Write a text at `tokens` consumed."""
         self._run.log({tag: self._html(f"<pre>{html.escape(text)}</pre>")}, step=tokens)
+
+    def sync(self) -> None:
+        """Nothing: the server has it, or wandb's own files."""
 
     def close(self) -> None:
         """Hand in what is not sent yet."""

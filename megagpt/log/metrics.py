@@ -3,20 +3,23 @@
 Three kinds of line: a step (has "loss"), an evaluation (has "validation_loss") and an event (has
 "event": a start, a restart, a checkpoint). Floats are written so that they read back bit for
 bit; NaN and the infinities, which JSON lacks, as the strings "NaN", "Infinity" and "-Infinity".
-A line is one write to the file, so a kill leaves at most one broken line, the last.
+A line is one write to the file, so a kill leaves at most one broken line, the last. The file is
+flushed to the disk before a checkpoint counts, so that a power cut takes no step that was saved.
 """
 
 import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megagpt.errors import DamageError, UsageError
+from megagpt.files import copy_aside, sync_folder
 
 NAME = "metrics.jsonl"
+log = logging.getLogger("megagpt.log")
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _NUMBERS = frozenset(
     "step tokens time samples loss validation_loss lr batch_tokens tokens_per_s step_s mfu "
@@ -119,44 +122,77 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     return records
 
 
-def cut(path: Path, resume_step: int) -> tuple[list[dict[str, Any]], float | None]:
-    """Drop from the file the lines of steps after `resume_step`; (what was dropped, the time of
-    the last whole line in seconds since 1970, None where there is none).
+class Cut(NamedTuple):
+    """What cut() found."""
+
+    dropped: list[dict[str, Any]]
+    """Records of steps that are trained again."""
+    last_time: float | None
+    """Time of the last whole line in seconds since 1970; None where there is none."""
+    missing: str
+    """Steps up to the one where the run goes on that have no line, as "3-5, 9"; "": none."""
+    aside: str
+    """Where the file as it was is kept, since lines in it were broken; "": none but the last."""
+
+
+def cut(path: Path, resume_step: int) -> Cut:
+    """Drop from the file, which may be missing, the lines of steps after `resume_step`.
 
     At 0 the run begins anew, and its first evaluation goes too: it is made again. Events stay,
-    whatever their step: they are the run's history. Broken lines go. The file is replaced in one
-    rename, and left untouched when nothing has to go.
+    whatever their step: they are the run's history. Broken lines go; where more than the last is
+    broken, as no kill leaves it, a copy of the file is kept. The file is replaced in one rename,
+    and left untouched when nothing has to go.
     """
     dropped: list[dict[str, Any]] = []
-    broken, last_time = 0, None
+    broken, last, last_time = [], 0, None
+    missing = set(range(1, resume_step + 1))
     temporary = path.with_name(path.name + ".tmp")
+    path.touch()
     with temporary.open("wb") as out:
-        for _, line, record in _lines(path):
+        for number, line, record in _lines(path):
+            last = number
             if record is None:
-                broken += 1
+                broken.append(number)
                 continue
             last_time = record.get("time", last_time)
             after = resume_step == 0 or record.get("step", 0) > resume_step
+            if "loss" in record:
+                missing.discard(record.get("step", 0))
             if "event" not in record and after:
                 dropped.append(record)
             else:
                 out.write(line)
         out.flush()
         os.fsync(out.fileno())
-    if broken > 1:
-        logging.getLogger(__name__).warning("%s: dropped %d broken lines", path, broken)
+    aside = str(copy_aside(path)) if broken and broken != [last] else ""
     if broken or dropped:
         os.replace(temporary, path)
     else:
         temporary.unlink()
-    return dropped, last_time
+    if aside:
+        log.error("%s: lines %s are broken; the file as it was is %s", path, spans(broken), aside)
+    if missing:
+        log.error("%s: steps %s have no line and will be missing", path, spans(sorted(missing)))
+    return Cut(dropped, last_time, spans(sorted(missing)), aside)
+
+
+def spans(numbers: Sequence[int]) -> str:
+    """Numbers in order as their stretches: 3-5, 9."""
+    found: list[list[int]] = []
+    for number in numbers:
+        if found and number == found[-1][1] + 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    return ", ".join(f"{a}-{b}" if a < b else str(a) for a, b in found)
 
 
 class MetricsFile:
     """metrics.jsonl open for appending, one unbuffered write a line."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("ab", buffering=0)
+        self.path, self._file = path, path.open("ab", buffering=0)
+        sync_folder(path.parent)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one line. Raises OSError when not all of it can be written."""
@@ -164,6 +200,17 @@ class MetricsFile:
         # The last bytes of a full disk take a part of the line, and only the next write fails.
         while data:
             data = data[self._file.write(data) :]
+
+    def sync(self) -> None:
+        """Returns once every line is on the disk."""
+        os.fsync(self._file.fileno())
+
+    def displaced(self) -> bool:
+        """Whether another file, or none, has the name by now: what is written is lost."""
+        try:
+            return not os.path.samestat(os.fstat(self._file.fileno()), self.path.stat())
+        except OSError:
+            return True
 
     def close(self) -> None:
         """Close the file, on disk."""

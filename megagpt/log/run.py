@@ -10,7 +10,7 @@ from megagpt.log.boards import Board, open_boards
 from megagpt.log.console import Console, logger, open_console
 from megagpt.log.environment import environment
 from megagpt.log.eta import Eta
-from megagpt.log.metrics import NAME, MetricsFile, cut, decode, plain
+from megagpt.log.metrics import NAME, Cut, MetricsFile, cut, decode, plain
 from megagpt.log.tags import derived, tags
 
 _CONFIGURATION = ("config.toml", "ds_config.json", "run.json")
@@ -58,8 +58,8 @@ class RunLog:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / NAME
         kind, facts = "start", {}
-        if path.exists() and path.stat().st_size > 0:
-            kind, facts = "resume", _cost(*cut(path, self.resume_step), self.resume_tokens)
+        if self.resume_step or (path.exists() and path.stat().st_size > 0):
+            kind, facts = "resume", _cost(cut(path, self.resume_step), self.resume_tokens)
         self._metrics = MetricsFile(path)
         self._boards = open_boards(self.folder, self.tensorboard, self.wandb, self.resume_tokens)
         self._console = open_console(self.console, self._eta, self.resume_tokens, self.every_steps)
@@ -150,6 +150,17 @@ class RunLog:
         if "stall_s" in facts:
             self._figures({"time/checkpoint_stall_s": float(facts["stall_s"])}, self._tokens, now)
 
+    def sync(self) -> None:
+        """Returns once all that was recorded is on the disk."""
+        if self._metrics:
+            self._metrics.sync()
+        for board in self._boards:
+            board.sync()
+
+    def displaced(self) -> bool:
+        """Whether the run's folder was moved or removed since it was opened."""
+        return self._metrics is not None and self._metrics.displaced()
+
     def close(self) -> None:
         """Close all files; a second call does nothing."""
         self._console.close()
@@ -168,12 +179,13 @@ def _step_s(record: Mapping[str, Any]) -> float:
     return float(record.get("batch_tokens") or 0) / speed if speed else 0.0
 
 
-def _cost(
-    dropped: list[dict[str, Any]], last_time: float | None, resume_tokens: int
-) -> dict[str, Any]:
-    """What a restart cost: work done twice, and time without work."""
-    steps = [record for record in dropped if "loss" in record]
+def _cost(found: Cut, resume_tokens: int) -> dict[str, Any]:
+    """What a restart cost: work done twice, time without work, and what the record has lost."""
+    steps = [record for record in found.dropped if "loss" in record]
+    last_time = found.last_time
+    lost = {"missing_steps": found.missing, "broken_file": found.aside}
     return {
+        **{key: value for key, value in lost.items() if value},
         "lost_steps": len(steps),
         "lost_tokens": max((record["tokens"] for record in steps), default=resume_tokens)
         - resume_tokens,

@@ -80,22 +80,8 @@ def run(args: argparse.Namespace) -> int:
 
     path = args.file / "config.toml" if args.file.is_dir() else args.file
     config = load_run(path, args.overrides)
-    if not 1 <= args.step <= config.schedule.n_steps:
-        raise UsageError(
-            f"--step {args.step}: the run has the steps 1 to {config.schedule.n_steps:,}"
-        )
-    n_ctx = config.model.n_ctx
-    tokens, size = config.schedule.position(args.step - 1)
-    loader = training_loader(config)
-    record, count = _record(config, args.step), size // n_ctx
-    # A rollback may have skipped samples before this step.
-    first = record["samples"] - count if "samples" in record else tokens // n_ctx
-    if first < 0:
-        raise UsageError(
-            f"step {args.step} has {count:,} samples, but {config.output} had taken "
-            f"{record['samples']:,} by its end: the schedule is not what it was; look at "
-            f"{config.output}/config.toml"
-        )
+    first, count, record = _samples(config, args.step)
+    loader, size = training_loader(config), count * config.model.n_ctx
     digest = loader.digest(first, count)
     recorded = record.get("digest")
     if recorded not in (None, digest):
@@ -119,14 +105,37 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _record(config: RunConfig, step: int) -> dict[str, Any]:
-    """What the run folder's metrics.jsonl says of the step; {} where it says nothing."""
+def _samples(config: RunConfig, step: int) -> tuple[int, int, dict[str, Any]]:
+    """(first sample, samples, what metrics.jsonl says of it: {} where it is not trained) of a step.
+
+    A trained step read what the run recorded: the schedule may have been another then, and a
+    rollback may have skipped samples. One ahead follows the newest by the schedule as it is now.
+    Raises UsageError for a step that the run does not come to.
+    """
     from megagpt.log import read_metrics
 
-    if not (Path(config.output) / "metrics.jsonl").is_file():
-        return {}
-    records = [r for r in read_metrics(config.output) if r.get("step") == step and "digest" in r]
-    return records[-1] if records else {}
+    there = (Path(config.output) / "metrics.jsonl").is_file()
+    records = [r for r in read_metrics(config.output) if "digest" in r] if there else []
+    n_ctx, schedule = config.model.n_ctx, config.schedule
+    for record in records:
+        if record["step"] == step:
+            count = record["batch_tokens"] // n_ctx
+            first = record["samples"] - count
+            if first < 0:
+                raise UsageError(
+                    f"step {step} has {count:,} samples, but {config.output} had taken "
+                    f"{record['samples']:,} by its end: metrics.jsonl is not what it was; look at "
+                    f"{config.output}/config.toml"
+                )
+            return first, count, record
+    newest = records[-1] if records and records[-1]["step"] < step else {}
+    at, tokens = newest.get("step", 0), newest.get("tokens", 0)
+    skipped = newest.get("samples", 0) - tokens // n_ctx
+    while at < step - 1 and tokens < schedule.total_tokens:
+        at, tokens = at + 1, tokens + schedule.batch(tokens)
+    if step < 1 or tokens >= schedule.total_tokens:
+        raise UsageError(f"--step {step}: the run has the steps 1 to {at:,}")
+    return tokens // n_ctx + skipped, schedule.batch(tokens) // n_ctx, {}
 
 
 def _decoder(loader: TokenLoader) -> Text:

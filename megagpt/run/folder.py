@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megagpt.config import RunConfig, dump_run
 from megagpt.errors import UsageError
-from megagpt.files import lock
+from megagpt.files import lock, write_file
 from megagpt.log import RunLog, read_metrics
 from megagpt.log.boards import check_wandb
 from megagpt.log.environment import versions
@@ -44,9 +44,9 @@ def write_run_files(
         "versions": versions(),
         "computing": computing,
     }
-    (folder / "config.toml").write_text(dump_run(config), encoding="utf-8")
-    (folder / "ds_config.json").write_text(json.dumps(ds_config, indent=2) + "\n")
-    (folder / "run.json").write_text(json.dumps(facts, indent=2) + "\n")
+    write_file(folder / "config.toml", dump_run(config))
+    write_file(folder / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")
+    write_file(folder / "run.json", json.dumps(facts, indent=2) + "\n")
 
 
 def open_log(config: RunConfig, run: RunState, writer: bool) -> RunLog:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megagpt.errors import DamageError, MegagptError
+from megagpt.files import sync_folder
 
 NAME = "journal.jsonl"
 UPDATE_SKIPPED = "left out"
@@ -103,6 +104,7 @@ class Journal:
             file.write(earlier + _text(self.entries[-1:], **facts))
             file.flush()
             os.fsync(file.fileno())
+        sync_folder(run)
 
 
 def _text(entries: Iterable[Entry], **facts: object) -> bytes:

@@ -2,17 +2,19 @@
 
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from megagpt.checkpoint import CheckpointRecord, Saver, list_checkpoints, resume
+from megagpt.checkpoint.record import set_aside
 from megagpt.config import RunConfig
 from megagpt.engine import Engine
-from megagpt.errors import UsageError
+from megagpt.errors import DamageError, UsageError
 from megagpt.order.loader import TokenLoader
 from megagpt.plan.layout import Layout
 from megagpt.run.folder import versions
 from megagpt.run.journal import Journal, read_journal
-from megagpt.run.state import RunState
+from megagpt.run.state import RunState, crossed
 
 log = logging.getLogger("megagpt.train")
 
@@ -24,22 +26,31 @@ class Checkpoints:
     """All ranks make one and call its methods together."""
 
     def __init__(
-        self, config: RunConfig, layout: Layout, engine: Engine, loader: TokenLoader
+        self,
+        config: RunConfig,
+        layout: Layout,
+        engine: Engine,
+        loader: TokenLoader,
+        problems: Callable[[], list[str]] = list,
     ) -> None:
+        """problems: what is wrong with the engine's state as it was loaded, on any rank."""
         self.config, self.layout, self.engine, self.loader = config, layout, engine, loader
+        self.problems = problems
         self.folder = Path(config.output)
         vocabulary = b"" if engine.ranks.rank else loader.vocabulary()  # one rank writes it
         self.saver = Saver(self.folder, config, engine, vocabulary)
         self.save_s = self.saving_since = 0.0
         """Seconds of the slowest checkpoint; when the last one began."""
+        self.begun = self.saved = 0
+        """Tokens consumed at the newest checkpoint that was begun; at the newest that is valid."""
 
     def exist(self) -> bool:
         """Whether the run folder has a checkpoint, as rank 0 sees it."""
         return bool(self.engine.gather(len(list_checkpoints(self.folder)))[0])
 
-    def resume(self, allow_changes: bool) -> tuple[RunState, History]:
-        """The state of the newest whole checkpoint, loaded into the engine; a new run's where
-        there is none.
+    def resume(self, allow_changes: bool) -> tuple[RunState, History, int]:
+        """The state of the newest whole checkpoint, loaded into the engine, and the steps in a row
+        that had no update before it; a new run's where there is none.
 
         Raises UsageError when the samples of its last step are no longer the ones it was trained
         on, DamageError when the journal is not the checkpoint's, and what
@@ -47,9 +58,12 @@ class Checkpoints:
         """
         fingerprint = self.loader.fingerprint
         saved = resume(self.folder, self.config, self.engine, fingerprint, allow_changes)
+        while problems := self.problems():
+            self._set_aside(problems)
+            saved = resume(self.folder, self.config, self.engine, fingerprint, allow_changes)
         journal = Journal(self.engine.gather(read_journal(self.folder).entries)[0])
         if saved is None:
-            return RunState(journal=journal), []
+            return RunState(journal=journal), [], 0
         journal = journal.agree(saved.rollbacks, self.folder)
         run = RunState(
             step=saved.step,
@@ -66,31 +80,60 @@ class Checkpoints:
                 f"{self.loader.tokenizer_name} ({known[1][:12]}...), whose ids mean other text; "
                 "give the corpus that it was trained on, or pass --allow-changes"
             )
-        if not allow_changes and self._digest(run, saved) != saved.data.get("digest"):
+        if not allow_changes and self._digest(run, saved) not in (saved.data.get("digest"), ""):
             raise UsageError(
                 f"{self.folder}: the samples of step {saved.step} are not the ones that it was "
                 "trained on; the data order has changed since (another version of megagpt, or "
                 "other shards); go back to what it was, or pass --allow-changes"
             )
         log.info("resuming at step %d (%s tokens)", saved.step, f"{saved.tokens:,}")
-        return run, [(loss, norm) for loss, norm in saved.recent]
+        self.begun = self.saved = saved.tokens
+        recent = [(loss, norm) for loss, norm in saved.recent]
+        return run, recent, saved.data.get("skipped_in_a_row", 0)
+
+    def _set_aside(self, problems: list[str]) -> None:
+        """Puts the checkpoint that was loaded aside: an earlier version may have saved what is not
+        sound. Raises DamageError where there is none before it."""
+        folders = self.engine.gather([str(f) for f in list_checkpoints(self.folder)])[0]
+        listed = "\n".join(f"  - {problem}" for problem in problems)
+        if len(folders) < 2:
+            place = folders[0] if folders else "the initial state"
+            raise DamageError(
+                f"{place}: weights or moments are what no training makes of them:\n{listed}\n"
+                "restore a checkpoint from a copy, or use another output to start anew"
+            )
+        if self.engine.ranks.rank == 0:
+            aside = set_aside(Path(folders[-1]))
+            log.error("not sound, set aside as %s:\n%s", aside, listed)
+        self.engine.barrier()
 
     def _digest(self, run: RunState, saved: CheckpointRecord) -> str:
-        """Names the samples of the checkpoint's last step as they would be read now."""
+        """Names the samples of the checkpoint's last step as they would be read now; "" where it
+        cannot be told which they were."""
         if "latest" in saved.data:
             first, count = saved.data["latest"]
         else:  # a checkpoint of November 2026 or before says it by the schedule alone
-            tokens, batch_tokens = self.config.schedule.position(saved.step - 1)
+            try:
+                tokens, batch_tokens = self.config.schedule.position(saved.step - 1)
+            except ValueError:  # it had gone on with another batch, under --allow-changes
+                return ""
             first = run.first_sample(self.config, saved.step - 1, tokens)
             count = batch_tokens // self.config.model.n_ctx
         return self.loader.digest(first, count)
 
-    def save(self, run: RunState, history: History, milestone: bool) -> None:
-        """Begins a checkpoint of where the run is."""
+    def due(self, run: RunState) -> bool:
+        """Whether a multiple of checkpoint.every_tokens was passed since the last was begun."""
+        return crossed(self.config.checkpoint.every_tokens, self.begun, run.tokens)
+
+    def save(self, run: RunState, history: History, skipped: int) -> None:
+        """Begins a checkpoint of where the run is; `skipped` steps in a row had no update."""
         assert run.latest is not None, "nothing was trained yet"
         self.saving_since = time.monotonic()
         optimizer, layout = self.engine.optimizer_state(), self.layout
         latest = run.latest.first_sample, run.latest.n_samples
+        # Since the last that is there, not since the last step: saves need not fall on multiples.
+        milestone = crossed(self.config.checkpoint.keep_every_tokens, self.saved, run.tokens)
+        self.begun = run.tokens
         record = CheckpointRecord(
             step=run.step,
             tokens=run.tokens,
@@ -106,6 +149,7 @@ class Checkpoints:
                 "vocabulary": self.loader.tokenizer_fingerprint,
                 "latest": list(latest),
                 "digest": self.loader.digest(*latest),
+                "skipped_in_a_row": skipped,
             },
             versions=versions(),
             milestone=milestone,
@@ -120,5 +164,6 @@ class Checkpoints:
         folder = self.saver.finish(last)
         if folder is None:
             return {}
+        self.saved = self.begun
         self.save_s = max(self.save_s, time.monotonic() - self.saving_since)
         return {"folder": str(folder), "stall_s": round(self.saver.stall_s, 3)}

@@ -1,5 +1,6 @@
 """Schedules: hand numbers at the knees, and conservation of tokens for any ramp."""
 
+import dataclasses
 import math
 
 import pytest
@@ -81,6 +82,19 @@ def test_cosine_is_the_papers():
     for tokens in range(100, 1000, 50):
         expected = 0.2 + 0.9 * (1 + math.cos(math.pi * (tokens - 100) / 900))
         assert schedule.lr(tokens) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("preset", ["gpt1", "igpt-s"])
+def test_the_last_update_of_a_run_that_anneals_to_0_has_a_rate(preset):
+    schedule = Schedule(**PRESETS[preset].schedule)
+    last = schedule.lr(schedule.end_tokens)
+    # The last of T + 1 points from the end of the warm-up to 0, T the updates after it.
+    updates = (schedule.end_tokens - schedule.warmup_tokens) / schedule.batch_tokens
+    assert schedule.min_lr_ratio == 0.0
+    assert last / schedule.peak_lr == pytest.approx((math.pi / 2 / (updates + 1)) ** 2, rel=0.01)
+    # With a floor it is the floor, as ever.
+    floored = dataclasses.replace(schedule, min_lr_ratio=0.1)
+    assert floored.lr(schedule.end_tokens) == 0.1 * schedule.peak_lr
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,7 @@ def test_evaluation_changes_nothing(group, tmp_path):
     engine.close()
 
 
-def test_a_run_that_never_gets_finite_again_stops_with_a_checkpoint(tmp_path):
+def test_a_run_that_never_gets_finite_again_ends_and_keeps_what_was_sound(tmp_path):
     # A learning rate so absurd that the first update throws the weights out of fp32's range.
     file = run_file(
         tmp_path,
@@ -150,7 +150,7 @@ def test_a_run_that_never_gets_finite_again_stops_with_a_checkpoint(tmp_path):
         evaluate={"every_tokens": 0, "batches": 1},
     )
     done = launch(file, 1, launcher="python")
-    assert done.returncode == 1, done.stderr
+    assert done.returncode == 4, done.stderr
     assert (
         "4 steps in a row left the weights as they were, because their loss or gradient"
         in done.stderr
@@ -159,13 +159,9 @@ def test_a_run_that_never_gets_finite_again_stops_with_a_checkpoint(tmp_path):
     records = steps(tmp_path / "run")
     skipped = [r["skipped_steps"] for r in records]
     assert skipped[-1] == 4 and skipped == sorted(skipped)
-    *_, first, _, _, _, last = list_checkpoints(tmp_path / "run")
-    saved = read_record(last)
-    assert (saved.step, saved.skipped_steps) == (records[-1]["step"], 4)
-    assert saved.updates == saved.step - 4 == read_record(first).updates
-    # The skipped steps left everything as it was, bit for bit.
-    one, other = SliceReader(first), SliceReader(last)
-    for name in one.names:
-        for key in STATES:
-            left, right = one.full(name, key), other.full(name, key)
-            assert torch.equal(left.view(torch.int32), right.view(torch.int32))
+    # None is saved without an update, and what was saved is finite.
+    saved = list_checkpoints(tmp_path / "run")
+    assert len(saved) == records[-1]["step"] - 4 == read_record(saved[-1]).updates
+    reader = SliceReader(saved[-1])
+    for name in reader.names:
+        assert all(torch.isfinite(reader.full(name, key)).all() for key in STATES)

@@ -20,7 +20,6 @@ from megagpt.cli import main
 from megagpt.log import read_metrics
 from tests.lib.corpus import run_file
 from tests.lib.distributed import (
-    digest_of_checkpoint,
     digest_of_weights,
     exact,
     finish,
@@ -119,6 +118,21 @@ def test_a_flipped_bit_is_caught_and_its_place_named(tmp_path: Path, ds_config: 
     assert len(steps(tmp_path / "run")) == 4
 
 
+def test_copies_are_compared_before_they_are_saved(tmp_path: Path):
+    log = {"check_replicas_every_steps": 0, "tensorboard": False}
+    every = {"every_tokens": 256}
+    file = run_file(tmp_path, parallel={"ds_config": "zero0"}, log=log, checkpoint=every)
+    name = "h.1.attn.c_proj.weight"
+    done = run_together(torchrun(2, "tests.lib.corrupt", str(file), "1", "4", name))
+    assert "exitcode  : 3" in done.stderr, done.stderr
+    assert "after step 4 weights that data-parallel ranks hold in common differ" in done.stderr
+    assert f"rank 1 differs from rank 0 in {name}" in done.stderr
+    # The copy was right at the three saves before.
+    assert list_checkpoints(tmp_path / "run")[-1].name == record.name_of(3)
+    done = launch(file, 2)
+    assert done.returncode == 0 and "resuming at step 3" in done.stderr, done.stderr
+
+
 # --- spikes -------------------------------------------------------------------------------------
 
 OFTEN = {"every_tokens": 1024, "keep_last": 99}
@@ -200,10 +214,13 @@ def test_a_skipped_step_leaves_the_weights_and_can_be_replayed(tmp_path: Path):
     assert [(r["step"], r["update"]) for r in told] == [(step, "left out") for step in left_out]
     assert records[-1]["skipped_steps"] == len(left_out)
     for step in left_out:
-        before, after = (run / "checkpoints" / record.name_of(n) for n in (step - 1, step))
-        assert digest_of_checkpoint(before) == digest_of_checkpoint(after)
-        states = record.read_record(before), record.read_record(after)
-        assert states[0].updates == states[1].updates
+        before, without, after = (
+            run / "checkpoints" / record.name_of(n) for n in (step - 1, step, step + 1)
+        )
+        # Nothing is saved of a step that changed nothing; the save comes with the next update.
+        assert not without.exists()
+        states = [record.read_record(folder) for folder in (before, after)]
+        assert states[1].updates == states[0].updates + 1
 
     # Stopped before the first of them and gone on: judged again, the same bits.
     again = tmp_path / "again"
@@ -227,7 +244,13 @@ def test_a_skipped_step_leaves_the_weights_and_can_be_replayed(tmp_path: Path):
 def test_verify_resume_finds_the_same_bits(tmp_path: Path, capsys):
     file = run_file(tmp_path, model={"dropout": 0.1}, parallel={"dtype": "bf16"})
     assert main(["verify-resume", str(file), "--steps", "3", "--ranks", "2"]) == 0
-    out = capsys.readouterr().out
+    out, told = capsys.readouterr()
+    assert [line[10:] for line in told.splitlines()] == [
+        "1 of 3: 6 steps without a break on 2 rank(s)",
+        "2 of 3: 3 steps, then stopped",
+        "3 of 3: 3 steps from the checkpoint on",
+        "comparing",
+    ]
     assert out.count("the same, bit for bit") == 11 and "zero1, bf16, 2 rank(s)" in out
 
 

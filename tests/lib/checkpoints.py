@@ -13,7 +13,8 @@ def fingerprint(run: Path) -> Callable[[int], str]:
 
 
 def state(step: int, like: CheckpointRecord, milestone: bool = False) -> CheckpointRecord:
-    return dataclasses.replace(like, step=step, tokens=step * 512, milestone=milestone, files=())
+    counts = {"step": step, "updates": step, "tokens": step * 512}
+    return dataclasses.replace(like, **counts, milestone=milestone, files=())
 
 
 def flip(path: Path) -> None:

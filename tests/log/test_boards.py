@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megagpt.log.boards import TensorBoard, event_files
+from megagpt.log.repair import repair_events
 from megagpt.log.tags import derived, tags
 from tests.lib.recorded import curve, open_log, record, run_until_killed
 
@@ -42,6 +43,40 @@ def test_tensorboard_resumes_from_a_file_cut_anywhere(tmp_path_factory, data):
     board.scalars({"train/loss": 3.0}, 3)
     board.close()
     assert [step for step, _ in curve(folder, "train/loss")] == [*(s for s in left if s <= 2), 3]
+
+
+DAMAGE = {
+    "a bit of a value": lambda data, at: (
+        data[: at + 20] + bytes([data[at + 20] ^ 4]) + data[at + 21 :]
+    ),
+    "a length": lambda data, at: data[:at] + b"\xff\xff" + data[at + 2 :],
+    "zeros over records": lambda data, at: data[: at + 5] + bytes(300) + data[at + 305 :],
+    "a hole": lambda data, at: data[: at + 7] + data[at + 333 :],
+    "foreign bytes between": lambda data, at: data[:at] + b"<html>" + data[at:],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_sound_events_behind_a_damaged_one_are_read_again(tmp_path, caplog, damage):
+    board = TensorBoard(tmp_path / "tensorboard")
+    before = board.path.stat().st_size
+    for step in range(1, 201):
+        board.scalars({"train/loss": float(step), "train/lr": 0.5}, step)
+    board.close()
+    whole = board.path.read_bytes()
+    # In the middle of the scalars, at the beginning of a record.
+    at = before + (len(whole) - before) // 200 * 20
+    damaged = DAMAGE[damage](whole, at)
+    board.path.write_bytes(damaged)
+    assert len(curve_or_nothing(tmp_path)) < 25
+    TensorBoard(tmp_path / "tensorboard", resume_tokens=200).close()
+    left = curve_or_nothing(tmp_path)
+    assert len(left) >= 190 and left == sorted(left) and left[-1] == 200
+    assert "damaged in 1 place(s), where TensorBoard stops" in caplog.text
+    (aside,) = (tmp_path / "tensorboard").glob("*.broken-1")
+    assert aside.read_bytes() == damaged and "tfevents" not in aside.name
+    # Once repaired it stays as it is.
+    assert repair_events(board.path) == ""
 
 
 def curve_or_nothing(folder: Path) -> list[int]:

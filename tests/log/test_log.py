@@ -166,10 +166,73 @@ def test_decode_refuses_what_is_not_an_object():
 
 def test_cutting_goes_on_past_damage(tmp_path, caplog):
     path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'{"step": 1}\n\0\0\n{"step": 2}\n{"event": "x", "step": 9}\n{"st')
-    assert cut(path, 1) == ([{"step": 2}], None)
+    damaged = b'{"step": 1}\n\0\0\n{"step": 2}\n{"event": "x", "step": 9}\n{"st'
+    path.write_bytes(damaged)
+    found = cut(path, 1)
+    assert (found.dropped, found.last_time, found.missing) == ([{"step": 2}], None, "1")
     assert path.read_bytes() == b'{"step": 1}\n{"event": "x", "step": 9}\n'
-    assert "dropped 2 broken lines" in caplog.text
+    assert f"{path}: lines 2, 5 are broken; the file as it was is {found.aside}" in caplog.text
+    assert found.aside == f"{path}.broken-1"
+    assert (tmp_path / "metrics.jsonl.broken-1").read_bytes() == damaged
+    # What a kill leaves is no damage that anybody would want back.
+    path.write_bytes(b'{"step": 1, "loss": 1}\n{"st')
+    assert cut(path, 1)[2:] == ("", "")
+    path.write_bytes(damaged)
+    assert cut(path, 1).aside == f"{path}.broken-2"
+
+
+def test_what_the_record_has_lost_is_said(tmp_path, caplog):
+    log = open_log(tmp_path)
+    for step in range(1, 11):
+        log.step(record(step))
+    log.close()
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:3] + lines[6:7] + [b"{#}\n"] + lines[8:]))
+    open_log(tmp_path, 8).close()
+    (event,) = [line for line in read_metrics(tmp_path) if line.get("event") == "resume"]
+    assert event["missing_steps"] == "3-5, 7" and event["broken_file"] == f"{path}.broken-1"
+    assert "steps 3-5, 7 have no line and will be missing" in caplog.text
+    # An empty file, as a power cut left it, and none at all.
+    for number in range(2):
+        path.write_bytes(b"") if number else path.unlink()
+        open_log(tmp_path, 8).close()
+        (event,) = read_metrics(tmp_path)
+        assert (event["event"], event["missing_steps"]) == ("resume", "1-8")
+
+
+def test_a_folder_that_was_moved_or_removed_is_noticed(tmp_path):
+    run = tmp_path / "run"
+    log = open_log(run)
+    log.step(record(1))
+    assert not log.displaced()
+    run.rename(tmp_path / "elsewhere")
+    assert log.displaced()
+    log.step(record(2))
+    log.close()
+    assert not log.displaced() and len(steps(tmp_path / "elsewhere")) == 2
+    log = open_log(run, 2)
+    (run / "metrics.jsonl").unlink()
+    (run / "metrics.jsonl").write_bytes(b"")
+    assert log.displaced()
+    log.close()
+
+
+def test_what_is_synced_is_on_the_disk(tmp_path, monkeypatch):
+    synced = []
+    fsync = os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda at: (synced.append(os.readlink(f"/proc/self/fd/{at}")), fsync(at))
+    )
+    log = open_log(tmp_path)
+    assert str(tmp_path) in synced  # the file's name
+    synced.clear()
+    log.step(record(1))
+    log.sync()
+    (events,) = event_files(tmp_path / "tensorboard")
+    assert synced == [str(tmp_path / "metrics.jsonl"), str(events)]
+    log.close()
+    log.sync()
 
 
 def test_the_environment_names_versions():

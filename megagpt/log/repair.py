@@ -1,0 +1,64 @@
+"""TensorBoard's event files after damage: the sound records stay, the file as it was is kept (L1).
+
+A record is its length (8 bytes), a checksum of these, its content, a checksum of that; TensorBoard
+stops at the first that is wrong, whatever follows it. Here the next sound one is looked for.
+"""
+
+import struct
+from pathlib import Path
+
+import google_crc32c
+
+from megagpt.files import copy_aside, write_durably
+
+FRAME = 16
+"""Bytes of a record beside its content."""
+
+
+def repair_events(path: Path) -> str:
+    """Writes the file anew without its damaged records; what was done, "" where nothing was.
+
+    A record that is cut short at the end is what a kill leaves, and hides nothing.
+    """
+    data = path.read_bytes()
+    sound: list[bytes] = []
+    gaps, at = 0, 0
+    while at < len(data):
+        if end := _end(data, at):
+            sound.append(data[at:end])
+            at = end
+            continue
+        following = _next(data, at + 1)
+        if following == len(data):
+            break
+        gaps, at = gaps + 1, following
+    if not gaps:
+        return ""
+    # No name that TensorBoard takes for a file of its own.
+    aside = copy_aside(path, path.name.replace("tfevents", "damaged"))
+    write_durably(path, b"".join(sound))
+    return (
+        f"{path}: damaged in {gaps} place(s), where TensorBoard stops; its {len(sound)} sound "
+        f"records are kept, and the file as it was is {aside}"
+    )
+
+
+def _end(data: bytes, at: int) -> int:
+    """Where the sound record at `at` ends; 0 where there is none."""
+    head = data[at : at + 8]
+    end = at + FRAME + int.from_bytes(head, "little")
+    if end > len(data) or data[at + 8 : at + 12] != _checksum(head):
+        return 0
+    return end if data[end - 4 : end] == _checksum(data[at + 12 : end - 4]) else 0
+
+
+def _next(data: bytes, at: int) -> int:
+    """Where the first sound record from `at` on begins; the end of the file where there is none."""
+    places = range(at, len(data) - FRAME + 1)
+    return next((place for place in places if _end(data, place)), len(data))
+
+
+def _checksum(data: bytes) -> bytes:
+    """CRC-32C, masked as TFRecord does."""
+    crc = google_crc32c.value(data)
+    return struct.pack("<I", (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF)
