@@ -62,7 +62,7 @@ def spoil(path, change):
             "run/metrics.jsonl",
             lambda tree: tree.update(samples=1),
             2,
-            "had taken 1 by its end: the schedule is not what it was; look at run/config.toml",
+            "had taken 1 by its end: metrics.jsonl is not what it was; look at run/config.toml",
         ),
         (
             "report run",

@@ -96,7 +96,7 @@ class OptimizerConfig:
     """Largest global gradient norm; 0: no clipping."""
     max_skipped_steps: OneOrMore = 20
     """Steps in a row whose update was left out (loss or gradient not finite, or a spike under
-    spike_action = "skip") after which the run saves and stops."""
+    spike_action = "skip") after which the run ends, with nothing saved (exit code 4)."""
     spike_action: Literal["none", "skip", "rollback"] = "none"
     """What is done about a step whose loss or gradient norm spikes: none (it is recorded), skip
     (its update is left out), or rollback: go on from the newest checkpoint with the samples that
@@ -143,7 +143,7 @@ class CheckpointConfig:
     keep_last: OneOrMore = 2
     """Newest checkpoints that are kept."""
     keep_every_tokens: ZeroOrMore = 0
-    """The first checkpoint past each multiple of this is kept for ever; 0: none."""
+    """The first checkpoint at or past each multiple of this is kept for ever; 0: none."""
     background: bool = True
     """Write while training goes on; costs a copy of weights and moments in the host's memory."""
     on_failure: Literal["stop", "continue"] = "stop"
@@ -191,7 +191,8 @@ class LogConfig:
     """Minutes in which a step must end (four times as many for the start, the first step, an
     evaluation, a checkpoint), or the job ends with its stacks in the run folder; 0: no limit."""
     check_replicas_every_steps: ZeroOrMore = 100
-    """Steps between comparisons of the weights that data-parallel ranks share; 0: never."""
+    """Steps between comparisons of the weights that data-parallel ranks share; 0: only before a
+    checkpoint, as in any case."""
 
     def problems(self) -> Iterator[str]:
         """What makes this range of profiled steps impossible."""
