@@ -85,6 +85,14 @@ def copy_aside(path: Path, name: str = "") -> Path:
     return aside
 
 
+def displaced(path: Path, descriptor: int) -> bool:
+    """Whether another file than the open one, or none, has the name: what is written is lost."""
+    try:
+        return not os.path.samestat(os.fstat(descriptor), path.stat())
+    except OSError:
+        return True
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames in `folder` survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)

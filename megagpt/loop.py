@@ -141,8 +141,8 @@ class Trainer:
             self.log.close()
             make_run_folder(self.config)
             log.error(
-                "%s was moved or removed while it is trained; the run goes on in a new folder of "
-                "that name, without the checkpoints and the record from before",
+                "%s, or the record in it, was moved, replaced or removed under the run, which goes "
+                "on with what is there now; what is missing of its record is told next",
                 self.folder,
             )
             self.open_log(before)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megagpt.errors import UsageError
+from megagpt.files import displaced
 from megagpt.log.repair import repair_events
 from megagpt.log.tags import FIRST_SCREEN
 
@@ -43,6 +44,9 @@ class Board(Protocol):
 
     def sync(self) -> None:
         """Return once what was written survives a power cut, where it is on this disk."""
+
+    def displaced(self) -> bool:
+        """Whether what is written is lost, since its file was moved or removed."""
 
     def close(self) -> None:
         """Hand in what is not written yet; a second call does nothing."""
@@ -106,6 +110,10 @@ class TensorBoard:
         """Return once every event is on the disk."""
         os.fsync(self._file.fileno())
 
+    def displaced(self) -> bool:
+        """Whether the name is no longer this file's."""
+        return displaced(self.path, self._file.fileno())
+
     def close(self) -> None:
         """Close the file."""
         if not self._writer.closed:
@@ -167,6 +175,10 @@ class Wandb:
 
     def sync(self) -> None:
         """Nothing: the server has it, or wandb's own files."""
+
+    def displaced(self) -> bool:
+        """Never: the server has it."""
+        return False
 
     def close(self) -> None:
         """Hand in what is not sent yet."""

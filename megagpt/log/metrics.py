@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megagpt.errors import DamageError, UsageError
-from megagpt.files import copy_aside, sync_folder
+from megagpt.files import copy_aside, displaced, sync_folder
 
 NAME = "metrics.jsonl"
 log = logging.getLogger("megagpt.log")
@@ -206,11 +206,8 @@ class MetricsFile:
         os.fsync(self._file.fileno())
 
     def displaced(self) -> bool:
-        """Whether another file, or none, has the name by now: what is written is lost."""
-        try:
-            return not os.path.samestat(os.fstat(self._file.fileno()), self.path.stat())
-        except OSError:
-            return True
+        """Whether what is written is lost, since the name is no longer this file's."""
+        return displaced(self.path, self._file.fileno())
 
     def close(self) -> None:
         """Close the file, on disk."""

@@ -158,8 +158,10 @@ class RunLog:
             board.sync()
 
     def displaced(self) -> bool:
-        """Whether the run's folder was moved or removed since it was opened."""
-        return self._metrics is not None and self._metrics.displaced()
+        """Whether a file of the record, or the run's folder, was moved, replaced or removed."""
+        if self._metrics is None:
+            return False
+        return self._metrics.displaced() or any(board.displaced() for board in self._boards)
 
     def close(self) -> None:
         """Close all files; a second call does nothing."""

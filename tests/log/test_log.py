@@ -216,6 +216,10 @@ def test_a_folder_that_was_moved_or_removed_is_noticed(tmp_path):
     (run / "metrics.jsonl").write_bytes(b"")
     assert log.displaced()
     log.close()
+    log = open_log(run, 2)
+    event_files(run / "tensorboard")[-1].unlink()
+    assert log.displaced()
+    log.close()
 
 
 def test_what_is_synced_is_on_the_disk(tmp_path, monkeypatch):

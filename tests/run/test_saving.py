@@ -258,7 +258,7 @@ def test_a_folder_that_goes_away_under_the_run(tmp_path, caplog, how):
 
     file = run_file(tmp_path, **SHORT)
     train_here(file, after=away)
-    assert f"{run} was moved or removed while it is trained" in caplog.text
+    assert f"{run}, or the record in it, was moved, replaced or removed under" in caplog.text
     assert [r["step"] for r in read_metrics(run) if "loss" in r] == list(range(7, 13))
     (event,) = [r for r in read_metrics(run) if r.get("event") == "resume"]
     assert event["missing_steps"] == "1-6"
