@@ -87,6 +87,7 @@ train_in_job() {
   case $code in
     0 | 2 | 3) exit "$code" ;;                # done; wrong run file; damaged input
     75) ;;                                    # stopped and saved
+    # A crash, or 4: a training that went wrong. Again only from a checkpoint of this start.
     *) [ "$(newest_checkpoint "$folder")" != "$before" ] || exit "$code" ;;
   esac
   # In an array this task alone: the job id of its last task means all of them.

@@ -90,3 +90,35 @@ def test_the_newest_checkpoint_is_that_of_the_highest_number(names, newest, tmp_
     script = 'set -euo pipefail; source launch/env.sh; newest_checkpoint "$1"'
     done = run("bash", "-c", script, "bash", tmp_path)
     assert done.stdout.strip() == (f"{tmp_path}/checkpoints/{newest}" if newest else "")
+
+
+@pytest.mark.parametrize(
+    ("code", "saves", "queued"),
+    [
+        (0, True, False),
+        (2, False, False),
+        (3, True, False),
+        # A training that went wrong is tried again only where it got on before.
+        (4, False, False),
+        (4, True, True),
+        (75, False, True),
+        (1, False, False),
+        (1, True, True),
+    ],
+)
+def test_a_job_is_queued_again_unless_it_would_fail_the_same_way(tmp_path, code, saves, queued):
+    scontrol, folder = tmp_path / "bin" / "scontrol", tmp_path / "run"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n')
+    scontrol.chmod(0o755)
+    (folder / "checkpoints" / "step_00000004").mkdir(parents=True)
+    job = f"mkdir {folder}/checkpoints/step_00000008; " * saves + f"exit {code}"
+    script = 'source launch/env.sh; train_in_job "$1" bash -c "$2"'
+    path = f"{scontrol.parent}:{os.environ['PATH']}"
+    done = run("bash", "-c", script, "job", folder, job, PATH=path, SLURM_JOB_ID="7")
+    assert (tmp_path / "asked").exists() == queued, done.stderr
+    assert f"start 1 ended with code {code}" in done.stdout
+    if queued:
+        assert (tmp_path / "asked").read_text() == "requeue 7\n"
+    else:
+        assert done.returncode == code
