@@ -14,7 +14,7 @@ from megagpt.plan.candidates import (
     jobs_of,
     stage_layers,
 )
-from megagpt.plan.constants import CONSTANTS, Constants, interval
+from megagpt.plan.constants import Constants, constants_for, interval
 from megagpt.plan.cost import step_items
 from megagpt.plan.footprint import MEMORY_ITEMS, Stage, fullest, stage_bytes
 from megagpt.plan.layout import Layout, busy_start_tokens, padded_model
@@ -71,7 +71,8 @@ class Judgement:
     def utilisation(self, recompute: str) -> float:
         """MFU (recompute = none) or HFU (as the run has it) of a full step."""
         config = self.candidate.config
-        every = config.parallel.recompute_every
+        # A pipeline recomputes its blocks k at a time, but every one of them.
+        every = 1 if self.candidate.layout.pipelined else config.parallel.recompute_every
         flops = flops_per_token(config.model, recompute, "full", every)
         tokens = config.schedule.segments[-1].batch_tokens
         device = self.cluster.device
@@ -103,8 +104,9 @@ class Judgement:
         }
 
 
-def judge(one: Candidate, cluster: Cluster, constants: Constants = CONSTANTS) -> Judgement:
-    """The prediction for one layout."""
+def judge(one: Candidate, cluster: Cluster, constants: Constants | None = None) -> Judgement:
+    """The prediction for one layout; by the cluster's profile where no constants are given."""
+    constants = constants or constants_for(cluster.gpu)
     config, layout = one.config, one.layout
     segments = config.schedule.segments
     jobs = jobs_of([(one, segment.batch_tokens) for segment in segments], cluster)
@@ -131,11 +133,9 @@ def judge(one: Candidate, cluster: Cluster, constants: Constants = CONSTANTS) ->
     )
 
 
-def search(
-    config: RunConfig, cluster: Cluster, most: int = 10, constants: Constants = CONSTANTS
-) -> list[Judgement]:
+def search(config: RunConfig, cluster: Cluster, most: int = 10) -> list[Judgement]:
     """The fastest layouts that fit, at most `most`, best first; empty where none fits."""
-    found = list(candidates(config, cluster))
+    found, constants = list(candidates(config, cluster)), constants_for(cluster.gpu)
     if not found:
         return []
     full = config.schedule.segments[-1].batch_tokens

@@ -14,7 +14,10 @@ from megagpt.plan.sanity import oddities
 
 
 @pytest.fixture
-def run_file(tmp_path):
+def run_file(tmp_path, monkeypatch):
+    # A profile of whoever runs the tests would change every figure.
+    monkeypatch.setenv("MEGAGPT_PROFILES", str(tmp_path / "profiles"))
+
     def made(size: str) -> str:
         path = tmp_path / f"{size}.toml"
         path.write_text(
