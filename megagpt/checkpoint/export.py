@@ -10,25 +10,27 @@ into the one file of a workstation, or back.
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import tiktoken
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megagpt.checkpoint import record
 from megagpt.checkpoint.load import slice_problems, tell_strangers, vocabulary_of
 from megagpt.checkpoint.record import CONFIG, FileRecord, read_sealed
 from megagpt.checkpoint.slice_file import SliceReader, file_name, fit_rows, write_slices
-from megagpt.config import dump_run, load_run
+from megagpt.checkpoint.weights import PlannedTensor, write_tensors
+from megagpt.config import RunConfig, dump_run, load_run
 from megagpt.engine.slices import Slice
 from megagpt.errors import DamageError, MegagptError, UsageError
-from megagpt.files import sealed_json, temporary_of, write_durably, write_file
+from megagpt.files import file_sha256, sealed_json, temporary_of, write_durably, write_file
 from megagpt.model import GPT
 from megagpt.tokenizer import fingerprint
 from megagpt.tokenizer.portable import FILE, described
@@ -74,30 +76,75 @@ def _facts(folder: Path) -> dict[str, Any]:
 # --- a model ------------------------------------------------------------------------------------
 
 
-def load_model(run: Path, device: str = "cpu") -> tuple[GPT, tiktoken.Encoding, dict[str, Any]]:
-    """(model in fp32 and eval mode, its tokenizer, facts: checkpoint, step, tokens, tokenizer).
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """A model's weights, wherever they lie."""
 
-    `run` is a run folder, one of its checkpoints, or a folder of consolidated weights.
+    folder: Path
+    """The checkpoint, or the folder of weights."""
+    config: RunConfig
+    """What they were trained with; of imported ones only `config.model` means something."""
+    facts: dict[str, Any]
+    """FACTS; tokenizer and vocabulary are "" where they are not known."""
+    read: Callable[[str], Tensor]
+    """Canonical name -> whole parameter in fp32, perhaps with padding."""
+
+    def whole(self, name: str, shape: Sequence[int]) -> Tensor:
+        """A parameter with as much padding as `shape` has."""
+        return fit_rows(self.read(name), shape, name)
+
+    def tokenizer(self) -> tiktoken.Encoding:
+        """The tokenizer that goes with them. Raises UsageError for imported weights without one,
+        and what vocabulary_of raises."""
+        if not self.facts["tokenizer"]:
+            raise UsageError(
+                f"{self.folder}: the tokenizer of these weights is not known, so there is no text "
+                "to be read or written; import them again with --tokenizer"
+            )
+        return vocabulary_of(self.folder, self.facts)
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the file that holds every other file's."""
+        index = self.folder / INDEX
+        return file_sha256(index if index.exists() else self.folder / record.MANIFEST)
+
+
+def open_weights(run: Path, compare: bool = True) -> Weights:
+    """The weights of a run folder's newest checkpoint, of one checkpoint, or of a folder of
+    consolidated or imported weights, after every byte was compared with its checksum.
+
+    compare: False where that was done a moment ago. Raises UsageError for none, DamageError for
+    damaged ones.
     """
     folder = Path(run)
     if (folder / INDEX).exists():
-        read, facts = _consolidated(folder)
+        read, facts = _consolidated(folder, compare)
     else:
-        folder = newest(folder)
+        folder = newest(folder) if compare else record.checkpoints_of(folder)[-1]
         read, facts = SliceReader(folder).full, _facts(folder)
-    model = GPT(load_run(folder / CONFIG).model)
+    return Weights(folder=folder, config=load_run(folder / CONFIG), facts=facts, read=read)
+
+
+def load_model(run: Path, device: str = "cpu") -> tuple[GPT, tiktoken.Encoding, dict[str, Any]]:
+    """(model in fp32 and eval mode, its tokenizer, facts: checkpoint, step, tokens, tokenizer).
+
+    `run` is what open_weights takes.
+    """
+    weights = open_weights(run)
+    encoding = weights.tokenizer()
+    model = GPT(weights.config.model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(fit_rows(read(name), parameter.shape, name))
-    encoding = vocabulary_of(folder, facts)
-    told = {key: facts[key] for key in ("step", "tokens", "tokenizer")}
-    return model.to(device).eval(), encoding, {"checkpoint": folder, **told}
+            parameter.copy_(weights.whole(name, parameter.shape))
+    told = {key: weights.facts[key] for key in ("step", "tokens", "tokenizer")}
+    return model.to(device).eval(), encoding, {"checkpoint": weights.folder, **told}
 
 
-def _consolidated(folder: Path) -> tuple[Callable[[str], Tensor], dict[str, Any]]:
+def _consolidated(folder: Path, compare: bool) -> tuple[Callable[[str], Tensor], dict[str, Any]]:
     """(canonical name -> whole parameter in fp32, facts). Raises DamageError for a file that is
     missing, damaged or not readable."""
-    if problems := consolidated_problems(folder):
+    if compare and (problems := consolidated_problems(folder)):
         raise DamageError("; ".join(problems) + f"; {WRITE_AGAIN}")
     index = _index(folder)
     file_of, metadata = index["weight_map"], {"vocabulary": ""} | index["metadata"]
@@ -154,32 +201,54 @@ def _index(folder: Path) -> dict[str, Any]:
 def consolidate(run: Path, output: Path, shard_bytes: int = 5_000_000_000) -> list[Path]:
     """Writes fp32 weights of the newest checkpoint of `run` into `output`; returns the files.
 
-    The same files whatever layout saved the checkpoint. Memory: one shard. Raises UsageError when
-    `output` holds something already, DamageError when the checkpoint is damaged.
+    The same files whatever layout saved the checkpoint. Memory: one parameter. Raises UsageError
+    when `output` holds something already, DamageError when the checkpoint is damaged.
     """
+    folder = new_folder(output)
+    source = newest(run)
+    reader, config, facts = SliceReader(source), load_run(source / CONFIG), _facts(source)
+    with torch.device("meta"):
+        shapes = {name: tuple(p.shape) for name, p in GPT(config.model).named_parameters()}
+    tensors = [
+        PlannedTensor(name, shape, partial(_unpadded, reader, name, shape))
+        for name, shape in sorted(shapes.items())
+    ]
+    with record.written_whole(folder, temporary_of(folder)) as temporary:
+        facts["vocabulary"] = _take_vocabulary(source, facts, temporary)
+        write_weights(temporary, tensors, config, facts, shard_bytes)
+    return [output / path.name for path in sorted(folder.iterdir())]
+
+
+def new_folder(output: Path) -> Path:
+    """`output` as an absolute path. Raises UsageError when something is there already."""
     folder = output.absolute()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UsageError(f"{output}: not empty; give a folder that does not exist yet")
-    source = newest(run)
-    reader, config = SliceReader(source), load_run(source / CONFIG)
-    facts, layout = _facts(source), {"format": "pt", "orientation": ORIENTATION}
-    groups = list(_groups(reader, shard_bytes))
-    file_of: dict[str, str] = {}
-    total = 0
-    with record.written_whole(folder, temporary_of(folder)) as temporary:
-        for number, group in enumerate(groups, 1):
-            file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-            tensors = {name: _unpadded(reader, name, config.model.embedding_rows) for name in group}
-            save_file(tensors, temporary / file, metadata=layout)
-            file_of |= dict.fromkeys(group, file)
-            total += sum(tensor.nbytes for tensor in tensors.values())
-        write_file(temporary / CONFIG, dump_run(config))
-        facts["vocabulary"] = _take_vocabulary(source, facts, temporary)
-        files = [asdict(FileRecord.of(path)) for path in sorted(temporary.iterdir())]
-        metadata = {"total_size": total, **facts, "orientation": ORIENTATION, "files": files}
-        index = {"metadata": metadata, "weight_map": file_of}
-        write_file(temporary / INDEX, sealed_json(index))
-    return [output / path.name for path in sorted(folder.iterdir())]
+    return folder
+
+
+def write_weights(
+    folder: Path,
+    tensors: Iterable[PlannedTensor],
+    config: RunConfig,
+    facts: dict[str, Any],
+    shard_bytes: int,
+) -> None:
+    """Writes weights in fp32, one tensor in memory, and the index with the checksum of every file
+    that lies in the folder then."""
+    planned = list(tensors)
+    layout = {"format": "pt", "orientation": ORIENTATION}
+    file_of = write_tensors(folder, planned, torch.float32, shard_bytes, layout)
+    write_file(folder / CONFIG, dump_run(config))
+    total = sum(torch.float32.itemsize * prod(one.shape) for one in planned)
+    files = [asdict(FileRecord.of(path)) for path in sorted(folder.iterdir())]
+    metadata = {"total_size": total, **facts, "orientation": ORIENTATION, "files": files}
+    write_file(folder / INDEX, sealed_json({"metadata": metadata, "weight_map": file_of}))
+
+
+def _unpadded(reader: SliceReader, name: str, shape: Sequence[int]) -> Tensor:
+    """The parameter without the padding that the layout of the run added to it."""
+    return fit_rows(reader.full(name), shape, name)
 
 
 def _take_vocabulary(source: Path, facts: dict[str, Any], folder: Path) -> str:
@@ -195,28 +264,6 @@ def _take_vocabulary(source: Path, facts: dict[str, Any], folder: Path) -> str:
     content = (source / FILE).read_bytes() if carried else described(encoding).encode()
     write_durably(folder / FILE, content)
     return fingerprint(encoding)
-
-
-def _unpadded(reader: SliceReader, name: str, rows: int) -> Tensor:
-    """The parameter without the padding that the layout of the run added to it."""
-    whole = reader.full(name)
-    if name == "wte.weight":
-        whole = fit_rows(whole, (rows, *whole.shape[1:]), name)
-    return whole.contiguous()
-
-
-def _groups(reader: SliceReader, shard_bytes: int) -> Iterator[list[str]]:
-    """Names in order, as many as fit into one file; a larger tensor has a file to itself."""
-    group: list[str] = []
-    size = 0
-    for name in reader.names:
-        tensor_bytes = torch.float32.itemsize * reader.numel(name)
-        if group and size + tensor_bytes > shard_bytes:
-            yield group
-            group, size = [], 0
-        group.append(name)
-        size += tensor_bytes
-    yield group
 
 
 # --- another cut --------------------------------------------------------------------------------

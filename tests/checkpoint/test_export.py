@@ -160,7 +160,7 @@ def test_a_consolidation_that_fails_leaves_nothing_behind(run, tmp_path, monkeyp
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("megagpt.checkpoint.export.save_file", full)
+    monkeypatch.setattr("megagpt.checkpoint.export.write_tensors", full)
     with pytest.raises(OSError, match="No space left"):
         consolidate(run, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
