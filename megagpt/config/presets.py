@@ -39,6 +39,9 @@ class ModelConfig:
     """Attention of each layer, a pattern of "dense" and "banded" repeated over the layers."""
     band_width: Size = 256
     """Keys that a banded query sees, itself included."""
+    activation: Literal["gelu_tanh", "gelu"] = "gelu_tanh"
+    """Inside the MLP: GELU's tanh approximation, as in GPT-1 to 3, or GELU itself, as in nanoGPT.
+    Image GPT has one of its own and takes neither."""
     dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.0
     """Probability of dropping an element of embeddings, attention weights and residual branches."""
 

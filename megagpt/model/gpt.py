@@ -252,14 +252,15 @@ class MLP(nn.Module):
         super().__init__()
         d = config.d_model
         self.quick = config.family == "igpt"
+        self.approximate = "tanh" if config.activation == "gelu_tanh" else "none"
         self.dropout = config.dropout
         self.c_fc = classes.column(d, config.d_ff, bias=config.has_bias)
         self.c_proj = classes.row(config.d_ff, d, bias=config.has_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.c_fc(x)  # (B, T, D) -> (B, T, 4 D)
-        # GPT-1 to 3: GELU's tanh approximation. Image GPT: its logistic approximation.
-        x = x * torch.sigmoid(1.702 * x) if self.quick else F.gelu(x, approximate="tanh")
+        # Image GPT: GELU's logistic approximation.
+        x = x * torch.sigmoid(1.702 * x) if self.quick else F.gelu(x, approximate=self.approximate)
         return F.dropout(self.c_proj(x), self.dropout, self.training)  # (B, T, D)
 
 
