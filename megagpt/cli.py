@@ -29,6 +29,8 @@ COMMANDS = {
         "megagpt.checkpoint.command",
         "list, verify, reshape and consolidate checkpoints",
     ),
+    "import": ("megagpt.hub.importing", "weights that others trained, as a folder of ours"),
+    "export": ("megagpt.hub.exporting", "a trained model as a folder that transformers opens"),
     "generate": ("megagpt.use.generate", "text from a trained model"),
     "evaluate": ("megagpt.use.evaluate", "loss and bits per byte of a trained model on a corpus"),
     "report": ("megagpt.report", "curves of one or several runs as a picture and a page"),

@@ -257,7 +257,8 @@ class Trainer:
         """The files of the run folder and its record, cut back to where the run is."""
         if self.ranks.rank == 0:
             computing = self.engine.choices.record()
-            write_run_files(self.config, self.layout, self.ds_config, computing)
+            source = self.checkpoints.init_from
+            write_run_files(self.config, self.layout, self.ds_config, computing, source)
         self.log = open_log(self.config, run, writer=self.ranks.rank == 0)
 
     def finished(self, run: RunState) -> bool:

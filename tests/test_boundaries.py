@@ -15,7 +15,7 @@ LEVELS = (
     ("errors", "files", "config", "plan"),
     ("tokenizer", "corpus", "order", "model", "log"),
     ("cluster", "engine", "checkpoint", "run", "health"),
-    ("check", "report", "use", "loop", "train", "doctor", "cli", "__main__"),
+    ("check", "hub", "report", "use", "loop", "train", "doctor", "cli", "__main__"),
 )
 """Packages of L0 to L3; those of one level may import each other, but not in a circle."""
 FORBIDDEN = (
@@ -27,9 +27,11 @@ FORBIDDEN = (
 """Third parties that a level may not import."""
 DEEPSPEED = ("cluster", "engine")
 """The packages that may: engine trains with it, cluster joins its process group."""
+HUB = ("transformers",)
+"""What hub may import, in the process that checks an export."""
 LEAVES = ("errors", "files")
 """Packages that everyone may use; they do not count as imports between packages."""
-LARGEST = {"file": 400, "function": 60, "imports": 7, "code": 17_500, "top": 21}
+LARGEST = {"file": 400, "function": 60, "imports": 7, "code": 17_500, "top": 22}
 """Lines of a file and a function, imports of a package, lines of code of all, entries of megagpt/.
 The aim is 6 imports and 9,000 lines of code: lower these as it comes nearer."""
 SAME_NAME = {"__init__", "command", "read", "state", "table"}
@@ -59,7 +61,8 @@ def test_lower_levels_never_import_higher_ones(path):
             other = rest.split(".")[0] or "errors"
             assert level(other) <= level(own), f"{own} imports {module}"
         else:
-            assert top not in FORBIDDEN[level(own)], f"{own} imports {module}"
+            allowed = HUB if own == "hub" else ()
+            assert top in allowed or top not in FORBIDDEN[level(own)], f"{own} imports {module}"
             assert top != "deepspeed" or own in DEEPSPEED, f"{own} imports {module}"
 
 

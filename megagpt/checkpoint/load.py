@@ -185,7 +185,8 @@ def _deciding(config: RunConfig) -> dict[str, Any]:
     """Every key of a run file that decides the weights, with its value."""
     tables = {section: dataclasses.asdict(getattr(config, section)) for section in RESULT_SECTIONS}
     keys = {f"{section}.{k}": v for section, table in tables.items() for k, v in table.items()}
-    return {"seed": config.seed} | {k: v for k, v in keys.items() if k not in HARMLESS}
+    first = {"seed": config.seed, "init_from": config.init_from}
+    return first | {k: v for k, v in keys.items() if k not in HARMLESS}
 
 
 def differences(saved: RunConfig, asked: RunConfig) -> list[str]:

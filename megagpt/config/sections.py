@@ -218,6 +218,9 @@ class RunConfig:
     """A row of presets.py, the source of defaults for [model], [schedule] and [optimizer]."""
     seed: ZeroOrMore = 1337
     """Decides the initial weights, the data order and dropout."""
+    init_from: Line = ""
+    """Weights that the run starts from: a run folder, a checkpoint, or a folder that consolidate or
+    import wrote; empty: drawn from the seed. Read once, before the first step."""
     output: FileName
     """The run folder; training again with the same folder resumes."""
     model: ModelConfig

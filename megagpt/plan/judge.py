@@ -14,7 +14,7 @@ from megagpt.plan.candidates import (
     jobs_of,
     stage_layers,
 )
-from megagpt.plan.constants import Constants, constants_for, interval
+from megagpt.plan.constants import CONSTANTS, Constants, interval
 from megagpt.plan.cost import step_items
 from megagpt.plan.footprint import MEMORY_ITEMS, Stage, fullest, stage_bytes
 from megagpt.plan.layout import Layout, busy_start_tokens, padded_model
@@ -71,8 +71,7 @@ class Judgement:
     def utilisation(self, recompute: str) -> float:
         """MFU (recompute = none) or HFU (as the run has it) of a full step."""
         config = self.candidate.config
-        # A pipeline recomputes its blocks k at a time, but every one of them.
-        every = 1 if self.candidate.layout.pipelined else config.parallel.recompute_every
+        every = config.parallel.recompute_every
         flops = flops_per_token(config.model, recompute, "full", every)
         tokens = config.schedule.segments[-1].batch_tokens
         device = self.cluster.device
@@ -104,9 +103,8 @@ class Judgement:
         }
 
 
-def judge(one: Candidate, cluster: Cluster, constants: Constants | None = None) -> Judgement:
-    """The prediction for one layout; by the cluster's profile where no constants are given."""
-    constants = constants or constants_for(cluster.gpu)
+def judge(one: Candidate, cluster: Cluster, constants: Constants = CONSTANTS) -> Judgement:
+    """The prediction for one layout."""
     config, layout = one.config, one.layout
     segments = config.schedule.segments
     jobs = jobs_of([(one, segment.batch_tokens) for segment in segments], cluster)
@@ -133,9 +131,11 @@ def judge(one: Candidate, cluster: Cluster, constants: Constants | None = None) 
     )
 
 
-def search(config: RunConfig, cluster: Cluster, most: int = 10) -> list[Judgement]:
+def search(
+    config: RunConfig, cluster: Cluster, most: int = 10, constants: Constants = CONSTANTS
+) -> list[Judgement]:
     """The fastest layouts that fit, at most `most`, best first; empty where none fits."""
-    found, constants = list(candidates(config, cluster)), constants_for(cluster.gpu)
+    found = list(candidates(config, cluster))
     if not found:
         return []
     full = config.schedule.segments[-1].batch_tokens

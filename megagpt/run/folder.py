@@ -1,5 +1,6 @@
 """What the run folder says of a run beside its metrics, and what a finished run reached (L3)."""
 
+import contextlib
 import json
 import statistics
 import sys
@@ -30,19 +31,28 @@ def make_run_folder(config: RunConfig) -> None:
 
 
 def write_run_files(
-    config: RunConfig, layout: Layout, ds_config: dict[str, object], computing: dict[str, object]
+    config: RunConfig,
+    layout: Layout,
+    ds_config: dict[str, object],
+    computing: dict[str, object],
+    init_from: dict[str, object] | None = None,
 ) -> None:
     """The resolved configuration in the run folder: config.toml, ds_config.json, run.json.
 
-    `computing` is what the engine chose for this device.
+    `computing` is what the engine chose for this device, `init_from` what weights this start has
+    read; a later one, which reads none, keeps what is told of them.
     """
     folder = Path(config.output)
+    if init_from is None and config.init_from:
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            init_from = json.loads((folder / "run.json").read_text())["init_from"]
     facts = {
         "command": sys.argv,
         "layout": str(layout),
         "steps": config.schedule.n_steps,
         "versions": versions(),
         "computing": computing,
+        "init_from": init_from,
     }
     write_file(folder / "config.toml", dump_run(config))
     write_file(folder / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from megagpt.checkpoint import CheckpointRecord, Saver, list_checkpoints, resume
+from megagpt.checkpoint import CheckpointRecord, Saver, list_checkpoints, resume, start_from
 from megagpt.checkpoint.record import set_aside
 from megagpt.config import RunConfig
 from megagpt.engine import Engine
@@ -43,6 +43,8 @@ class Checkpoints:
         """Seconds of the slowest checkpoint; when the last one began."""
         self.begun = self.saved = 0
         """Tokens consumed at the newest checkpoint that was begun; at the newest that is valid."""
+        self.init_from: dict[str, object] | None = None
+        """What the weights were that this start has read; None: none."""
 
     def exist(self) -> bool:
         """Whether the run folder has a checkpoint, as rank 0 sees it."""
@@ -50,7 +52,8 @@ class Checkpoints:
 
     def resume(self, allow_changes: bool) -> tuple[RunState, History, int]:
         """The state of the newest whole checkpoint, loaded into the engine, and the steps in a row
-        that had no update before it; a new run's where there is none.
+        that had no update before it; a new run's, with the weights of `init_from` where the run
+        file names some, where there is none.
 
         Raises UsageError when the samples of its last step are no longer the ones it was trained
         on, DamageError when the journal is not the checkpoint's, and what
@@ -63,6 +66,9 @@ class Checkpoints:
             saved = resume(self.folder, self.config, self.engine, fingerprint, allow_changes)
         journal = Journal(self.engine.gather(read_journal(self.folder).entries)[0])
         if saved is None:
+            if self.config.init_from:
+                vocabulary = self.loader.tokenizer_fingerprint
+                self.init_from = start_from(self.config, self.engine, vocabulary)
             return RunState(journal=journal), [], 0
         journal = journal.agree(saved.rollbacks, self.folder)
         run = RunState(

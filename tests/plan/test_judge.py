@@ -14,10 +14,7 @@ from megagpt.plan.sanity import oddities
 
 
 @pytest.fixture
-def run_file(tmp_path, monkeypatch):
-    # A profile of whoever runs the tests would change every figure.
-    monkeypatch.setenv("MEGAGPT_PROFILES", str(tmp_path / "profiles"))
-
+def run_file(tmp_path):
     def made(size: str) -> str:
         path = tmp_path / f"{size}.toml"
         path.write_text(

@@ -1,0 +1,95 @@
+"""The model card: README.md of an export (L3)."""
+
+from pathlib import Path
+
+from megagpt import __version__
+from megagpt.checkpoint.export import Weights
+from megagpt.hub.compare import Comparison
+from megagpt.hub.shapes import ARCHITECTURES, model_type
+from megagpt.log import read_metrics
+
+_CARD = """---
+library_name: transformers
+pipeline_tag: {task}
+tags: [megagpt]
+---
+# {name}
+
+{cls}, written by megagpt {version}. No code of megagpt's is needed to use it.
+
+| | |
+|---|---|
+| layers, heads, width | {model.n_layer}, {model.n_head}, {model.d_model} |
+| context | {model.n_ctx} tokens |
+| vocabulary | {model.vocab_size} tokens, tokenizer {tokenizer} |
+| trained | {facts[step]:,} steps, {facts[tokens]:,} tokens |
+| data | {data} |
+| validation loss | {loss} |
+| weights | {dtype} |
+
+The licence of the training data is not known to megagpt, and so not that of the weights: say it
+here before you publish them.
+
+## Checked against megagpt
+transformers opened this folder in a process of its own. Over {compared} the logits differ from
+megagpt's by {found.difference:.2g} at most, where the largest is {found.largest:.3g}
+(refused beyond {found.tolerance:.2g}). A greedy continuation of {found.tokens} tokens to the full
+context, {cache}, was compared token by token.
+
+## What this format cannot say
+{notes}
+"""
+_NOTES = {
+    "all": (
+        "`<|endoftext|>` in a text is the special token to transformers' tokenizer and plain text "
+        "to megagpt's; pass `split_special_tokens=True` to have it as text.",
+        "megagpt puts END-OF-DOCUMENT before each document; the tokenizer adds none by itself.",
+    ),
+    "gpt_neo": (
+        'Do not pass `attn_implementation="flash_attention_2"`: transformers then ignores the '
+        "window of the local layers, and the logits are others.",
+        "The biases of q, k and v, which GPT-Neo has not, are folded into its matrices and into "
+        "ln_1.bias, exactly but for rounding. Weight decay or dropout in further training acts on "
+        "them as they are here.",
+        "vLLM and llama.cpp have no GPT-Neo.",
+    ),
+    "imagegpt": (
+        "The biases are 0 and megagpt has none; further training in transformers moves them.",
+    ),
+    "openai-gpt": ("The class has no cache: generating computes all tokens again for each one.",),
+}
+
+
+def model_card(weights: Weights, source: Path, found: Comparison, dtype: str, compared: str) -> str:
+    """The text of README.md. compared: what the windows were that were compared."""
+    config, kind = weights.config, model_type(weights.config.model)
+    records = read_metrics(source) if (source / "metrics.jsonl").exists() else []
+    losses = [r for r in records if "validation_loss" in r]
+    loss = "not known"
+    if losses:
+        loss = f"{losses[-1]['validation_loss']:.4f} nats at {losses[-1]['tokens']:,} tokens"
+    sources = ", ".join(f"{s.path} (weight {s.weight:g})" for s in config.data.train)
+    notes = [*_NOTES.get(kind, ())]
+    if weights.facts["tokenizer"]:
+        notes += _NOTES["all"]
+    if config.model.dropout:
+        notes.append(
+            f"config.json has the dropout of training, {config.model.dropout:g}; transformers "
+            "applies it in training mode only."
+        )
+    return _CARD.format(
+        task="unconditional-image-generation" if kind == "imagegpt" else "text-generation",
+        name=source.resolve().name,
+        cls=ARCHITECTURES[kind],
+        version=__version__,
+        model=config.model,
+        facts=weights.facts,
+        tokenizer=Path(weights.facts["tokenizer"]).name or "not known",
+        data=sources if weights.facts["tokens"] else "not known (imported weights)",
+        loss=loss,
+        dtype=dtype,
+        compared=compared,
+        found=found,
+        cache="which this class computes without a cache" if kind == "openai-gpt" else "cached",
+        notes="\n".join(f"- {note}" for note in notes) or "- nothing",
+    )

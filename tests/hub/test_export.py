@@ -1,0 +1,171 @@
+"""What is exported is what transformers computes: every class, every shape, through real files."""
+
+import filecmp
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megagpt.checkpoint.export import open_weights
+from megagpt.cli import main
+from megagpt.config.presets import ModelConfig
+from megagpt.errors import MegagptError, UsageError
+from megagpt.hub.answers import answer
+from megagpt.hub.compare import compare, logits_at
+from megagpt.hub.exporting import export_model, windows_of, write_export
+from megagpt.hub.importing import import_model
+from tests.lib.weights import weights_folder
+
+SMALL = {"n_layer": 3, "n_head": 2, "n_ctx": 40, "vocab_size": 257}
+BANDED = {"attention": ("dense", "banded", "banded"), "band_width": 9}
+MODELS = {
+    "gpt2": {"d_model": 32},
+    "gelu": {"d_model": 32, "activation": "gelu"},
+    "neo-16": {"d_model": 32, **BANDED},
+    "neo-80": {"d_model": 160, **BANDED},
+    "neo-96": {"d_model": 192, "attention": ("banded", "dense"), "band_width": 1},
+    "gpt1": {"d_model": 32, "family": "gpt1"},
+    "igpt": {"d_model": 32, "family": "igpt"},
+}
+
+
+def logits(folder: Path, weights: Path) -> tuple[torch.Tensor, ...]:
+    """(transformers' logits, ours in fp32, ours in fp64), of full contexts."""
+    source = open_weights(weights)
+    windows, _ = windows_of(source)
+    places = list(range(windows.shape[1]))
+    asked = {"windows": windows.tolist(), "positions": places, "texts": []}
+    theirs = answer(folder, asked | {"prompts": windows[:1, :4].tolist()})["logits"]
+    every = [torch.tensor(places)] * len(windows)
+    types = (torch.float32, torch.float64)
+    return theirs, *(torch.stack(logits_at(source, windows, every, dtype)) for dtype in types)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_transformers_computes_the_same_and_all_comes_back(name, tmp_path, capsys):
+    config = ModelConfig(**SMALL, **MODELS[name])
+    weights_folder(tmp_path / "ours", config, "bytes" if config.family == "gpt2" else "")
+    source = open_weights(tmp_path / "ours")
+    encoding = source.tokenizer() if config.family == "gpt2" else None
+    for dtype, most in ((torch.float32, 4e-6), (torch.bfloat16, 5e-2)):
+        out = tmp_path / str(dtype)
+        out.mkdir()
+        write_export(source, encoding, out, dtype, 60_000)
+        assert len(list(out.glob("*.safetensors"))) > 1
+        theirs, ours, exact = logits(out, tmp_path / "ours")
+        largest = float(exact.abs().max())
+        other, off, own = (
+            float((a - b).abs().max()) / largest
+            for a, b in ((theirs, ours), (theirs, exact), (ours, exact))
+        )
+        with capsys.disabled():
+            print(
+                f"\n{name} {dtype}: to ours {other:.1e}, to fp64 {off:.1e}, ours to fp64 {own:.1e}"
+            )
+        assert max(off, other) < most
+    first, again, back, twice = (tmp_path / n for n in ("torch.float32", "again", "in", "in2"))
+    import_model(str(first), back)
+    again.mkdir()
+    write_export(open_weights(back), encoding, again, torch.float32, 60_000)
+    import_model(str(again), twice)
+    for one, other_folder in ((first, again), (back, twice)):
+        names = sorted(p.name for p in one.iterdir())
+        assert names == sorted(p.name for p in other_folder.iterdir())
+        same, differing, _ = filecmp.cmpfiles(one, other_folder, names, shallow=False)
+        assert same == names, differing
+    assert main(["checkpoint", "verify", str(back)]) == 0
+
+
+def test_the_command_writes_a_folder_that_was_checked(tmp_path, capsys):
+    config = ModelConfig(**SMALL, **MODELS["neo-80"])
+    weights_folder(tmp_path / "ours", config, "bytes")
+    command = ["export", str(tmp_path / "ours"), str(tmp_path / "out"), "--format", "hf"]
+    assert main(command) == 0
+    assert "20 greedy tokens compared" in capsys.readouterr().out
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "merges.txt",
+        "model-00001-of-00001.safetensors",
+        "model.safetensors.index.json",
+        "special_tokens_map.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "vocab.json",
+    }
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "GPTNeoForCausalLM" in card and "flash_attention_2" in card and "random tokens" in card
+    assert main(command) == 2
+    assert "not empty; give a folder that does not exist yet" in capsys.readouterr().err
+    # It comes back with its tokenizer, and writes the same text.
+    assert main(["import", str(tmp_path / "out"), str(tmp_path / "back")]) == 0
+    texts = []
+    for folder in ("ours", "back"):
+        capsys.readouterr()
+        options = ["--prompt", "Hi", "--temperature", "0", "--max-tokens", "9", "--no-stop"]
+        assert main(["generate", str(tmp_path / folder), *options]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] and texts[0].startswith("Hi")
+
+
+def test_an_export_that_computes_something_else_is_found(tmp_path):
+    weights_folder(tmp_path / "ours", ModelConfig(**SMALL, **MODELS["gpt2"]), "bytes")
+    source = open_weights(tmp_path / "ours")
+    encoding = source.tokenizer()
+    (tmp_path / "out").mkdir()
+    write_export(source, encoding, tmp_path / "out", torch.float32, 10**9)
+    file = tmp_path / "out" / "model-00001-of-00001.safetensors"
+    tensors = load_file(file)
+    # A square matrix that is not transposed loads without a word.
+    square = "transformer.h.1.attn.c_proj.weight"
+    tensors[square] = tensors[square].t().contiguous()
+    save_file(tensors, file, {"format": "pt"})
+    windows, _ = windows_of(source)
+    found = compare(tmp_path / "out", source, windows, encoding, torch.float32)
+    assert "logits differ by" in found.problem()
+    assert not found.other_texts
+    (tmp_path / "out" / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"]}')
+    with pytest.raises(MegagptError, match="transformers cannot open the export"):
+        compare(tmp_path / "out", source, windows, encoding, torch.float32)
+
+
+def test_what_no_class_of_transformers_computes_is_refused(tmp_path):
+    for more, key in (
+        ({"family": "gpt1", **BANDED}, "model.attention"),
+        ({"family": "igpt", **BANDED}, "model.attention"),
+        ({"family": "gpt1", "activation": "gelu"}, "model.activation"),
+    ):
+        folder = tmp_path / f"{key}-{more['family']}"
+        weights_folder(folder, ModelConfig(**SMALL, d_model=32, **more))
+        with pytest.raises(UsageError, match=f"{key} = .* transformers cannot compute this model"):
+            export_model(folder, tmp_path / "out")
+    assert not [path for path in tmp_path.iterdir() if "out" in path.name]
+
+
+def test_converters_find_every_field_they_read(tmp_path):
+    """What llama.cpp's convert_hf_to_gguf.py and vLLM's GPT2LMHeadModel read of a GPT-2 folder."""
+    config = ModelConfig(**SMALL, d_model=32)
+    weights_folder(tmp_path / "ours", config, "bytes")
+    source = open_weights(tmp_path / "ours")
+    write_export(source, source.tokenizer(), tmp_path, torch.float32, 10**9)
+    tree = json.loads((tmp_path / "config.json").read_text())
+    llama = {"n_layer": 3, "n_ctx": 40, "n_embd": 32, "n_head": 2, "layer_norm_epsilon": 1e-5}
+    vllm = {
+        "vocab_size": 257,
+        "n_positions": 40,
+        "n_inner": None,
+        "activation_function": "gelu_new",
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "reorder_and_upcast_attn": False,
+        "add_cross_attention": False,
+        "tie_word_embeddings": True,
+        "architectures": ["GPT2LMHeadModel"],
+        "dtype": "float32",
+    }
+    assert {key: tree[key] for key in llama | vllm} == llama | vllm
+    assert tree["bos_token_id"] == tree["eos_token_id"] == 256

@@ -1,0 +1,37 @@
+"""Folders of weights of any shape with random parameters."""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from megagpt.checkpoint.export import write_weights
+from megagpt.checkpoint.weights import PlannedTensor
+from megagpt.config.presets import ModelConfig
+from megagpt.hub.importing import placeholder_run
+from megagpt.hub.naming import shapes_of
+
+
+def random_value(name: str, shape: tuple[int, ...], draw: torch.Generator) -> torch.Tensor:
+    """Every tensor random, biases too; some gains negative, near 0 or 0."""
+    value = torch.empty(shape).normal_(0, 0.3 if name.endswith("bias") else 0.1, generator=draw)
+    if ".ln_" in name and name.endswith("weight") or name == "ln_f.weight":
+        value = 1 + 3 * value
+        value[0], value[1] = -value[0], 1e-4
+    return value
+
+
+def weights_folder(
+    folder: Path, config: ModelConfig, tokenizer: str = "", seed: int = 1, vocabulary: str = ""
+) -> dict[str, torch.Tensor]:
+    """Writes the folder; its parameters by canonical name."""
+    draw = torch.Generator().manual_seed(seed)
+    values = {name: random_value(name, shape, draw) for name, shape in shapes_of(config).items()}
+    planned = [
+        PlannedTensor(name, tuple(value.shape), partial(lambda v: v, value))
+        for name, value in values.items()
+    ]
+    folder.mkdir(parents=True)
+    facts = {"step": 0, "tokens": 0, "tokenizer": tokenizer, "vocabulary": vocabulary}
+    write_weights(folder, planned, placeholder_run(config), facts, 100_000)
+    return values
