@@ -1,11 +1,13 @@
 """Faults of a run as its launcher sees them: exit codes, messages, and nothing lost."""
 
+import json
 import os
 import random
 import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +22,7 @@ from tests.lib.distributed import (
     descendants,
     finish,
     launch,
+    run_together,
     start,
     steps,
     undisturbed,
@@ -237,6 +240,16 @@ def test_a_short_campaign(tmp_path):
     assert figures.same_steps and figures.same_weights, figures
     assert figures.kills == 2 and figures.steps == len(steps(tmp_path / "run"))
     assert max(figures.seconds_to_end) < 30
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_twenty_kills(tmp_path):
+    words = ["--kills", "20", "--total-tokens", "700000", "--output", str(tmp_path / "campaign")]
+    done = run_together([sys.executable, "-m", "tests.lib.campaign", *words], timeout_s=3500)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    assert figures["kills"] == 20 and figures["same_steps"] and figures["same_weights"]
 
 
 # --- a full disk --------------------------------------------------------------------------------

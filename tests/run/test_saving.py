@@ -1,5 +1,6 @@
 """What is saved, what is kept, and how a run ends that has nothing to save any more."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from megagpt.checkpoint import list_checkpoints, verify
-from megagpt.checkpoint.record import read_record
+from megagpt.checkpoint.record import read_record, write_record
 from megagpt.cli import main
 from megagpt.errors import DamageError, Stopped, UnsoundError
 from megagpt.log import read_metrics
@@ -54,7 +55,15 @@ def spoil(trainer: Trainer, key: str = "fp32", value: float = math.nan) -> None:
 # --- what is not sound --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ds_config", ["zero0", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize(
+    "ds_config",
+    [
+        pytest.param("zero0", marks=pytest.mark.slow),
+        "zero1",
+        pytest.param("zero2", marks=pytest.mark.slow),
+        "zero3",
+    ],
+)
 def test_a_nan_is_never_saved_and_the_next_start_goes_on(tmp_path, ds_config):
     file = run_file(tmp_path, **SHORT, parallel={"ds_config": ds_config})
     train_here(file)
@@ -170,11 +179,12 @@ def test_a_checkpoint_that_an_earlier_version_saved_unseen_is_passed_over(tmp_pa
 @pytest.mark.parametrize(
     ("every", "keep", "kept"),
     [
-        # Multiples of 1000 tokens lie in steps 4, 8 and 12; of 700 in 3, 6, 9 and 11.
+        # 1000 tokens lie in step 4, 2000 in 8, 3000 in 12; 700 in 3, 1400 in 6, 2100 in 9, ...
         (512, 1000, [4, 8, 12]),
         (768, 1000, [6, 9, 12]),
         (512, 700, [4, 6, 10, 12]),
-        (1280, 256, [5, 10, 12]),
+        # The stop at step 7 is a checkpoint like any other.
+        (1280, 256, [5, 7, 10, 12]),
     ],
 )
 def test_the_first_checkpoint_past_each_multiple_is_kept(tmp_path, every, keep, kept):
@@ -183,15 +193,8 @@ def test_the_first_checkpoint_past_each_multiple_is_kept(tmp_path, every, keep, 
     with pytest.raises(Stopped):
         train_here(file, "checkpoint.stop_after_steps=7")
     train_here(file)
-    # The stop at step 7 is a checkpoint like any other.
-    stopped = [7] if 7 * 256 // keep > max(s for s in [0, *kept] if s < 7) * 256 // keep else []
-    found = [f for f in list_checkpoints(tmp_path / "run") if read_record(f).milestone]
-    steps_found = [read_record(f).step for f in found]
-    if stopped:
-        assert 7 in steps_found
-    for multiple in range(keep, 12 * 256 + 1, keep):
-        first = min(s for s in [*steps_found, 99] if s * 256 >= multiple)
-        assert first in (*kept, 7)
+    found = map(read_record, list_checkpoints(tmp_path / "run"))
+    assert [saved.step for saved in found if saved.milestone] == kept
 
 
 # --- what a run was -----------------------------------------------------------------------------
@@ -206,7 +209,12 @@ def test_another_batch_on_resume_goes_on_and_remembers(tmp_path, batch, capsys):
     other = [increment, f"schedule.batch_tokens={batch}", f"schedule.ramp_start_tokens={batch}"]
     with pytest.raises(Stopped):
         train_here(file, *other, "checkpoint.stop_after_steps=2", allow_changes=True)
-    # Weeks later, without a change.
+    # Weeks later, without a change, and from a checkpoint that does not say what it read last.
+    newest = list_checkpoints(tmp_path / "run")[-1]
+    saved = read_record(newest)
+    data = {key: value for key, value in saved.data.items() if key != "latest"}
+    if batch == 512:
+        write_record(newest, dataclasses.replace(saved, data=data))
     with pytest.raises(Stopped):
         train_here(file, *other, "checkpoint.stop_after_steps=1")
     train_here(file, *other)

@@ -30,6 +30,7 @@ def test_faults_on_one_rank_of_two_are_found_and_nothing_is_lost(tmp_path: Path)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("layout", ["zero1", "zero3", "pp2", "tp2"])
 def test_a_campaign_of_faults(tmp_path: Path, layout: str):
     draw = random.Random(layout)
