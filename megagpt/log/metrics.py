@@ -113,7 +113,7 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
         if broken:
             raise DamageError(
                 f"{path}, line {broken}: not a JSON object. Only the last line may be broken "
-                "(a run that was killed); restore the file, or start the run again, which drops the "
+                "(a run that was killed); restore the file, or start the run again: it drops the "
                 "line and keeps a copy of the file"
             )
         if record is None:
