@@ -1,43 +1,43 @@
-"""Shards made by others: Megatron pairs, nanoGPT .bin files, llm.c .bin shards.
+"""Shards made by others: Megatron pairs, nanoGPT .bin files, llm.c .bin shards, .npy arrays.
 
 Pairs in which every sequence ends with END-OF-DOCUMENT are ours already: `import` without an
 output writes the missing manifest beside them. Everything else is converted into a new folder;
 what others left out (END-OF-DOCUMENT of Megatron without --append-eod) or put elsewhere (in front
-of each document in llm.c) comes right on the way.
+of each document in llm.c) comes right on the way. What a file is, foreign.py finds out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from megagpt.corpus.manifest import MANIFEST, CorpusManifest, new_manifest, write_manifest
-from megagpt.corpus.shards import SHARD_TOKENS, Index, Shard, ShardWriter, read_index
+from megagpt.corpus.foreign import ForeignFile, recognise
+from megagpt.corpus.manifest import MANIFEST, CorpusManifest, Subset, new_manifest, write_manifest
+from megagpt.corpus.shards import (
+    SHARD_TOKENS,
+    Index,
+    Shard,
+    ShardWriter,
+    index_problem,
+    read_index,
+)
+from megagpt.corpus.state import FOLDER, State
 from megagpt.errors import DamageError, UsageError
 from megagpt.files import file_sha256
-from megagpt.tokenizer import end_of_document, load_tokenizer, token_dtype
+from megagpt.tokenizer import end_of_document, fingerprint, load_tokenizer, token_dtype
 
-LLMC_MAGIC = 20240520
-LLMC_HEADER = 1024
-"""Bytes: 256 int32."""
+if TYPE_CHECKING:
+    import tiktoken
+
 BATCH = 1 << 22
 """Tokens converted at a time."""
 
 Documents = Iterator[tuple[npt.NDArray, npt.NDArray[np.int64]]]
 """(tokens, sizes) of some documents, each with END-OF-DOCUMENT."""
-
-
-@dataclass(frozen=True)
-class _File:
-    """One file of others' shards."""
-
-    path: Path
-    format: str
-    """megatron | nanogpt | llmc"""
 
 
 def import_shards(
@@ -46,45 +46,51 @@ def import_shards(
     *,
     tokenizer: str = "gpt2",
     shard_tokens: int = SHARD_TOKENS,
+    raw: str = "",
     progress: Callable[[int], None] | None = None,
-) -> CorpusManifest:
-    """Make shards of others ours; `inputs` are .bin files, Megatron prefixes or a folder of them.
+) -> list[CorpusManifest]:
+    """Make shards of others ours; `inputs` are files, Megatron prefixes or folders of files.
 
     Without `output` the inputs must be Megatron pairs in one folder that can stay as they are; a
-    manifest is written beside them. With `output` everything is converted into that folder.
-    Raises UsageError or DamageError with the file that does not fit.
+    manifest is written beside them. With `output` everything is converted into that folder, and
+    files whose names tell of another split into OUTPUT-validation and OUTPUT-test. An import that
+    was killed is started over. `raw` names the numbers of files without a header. Returns the
+    manifests; raises UsageError or DamageError with the file that does not fit.
     """
-    files = _find(inputs)
     encoding = load_tokenizer(tokenizer)
+    files = [recognise(path, encoding.n_vocab, raw) for path in _find(inputs)]
     if output is None:
-        return _adopt(files, tokenizer, progress)
-    if output.exists() and any(output.iterdir()):
+        return [_adopt(files, tokenizer, progress)]
+    if output.exists() and any(output.iterdir()) and not (output / FOLDER).is_dir():
         raise UsageError(f"{output} is not empty; choose another --output or empty it")
-    output.mkdir(parents=True, exist_ok=True)
-    writer = ShardWriter(output, encoding.n_vocab, shard_tokens=shard_tokens)
-    end = end_of_document(encoding)
-    readers = {"megatron": _megatron, "nanogpt": _nanogpt, "llmc": _llmc}
-    for file in files:
-        for tokens, sizes in readers[file.format](file.path, end):
-            highest = int(tokens.max()) if len(tokens) else 0
-            if highest >= encoding.n_vocab:
-                raise UsageError(
-                    f"{file.path}: holds token {highest}, outside the {encoding.n_vocab} of "
-                    f"{tokenizer}; name the tokenizer that made it with --tokenizer"
-                )
-            writer.add(tokens, sizes)
-            if progress:
-                progress(tokens.nbytes)
-    manifest = _manifest(output, tokenizer, writer.close(), files)
-    write_manifest(manifest)
-    return manifest
+    folders = _folders(files, output)
+    plan = {
+        "import": [[str(f.path), f.format, *_stamp(f.path)] for f in files],
+        "tokenizer": fingerprint(encoding),
+        "shard_tokens": shard_tokens,
+        "raw": raw,
+    }
+    manifests = []
+    with State(list(folders), plan) as state:
+        for folder, own in folders.items():
+            writer = ShardWriter(folder, encoding.n_vocab, shard_tokens=shard_tokens)
+            for file in own:
+                _convert(file, writer, encoding, progress)
+            manifests.append(_manifest(folder, tokenizer, encoding, writer.close(), own))
+        # Train last, as a preparation does: its manifest says that everything is there.
+        for manifest in reversed(manifests):
+            write_manifest(manifest)
+        state.remove()
+    return manifests
 
 
-def _find(inputs: Sequence[Path | str]) -> list[_File]:
-    files = []
+def _find(inputs: Sequence[Path | str]) -> list[Path]:
+    """The files of the inputs. Raises UsageError for none, for one given twice, and for files that
+    something unfinished left."""
+    files: list[Path] = []
     for item in map(Path, inputs):
         if item.is_dir():
-            found = sorted(item.glob("*.bin"))
+            found = sorted([*item.glob("*.bin"), *item.glob("*.npy")])
         elif item.is_file():
             found = [item]
         else:
@@ -93,20 +99,59 @@ def _find(inputs: Sequence[Path | str]) -> list[_File]:
             raise UsageError(
                 f"{item}: no .bin file there; give files, Megatron prefixes or a folder"
             )
-        files += [_File(path, _format(path)) for path in found]
+        files += found
+    for folder in {path.parent for path in files}:
+        if (folder / FOLDER).is_dir() or any(folder.glob("*.bin.tmp")):
+            raise UsageError(
+                f"{folder}: a preparation or an import that did not finish left these files; run "
+                "its command again, which goes on or starts over"
+            )
+    known: set[Path] = set()
+    for path in files:
+        if path.resolve() in known:
+            raise UsageError(f"{path} is given twice; give every file once")
+        known.add(path.resolve())
     return files
 
 
-def _format(path: Path) -> str:
-    if path.with_suffix(".idx").exists():
-        return "megatron"
-    with path.open("rb") as file:
-        head = file.read(4)
-    return "llmc" if head == LLMC_MAGIC.to_bytes(4, "little") else "nanogpt"
+def _folders(files: list[ForeignFile], output: Path) -> dict[Path, list[ForeignFile]]:
+    """The files of each folder to write: `output` for those of training, or of the only split."""
+    splits = sorted({file.split for file in files}, key=("train", "validation", "test").index)
+    return {
+        output if split == splits[0] else output.with_name(f"{output.name}-{split}"): [
+            file for file in files if file.split == split
+        ]
+        for split in splits
+    }
+
+
+def _stamp(path: Path) -> list[int]:
+    return [path.stat().st_size, path.stat().st_mtime_ns]
+
+
+def _convert(
+    file: ForeignFile,
+    writer: ShardWriter,
+    encoding: tiktoken.Encoding,
+    progress: Callable[[int], None] | None,
+) -> None:
+    """Add the documents of a file."""
+    end = end_of_document(encoding)
+    read = _megatron(file.path, end) if file.format == "megatron" else _stream(file.tokens(), end)
+    for tokens, sizes in read:
+        for token in (int(tokens.min()), int(tokens.max())):
+            if not 0 <= token < encoding.n_vocab:
+                raise UsageError(
+                    f"{file.path}: holds token {token}, outside the {encoding.n_vocab} of "
+                    f"{encoding.name}; name the tokenizer that made it with --tokenizer"
+                )
+        writer.add(tokens, sizes)
+        if progress:
+            progress(tokens.nbytes)
 
 
 def _adopt(
-    files: list[_File], tokenizer: str, progress: Callable[[int], None] | None
+    files: list[ForeignFile], tokenizer: str, progress: Callable[[int], None] | None
 ) -> CorpusManifest:
     """Write a manifest beside Megatron pairs. Raises UsageError when they have to be converted."""
     folder = files[0].path.parent
@@ -114,6 +159,13 @@ def _adopt(
     dtype, end = token_dtype(encoding.n_vocab), end_of_document(encoding)
     if (folder / MANIFEST).exists():
         raise UsageError(f"{folder} has a {MANIFEST} already; remove it to write another")
+    splits = {file.split: file.path.name for file in files}
+    if len(splits) > 1:
+        raise UsageError(
+            f"{folder}: its names tell of several splits ({', '.join(splits.values())}), and a "
+            "corpus is one; convert them with --output DIR, which makes a corpus of each, or move "
+            "each split into a folder of its own and import that"
+        )
     shards = []
     for file in files:
         path = file.path
@@ -123,14 +175,32 @@ def _adopt(
         elif path.parent != folder:
             reason = "the pairs lie in different folders"
         else:
-            index = read_index(path.with_suffix(".idx"))
+            index = _index(path, end)
             reason = _adoptable(path, index, dtype, end)
         if reason:
             raise UsageError(f"{path}: {reason}; convert it with --output DIR")
         shards.append(_shard(path, index, progress))
-    manifest = _manifest(folder, tokenizer, shards, files)
+    manifest = _manifest(folder, tokenizer, encoding, shards, files)
     write_manifest(manifest)
     return manifest
+
+
+def _index(path: Path, end: int) -> Index:
+    """The index of a pair. Raises DamageError unless it fits itself and the tokens."""
+    index = read_index(path.with_suffix(".idx"))
+    if problem := index_problem(index, path.stat().st_size):
+        raise DamageError(f"{path.with_suffix('.idx')}: {problem}; copy the pair again")
+    tokens, documents = _tokens(path, index), np.asarray(index.documents)
+    ends = np.concatenate(([0], np.cumsum(index.sizes, dtype=np.int64)))[documents]
+    ends = ends[1:][np.diff(ends) > 0]
+    missing = np.flatnonzero(tokens[ends - 1] != end)
+    if 0 < 2 * len(missing) <= len(ends):
+        raise DamageError(
+            f"{path}: {len(missing)} of {len(ends)} documents do not end with END-OF-DOCUMENT "
+            f"({end}), the first is document {int(missing[0])}: its index is damaged, or pairs "
+            "with and without --append-eod were merged; copy it again, or import what was merged"
+        )
+    return index
 
 
 def _adoptable(path: Path, index: Index, dtype: np.dtype, end: int) -> str:
@@ -138,13 +208,11 @@ def _adoptable(path: Path, index: Index, dtype: np.dtype, end: int) -> str:
     if index.dtype != dtype:
         return f"its tokens are {index.dtype}, the tokenizer needs {dtype}"
     tokens = _tokens(path, index)
+    if np.any(np.diff(index.documents) == 0):
+        return "a document is empty"
     ends = np.cumsum(index.sizes, dtype=np.int64)
-    if len(ends) and int(ends[-1]) != len(tokens):
-        return "its documents do not cover the file in order"
-    if not np.array_equal(index.pointers, (ends - index.sizes) * np.int64(dtype.itemsize)):
-        return "its documents do not cover the file in order"
     lasts = ends[np.asarray(index.documents[1:]) - 1] - 1
-    if len(lasts) and np.any(tokens[lasts] != end):
+    if np.any(tokens[lasts] != end):
         return "not every document ends with END-OF-DOCUMENT"
     for start in range(0, len(tokens), BATCH):
         part = tokens[start : start + BATCH]
@@ -156,13 +224,9 @@ def _adoptable(path: Path, index: Index, dtype: np.dtype, end: int) -> str:
 
 
 def _tokens(path: Path, index: Index) -> npt.NDArray:
-    size = path.stat().st_size
-    needed = 0
-    if len(index.sizes):
-        needed = int(np.max(index.pointers + index.sizes.astype(np.int64) * index.dtype.itemsize))
-    if size < needed or size % index.dtype.itemsize:
-        raise DamageError(f"{path}: {size} bytes, its index needs {needed}; copy it again")
-    return np.memmap(path, dtype=index.dtype, mode="r") if size else np.zeros(0, index.dtype)
+    return (
+        np.memmap(path, dtype=index.dtype, mode="r") if path.stat().st_size else np.zeros(0, "u2")
+    )
 
 
 def _shard(path: Path, index: Index, progress: Callable[[int], None] | None) -> Shard:
@@ -177,12 +241,18 @@ def _shard(path: Path, index: Index, progress: Callable[[int], None] | None) -> 
 
 
 def _manifest(
-    folder: Path, tokenizer: str, shards: Sequence[Shard], files: list[_File]
+    folder: Path,
+    tokenizer: str,
+    encoding: tiktoken.Encoding,
+    shards: Sequence[Shard],
+    files: list[ForeignFile],
 ) -> CorpusManifest:
     totals = {
         "documents": sum(shard.documents for shard in shards),
         "tokens": sum(shard.tokens for shard in shards),
     }
+    if not totals["documents"]:
+        raise UsageError(f"{files[0].path}: no document in it or the files beside it")
     sources = tuple(
         {
             "path": str(file.path),
@@ -195,8 +265,9 @@ def _manifest(
     return new_manifest(
         folder,
         tokenizer,
-        load_tokenizer(tokenizer),
+        encoding,
         shards,
+        split=Subset(files[0].split, rule="the names of the files that were imported"),
         sources=sources,
         totals=totals,
         preparation={"imported": sorted({file.format for file in files})},
@@ -205,46 +276,21 @@ def _manifest(
 
 def _megatron(path: Path, end: int) -> Documents:
     """Documents of a pair; sequences of one document are joined, a missing end is added."""
-    index = read_index(path.with_suffix(".idx"))
+    index = _index(path, end)
     tokens = _tokens(path, index)
-    width = index.dtype.itemsize
-    for first, last in zip(index.documents, index.documents[1:], strict=False):
-        parts = []
-        for sequence in range(int(first), int(last)):
-            start = int(index.pointers[sequence]) // width
-            parts.append(tokens[start : start + int(index.sizes[sequence])])
-        document = np.concatenate(parts) if parts else np.zeros(0, index.dtype)
+    bounds = np.concatenate(([0], np.cumsum(index.sizes, dtype=np.int64)))[index.documents]
+    for start, stop in zip(bounds, bounds[1:], strict=False):
+        document = tokens[start:stop]
         if len(document) and int(document[-1]) == end:
             document = document[:-1]
         # An end inside a Megatron document is text that looked like one: it ends one here too.
         yield from _split(np.append(document.astype(np.int64), end), end)
 
 
-def _nanogpt(path: Path, end: int) -> Documents:
-    """Documents of raw uint16 tokens, END-OF-DOCUMENT after each."""
-    size = path.stat().st_size
-    if size % 2:
-        raise DamageError(f"{path}: {size} bytes are no uint16 tokens; copy it again")
-    tokens = np.memmap(path, dtype="<u2", mode="r") if size else np.zeros(0, np.uint16)
-    yield from _stream(tokens, end)
-
-
-def _llmc(path: Path, end: int) -> Documents:
-    """Documents of an llm.c shard, which puts END-OF-DOCUMENT in front of each."""
-    size = path.stat().st_size
-    head = np.fromfile(path, "<i4", 256)
-    if len(head) < 256 or head[1] != 1 or size != LLMC_HEADER + 2 * int(head[2]):
-        raise DamageError(
-            f"{path}: not a whole llm.c shard of version 1 ({size} bytes); copy it again"
-        )
-    tokens = np.memmap(path, dtype="<u2", mode="r", offset=LLMC_HEADER) if head[2] else head[:0]
-    if len(tokens) and int(tokens[0]) == end:
-        tokens = tokens[1:]
-    yield from _stream(tokens, end)
-
-
 def _stream(tokens: npt.NDArray, end: int) -> Documents:
-    """Documents of tokens in a row with ends between or after them, a batch at a time."""
+    """Documents of tokens in a row with ends between, before or after them, a batch at a time."""
+    if int(tokens[0]) == end:  # llm.c puts it in front of each document
+        tokens = tokens[1:]
     rest = np.zeros(0, tokens.dtype)
     for start in range(0, len(tokens), BATCH):
         block = np.concatenate((rest, tokens[start : start + BATCH]))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megagpt.corpus.documents import FORMATS, Documents
+from megagpt.corpus.foreign import RAW
 from megagpt.corpus.manifest import Subset
 from megagpt.corpus.shards import SHARD_TOKENS
 from megagpt.errors import EXIT_DAMAGE, EXIT_OK, Stopped, UsageError, ended
@@ -160,20 +161,24 @@ def add_parsers(subparsers: Any) -> None:
 
     adopt = subparsers.add_parser(
         "import",
-        help="take Megatron pairs, nanoGPT .bin files or llm.c shards",
+        help="take Megatron pairs, nanoGPT's uint16 .bin, llm.c shards or .npy",
         description="Writes a manifest beside Megatron pairs that can stay where they are, or "
         "converts what others have tokenized into a folder of shards.",
         epilog="Exit codes: 0 done; 2 files that cannot be taken; 3 damage.",
     )
     adopt.add_argument(
-        "inputs", type=Path, nargs="+", metavar="INPUT", help=".bin files, prefixes or a folder"
-    )
+        "inputs", type=Path, nargs="+", metavar="INPUT",
+        help="files, Megatron prefixes or folders; val and test in names tell of splits",
+    )  # fmt: skip
     adopt.add_argument(
         "--output", type=Path, metavar="DIR",
         help="convert into this folder; without it a manifest is written beside Megatron pairs",
     )  # fmt: skip
     adopt.add_argument(
-        "--tokenizer", default="gpt2", metavar="NAME", help="what the tokens were made with"
+        "--tokenizer", metavar="NAME", help="what the tokens were made with; gpt2 is assumed"
+    )
+    adopt.add_argument(
+        "--raw", choices=RAW, default="", help="take files as bare numbers, whatever they look like"
     )
     adopt.add_argument("--shard-tokens", type=int, default=SHARD_TOKENS, metavar="N",
                        help="tokens of a shard")  # fmt: skip
@@ -221,13 +226,20 @@ def run_import(args: argparse.Namespace) -> int:
     from megagpt.corpus.adopt import import_shards
     from megagpt.corpus.progress import Progress
 
+    if not args.tokenizer:
+        print("tokenizer: gpt2 is assumed; --tokenizer names another")
     with Progress("importing") as progress:
-        manifest = import_shards(
+        manifests = import_shards(
             args.inputs,
             args.output,
-            tokenizer=args.tokenizer,
+            tokenizer=args.tokenizer or "gpt2",
             shard_tokens=args.shard_tokens,
+            raw=args.raw,
             progress=progress.add,
         )
-    print(f"{manifest.folder}: {manifest.documents:,} documents, {manifest.tokens:,} tokens")
+    for made in manifests:
+        print(
+            f"{made.folder}: {made.split.name} split, {made.documents:,} documents, "
+            f"{made.tokens:,} tokens of {made.tokenizer_name}"
+        )
     return EXIT_OK

@@ -156,8 +156,8 @@ def _missing(folder: Path) -> str:
         return f"{folder} does not exist; prepare a corpus there with data_prep/tokenize_corpus.py"
     if (folder / ".preparation").is_dir():
         return (
-            f"{folder}: its preparation did not finish; run the same data_prep command again, it "
-            "continues where it stopped"
+            f"{folder}: its preparation did not finish; run the same command again (of data_prep, "
+            "which continues where it stopped, or megagpt data import, which starts over)"
         )
     if any(folder.glob("*.bin")):
         return (

@@ -122,7 +122,8 @@ def _finished(
             f"{output} already holds another corpus ({difference}); choose another --output, or "
             "remove it first"
         )
-    shutil.rmtree(output / FOLDER, ignore_errors=True)  # killed just before its end
+    for folder in (validation_folder(output), output):
+        shutil.rmtree(folder / FOLDER, ignore_errors=True)  # killed just before its end
     manifests = [manifest]
     if options.validation_fraction:
         manifests.append(read_manifest(validation_folder(output)))

@@ -121,6 +121,33 @@ def read_index(path: Path) -> Index:
     )
 
 
+def index_problem(index: Index, size: int) -> str:
+    """What in an index contradicts itself or a .bin of `size` bytes; "" for nothing.
+
+    Megatron writes the lengths twice, as lengths and as offsets, and each document's start.
+    """
+    sizes = np.asarray(index.sizes, np.int64)
+    starts = np.asarray(index.documents)
+    if not len(sizes) or len(starts) < 2:
+        return "it lists no documents"
+    if index.dtype.kind == "f":
+        return f"its tokens are {index.dtype}, which no ids are"
+    ends = np.cumsum(sizes) * index.dtype.itemsize
+    wrong = np.flatnonzero((index.pointers != ends - sizes * index.dtype.itemsize) | (sizes < 0))
+    if len(wrong):
+        return f"its byte offsets do not follow from its lengths, first at sequence {int(wrong[0])}"
+    if ends[-1] != size:
+        return f"its lengths add up to {ends[-1]} bytes, its .bin has {size}"
+    steps = np.diff(starts)
+    if starts[0] != 0 or starts[-1] != len(sizes):
+        return "its document starts do not cover its sequences"
+    if steps.min() < 0:
+        return f"document {int(np.argmin(steps)) + 1} starts before the one in front of it"
+    if steps.min() == 0 and steps.max() > 1:
+        return f"document {int(np.argmin(steps))} has no sequence, though others have several"
+    return ""
+
+
 def index_bytes(sizes: npt.NDArray[np.integer], dtype: np.dtype) -> bytes:
     """The content of an .idx file in which every document is one sequence of `sizes` tokens."""
     codes = {kind: code for code, kind in DTYPES.items()}

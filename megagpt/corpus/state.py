@@ -53,10 +53,13 @@ class State:
 
     def __init__(self, folders: Sequence[Path], plan: dict[str, Any]) -> None:
         self.folder = folders[0] / FOLDER
+        # In every folder, so that none of them is taken for a whole corpus meanwhile.
+        self._marks = [folder / FOLDER for folder in folders]
         if not self.folder.is_dir():
             for folder in folders:
                 _refuse_strangers(folder)
-            self.folder.mkdir(parents=True)
+        for mark in self._marks:
+            mark.mkdir(parents=True, exist_ok=True)
         self._lock = (self.folder / "lock").open("w")
         self._wait_for_lock(folders[0])
         self._check_plan(folders[0], plan)
@@ -161,7 +164,8 @@ class State:
 
     def remove(self) -> None:
         """Everything is in shards and manifests now."""
-        shutil.rmtree(self.folder)
+        for mark in reversed(self._marks):
+            shutil.rmtree(mark)
 
     def __enter__(self) -> State:
         return self
@@ -175,7 +179,7 @@ def plan_difference(before: dict[str, Any], now: dict[str, Any]) -> str:
     """In words, the first thing in which two plans differ."""
     for key in {**before, **now}:
         if before.get(key) != now.get(key):
-            if key == "sources":
+            if key in ("sources", "import"):
                 return "the input files differ or have changed"
             return f"{key} was {before.get(key)!r}, now it is {now.get(key)!r}"
     return "nothing"

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from megagpt.corpus.manifest import CorpusManifest, read_manifest
-from megagpt.corpus.shards import Index, Shard, read_index
+from megagpt.corpus.shards import Index, Shard, index_problem, read_index
 from megagpt.errors import DamageError, MegagptError
 from megagpt.files import BLOCK, file_sha256
 from megagpt.tokenizer import load_tokenizer
@@ -157,16 +157,8 @@ def _check_index(manifest: CorpusManifest, shard: Shard, index: Index) -> list[s
     documents = len(index.documents) - 1
     if documents != shard.documents:
         return [f"{path}: {documents} documents, the manifest says {shard.documents}"]
-    sizes = np.asarray(index.sizes, np.int64)
-    ends = np.cumsum(sizes)
-    if (int(ends[-1]) if len(ends) else 0) != shard.tokens:
-        return [f"{path}: its lengths do not add up to {shard.tokens} tokens"]
-    if not np.array_equal(index.pointers, (ends - sizes) * manifest.dtype.itemsize):
-        return [f"{path}: its byte offsets do not follow from its lengths"]
-    starts = np.asarray(index.documents)
-    if len(starts) and (starts[0] != 0 or starts[-1] != len(sizes) or np.any(np.diff(starts) < 1)):
-        return [f"{path}: its document boundaries do not cover its sequences"]
-    return []
+    problem = index_problem(index, shard.bytes)
+    return [f"{path}: {problem}"] if problem else []
 
 
 def _check_ends(manifest: CorpusManifest, shard: Shard, index: Index, ends: int) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megagpt.corpus.adopt import LLMC_MAGIC, import_shards
+from megagpt.corpus.adopt import import_shards
 from megagpt.corpus.manifest import read_manifest
 from megagpt.corpus.shards import HEADER, MAGIC, index_bytes
 from megagpt.corpus.verify import verify_shards
@@ -43,7 +43,7 @@ def megatron(
 
 def llmc(path: Path, tokens: list[int]) -> Path:
     head = np.zeros(256, "<i4")
-    head[:3] = [LLMC_MAGIC, 1, len(tokens)]
+    head[:3] = [20240520, 1, len(tokens)]
     path.write_bytes(head.tobytes() + np.array(tokens, "<u2").tobytes())
     return path
 
@@ -52,7 +52,7 @@ def test_megatron_pairs_with_ends_stay_where_they_are(tmp_path: Path) -> None:
     sequences = [[*ids(text), END] for text in TEXTS]
     prefix = megatron(tmp_path, sequences, [0, 1, 2, 3])
     before = (tmp_path / "m.bin").read_bytes()
-    manifest = import_shards([prefix])
+    [manifest] = import_shards([prefix])
     assert manifest == read_manifest(tmp_path)
     assert decoded(tmp_path) == TEXTS
     assert (tmp_path / "m.bin").read_bytes() == before
@@ -68,7 +68,7 @@ def test_megatron_pairs_with_ends_stay_where_they_are(tmp_path: Path) -> None:
         ([[*ids(text), END] for text in TEXTS], [0, 1, 2, 3], "<i4", "are int32, .* needs uint16"),
         ([[*ids(TEXTS[0]), END, *ids(TEXTS[1]), END], [*ids(TEXTS[2]), END]], [0, 1, 2], "<u2",
          "END-OF-DOCUMENT stands inside"),
-        ([ids(TEXTS[0])[:1], [*ids(TEXTS[0])[1:], END], [*ids(TEXTS[1]), END], ids(TEXTS[2])],
+        ([ids(TEXTS[0])[:1], [*ids(TEXTS[0])[1:], END], ids(TEXTS[1]), ids(TEXTS[2])],
          [0, 2, 3, 4], "<u2", "not every document ends with"),
     ],
 )  # fmt: skip
@@ -114,7 +114,7 @@ def test_imports_that_cannot_be_right_are_refused(tmp_path: Path) -> None:
         import_shards([tmp_path / "nothing"], tmp_path / "y")
     with pytest.raises(UsageError, match="is not empty"):
         import_shards([tmp_path / "a.bin"], tmp_path)
-    (tmp_path / "a.bin").write_bytes(b"abc")
+    (tmp_path / "a.bin").write_bytes(b"\1\2\3")
     with pytest.raises(DamageError, match="3 bytes are no uint16 tokens"):
         import_shards([tmp_path / "a.bin"], tmp_path / "z")
     path = llmc(tmp_path / "b.bin", [1, 2])
@@ -123,15 +123,18 @@ def test_imports_that_cannot_be_right_are_refused(tmp_path: Path) -> None:
         import_shards([path], tmp_path / "w")
     prefix = megatron(tmp_path / "m", [[1, END]], [0, 1])
     (tmp_path / "m/m.bin").write_bytes(b"ab")
-    with pytest.raises(DamageError, match="m.bin: 2 bytes, its index needs 4"):
+    with pytest.raises(
+        DamageError, match="m.idx: its lengths add up to 4 bytes, its .bin has 2; copy"
+    ):
         import_shards([prefix])
 
 
 def test_sequences_that_do_not_cover_the_file(tmp_path: Path) -> None:
     prefix = megatron(tmp_path, [[1, END], [2, END]], [0, 1, 2])
     (tmp_path / "m.bin").write_bytes((tmp_path / "m.bin").read_bytes() + b"\1\0")
-    with pytest.raises(UsageError, match="do not cover the file in order"):
-        import_shards([prefix])
+    for output in (None, tmp_path / "out"):
+        with pytest.raises(DamageError, match="add up to 8 bytes, its .bin has 10"):
+            import_shards([prefix], output)
 
 
 def test_pairs_of_two_folders(tmp_path: Path) -> None:

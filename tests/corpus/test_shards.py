@@ -192,7 +192,7 @@ def test_missing_manifest_names_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="megagpt data import"):
         read_manifest(tmp_path)
     (tmp_path / ".preparation").mkdir()
-    with pytest.raises(UsageError, match="did not finish; run the same data_prep command again"):
+    with pytest.raises(UsageError, match="did not finish; run the same command again"):
         read_manifest(tmp_path)
 
 

@@ -110,9 +110,9 @@ def test_indexes_that_contradict_the_manifest(manifest: CorpusManifest) -> None:
     for content, message in (
         (index_bytes(np.array([4, 1]), np.dtype("<i4")), "dtype int32, the manifest says uint16"),
         (index_bytes(np.array([5]), kind), "1 documents, the manifest says 2"),
-        (index_bytes(np.array([4, 2]), kind), "do not add up to 5 tokens"),
+        (index_bytes(np.array([4, 2]), kind), "lengths add up to 12 bytes, its .bin has 10"),
         (good[:42] + b"\2" + good[43:], "byte offsets do not follow"),
-        (good[:-8] + b"\1" + good[-7:], "document boundaries do not cover"),
+        (good[:-8] + b"\1" + good[-7:], "document starts do not cover its sequences"),
         (good[:-8], "cut short"),
     ):
         path.write_bytes(content)
