@@ -8,20 +8,30 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from megagpt.corpus.manifest import CorpusManifest, read_manifest
-from megagpt.corpus.shards import read_index
+from megagpt.corpus.manifest import CorpusManifest, Shard, read_manifest
+from megagpt.corpus.shards import Index, read_index
 from megagpt.errors import DamageError
+from megagpt.files import file_sha256
 from megagpt.tokenizer import load_tokenizer
 
 BAR = 40
 """Characters of the longest bar of the histogram."""
 
 
+def _index(manifest: CorpusManifest, shard: Shard) -> Index:
+    """The index of a shard. Raises DamageError when it is not the one that was written."""
+    path = manifest.index_path(shard)
+    index = read_index(path)
+    if file_sha256(path) != shard.index_sha256:
+        raise DamageError(f"{path}: not as it was written; run megagpt data verify")
+    return index
+
+
 def document_sizes(manifest: CorpusManifest) -> npt.NDArray[np.int64]:
     """(documents,) tokens of each document, END-OF-DOCUMENT included, in order."""
     sizes = []
     for shard in manifest.shards:
-        index = read_index(manifest.index_path(shard))
+        index = _index(manifest, shard)
         starts = np.asarray(index.documents, np.int64)
         ends = np.concatenate(([0], np.cumsum(index.sizes, dtype=np.int64)))
         sizes.append(np.diff(ends[starts]))
@@ -31,10 +41,12 @@ def document_sizes(manifest: CorpusManifest) -> npt.NDArray[np.int64]:
 def first_documents(manifest: CorpusManifest, count: int) -> Iterator[npt.NDArray]:
     """The tokens of the first documents, END-OF-DOCUMENT included."""
     for shard in manifest.shards:
-        index = read_index(manifest.index_path(shard))
+        index = _index(manifest, shard)
         path = manifest.bin_path(shard)
         try:
             tokens = np.memmap(path, dtype=manifest.dtype, mode="r")
+            if len(tokens) != shard.tokens:
+                raise ValueError(f"{len(tokens):,} tokens, {shard.tokens:,} were written")
         except (OSError, ValueError) as error:
             raise DamageError(
                 f"{path}: cannot be read ({error}); run megagpt data verify"
@@ -66,7 +78,12 @@ def _describe(folder: Path | str, documents: int, characters: int) -> str:
     if documents:
         encoding = load_tokenizer(manifest.tokenizer, manifest.fingerprint)
         for number, tokens in enumerate(first_documents(manifest, documents)):
-            text = encoding.decode(tokens[: 4 * characters].tolist())
+            try:
+                text = encoding.decode(tokens[: 4 * characters].tolist())
+            except KeyError as error:
+                raise DamageError(
+                    f"{folder}: document {number}: {error.args[0]}; run megagpt data verify"
+                ) from None
             cut = "..." if len(text) > characters else ""
             lines += ["", f"document {number} ({len(tokens):,} tokens):", text[:characters] + cut]
     return "\n".join(lines)

@@ -26,6 +26,7 @@ from megagpt.corpus.digests import Digests
 from megagpt.corpus.documents import find_sources
 from megagpt.corpus.download import fetch
 from megagpt.corpus.huggingface import hub_documents
+from megagpt.corpus.inspect import describe
 from megagpt.corpus.manifest import read_manifest
 from megagpt.corpus.pipe import beside, prepare
 from megagpt.corpus.recipe import PrepareOptions
@@ -203,6 +204,29 @@ def test_inspect_shows_no_negative_number_of_anything(tmp_path: Path, option: st
     args = made.parse_args(["inspect", str(tmp_path), f"--{option}", "-1"])
     with pytest.raises(UsageError, match=f"--{option} -1: must be 0 or more"):
         args.run(args)
+
+
+def test_inspect_believes_no_damaged_shard(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "in.jsonl", sample_texts(50))
+    prepare([path], options(tmp_path, shard_tokens=200))
+    good = describe(tmp_path / "out", documents=9)
+    for file in sorted((tmp_path / "out").glob("out_*")):
+        content = file.read_bytes()
+        for place in range(0, len(content), 37):
+            # Of tokens only those that are shown are looked at, and whether they are any.
+            shown = file.name == "out_00000.bin" and place % 2 and place < 200
+            changed = bytearray(content)
+            changed[place] = 0xFF if shown else changed[place] ^ 0x80
+            file.write_bytes(changed)
+            if file.suffix == ".idx" or shown:
+                with pytest.raises(DamageError, match="run megagpt data verify|out_0000..idx: "):
+                    describe(tmp_path / "out", documents=9)
+        file.write_bytes(content[:-2])
+        if file.suffix == ".idx" or file.name == "out_00000.bin":
+            with pytest.raises(DamageError, match="tokens, .* were written|out_0000..idx: "):
+                describe(tmp_path / "out", documents=9)
+        file.write_bytes(content)
+    assert describe(tmp_path / "out", documents=9) == good
 
 
 # --- outputs ------------------------------------------------------------------------------------
