@@ -19,14 +19,15 @@ _LONGEST_WORD = 16
 """Characters before the end of a chunk in which a cut word, number or escape may begin."""
 # Files that were put together may have byte order marks in the middle.
 _SPACE = re.compile("[ \t\n\r\ufeff]*+")
-_OUTSIDE = re.compile('[ \t\n\r\ufeff]*+(?:["{\\[,]|\\Z)')
+_OUTSIDE = re.compile(r'[ \t\n\r\ufeff]*+(?:["{\[,\]]|\Z)')
 _BEHIND = re.compile(r"[ \t\n\r]*+(?:[,\]]|\Z)")
 _UNDECODED = re.compile("[\udc80-\udcff]")
 _OPENING = re.compile(r'"|\{\s*+"[^"\\]*+"|')
 _PLACE = re.compile(r'[,\[][ \t\n\r]*+(?=["{]|\Z)')
 """Where an element may begin."""
-_MARK = re.compile(r'"(?:[^"\\]++|\\.)*+"(?=\s*+[:,\]}])|["{}\[\]]', re.DOTALL)
-"""A bracket, or a string with what may follow one; a quote alone belongs to something else."""
+_MARK = re.compile(r'[\s,:\w.+-]*+("(?:[^"\\]++|\\.)*+"(?=\s*+[:,\]}])|["{}\[\]])', re.DOTALL)
+"""Words and separators, then a bracket or a string with what may follow one; a quote alone belongs
+to something else."""
 _WORD = re.compile(r"[\w.+-]*+[ \t\n\r]*+(?=[,\]])")
 
 
@@ -188,14 +189,15 @@ class _Window:
             word = _WORD.match(text, start, start + NEAR)
             return word.end() if word else 0
         waiting: list[str] = []
-        for match in _MARK.finditer(text, start, start + NEAR):
-            mark = match[0]
+        place = start
+        while match := _MARK.match(text, place, start + NEAR):
+            mark, place = match[1], match.end()
             if mark in "{[":
                 waiting.append("}" if mark == "{" else "]")
             elif mark == '"' or mark in "}]" and waiting.pop() != mark:
                 return 0
             if not waiting:
-                return match.end()
+                return place
         return 0
 
     def _see(self, place: int) -> int:

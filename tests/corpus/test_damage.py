@@ -160,6 +160,8 @@ ARRAYS = [
     ('["a", "b\\x", "c\td", "e"]', ["a", "e"], ["Invalid", "Invalid"]),
     (f'["a", {DEEP}, {"[" * 9999}{"]" * 9999}, "b"]', ["a", "b"], ["nested too deeply"] * 2),
     (f'["a", {{"b": {"9" * 5000}}}, "b"]', ["a", {"b": float("inf")}, "b"], []),
+    ('["a", "b [\\"x|", [\\"x\\",", "c"]', ["a", 'b ["x|', "c"], ["Expecting value"]),
+    ('["a", "b"]", "c"]', ["a", "b", "c"], ["text behind", "Expecting value"]),
     # A quote lost, or one too many: no piece of a text becomes an element.
     ('["al, bert", "b!, "c", "d, e", "f"]', ["al, bert", "c", "d, e", "f"], ["text behind"]),
     ('["a", "be"ta", "c", "d"]', ["a", "c", "d"], ["text behind"]),

@@ -61,6 +61,8 @@ class Case:
     """Whether no problem may be named."""
     named: bool = False
     """Whether one must be."""
+    garbled: bool = False
+    """Whether a named file may give anything: the checksum comes behind what it is for."""
 
 
 @dataclass
@@ -180,7 +182,7 @@ def flip_packed(draw: random.Random) -> Case:
         )  # fmt: skip
     content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
     name = "a.parquet" if ending == ".parquet" else "a.jsonl" + ending
-    return Case("one bit, compressed or Parquet", name, bytes(content), [], texts)
+    return Case("one bit, compressed or Parquet", name, bytes(content), [], texts, garbled=True)
 
 
 def bad_value(draw: random.Random) -> Case:
@@ -283,7 +285,8 @@ def look(case: Case, folder: Path, figures: Figures) -> None:
     wrong = []
     if lost:
         wrong.append(f"lost {lost[:2]}")
-    if [text for text in texts if text in known] != [text for text in case.truth if text in there]:
+    order = [text for text in texts if text in known]
+    if order != [text for text in case.truth if text in there] and not (case.garbled and named):
         wrong.append("another order, or a document twice")
     if not named and (case.named and missing or len(others) > case.changed):
         wrong.append(f"no word of {missing[:2]} {others[:2]}")
