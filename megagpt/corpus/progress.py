@@ -6,6 +6,8 @@ import sys
 import time
 from typing import Any
 
+from megagpt.errors import visible
+
 
 class Progress:
     """Counts bytes (and tokens) of a job; `total_bytes` 0 means that the end is not known."""
@@ -69,13 +71,14 @@ def _bar(label: str, total: int) -> Any:
 
     # No thread refreshes it, so that the process may still fork.
     bar = progress.Progress(
-        "{task.description}",
+        # A name in the label is no markup.
+        progress.TextColumn("{task.description}", markup=False),
         progress.BarColumn(),
-        "{task.fields[state]}",
+        progress.TextColumn("{task.fields[state]}", markup=False),
         console=Console(stderr=True),
         transient=True,
         auto_refresh=False,
     )
-    bar.add_task(label, total=total or None, state="")
+    bar.add_task(visible(label), total=total or None, state="")
     bar.start()
     return bar

@@ -20,7 +20,7 @@ from rich.console import Console
 from megagpt.corpus.inspect import document_sizes
 from megagpt.corpus.progress import Progress
 from megagpt.corpus.verify import verify_files
-from megagpt.errors import DamageError, UsageError
+from megagpt.errors import DamageError, UsageError, visible
 from megagpt.log.units import duration
 from megagpt.order.loader import TokenLoader
 from megagpt.order.windows import TokenWindows
@@ -114,7 +114,7 @@ def _bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
     """Shows how many of `total` tokens are done, as it is told: a bar on a terminal, lines of
     logging elsewhere."""
     bar = progress.Progress(
-        progress.TextColumn("{task.description}"),
+        progress.TextColumn("{task.description}", markup=False),
         progress.BarColumn(),
         progress.TextColumn("{task.completed:,.0f} of {task.total:,.0f} tokens"),
         progress.TimeRemainingColumn(),
@@ -122,7 +122,7 @@ def _bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
         transient=True,
         disable=not sys.stderr.isatty(),
     )
-    task, shown = bar.add_task(label, total=total), time.monotonic()
+    task, shown = bar.add_task(visible(label), total=total), time.monotonic()
 
     def add(tokens: int) -> None:
         nonlocal shown

@@ -61,7 +61,11 @@ def test_a_band_as_wide_as_the_context_is_called_dense(monkeypatch):
     assert chosen.slow == ()
 
 
-def test_a_cpu_gets_its_own(caplog):
+def test_a_cpu_gets_its_own(caplog, monkeypatch):
+    monkeypatch.setattr(attention, "BF16_PRODUCTS", False)
+    chosen = choose(parse_run(RUN), Layout(), CPU)
+    assert chosen.attention == {"dense": "sdpa flash", "banded": "blocks"}
+    monkeypatch.setattr(attention, "BF16_PRODUCTS", True)
     chosen = choose(parse_run(RUN), Layout(), CPU)
     assert chosen.attention == {"dense": "tiles", "banded": "tiles"}
     assert (chosen.loss, chosen.compile, chosen.slow) == ("sliced", "no", ())

@@ -54,7 +54,12 @@ def test_the_tiled_form_equals_the_reference(monkeypatch, t, band):
     check(t, t, band, tiled.attend_tiled)
 
 
-def test_bf16_is_as_near_as_bf16_can_be():
+@pytest.mark.parametrize("tiles", [False, True])
+def test_bf16_is_as_near_as_bf16_can_be(monkeypatch, tiles):
+    """By this package's tiles, where a CPU multiplies bf16 by itself, and by torch's kernels."""
+    monkeypatch.setattr(attention, "BF16_PRODUCTS", tiles)
+    form = attention.attention_form("cpu", torch.bfloat16, False, 0.0, 64)
+    assert form == ("tiles" if tiles else "sdpa")
     inputs = [x.detach().bfloat16() for x in draw(300, 300)]
     for band in (None, 40):
         reference = attend_slowly(*(x.double() for x in inputs), band)

@@ -2,11 +2,13 @@
 
 Letters: B batch, T positions, H heads, E width of a head, W band width, N = B H.
 
-torch's CPU flash kernel reaches about a quarter of the bf16 speed of a matrix product there; this
-form, with its scores rounded to bf16 as an unfused attention has them, about 1.3 times the flash
-kernel's (docs/benchmarks/model_step.md). A tile of TILE queries meets only the keys that one of
-them may see, so a band costs O(T W), and nothing of size T x T is kept: the backward pass
-computes the weights again. Two custom operators, so that torch.compile takes it as it is.
+Only for CPUs that multiply bf16 by themselves (AVX512-BF16). torch's CPU flash kernel reaches about
+a quarter of the speed of a matrix product there; this form, with its scores rounded to bf16 as an
+unfused attention has them, about 1.3 times the flash kernel's. That costs accuracy: two to ten
+times the flash kernel's error of the output (docs/benchmarks/model_step.md). A tile of TILE queries
+meets only the keys that one of them may see, so a band costs O(T W), and nothing of size T x T is
+kept: the backward pass computes the weights again. Two custom operators, so that torch.compile
+takes it as it is.
 """
 
 import math
