@@ -20,7 +20,7 @@ from benchmarks.gpu_check.train import watched
 from tests.lib.distributed import ROOT, digest_of_weights, exact, start, steps, trained
 
 FILE = ROOT / "launch/runs/quickstart.toml"
-KILLED_AT = 13
+KILLED_AT = {"cuda": 13, "cpu": 10}
 """Step after which a run is killed, between two checkpoints."""
 VARIANTS = {
     "whole": (),
@@ -33,15 +33,16 @@ VARIANTS = {
 
 def overrides(run: Path, tiny: bool) -> list[str]:
     """What is other than in the quickstart."""
+    part = 2 if tiny else 1
     return [
         f"output={run}",
         f'data.train=[{{path = "{corpus("bytes")}"}}]',
         "data.validation=[]",
-        "schedule.total_tokens=90000",
-        "schedule.ramp_tokens=30000",
-        "schedule.warmup_tokens=10000",
-        "schedule.decay_tokens=80000",
-        "checkpoint.every_tokens=20000",
+        f"schedule.total_tokens={90_000 // part}",
+        f"schedule.ramp_tokens={30_000 // part}",
+        f"schedule.warmup_tokens={10_000 // part}",
+        f"schedule.decay_tokens={80_000 // part}",
+        f"checkpoint.every_tokens={20_000 // part}",
         "evaluate.samples=0",
         "log.tensorboard=false",
         "log.watchdog_minutes=5",
@@ -58,7 +59,7 @@ def run_variant(mode: str, variant: str) -> Path:
     arguments += [*MODES[mode], *VARIANTS[variant]]
     if variant == "killed":
         process = start(FILE, 1, *arguments, launcher="python")
-        said = watched(process, run, KILLED_AT)
+        said = watched(process, run, KILLED_AT[os.environ["DEVICE"]])
         assert process.returncode == -signal.SIGKILL, f"had ended before it was killed: {said}"
     trained(FILE, 1, *arguments, launcher="python", timeout_s=seconds_left())
     return run

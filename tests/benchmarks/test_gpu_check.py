@@ -53,8 +53,9 @@ def test_some_items_dry(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(7300)
 def test_every_item_dry(tmp_path):
-    results, table = check(tmp_path, timeout_s=3500)
+    results, table = check(tmp_path, timeout_s=7200)
     log = (tmp_path / "log.txt").read_text()
     ends = {r["item"]: r["code"] for r in results if r["kind"] == "item"}
     assert ends == {item.name: 0 for item in ITEMS}, log
