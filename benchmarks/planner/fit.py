@@ -244,10 +244,13 @@ def spread(rows: Measured, columns: Mapping[str, Column]) -> dict[str, list[floa
 def _bounds(errors: Column, everyone: Column) -> list[float]:
     """The middle 80% of measured / predicted, drawn towards everyone's where rows are few."""
     share = len(errors) / (len(errors) + 20)
-    # As many more as few rows need for their quantile to hold for the next one.
-    edge = 0.1 * max(0.0, 1 - 9 / len(errors))
-    ends = [share * np.quantile(-errors, q) + (1 - share) * np.quantile(-everyone, q)
-            for q in (edge, 1 - edge)]  # fmt: skip
+
+    def ends_of(values: Column) -> Column:
+        # As much more as few rows need for their quantile to hold for the next one.
+        edge = 0.1 * max(0.0, 1 - 9 / len(values))
+        return np.quantile(-values, (edge, 1 - edge))
+
+    ends = share * ends_of(errors) + (1 - share) * ends_of(everyone)
     return [float(f"{np.exp(end):.4g}") for end in ends]
 
 

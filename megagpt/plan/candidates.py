@@ -169,7 +169,7 @@ def _row(one: Candidate, cluster: Cluster, tokens: int) -> dict[str, float]:
         "micro": micro,
         "batch": tokens / model.n_ctx,
         "sequence_parallel": 0.0,
-        "full": 1 / parallel.recompute_every if parallel.recompute == "full" else 0.0,
+        "full": _recomputed(one),
         "selective": 0.0,
         "flash": 1.0,
         "fp8": 0.0,
@@ -185,6 +185,14 @@ def _row(one: Candidate, cluster: Cluster, tokens: int) -> dict[str, float]:
         "domain": cluster.domain,
         "framework": SYSTEMS.index("megagpt"),
     }
+
+
+def _recomputed(one: Candidate) -> float:
+    """Share of the blocks that are computed again; a pipeline does so k at a time, with all."""
+    parallel = one.config.parallel
+    if parallel.recompute == "none":
+        return 0.0
+    return 1.0 if one.layout.pipelined else 1 / parallel.recompute_every
 
 
 @lru_cache

@@ -10,14 +10,18 @@ from megagpt.config.flops import flops_per_token, parameters, pf_days
 from megagpt.errors import UsageError
 from megagpt.plan.accelerators import ACCELERATORS
 from megagpt.plan.batch import predict_file
+from megagpt.plan.calibrate import calibrate
 from megagpt.plan.candidates import Cluster, candidate
 from megagpt.plan.ds_config import read_ds_config, resolve
 from megagpt.plan.judge import Judgement, judge, refusal, search, what_works
+from megagpt.plan.launch_files import write_plan
 from megagpt.plan.layout import Layout, layout_of
 from megagpt.plan.memory import activation_bytes, state_bytes
+from megagpt.plan.picture import draw
 from megagpt.plan.sanity import disk, oddities
+from megagpt.plan.simulate import GPU_HOURS_PER_FAILURE
 from megagpt.plan.table import Row, idle_as_text, ramp, ramp_as_text, stages_as_text
-from megagpt.plan.told import judgement_as_text, search_as_text
+from megagpt.plan.told import judgement_as_text, search_as_text, simulation_as_text
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -47,22 +51,40 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     made.add_argument("--price", type=float, default=0.0, help="dollars for a GPU-hour")
     made.add_argument("--search", action="store_true", help="the ten fastest layouts that fit")
     made.add_argument("--json", action="store_true", help="all of it as JSON")
+    made.add_argument("--write", metavar="DIR", help="write run file, DeepSpeed's JSON, job script")
+    made.add_argument("--picture", metavar="FILE.png", help="memory, time and GPUs as a picture")
+    _add_simulation(made)
     made.add_argument("--batch", metavar="ROWS.csv", help="predict every row of a table instead")
     made.add_argument("--output", metavar="OUT.csv", help="where --batch writes")
+    made.add_argument(
+        "--calibrate",
+        nargs="+",
+        metavar="RUN_DIR",
+        help="fit the profile of --gpu to what these runs recorded, for every plan from then on",
+    )
     made.set_defaults(run=run)
+
+
+def _add_simulation(made: argparse.ArgumentParser) -> None:
+    """The options of --simulate."""
+    made.add_argument("--simulate", action="store_true", help="the run with its failures")
+    for name, default, text in (
+        ("--gpu-hours-per-failure", GPU_HOURS_PER_FAILURE, "mean GPU-hours between failures"),
+        ("--restart-minutes", 10.0, "from the end of a start to the next one's first step"),
+        ("--queue-minutes", 0.0, "mean time in the queue after a failure"),
+        ("--spot", None, "dollars for a GPU-hour of machines that leave with notice"),
+    ):
+        made.add_argument(name, type=float, default=default, metavar="X", help=text)
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the plan. Raises UsageError with every reason why the run cannot go so."""
-    if args.batch:
-        if not args.output or args.file:
-            raise UsageError("--batch ROWS.csv needs --output OUT.csv, and no run file beside it")
-        print(f"{args.output}: {predict_file(args.batch, args.output)} rows")
-        return 0
+    if args.batch or args.calibrate:
+        return _without_run_file(args)
     if not args.file:
         raise UsageError("megagpt plan needs a run file, or --batch ROWS.csv --output OUT.csv")
     config = load_run(args.file, args.overrides)
-    cluster = cluster_of(args, config)
+    cluster = cluster_of(args, config.parallel.pipeline * config.parallel.tensor)
     if args.search:
         return _search(args, config, cluster)
     layout = layout_of(config, cluster.gpus)
@@ -84,14 +106,29 @@ def run(args: argparse.Namespace) -> int:
     print(_run_as_text(args.file, config, layout, stage, rows))
     if args.gpus is not None:
         print("\n" + judgement_as_text(judged))
+        _more(args, judged)
     else:
         print("\nnothing is judged without --gpus N --gpu NAME")
     return 0
 
 
-def cluster_of(args: argparse.Namespace, config: RunConfig) -> Cluster:
-    """The devices of the command line. Raises UsageError for what cannot be."""
-    share = config.parallel.pipeline * config.parallel.tensor
+def _without_run_file(args: argparse.Namespace) -> int:
+    """--batch and --calibrate."""
+    if args.batch:
+        if not args.output or args.file:
+            raise UsageError("--batch ROWS.csv needs --output OUT.csv, and no run file beside it")
+        print(f"{args.output}: {predict_file(args.batch, args.output)} rows")
+        return 0
+    if args.file:
+        raise UsageError("--calibrate RUN_DIR... takes no run file")
+    path = calibrate(args.calibrate, cluster_of(args, 1))
+    print(f"{path}: plans for {args.gpu} use these constants from now on")
+    return 0
+
+
+def cluster_of(args: argparse.Namespace, share: int) -> Cluster:
+    """The devices of the command line, `share` of them where it does not say. Raises UsageError
+    for what cannot be."""
     if args.gpu not in ACCELERATORS:
         raise UsageError(f"--gpu {args.gpu}: must be one of {', '.join(ACCELERATORS)}")
     domain = args.gpus_per_node if args.nvlink_domain is None else args.nvlink_domain
@@ -129,7 +166,25 @@ def _search(args: argparse.Namespace, config: RunConfig, cluster: Cluster) -> in
         print(json.dumps(_as_json(args, config, rows, found), indent=1))
     else:
         print(search_as_text(found) + "\n\n" + judgement_as_text(found[0]))
+        _more(args, found[0])
     return 0
+
+
+def _more(args: argparse.Namespace, judged: Judgement) -> None:
+    """What --simulate and --write add."""
+    if args.simulate:
+        numbers = args.gpu_hours_per_failure, args.restart_minutes * 60, args.queue_minutes * 60
+        if numbers[0] <= 0 or min(numbers) < 0 or (args.spot is not None and args.spot < 0):
+            raise UsageError(
+                "--simulate: --gpu-hours-per-failure must be above 0; --restart-minutes, "
+                "--queue-minutes and --spot 0 or more"
+            )
+        print(simulation_as_text(judged, *numbers, args.spot))
+    if args.picture:
+        draw(judged, Path(args.picture))
+        print(f"wrote {args.picture}")
+    if args.write:
+        print("\n".join(f"wrote {path}" for path in write_plan(judged, Path(args.write))))
 
 
 def _run_as_text(file: str, config: RunConfig, layout: Layout, stage: int, rows: list[Row]) -> str:

@@ -4,12 +4,14 @@ constants.json is written by benchmarks/planner/fit.py; "kinds" says what each c
 """
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from megagpt.errors import UsageError
 from megagpt.plan.jobs import SYSTEMS, Column, Jobs
 
 PATH = Path(__file__).with_name("constants.json")
@@ -17,6 +19,29 @@ _FILE: dict[str, Any] = json.loads(PATH.read_text(encoding="utf-8"))
 Constants = Mapping[str, float]
 CONSTANTS: dict[str, float] = _FILE["constants"] | _FILE["assumed"]
 """kind or kind.NAME -> value; "assumed" are those of megagpt itself, which no row speaks about."""
+
+
+def profile_path(gpu: str) -> Path:
+    """Where the profile of a cluster of these devices lies: $MEGAGPT_PROFILES or the user's
+    configuration."""
+    base = os.environ.get("MEGAGPT_PROFILES")
+    folder = Path(base) if base else Path.home() / ".config" / "megagpt"
+    return folder / f"{gpu}.json"
+
+
+def constants_for(gpu: str) -> Mapping[str, float]:
+    """The constants, with the cluster's own where it was calibrated. Raises UsageError for a
+    profile that cannot be read."""
+    path = profile_path(gpu)
+    if not path.exists():
+        return CONSTANTS
+    try:
+        own = {str(k): float(v) for k, v in json.loads(path.read_text())["constants"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(
+            f"{path}: not a profile that --calibrate wrote ({error!r}); remove it"
+        ) from None
+    return CONSTANTS | own
 
 
 def interval(jobs: Jobs, what: str) -> tuple[Column, Column]:

@@ -14,7 +14,7 @@ from megagpt.plan.candidates import (
     jobs_of,
     stage_layers,
 )
-from megagpt.plan.constants import CONSTANTS, Constants, interval
+from megagpt.plan.constants import Constants, constants_for, interval
 from megagpt.plan.cost import step_items
 from megagpt.plan.footprint import MEMORY_ITEMS, Stage, fullest, stage_bytes
 from megagpt.plan.layout import Layout, busy_start_tokens, padded_model
@@ -71,7 +71,8 @@ class Judgement:
     def utilisation(self, recompute: str) -> float:
         """MFU (recompute = none) or HFU (as the run has it) of a full step."""
         config = self.candidate.config
-        every = config.parallel.recompute_every
+        # A pipeline recomputes its blocks k at a time, but every one of them.
+        every = 1 if self.candidate.layout.pipelined else config.parallel.recompute_every
         flops = flops_per_token(config.model, recompute, "full", every)
         tokens = config.schedule.segments[-1].batch_tokens
         device = self.cluster.device
@@ -103,8 +104,9 @@ class Judgement:
         }
 
 
-def judge(one: Candidate, cluster: Cluster, constants: Constants = CONSTANTS) -> Judgement:
-    """The prediction for one layout."""
+def judge(one: Candidate, cluster: Cluster, constants: Constants | None = None) -> Judgement:
+    """The prediction for one layout; by the cluster's profile where no constants are given."""
+    constants = constants or constants_for(cluster.gpu)
     config, layout = one.config, one.layout
     segments = config.schedule.segments
     jobs = jobs_of([(one, segment.batch_tokens) for segment in segments], cluster)
@@ -131,11 +133,9 @@ def judge(one: Candidate, cluster: Cluster, constants: Constants = CONSTANTS) ->
     )
 
 
-def search(
-    config: RunConfig, cluster: Cluster, most: int = 10, constants: Constants = CONSTANTS
-) -> list[Judgement]:
+def search(config: RunConfig, cluster: Cluster, most: int = 10) -> list[Judgement]:
     """The fastest layouts that fit, at most `most`, best first; empty where none fits."""
-    found = list(candidates(config, cluster))
+    found, constants = list(candidates(config, cluster)), constants_for(cluster.gpu)
     if not found:
         return []
     full = config.schedule.segments[-1].batch_tokens
@@ -170,17 +170,17 @@ def what_works(config: RunConfig, cluster: Cluster, most: int = 3) -> str:
     if splits:
         lines = [f"  {one.candidate}: {' '.join(one.candidate.keys)}" for one in splits.values()]
         return f"what works on {cluster.gpus:,} {cluster.gpu}:\n" + "\n".join(lines[:most])
-    gpus = 1
-    while gpus <= 16_384:
-        gpus *= 2
-        larger = dataclasses.replace(cluster, gpus=gpus)
-        if gpus > cluster.gpus and (best := search(config, larger, 1)):
+    # More devices first, then fewer: a batch may have no work for so many.
+    powers = [2**n for n in range(15)]
+    more = [n for n in powers if n > cluster.gpus]
+    for gpus in [*more, *(n for n in reversed(powers) if n < cluster.gpus)]:
+        if best := search(config, dataclasses.replace(cluster, gpus=gpus), 1):
             least = best[0].candidate
             return (
-                f"nothing fits {cluster.gpus:,} {cluster.gpu}; {gpus:,} can do it: {least}: "
+                f"nothing works on {cluster.gpus:,} {cluster.gpu}; {gpus:,} can do it: {least}: "
                 f"{' '.join(least.keys)}"
             )
-    return f"nothing fits {cluster.gpus:,} {cluster.gpu}, nor up to {gpus:,} of them"
+    return f"nothing works on {cluster.gpus:,} {cluster.gpu}, nor on any other number of them"
 
 
 def with_higher_start(one: Judgement) -> Judgement | None:

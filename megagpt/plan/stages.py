@@ -22,43 +22,41 @@ def stage_bounds(config: ModelConfig, stages: int) -> list[int]:
     """First layer of each stage, and the number of layers as the last entry: `stages` + 1 numbers.
 
     Every stage has a block at least; among such splits the one whose costliest stage is cheapest,
-    with ties resolved for blocks as early as possible.
+    with ties resolved for blocks as late as possible: the first stage bears the embedding and
+    keeps the activations of as many micro-batches as there are stages, the last of one.
     """
     costs = layer_costs(config)
-    # Blocks are dealt out; wte and wpe stay with the first, ln_f and head with the last.
+    # Blocks are dealt out from the last; wte and wpe stay with the first stage, ln_f and head with
+    # the last.
     own = costs[2:-2]
-    tail = sum(costs[-2:])
+    head = sum(costs[-2:])
     low, high = 0.0, sum(costs)
-    best = _deal(own, tail, stages, high)
+    best = _deal(own, head, stages, high)
     assert best is not None, (config.n_layer, stages)
     for _ in range(60):
         middle = (low + high) / 2
-        found = _deal(own, tail, stages, middle)
+        found = _deal(own, head, stages, middle)
         if found is None:
             low = middle
         else:
             best, high = found, middle
-    firsts = [0, *(2 + block for block in best[1:])]
-    return [*firsts, len(costs)]
+    return [0, *(2 + block for block in best[1:]), len(costs)]
 
 
-def _deal(own: Sequence[float], tail: float, stages: int, limit: float) -> list[int] | None:
+def _deal(own: Sequence[float], head: float, stages: int, limit: float) -> list[int] | None:
     """First block of each stage when no stage may cost more than `limit`; None if impossible."""
-    firsts, cost, block = [0], 0.0, 0
-    while block < len(own):
-        left = stages - len(firsts)
-        last = left == 0
-        full = cost + own[block] + (tail if last else 0.0) > limit * (1 + 1e-12)
+    most = limit * (1 + 1e-12)
+    firsts = [len(own)]
+    for stage in reversed(range(stages)):
+        cost, block = head if stage == stages - 1 else 0.0, firsts[-1]
         # The stages still to come need a block each.
-        if block > firsts[-1] and not last and (full or len(own) - block <= left):
-            firsts.append(block)
-            cost = 0.0
-            continue
-        cost += own[block]
-        if cost > limit * (1 + 1e-12):
+        while block > stage and (cost + own[block - 1] <= most or block == firsts[-1]):
+            block -= 1
+            cost += own[block]
+        if cost > most:
             return None
-        block += 1
-    return firsts if len(firsts) == stages and cost + tail <= limit * (1 + 1e-12) else None
+        firsts.append(block)
+    return firsts[:0:-1] if firsts[-1] == 0 else None
 
 
 def stage_parameters(config: ModelConfig, stages: int, tensor: int = 1) -> list[int]:

@@ -3,7 +3,14 @@
 from collections.abc import Sequence
 
 from megagpt.plan.judge import HOST_WATTS, Judgement, decided_by, with_higher_start
+from megagpt.plan.memory import checkpoint_bytes
+from megagpt.plan.simulate import Weather, best_interval, simulate
 from megagpt.plan.table import aligned
+
+COPY_RATE = 5e9
+"""Bytes/s at which a rank copies its part of a checkpoint to its host, the others beside it."""
+WRITE_RATE = 0.5e9
+"""Bytes/s at which a host writes to a shared file system, as `megagpt launch` takes it."""
 
 
 def judgement_as_text(one: Judgement) -> str:
@@ -66,3 +73,34 @@ def search_as_text(found: Sequence[Judgement]) -> str:
         item, seconds = decided_by(one, found[0])
         lines.append(f"{one.candidate}: loses {seconds:.2g} s a step by {item}")
     return "\n".join(lines) + "\nuse the first: " + " ".join(found[0].candidate.keys)
+
+
+def simulation_as_text(
+    one: Judgement, gpu_hours: float, restart_s: float, queue_s: float, spot: float | None
+) -> str:
+    """The run with failures: goodput, days, cost, and the interval between checkpoints."""
+    cluster, config = one.cluster, one.candidate.config
+    nodes = -(-cluster.gpus // cluster.per_node)
+    size = checkpoint_bytes(config.model)
+    # In the background only the copy to the host's memory stops the step.
+    rate = cluster.gpus * COPY_RATE if config.checkpoint.background else nodes * WRITE_RATE
+    weather = Weather(
+        failure_every=gpu_hours * 3600 / cluster.gpus,
+        save=size / rate,
+        restart=restart_s,
+        queue=queue_s,
+        notice=spot is not None,
+    )
+    tokens = config.schedule.segments[-1].batch_tokens
+    own = config.checkpoint.every_tokens / tokens * one.step or one.days * 86_400
+    price, lines = cluster.dollars if spot is None else spot, []
+    for name, interval in (("as the run file saves", own), ("at best", best_interval(weather))):
+        run = simulate(one.days * 86_400, interval, weather)
+        low, mid, high = run.middle(run.days)
+        bad, good, top = run.middle(run.goodput)
+        cost = mid * 24 * cluster.gpus * price
+        lines.append(
+            f"with failures, {name}, every {interval / 60:,.3g} min: goodput {good:.1%} "
+            f"({bad:.1%} to {top:.1%}), {mid:,.3g} days ({low:,.3g} to {high:,.3g}), ${cost:,.0f}"
+        )
+    return "\n".join(lines)

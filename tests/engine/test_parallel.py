@@ -47,6 +47,17 @@ def test_175b_over_16_stages():
     assert whole == 174_604_259_328
 
 
+def test_early_stages_hold_no_more_than_late_ones_where_the_pace_allows_it():
+    model = PRESETS["gpt3-2.7b"].model
+    bounds = stage_bounds(model, 8)
+    blocks = [len(set(range(a, b)) & set(range(2, 34))) for a, b in pairwise(bounds)]
+    assert blocks == [1, 3, 5, 5, 5, 5, 5, 3]
+    # 1 block, embedding and positions instead of 5 blocks with them.
+    assert stage_parameters(model, 8)[0] == 212_577_280
+    worst = max(sum(layer_costs(model)[a:b]) for a, b in pairwise(bounds))
+    assert worst == pytest.approx(sum(layer_costs(model)[12:17]))
+
+
 BUILD = """
     import os, sys, json, io, contextlib, logging
     os.environ.update(DS_ACCELERATOR="cpu", RANK="0", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")

@@ -14,7 +14,10 @@ from megagpt.plan.sanity import oddities
 
 
 @pytest.fixture
-def run_file(tmp_path):
+def run_file(tmp_path, monkeypatch):
+    # A profile of whoever runs the tests would change every figure.
+    monkeypatch.setenv("MEGAGPT_PROFILES", str(tmp_path / "profiles"))
+
     def made(size: str) -> str:
         path = tmp_path / f"{size}.toml"
         path.write_text(
@@ -35,7 +38,7 @@ def test_nothing_that_does_not_fit_is_accepted(run_file, capsys):
     code, out, err = planned(capsys, run_file("175b"), "parallel.micro_batch=16", "--gpus", "1")
     assert (code, out) == (2, "")
     assert "stage 0 needs 4," in err and "optimizer 2,09" in err
-    assert "95% of a h100's memory are 76 GB; nothing fits 1 h100; " in err
+    assert "95% of a h100's memory are 76 GB; nothing works on 1 h100; " in err
     # 80 GB hold 1.3B with 18 bytes a parameter, 40 GB do not hold 2.7B.
     assert planned(capsys, run_file("1.3b"), "--gpus", "1", "--gpu", "h100")[0] == 0
     assert planned(capsys, run_file("2.7b"), "--gpus", "1", "--gpu", "a100-40")[0] == 2
@@ -143,6 +146,15 @@ def test_more_is_told_of_odd_runs(run_file, tmp_path):
     assert f"{tmp_path}/x is read 5.00 times; more than about 4" in "\n".join(oddities(config))
 
 
+def test_more_devices_than_the_batch_has_work_for(run_file, capsys):
+    err = planned(capsys, run_file("125m"), "--gpus", "100000")[2]
+    line = err.splitlines()[-1]
+    count = int(line.split(" can do it")[0].split("; ")[-1].replace(",", ""))
+    assert count < 100_000
+    keys = shlex.split(line[line.index("parallel.ds_config=") :])
+    assert planned(capsys, run_file("125m"), *keys, "--gpus", str(count))[0] == 0
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -154,7 +166,7 @@ def test_more_is_told_of_odd_runs(run_file, tmp_path):
         (["--gpus", "8", "--price", "-1"], "--price -1.0: must be dollars for a GPU-hour"),
         (["--search"], "--search needs --gpus N of at least 1, got None"),
         (["--search", "--gpus", "0"], "--search needs --gpus N of at least 1, got 0"),
-        (["--search", "--gpus", "1", "--gpu", "v100-16"], "nothing fits 1 v100-16; "),
+        (["--search", "--gpus", "1", "--gpu", "v100-16"], "nothing works on 1 v100-16; "),
         (["--batch", "rows.csv"], "--batch ROWS.csv needs --output OUT.csv, and no run file"),
     ],
 )

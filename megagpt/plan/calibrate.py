@@ -1,0 +1,122 @@
+"""Constants of one cluster, from runs that trained on it (L0: numpy, no torch).
+
+A run records the time of every step and its memory anyway (metrics.jsonl). Four constants are
+fitted to them, drawn towards what the planner takes without: speed of computations, cost of a
+micro-step that does not shrink with it, exposed traffic of gradients, and memory beside what is
+counted.
+"""
+
+import json
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from megagpt.config import RunConfig, load_run
+from megagpt.errors import UsageError
+from megagpt.files import write_file
+from megagpt.plan.candidates import Candidate, Cluster, candidate, jobs_of
+from megagpt.plan.constants import CONSTANTS, profile_path
+from megagpt.plan.cost import step_time
+from megagpt.plan.jobs import Column
+from megagpt.plan.judge import judge
+
+FITTED = {"framework": 1.0, "launch": 1.0, "data_exposed": 1.0, "step": 1.0}
+"""Kind of a constant -> how far it may move, as a logarithm's standard deviation."""
+NOISE = 0.02
+
+
+def calibrate(folders: Sequence[str], cluster: Cluster) -> Path:
+    """Fits the profile of the cluster's devices to these runs, writes it and returns its path."""
+    pairs: list[tuple[Candidate, int]] = []
+    seconds: list[float] = []
+    clusters: list[Cluster] = []
+    spare: list[float] = []
+    for folder in folders:
+        config, world, records = _read(Path(folder))
+        one, where = candidate(config, world), replace(cluster, gpus=world)
+        for tokens, step_s in _steps(records, folder):
+            pairs.append((one, tokens))
+            seconds.append(step_s)
+            clusters.append(where)
+        predicted = judge(one, where, CONSTANTS).peak - 1e9 * CONSTANTS["overhead.megagpt"]
+        names = ("memory_peak_bytes", "host_memory_bytes")
+        measured = [r[n] for r in records for n in names[:1] if n in r] or [
+            r[names[1]] for r in records if names[1] in r
+        ]
+        spare += [max(measured) - predicted] if measured else []
+    own = _fit(pairs, clusters, np.array(seconds))
+    if spare:
+        own["overhead.megagpt"] = max(0.0, statistics.median(spare) / 1e9)
+    path = profile_path(cluster.gpu)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, json.dumps({"runs": list(folders), "constants": own}, indent=1) + "\n")
+    return path
+
+
+def _fit(
+    pairs: Sequence[tuple[Candidate, int]], clusters: Sequence[Cluster], seconds: Column
+) -> dict[str, float]:
+    """Gauss-Newton on logarithms, drawn towards today's values."""
+    jobs = [jobs_of([pair], where) for pair, where in zip(pairs, clusters, strict=True)]
+    start = {k: CONSTANTS.get(f"{k}.megagpt", CONSTANTS[k]) for k in FITTED}
+
+    def told(x: Column) -> Column:
+        own = {f"{k}.megagpt": v * np.exp(m) for (k, v), m in zip(start.items(), x, strict=True)}
+        return np.log([float(step_time(job, CONSTANTS | own)[0]) for job in jobs])
+
+    x, prior = np.zeros(len(start)), 1 / np.array(list(FITTED.values()))
+    # Devices that the table does not know at all may be far off: then first the speed alone.
+    off = float(np.median(np.log(seconds) - told(x)))
+    x[0] = off if abs(off) > np.log(3) else 0.0
+    middle = x
+    for _ in range(20):
+        base = told(x)
+        slope = np.stack([(told(x + 0.01 * e) - base) / 0.01 for e in np.eye(len(x))], axis=1)
+        left = np.concatenate([slope / NOISE, np.diag(prior)])
+        right = np.concatenate([(np.log(seconds) - base) / NOISE, (middle - x) * prior])
+        change = np.clip(np.linalg.lstsq(left, right, rcond=None)[0], -1, 1)
+        x = x + change
+        if np.abs(change).max() < 1e-4:
+            break
+    return {
+        f"{k}.megagpt": float(v * np.exp(m)) for (k, v), m in zip(start.items(), x, strict=True)
+    }
+
+
+def _read(folder: Path) -> tuple[RunConfig, int, list[dict[str, float]]]:
+    """Configuration, ranks and records of a run folder."""
+    try:
+        config = load_run(folder / "config.toml")
+        facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"--calibrate {folder}: must be a run folder with config.toml, run.json and "
+            f"metrics.jsonl ({error})"
+        ) from None
+    world = re.match(r"(\d+) rank", str(facts.get("layout", "")))
+    records = []
+    for line in lines:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return config, int(world[1]) if world else 1, records
+
+
+def _steps(records: Sequence[Mapping[str, float]], folder: str) -> list[tuple[int, float]]:
+    """Median seconds of the steps of each batch size; the first two of each pay for starts."""
+    found: dict[int, list[float]] = {}
+    for record in records:
+        if "step_s" in record and "batch_tokens" in record and "details_s" not in record:
+            found.setdefault(int(record["batch_tokens"]), []).append(float(record["step_s"]))
+    steps = [(n, statistics.median(values[2:])) for n, values in found.items() if len(values) > 4]
+    if not steps:
+        raise UsageError(
+            f"--calibrate {folder}: needs more than four recorded steps of one batch size"
+        )
+    return steps

@@ -1,0 +1,163 @@
+"""Runs with failures, files of a plan, and constants learnt from runs."""
+
+import json
+import subprocess
+
+import numpy as np
+import pytest
+
+from megagpt.cli import main
+from megagpt.config import dump_run, load_run
+from megagpt.errors import UsageError
+from megagpt.plan.calibrate import calibrate
+from megagpt.plan.candidates import Cluster, candidate
+from megagpt.plan.constants import CONSTANTS, constants_for
+from megagpt.plan.judge import judge
+from megagpt.plan.simulate import Weather, best_interval, simulate
+
+DAY = 86_400.0
+
+
+@pytest.fixture(autouse=True)
+def no_profile_of_this_user(tmp_path, monkeypatch):
+    monkeypatch.setenv("MEGAGPT_PROFILES", str(tmp_path / "profiles"))
+
+
+@pytest.fixture
+def run_file(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text('model = "gpt3-1.3b"\noutput = "x"\n[data]\ntrain = [{ path = "x" }]\n')
+    return path
+
+
+def test_without_failures_only_saving_and_the_start_cost():
+    calm = Weather(failure_every=1e15, save=60, restart=600, queue=0)
+    run = simulate(10 * DAY, 3600, calm)
+    assert np.all(run.days == run.days[0])
+    assert run.days[0] == pytest.approx(10 * (1 + 60 / 3600) + 600 / DAY)
+
+
+def test_failures_cost_what_the_formula_says():
+    # Each failure loses half an interval and a restart, to first order (Young 1974).
+    storm = Weather(failure_every=20_000, save=30, restart=300, queue=200)
+    run = simulate(20 * DAY, 1000, storm)
+    expected = (1 + 30 / 1000) * (1 + (500 + 300 + 200) / 20_000)
+    assert float(np.mean(run.days)) == pytest.approx(20 * expected, rel=0.02)
+    low, mid, high = run.middle(run.goodput)
+    assert low < mid < high < 1
+    assert run.middle(run.days)[1] == pytest.approx(20 / mid, rel=1e-6)
+
+
+def test_the_best_interval_is_best():
+    storm = Weather(failure_every=20_000, save=30, restart=300, queue=0)
+    best = best_interval(storm)
+    assert best == pytest.approx((2 * 30 * 20_000) ** 0.5 - 30)
+    at = {k: np.mean(simulate(20 * DAY, k * best, storm).days) for k in (0.25, 1, 4)}
+    assert at[1] < at[0.25] and at[1] < at[4]
+
+
+def test_a_notice_saves_what_was_done():
+    storm = Weather(failure_every=20_000, save=30, restart=300, queue=0)
+    spot = Weather(failure_every=20_000, save=30, restart=300, queue=0, notice=True)
+    slow, fast = (np.mean(simulate(20 * DAY, 10_000, w).days) for w in (storm, spot))
+    assert fast < 0.9 * slow
+    assert best_interval(spot) == 4 * 3600
+
+
+def test_the_command_simulates_and_writes(run_file, tmp_path, capsys):
+    folder = tmp_path / "plan"
+    words = ["plan", str(run_file), "parallel.ds_config=zero2", "--gpus", "16", "--simulate"]
+    assert main([*words, "--write", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert "with failures, as the run file saves, every" in out and ", at best, every" in out
+    made = load_run(folder / "run.toml")
+    assert made.parallel.ds_config == str(folder / "ds_config.json")
+    assert made.schedule == load_run(run_file).schedule
+    assert json.loads((folder / "ds_config.json").read_text())["zero_optimization"]["stage"] == 2
+    job = (folder / "job.sbatch").read_text()
+    assert "--nodes=2\n" in job and "--gpus-per-node=8\n" in job
+    subprocess.run(["bash", "-n", str(folder / "job.sbatch")], check=True)
+    # What was written is planned like what it was written from.
+    assert main(["plan", str(folder / "run.toml"), "--gpus", "16"]) == 0
+    days = json.loads((folder / "plan.json").read_text())["days"]
+    assert f"whole run: {days:,.3g} days" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--gpus", "16", "--gpus-per-node", "6", "--write", "DIR"], "16 GPUs are no whole nodes"),
+        (["--gpus", "8", "--write", "FILE"], "cannot be written: "),
+        (["--gpus", "8", "--simulate", "--gpu-hours-per-failure", "0"], "must be above 0"),
+        (["--gpus", "8", "--simulate", "--spot", "-1"], "--queue-minutes and --spot 0 or more"),
+        (["--gpus", "8", "--picture", "run.toml/x.png"], "/x.png: cannot be written: "),
+        (["--gpus", "8", "--picture", "DIR.doc"], "DIR.doc: cannot be written: Format 'doc'"),
+        (["--calibrate", "x"], "--calibrate RUN_DIR... takes no run file"),
+    ],
+)
+def test_what_cannot_be_simulated_or_written(run_file, tmp_path, capsys, words, message):
+    (tmp_path / "file").write_text("")
+    places = {"DIR": str(tmp_path / "d"), "FILE": str(tmp_path / "file")}
+    assert main(["plan", str(run_file), *(places.get(word, word) for word in words)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_picture(run_file, tmp_path):
+    path = tmp_path / "plan.png"
+    assert main(["plan", str(run_file), "--gpus", "8", "--picture", str(path)]) == 0
+    assert path.read_bytes()[:4] == b"\x89PNG"
+
+
+def recorded(tmp_path, size: str, gpus: int, constants: dict[str, float]):
+    """A run folder as one that trained on a machine with these constants would be."""
+    folder = tmp_path / f"{size}-{gpus}"
+    folder.mkdir()
+    source = tmp_path / f"{size}.toml"
+    source.write_text(f'model = "gpt3-{size}"\noutput = "x"\n[data]\ntrain = [{{ path = "x" }}]\n')
+    config = load_run(source)
+    one = judge(candidate(config, gpus), Cluster(gpu="h100", gpus=gpus), constants)
+    (folder / "config.toml").write_text(dump_run(config))
+    (folder / "run.json").write_text(json.dumps({"layout": f"{gpus} ranks = data {gpus}"}))
+    pairs = list(zip(config.schedule.segments, one.seconds, strict=True))
+    lines = [json.dumps({"event": "start"})]
+    for segment, seconds in pairs:
+        for n in range(6):
+            step = seconds * (3 if n < 2 else 1)
+            figures = {"step_s": step, "batch_tokens": segment.batch_tokens}
+            lines.append(json.dumps(figures | {"memory_peak_bytes": one.peak}))
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + '\n{"torn')
+    return folder, config, one
+
+
+def test_what_a_cluster_is_like_is_learnt_from_one_run_for_others(tmp_path, capsys):
+    machine = CONSTANTS | {
+        "framework.megagpt": 1.6, "launch.megagpt": 6e-4, "data_exposed.megagpt": 2.5,
+        "overhead.megagpt": 5.0,
+    }  # fmt: skip
+    folders = [str(recorded(tmp_path, size, 8, machine)[0]) for size in ("125m", "760m")]
+    assert constants_for("h100") == CONSTANTS
+    assert main(["plan", "--calibrate", *folders]) == 0
+    assert "plans for h100 use these constants from now on" in capsys.readouterr().out
+    assert constants_for("a100") == CONSTANTS
+    for size, gpus in (("350m", 8), ("1.3b", 4), ("125m", 2)):
+        _, config, truth = recorded(tmp_path, size, gpus, machine)
+        one = judge(candidate(config, gpus), Cluster(gpu="h100", gpus=gpus))
+        before = judge(candidate(config, gpus), Cluster(gpu="h100", gpus=gpus), CONSTANTS)
+        assert one.step == pytest.approx(truth.step, rel=0.1) and before.step < 0.8 * truth.step
+        assert one.peak == pytest.approx(truth.peak, rel=0.05)
+
+
+def test_runs_that_nothing_can_be_learnt_from(tmp_path):
+    cluster = Cluster(gpu="h100", gpus=1)
+    folder, _, _ = recorded(tmp_path, "125m", 1, dict(CONSTANTS))
+    (folder / "run.json").rename(folder / "elsewhere")
+    with pytest.raises(UsageError, match=r"--calibrate .*: must be a run folder with config.toml"):
+        calibrate([str(folder)], cluster)
+    (folder / "elsewhere").rename(folder / "run.json")
+    (folder / "metrics.jsonl").write_text('{"step_s": 1.0, "batch_tokens": 2048}\n')
+    with pytest.raises(UsageError, match="needs more than four recorded steps of one batch size"):
+        calibrate([str(folder)], cluster)
+    (tmp_path / "profiles").mkdir()
+    (tmp_path / "profiles" / "h100.json").write_text("[]")
+    with pytest.raises(UsageError, match="not a profile that --calibrate wrote"):
+        constants_for("h100")
