@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import tomli_w
 
-from megagpt.config.foreign import HERE
+from megagpt.config.other_trainers import HERE
 from megagpt.config.presets import PRESETS
 from megagpt.config.sections import RunConfig
 from megagpt.errors import UsageError

@@ -12,12 +12,12 @@ from megagpt.plan.accelerators import ACCELERATORS
 from megagpt.plan.batch import predict_file
 from megagpt.plan.calibrate import calibrate
 from megagpt.plan.candidates import Cluster, candidate
+from megagpt.plan.drawing import draw
 from megagpt.plan.ds_config import read_ds_config, resolve
 from megagpt.plan.judge import Judgement, judge, refusal, search, what_works
 from megagpt.plan.launch_files import write_plan
 from megagpt.plan.layout import Layout, layout_of
 from megagpt.plan.memory import activation_bytes, state_bytes
-from megagpt.plan.picture import draw
 from megagpt.plan.sanity import disk, oddities
 from megagpt.plan.simulate import GPU_HOURS_PER_FAILURE
 from megagpt.plan.table import Row, idle_as_text, ramp, ramp_as_text, stages_as_text

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from megagpt.config import DataSource, dump_run, load_run, parse_run
-from megagpt.config.foreign import HERE
+from megagpt.config.other_trainers import HERE
 from megagpt.errors import UsageError
 
 RUN = """
