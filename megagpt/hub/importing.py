@@ -162,8 +162,9 @@ def _of_merges(vocabulary: Path, merges: Path) -> "tiktoken.Encoding":
     import tempfile
 
     try:
-        lines = merges.read_text(encoding="utf-8").splitlines()
-        pairs = [(a, b) for a, b in (line.split(" ") for line in lines if line[:1] != "#") if b]
+        first, *lines = merges.read_text(encoding="utf-8").rstrip("\n").split("\n")
+        lines = lines if first.startswith("#version") else [first, *lines]
+        pairs = [(left, right) for left, right in (line.split(" ") for line in lines)]
         ids = json.loads(vocabulary.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DamageError(f"{merges}: not GPT-2's merges ({error}); copy it again") from None

@@ -151,8 +151,9 @@ def _refuse(kind: str, values: Mapping[str, Any], d_model: int, name: str) -> No
 def _dropout(values: Mapping[str, Any]) -> float:
     """The three rates, where they are one; 0 where they differ. It never changes the logits."""
     keys = _NEO_DROPOUTS if values["model_type"] == "gpt_neo" else _DROPOUTS
-    rates = {values.get(key, 0.0) for key in keys}
-    return float(rates.pop()) if len(rates) == 1 else float(values.get("dropout", 0.0))
+    # nanoGPT has one rate alone.
+    rates = {values.get(key, values.get("dropout", 0.0)) for key in keys}
+    return float(rates.pop()) if len(rates) == 1 else 0.0
 
 
 def _bands(values: Mapping[str, Any], n_layer: int, name: str) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def with_config(folder: Path, **keys: Any) -> None:
 def test_gpt2_in_every_form(form, tmp_path):
     model, folder = theirs(), tmp_path / "theirs"
     model.save_pretrained(folder, max_shard_size="8KB" if form == "shards" else "5GB")
-    assert len(list(folder.glob("*.safetensors"))) == (1 if form != "shards" else 5)
+    assert (len(list(folder.glob("*.safetensors"))) > 1) == (form == "shards")
     state = {name: value.contiguous() for name, value in model.state_dict().items()}
     if form != "shards" and form != "safetensors":
         (folder / "model.safetensors").unlink()
