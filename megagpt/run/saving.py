@@ -59,16 +59,12 @@ class Checkpoints:
         on, DamageError when the journal is not the checkpoint's, and what
         `megagpt.checkpoint.resume` raises.
         """
-        fingerprint = self.loader.fingerprint
-        saved = resume(self.folder, self.config, self.engine, fingerprint, allow_changes)
+        saved = self._load(allow_changes)
         while problems := self.problems():
             self._set_aside(problems)
-            saved = resume(self.folder, self.config, self.engine, fingerprint, allow_changes)
+            saved = self._load(allow_changes)
         journal = Journal(self.engine.gather(read_journal(self.folder).entries)[0])
         if saved is None:
-            if self.config.init_from:
-                vocabulary = self.loader.tokenizer_fingerprint
-                self.init_from = start_from(self.config, self.engine, vocabulary)
             return RunState(journal=journal), [], 0
         journal = journal.agree(saved.rollbacks, self.folder)
         run = RunState(
@@ -97,13 +93,23 @@ class Checkpoints:
         recent = [(loss, norm) for loss, norm in saved.recent]
         return run, recent, saved.data.get("skipped_in_a_row", 0)
 
+    def _load(self, allow_changes: bool) -> CheckpointRecord | None:
+        """Loads the newest whole checkpoint; None where there is none, and the weights are the
+        initial ones or those of `init_from`."""
+        fingerprint = self.loader.fingerprint
+        saved = resume(self.folder, self.config, self.engine, fingerprint, allow_changes)
+        if saved is None and self.config.init_from:
+            vocabulary = self.loader.tokenizer_fingerprint
+            self.init_from = start_from(self.config, self.engine, vocabulary)
+        return saved
+
     def _set_aside(self, problems: list[str]) -> None:
         """Puts the checkpoint that was loaded aside: an earlier version may have saved what is not
         sound. Raises DamageError where there is none before it."""
         folders = self.engine.gather([str(f) for f in list_checkpoints(self.folder)])[0]
         listed = "\n".join(f"  - {problem}" for problem in problems)
         if len(folders) < 2:
-            place = folders[0] if folders else "the initial state"
+            place = folders[0] if folders else self.config.init_from or "the initial state"
             raise DamageError(
                 f"{place}: weights or moments are what no training makes of them:\n{listed}\n"
                 "restore a checkpoint from a copy, or use another output to start anew"
