@@ -217,6 +217,8 @@ def _rows(unit: Unit, text_field: str) -> Iterator[Item]:
             for value in _values(batch.column(0)):
                 yield _element(item, value, text_field)
                 item += 1
+        if item < count:
+            raise ValueError(f"{item} of {count} rows are there")
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         reason, detail = "truncated or damaged file", str(error).split("\n")[0]
         if isinstance(error, OSError):

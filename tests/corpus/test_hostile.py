@@ -23,6 +23,14 @@ def test_sound_documents_survive_hostile_files(cases: int) -> None:
     assert sum(one.lost for one in figures.values()) == 0
 
 
+def test_rows_that_a_parquet_file_only_promises_are_named(tmp_path: Path) -> None:
+    """Found by the campaign: after one flipped bit pages hold fewer rows than the footer says."""
+    case = hostile.flip_packed(random.Random("1 20787"))
+    figures = hostile.Figures()
+    hostile.look(case, tmp_path, figures)
+    assert case.name == "a.parquet" and figures.failures == []
+
+
 @pytest.mark.parametrize("count", [2, pytest.param(40, marks=pytest.mark.slow)])
 def test_scripts_end_without_a_traceback(tmp_path: Path, count: int) -> None:
     """The scripts over folders of hostile files of all kinds."""
