@@ -88,6 +88,7 @@ def test_what_a_spoilt_file_is_told_as(
     file = Path(path)
     if file.suffix == ".jsonl":
         step = {"step": 3, "loss": 1.0, "tokens": 768, "samples": 24, "digest": "0"}
+        step["batch_tokens"] = 256
         file.write_text(json.dumps(step))
         spoil(file, change)
         file.write_text(2 * (file.read_text() + "\n"))

@@ -115,27 +115,33 @@ def _samples(config: RunConfig, step: int) -> tuple[int, int, dict[str, Any]]:
     from megagpt.log import read_metrics
 
     there = (Path(config.output) / "metrics.jsonl").is_file()
-    records = [r for r in read_metrics(config.output) if "digest" in r] if there else []
+    records = (
+        [r for r in read_metrics(config.output) if {"digest", "step"} <= r.keys()] if there else []
+    )
     n_ctx, schedule = config.model.n_ctx, config.schedule
     for record in records:
-        if record["step"] == step:
-            count = record["batch_tokens"] // n_ctx
-            first = record["samples"] - count
-            if first < 0:
+        if record["step"] == step and {"samples", "batch_tokens"} <= record.keys():
+            count = int(record["batch_tokens"]) // n_ctx
+            first = int(record["samples"]) - count
+            if first < 0 or count < 1:
                 raise UsageError(
                     f"step {step} has {count:,} samples, but {config.output} had taken "
                     f"{record['samples']:,} by its end: metrics.jsonl is not what it was; look at "
                     f"{config.output}/config.toml"
                 )
             return first, count, record
-    newest = records[-1] if records and records[-1]["step"] < step else {}
-    at, tokens = newest.get("step", 0), newest.get("tokens", 0)
-    skipped = newest.get("samples", 0) - tokens // n_ctx
+    # A record that does not tell its place is only compared.
+    [record] = [r for r in records if r["step"] == step][-1:] or [{}]
+    before = [r for r in records if r["step"] < step and {"samples", "tokens"} <= r.keys()]
+    newest = before[-1] if before else {"step": 0, "tokens": 0, "samples": 0}
+    at, tokens = int(newest["step"]), int(newest["tokens"])
+    skipped = int(newest["samples"]) - tokens // n_ctx
     while at < step - 1 and tokens < schedule.total_tokens:
         at, tokens = at + 1, tokens + schedule.batch(tokens)
     if step < 1 or tokens >= schedule.total_tokens:
-        raise UsageError(f"--step {step}: the run has the steps 1 to {at:,}")
-    return tokens // n_ctx + skipped, schedule.batch(tokens) // n_ctx, {}
+        last = schedule.n_steps if step < 1 else at
+        raise UsageError(f"--step {step}: the run has the steps 1 to {last:,}")
+    return tokens // n_ctx + skipped, schedule.batch(tokens) // n_ctx, record
 
 
 def _decoder(loader: TokenLoader) -> Text:
