@@ -34,7 +34,7 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"megagpt {__version__}\n"
 
 
-@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["plan"], ["checkpoint", "burn"]])
+@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["evaluate"], ["checkpoint", "burn"]])
 def test_wrong_usage_is_exit_code_2(arguments, capsys):
     with pytest.raises(SystemExit) as end:
         main(arguments)
@@ -49,7 +49,7 @@ def test_only_the_called_room_is_imported():
 
 def test_codes_of_errors():
     codes = {c.__name__: c.exit_code for c in errors.MegagptError.__subclasses__()}
-    assert codes == {"UsageError": 2, "DamageError": 3, "Stopped": 75}
+    assert codes == {"UsageError": 2, "DamageError": 3, "UnsoundError": 4, "Stopped": 75}
     assert errors.MegagptError.exit_code == 1
 
 

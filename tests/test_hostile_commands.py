@@ -104,7 +104,7 @@ def test_an_id_that_the_tokenizer_has_not_is_damage(tmp_path, monkeypatch, capsy
     shard = Path("corpus/corpus_00000.bin")
     shard.write_bytes(b"\xff\xff" + shard.read_bytes()[2:])
     assert main(["data", "inspect", "corpus"]) == 3
-    assert "Invalid token for decoding: 65535'); run megagpt data verify" in capsys.readouterr().err
+    assert "Invalid token for decoding: 65535; run megagpt data verify" in capsys.readouterr().err
 
 
 def test_a_prompt_that_is_no_text(capsys, tmp_path):

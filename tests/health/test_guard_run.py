@@ -246,9 +246,9 @@ def test_verify_resume_finds_the_same_bits(tmp_path: Path, capsys):
     assert main(["verify-resume", str(file), "--steps", "3", "--ranks", "2"]) == 0
     out, told = capsys.readouterr()
     assert [line[10:] for line in told.splitlines()] == [
-        "1 of 3: 6 steps without a break on 2 rank(s)",
+        "1 of 3: 7 steps without a break on 2 rank(s)",
         "2 of 3: 3 steps, then stopped",
-        "3 of 3: 3 steps from the checkpoint on",
+        "3 of 3: 4 steps from the checkpoint on",
         "comparing",
     ]
     assert out.count("the same, bit for bit") == 11 and "zero1, bf16, 2 rank(s)" in out
