@@ -19,6 +19,7 @@ def file(tmp_path_factory):
     return str(run_file(tmp_path_factory.mktemp("parity")))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_every_layout_is_the_single_process(file, capsys):
     code = main(["parity", file])
