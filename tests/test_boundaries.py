@@ -31,9 +31,11 @@ HUB = ("transformers",)
 """What hub may import, in the process that checks an export."""
 LEAVES = ("errors", "files")
 """Packages that everyone may use; they do not count as imports between packages."""
-LARGEST = {"file": 400, "function": 60, "imports": 7, "code": 17_500, "top": 22}
-"""Lines of a file and a function, imports of a package, lines of code of all, entries of megagpt/.
-Lower these as packages become simpler; only a new package is a reason to raise them."""
+LARGEST = {"file": 400, "function": 60, "imports": 7, "core": 14_300, "around": 9_000, "top": 26}
+"""Lines of a file and a function, imports of a package, lines of code of what trains and of what
+stands around it, entries of megagpt/. Lower these as packages become simpler."""
+AROUND = ("plan", "hub", "use", "tasks", "serve", "start")
+"""Packages that plan a run, begin it, or use what it trained."""
 SAME_NAME = {"__init__", "command", "read", "state", "table"}
 """Modules of one name in several packages; only the first two are meant to stay."""
 
@@ -102,7 +104,11 @@ def test_names_are_unique():
 
 
 def test_the_package_stays_small():
-    assert sum(code_lines(path.read_text()) for path in PACKAGE) <= LARGEST["code"]
+    lines = {"core": 0, "around": 0}
+    for path in PACKAGE:
+        kind = "around" if package_of(path, ROOT / "megagpt") in AROUND else "core"
+        lines[kind] += code_lines(path.read_text())
+    assert lines["core"] <= LARGEST["core"] and lines["around"] <= LARGEST["around"], lines
 
 
 @pytest.mark.parametrize("path", [*PACKAGE, *SCRIPTS], ids=named)
