@@ -15,6 +15,8 @@ from megagpt import __version__
 from megagpt.errors import UsageError, ended
 
 COMMANDS = {
+    "init": ("megagpt.start.command", "write a run file for a corpus, a size and this machine"),
+    "train": ("megagpt.start.launcher", "check a run file, then train it on this machine"),
     "doctor": (
         "megagpt.check.command",
         "will training work here: versions, GPUs, network, disks, hosts, shards",
@@ -49,7 +51,7 @@ def parser(command: str | None) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="megagpt",
         description="Trains the GPT-3 family with DeepSpeed, from one laptop to a cluster. "
-        "Training itself is started by a launcher: deepspeed --module megagpt.train RUN.toml",
+        "To begin: megagpt init, then megagpt train RUN.toml",
         epilog="Exit codes: 0 done; 2 wrong usage or configuration; 3 damaged input; 75 stopped "
         "with a checkpoint saved; 1 anything else.",
     )

@@ -1,0 +1,231 @@
+"""A run fitted to a corpus, a size and a machine: each number with its rule (L3: numpy, no torch).
+
+1) The size is a preset or one of SIZES; its vocabulary is that of the corpus.
+2) The context is the size's, halved until the corpus gives enough windows.
+3) The tokens are as asked for; else on GPUs 20 a parameter (Hoffmann et al. 2022), on a CPU what
+   it reads in the given minutes; a preset reads a corpus four times at most (Muennighoff et al.
+   2023), one of SIZES ten times.
+4) The batch is the size's, halved until the run has some hundred steps; warm-up, decay and ramp
+   keep the share of the tokens that the preset gives them.
+5) The layout is the fastest that the planner finds for the GPUs.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megagpt.config import ModelConfig, RunConfig
+from megagpt.config.flops import flops_per_token, parameters
+from megagpt.config.presets import PRESETS
+from megagpt.config.schedule import Schedule
+from megagpt.config.sections import DataConfig, DataSource, OptimizerConfig, ParallelConfig
+from megagpt.corpus.manifest import CorpusManifest
+from megagpt.errors import UsageError
+from megagpt.plan.candidates import Cluster
+from megagpt.plan.judge import Judgement, search, what_works
+from megagpt.plan.layout import busy_start_tokens, layout_of
+
+SIZES = {
+    #       layers, heads, width, peak learning rate
+    "nano": (4, 4, 128, 3e-3),
+    "mini": (6, 4, 256, 1.5e-3),
+    "small": (8, 8, 512, 1e-3),
+}
+"""Shapes for a CPU or a quick try, beside the presets; the learning rates are ours."""
+CONTEXT = 256
+"""Tokens of their context."""
+SEQUENCES = 16
+"""Of their full batch."""
+CORE_FLOPS = 10e9
+"""FLOP/s that a CPU core is taken to reach on a whole training step in fp32."""
+MINUTES = 10.0
+"""Of training on a CPU, where no tokens are asked for."""
+TOKENS_PER_PARAMETER = 20
+"""Hoffmann et al. 2022: what trains a size best for its compute."""
+EPOCHS = 4
+"""Muennighoff et al. 2023: more teach little."""
+SMALL_EPOCHS = 10
+"""Of SIZES: a small text is read more often, and the validation loss tells when it is enough."""
+LEAST_STEPS = 400
+LEAST_CONTEXT = 32
+LEAST_WINDOWS = (64, 8)
+"""Windows of context that the training and validation corpus must give."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wish:
+    """What is asked for; 0 and "" where nothing is."""
+
+    size: str = ""
+    tokens: int = 0
+    minutes: float = MINUTES
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fitted:
+    """A run file's values, and what they were taken from."""
+
+    size: str
+    config: RunConfig
+    epochs: float
+    why_tokens: str
+    judged: Judgement | None
+    """The planner's word on it; None on a CPU."""
+
+
+def fit(
+    corpora: Sequence[CorpusManifest],
+    validation: CorpusManifest | None,
+    machine: Cluster | int,
+    output: str,
+    wish: Wish,
+) -> Fitted:
+    """The run; `machine` is a cluster of GPUs or the cores of a CPU.
+
+    Raises UsageError for an unknown size, a corpus too small for it, and where nothing fits.
+    """
+    there = sum(corpus.tokens for corpus in corpora)
+    size = wish.size or _size(there, machine)
+    model, schedule, optimizer = _row(size, corpora[0].vocab_size)
+    held_out = validation.tokens if validation else 0
+    model = dataclasses.replace(model, n_ctx=_context(model.n_ctx, there, held_out, corpora))
+    tokens, why = _tokens(size, model, there, machine, wish)
+    source = tuple(
+        DataSource(path=str(corpus.folder), weight=round(corpus.tokens / there, 4))
+        if len(corpora) > 1
+        else DataSource(path=str(corpus.folder))
+        for corpus in corpora
+    )
+    held = (DataSource(path=str(validation.folder)),) if validation else ()
+    config = RunConfig(
+        preset=size if size in PRESETS else "",
+        output=output,
+        model=model,
+        data=DataConfig(train=source, validation=held),
+        schedule=_schedule(schedule, model.n_ctx, tokens, _ranks(machine)),
+        optimizer=optimizer,
+        parallel=ParallelConfig(dtype="fp32" if isinstance(machine, int) else "bf16"),
+    )
+    if isinstance(machine, int):
+        parallel = dataclasses.replace(config.parallel, micro_batch=_micro_batch(config, machine))
+        config, judged = dataclasses.replace(config, parallel=parallel), None
+    else:
+        config, judged = _laid_out(config, machine)
+    return Fitted(
+        size=size,
+        config=config,
+        epochs=config.schedule.total_tokens / there,
+        why_tokens=why,
+        judged=judged,
+    )
+
+
+def _size(there: int, machine: Cluster | int) -> str:
+    """Where none is asked for: what a CPU trains in minutes, and on GPUs what the corpus feeds."""
+    if isinstance(machine, int):
+        return "nano"
+    rows = ("gpt3-125m", "gpt3-350m", "gpt3-760m", "gpt3-1.3b")
+    fed = [r for r in rows if EPOCHS * there >= TOKENS_PER_PARAMETER * parameters(PRESETS[r].model)]
+    return (["small", *fed])[-1]
+
+
+def _row(size: str, vocabulary: int) -> tuple[ModelConfig, Schedule, OptimizerConfig]:
+    """Model, schedule and optimizer of a size, with the corpus's vocabulary."""
+    if row := PRESETS.get(size):
+        model = dataclasses.replace(row.model, vocab_size=vocabulary)
+        return model, Schedule(**row.schedule), OptimizerConfig(**row.optimizer)  # type: ignore[arg-type]
+    if size not in SIZES:
+        raise UsageError(f"--size {size}: must be one of {', '.join([*SIZES, *PRESETS])}")
+    layers, heads, width, rate = SIZES[size]
+    model = ModelConfig(
+        n_layer=layers, n_head=heads, d_model=width, n_ctx=CONTEXT, vocab_size=vocabulary
+    )
+    batch = SEQUENCES * CONTEXT
+    return model, Schedule(total_tokens=1, peak_lr=rate, batch_tokens=batch), OptimizerConfig()
+
+
+def _context(most: int, there: int, held_out: int, corpora: Sequence[CorpusManifest]) -> int:
+    """The largest halving of the size's context of which the corpora hold enough windows."""
+    n_ctx = most
+    train, validation = LEAST_WINDOWS
+    while n_ctx > LEAST_CONTEXT and (there < train * n_ctx or 0 < held_out < validation * n_ctx):
+        n_ctx //= 2
+    if there < train * n_ctx:
+        raise UsageError(
+            f"{corpora[0].folder}: {there:,} tokens are too few to train on; prepare a corpus of "
+            f"{train * n_ctx:,} at least"
+        )
+    return n_ctx
+
+
+def _tokens(
+    size: str, model: ModelConfig, there: int, machine: Cluster | int, wish: Wish
+) -> tuple[int, str]:
+    """Tokens to train on, and where the number comes from."""
+    if wish.tokens:
+        return wish.tokens, "as asked for"
+    if isinstance(machine, int):
+        tokens = wish.minutes * 60 * machine * CORE_FLOPS / flops_per_token(model)
+        why = f"about {wish.minutes:g} minutes on {machine} CPU core{'s' * (machine > 1)}"
+    else:
+        tokens, why = TOKENS_PER_PARAMETER * parameters(model), "20 a parameter"
+    epochs = EPOCHS if size in PRESETS else SMALL_EPOCHS
+    if tokens > epochs * there:
+        return round_down(epochs * there), "as many as teach something"
+    return round_down(tokens), why
+
+
+def round_down(number: float, figures: int = 2) -> int:
+    """Its first figures."""
+    unit = 10 ** max(0, int(math.log10(max(number, 1))) + 1 - figures)
+    return max(1, int(number // unit * unit))
+
+
+def _ranks(machine: Cluster | int) -> int:
+    return 1 if isinstance(machine, int) else machine.gpus
+
+
+def _schedule(row: Schedule, n_ctx: int, tokens: int, ranks: int) -> Schedule:
+    """The row's schedule on so many tokens."""
+    share, unit = tokens / row.total_tokens if row.warmup_tokens else 0.0, n_ctx * ranks
+    batch = row.batch_tokens // n_ctx * n_ctx
+    while batch > unit and batch % (2 * n_ctx) == 0 and tokens < LEAST_STEPS * batch:
+        batch //= 2
+    # Every data rank has a sequence of each step.
+    batch = -(-batch // unit) * unit
+    ramp = round_down(row.ramp_tokens * share) if row.ramp_tokens else 0
+    start = row.ramp_start_tokens // n_ctx * n_ctx
+    ramps = ramp > 20 * batch and 0 < start < batch and batch % start == 0
+    return dataclasses.replace(
+        row,
+        total_tokens=tokens,
+        # Four hundredths where the paper's share would be a handful of steps.
+        warmup_tokens=round_down(min(max(row.warmup_tokens * share, 100 * batch), tokens / 25), 3),
+        decay_tokens=round_down(row.decay_tokens * share) if row.decay_tokens else 0,
+        batch_tokens=batch,
+        ramp_start_tokens=start if ramps else 0,
+        ramp_tokens=ramp if ramps else 0,
+    )
+
+
+def _micro_batch(config: RunConfig, cores: int) -> int:
+    """Sequences of a pass on a CPU: all of a core's share of the batch, up to 8."""
+    share = max(1, config.schedule.batch_tokens // config.model.n_ctx // cores)
+    return max(n for n in range(1, min(8, share) + 1) if share % n == 0)
+
+
+def _laid_out(config: RunConfig, cluster: Cluster) -> tuple[RunConfig, Judgement]:
+    """The run in the fastest layout that fits, its ramp begun where every data rank has work."""
+    found = search(config, cluster, 1)
+    if not found:
+        raise UsageError(what_works(config, cluster))
+    laid = found[0].candidate.config
+    start = busy_start_tokens(laid, layout_of(laid, cluster.gpus))
+    if laid.schedule.ramp_tokens and start != laid.schedule.start_tokens:
+        start = 0 if start is None or start >= laid.schedule.batch_tokens else start
+        ramp = laid.schedule.ramp_tokens if start else 0
+        schedule = dataclasses.replace(laid.schedule, ramp_start_tokens=start, ramp_tokens=ramp)
+        found = search(dataclasses.replace(config, schedule=schedule), cluster, 1) or found
+        laid = found[0].candidate.config
+    return laid, found[0]
