@@ -1,6 +1,8 @@
 # shellcheck shell=bash
 # What every launch needs and people forget. Sourced by the scripts beside it, after their
-# parameters; it reads PYTHON and INTERFACE.
+# parameters; it reads PYTHON, INTERFACE and RETRIES.
+
+RETRIES=${RETRIES:-5}                         # starts in a row that may end without a new checkpoint
 
 die() { echo "${0##*/}: $*" >&2; exit 2; }
 
@@ -66,31 +68,61 @@ newest_checkpoint() {
     | sort -V | tail -n 1
 }
 
+# gets_on CODE RUN_FOLDER BEFORE ID [ASKED]: whether another start may get on, after one that began at
+# checkpoint BEFORE and ended with CODE. What was ended from outside may be well the next time: such
+# starts are counted while they save nothing, for the job ID alone. ASKED: it was told to stop.
+gets_on() {
+  local code=$1 folder=$2 before=$3 id=$4 asked=${5:-} of='' count=0
+  case $code in 0 | 2 | 3) return 1 ;; esac   # done; wrong run file; damaged input
+  if [ "$(newest_checkpoint "$folder")" != "$before" ]; then
+    rm -f "$folder/.retries"
+    return 0
+  fi
+  [ "$code" != 4 ] || return 1                # a training that goes wrong from there each time
+  [ "$code" != 75 ] && [ -z "$asked" ] || return 0
+  mkdir -p "$folder"
+  [ ! -r "$folder/.retries" ] || read -r of count < "$folder/.retries"
+  [[ $of == "$id" && $count =~ ^[0-9]+$ ]] || count=0
+  if [ "$count" -ge "$RETRIES" ]; then
+    echo "no checkpoint is new after $((count + 1)) starts in a row (RETRIES=$RETRIES): giving up" >&2
+    return 1
+  fi
+  echo "$id $((count + 1))" > "$folder/.retries"
+}
+
+# tell_step: ranks save and end. SLURM may not have made the step yet, nor may its ranks listen:
+# they are told again until they have ended.
+tell_step() {
+  while kill -0 "$step" 2> /dev/null; do
+    if scancel --signal=TERM "$SLURM_JOB_ID.0" 2> /dev/null; then sleep 30; else sleep 1; fi
+  done > /dev/null 2>&1 &
+}
+
 # train_in_job RUN_FOLDER COMMAND...: runs the command, whose first step of SLURM trains. Queues the
-# job again until the run is done; not when a new start would fail the same way.
+# job again until the run is done; not when a new start would fail the same way. The script has set
+# a trap that sets `asked`: SLURM sends USR1 before the end of the time, and where it is set up so,
+# when it preempts, which may be before anything has begun.
 train_in_job() {
-  local folder=$1 before code=0 signalled
+  local folder=$1 before code=143 step='' told id=$SLURM_JOB_ID
   shift
+  # In an array this task alone: the job id of its last task means all of them.
+  id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$id}
   before=$(newest_checkpoint "$folder")
   # The shell that submitted the job may have left these.
   unset RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT
-  # SLURM sends this before the end of the time, and where it is set up so, when it preempts.
-  trap 'signalled=1; scancel --signal=TERM "$SLURM_JOB_ID.0"' USR1
-  "$@" &
-  while :; do
-    signalled=
-    wait $!
-    code=$?
-    [ -n "$signalled" ] || break              # otherwise only the wait was over
-  done
+  trap 'asked=1 told=1; [ -z "$step" ] || tell_step' USR1
+  if [ -z "${asked:-}" ]; then
+    "$@" &
+    step=$!
+    [ -z "${asked:-}" ] || tell_step
+    while :; do
+      told=
+      wait "$step"
+      code=$?
+      [ -n "$told" ] || break                 # otherwise only the wait was over
+    done
+  fi
   echo "$(date "+%F %T") start $((${SLURM_RESTART_COUNT:-0} + 1)) ended with code $code"
-  case $code in
-    0 | 2 | 3) exit "$code" ;;                # done; wrong run file; damaged input
-    75) ;;                                    # stopped and saved
-    # A crash, or 4: a training that went wrong. Again only from a checkpoint of this start.
-    *) [ "$(newest_checkpoint "$folder")" != "$before" ] || exit "$code" ;;
-  esac
-  # In an array this task alone: the job id of its last task means all of them.
-  scontrol requeue "${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}" \
-    || exit "$code"                           # a site that allows no requeue, a job of a chain
+  gets_on "$code" "$folder" "$before" "$id" "${asked:-}" || exit "$code"
+  scontrol requeue "$id" || exit "$code"      # a site that allows no requeue, a job of a chain
 }

@@ -92,6 +92,44 @@ def test_the_newest_checkpoint_is_that_of_the_highest_number(names, newest, tmp_
     assert done.stdout.strip() == (f"{tmp_path}/checkpoints/{newest}" if newest else "")
 
 
+# --- jobs that are queued again -----------------------------------------------------------------
+
+
+class Job:
+    """A job of SLURM whose commands write down how they were called, and its run folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.folder = root, root / "run"
+        (root / "bin").mkdir()
+        for name in ("scontrol", "scancel"):
+            self.stands_in(name, f'echo "$@" >> {root}/{name}')
+        (self.folder / "checkpoints" / "step_00000004").mkdir(parents=True)
+
+    def stands_in(self, name: str, line: str) -> None:
+        path = self.root / "bin" / name
+        path.write_text(f"#!/bin/sh\n{line}\n")
+        path.chmod(0o755)
+
+    def start(self, training: str, number: str = "7", before: str = "", **more: str):
+        """One start of the job, whose training is a line of shell."""
+        script = f'{before}source launch/env.sh; train_in_job "$1" bash -c "$2"'
+        path = f"{self.root}/bin:{os.environ['PATH']}"
+        more |= {"PATH": path, "SLURM_JOB_ID": number}
+        return run("bash", "-c", script, "job", self.folder, training, **more)
+
+    def told(self, name: str = "scontrol") -> list[str]:
+        """How a command was called since this was asked last."""
+        path = self.root / name
+        lines = path.read_text().splitlines() if path.exists() else []
+        path.unlink(missing_ok=True)
+        return lines
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    return Job(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("code", "saves", "queued"),
     [
@@ -102,23 +140,61 @@ def test_the_newest_checkpoint_is_that_of_the_highest_number(names, newest, tmp_
         (4, False, False),
         (4, True, True),
         (75, False, True),
-        (1, False, False),
+        # A rank that was killed, a host that was lost, or a crash that may not come back.
+        (1, False, True),
         (1, True, True),
+        (137, False, True),
+        (143, False, True),
     ],
 )
-def test_a_job_is_queued_again_unless_it_would_fail_the_same_way(tmp_path, code, saves, queued):
-    scontrol, folder = tmp_path / "bin" / "scontrol", tmp_path / "run"
-    scontrol.parent.mkdir()
-    scontrol.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n')
-    scontrol.chmod(0o755)
-    (folder / "checkpoints" / "step_00000004").mkdir(parents=True)
-    job = f"mkdir {folder}/checkpoints/step_00000008; " * saves + f"exit {code}"
-    script = 'source launch/env.sh; train_in_job "$1" bash -c "$2"'
-    path = f"{scontrol.parent}:{os.environ['PATH']}"
-    done = run("bash", "-c", script, "job", folder, job, PATH=path, SLURM_JOB_ID="7")
-    assert (tmp_path / "asked").exists() == queued, done.stderr
+def test_a_job_is_queued_again_unless_it_would_fail_the_same_way(job, code, saves, queued):
+    new = f"mkdir {job.folder}/checkpoints/step_00000008; " * saves
+    done = job.start(new + f"exit {code}")
+    assert job.told() == ["requeue 7"] * queued, done.stderr
     assert f"start 1 ended with code {code}" in done.stdout
-    if queued:
-        assert (tmp_path / "asked").read_text() == "requeue 7\n"
-    else:
-        assert done.returncode == code
+    assert queued or done.returncode == code
+
+
+def test_starts_without_progress_are_counted_and_a_checkpoint_begins_anew(job):
+    new = f"mkdir {job.folder}/checkpoints/step_000000$(date +%N | cut -c 1-2)$$; exit 1"
+    for training in ("exit 1", "exit 137", new, "exit 1", "exit 143"):
+        job.start(training, RETRIES="2")
+        assert job.told() == ["requeue 7"]
+    done = job.start("exit 1", RETRIES="2")
+    assert job.told() == [] and done.returncode == 1
+    said = "no checkpoint is new after 3 starts in a row (RETRIES=2): giving up\n"
+    assert done.stderr == said
+    # Another job has all of its own before it.
+    job.start("exit 1", number="8", RETRIES="2")
+    assert job.told() == ["requeue 8"]
+
+
+def test_starts_that_were_told_to_stop_are_no_failures(job):
+    for _ in range(3):
+        done = job.start("exec sleep 9 & p=$!; kill -USR1 $PPID; sleep 1; kill $p; wait $p")
+        assert job.told() == ["requeue 7"], done.stderr
+        assert "ended with code 143" in done.stdout
+    assert not (job.folder / ".retries").exists()
+
+
+def test_usr1_before_the_training_begins_queues_the_job_again(job):
+    before = "trap 'asked=1' USR1; kill -USR1 $$; "
+    done = job.start(f"touch {job.root}/trained", before=before)
+    assert job.told() == ["requeue 7"], done.stderr
+    assert "ended with code 143" in done.stdout and not (job.root / "trained").exists()
+
+
+def test_a_step_that_is_not_made_yet_is_told_once_it_is(job, tmp_path):
+    # SLURM knows no step at first.
+    line = f'echo "$@" >> {tmp_path}/scancel; test $(wc -l < {tmp_path}/scancel) -ge 3'
+    job.stands_in("scancel", line)
+    training = f"kill -USR1 $PPID; until test $(cat {tmp_path}/scancel | wc -l) -ge 3; do sleep 0.1"
+    job.start(training + "; done 2> /dev/null; exit 75")
+    assert job.told("scancel")[:3] == ["--signal=TERM 7.0"] * 3
+    assert job.told() == ["requeue 7"]
+
+
+def test_scripts_of_jobs_trap_the_signal_before_anything_else():
+    for script in ROOT.glob("launch/*.sbatch"):
+        code = [line for line in script.read_text().splitlines() if not line.startswith("#")]
+        assert code[0].split("  ")[0] == "trap 'asked=1' USR1", script

@@ -108,7 +108,7 @@ def test_a_job_is_written_away_from_the_checkout(installed, tmp_path):
     last = (tmp_path / "run/job.sbatch").read_text().splitlines()[-2:]
     assert f"MEGAGPT_LAUNCH={installed}/megagpt/launch" in last[0]
     assert (installed / "megagpt/launch/slurm.sbatch").exists()
-    assert last[1] == 'exec bash "$MEGAGPT_LAUNCH/slurm.sbatch" "$@"'
+    assert last[1] == '. "$MEGAGPT_LAUNCH/slurm.sbatch"'
 
 
 @pytest.mark.slow

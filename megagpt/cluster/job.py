@@ -156,6 +156,8 @@ def script(
 SCRIPT = """#!/usr/bin/env bash
 # Written by `megagpt launch slurm`; submit it in the same folder.
 {lines}
+trap 'asked=1' USR1
 export PYTHON=${{PYTHON:-{python}}} MEGAGPT_LAUNCH={launch}
-exec bash "$MEGAGPT_LAUNCH/slurm.sbatch" "$@"
+# shellcheck source=/dev/null
+. "$MEGAGPT_LAUNCH/slurm.sbatch"
 """

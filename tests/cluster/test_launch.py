@@ -84,8 +84,9 @@ def test_all_that_a_job_does_stands_in_the_template(tmp_path):
     commands = [line for line in text.splitlines() if line and not line.startswith("#")]
     assert commands == [
         f"set -- {tmp_path}/run.toml",
+        "trap 'asked=1' USR1",
         f"export PYTHON=${{PYTHON:-{sys.executable}}} MEGAGPT_LAUNCH={ROOT}/launch",
-        'exec bash "$MEGAGPT_LAUNCH/slurm.sbatch" "$@"',
+        '. "$MEGAGPT_LAUNCH/slurm.sbatch"',
     ]
     # Every option of the template, such as --requeue and --open-mode=append.
     there = options(TEMPLATE.read_text())
