@@ -10,13 +10,14 @@ Needs scipy, which megagpt itself does not.
 """
 
 import argparse
+import csv
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
-from scipy.optimize import least_squares
 
 from megagpt.plan.constants import PATH, pair_order
 from megagpt.plan.cost import step_time
@@ -24,6 +25,8 @@ from megagpt.plan.footprint import fullest
 from megagpt.plan.jobs import SYSTEMS, Column, Jobs, jobs_from_rows, read_rows
 
 HERE = Path(__file__).parent
+ERRORS = HERE / "errors.csv"
+DOCS = HERE.parents[1] / "docs" / "planner.md"
 NOISE = 0.05
 """Relative error of a measurement that is taken for noise; above it a row counts linearly."""
 
@@ -84,10 +87,13 @@ class Measured:
     jobs: Jobs
     value: Column
     source: "np.ndarray[tuple[int], np.dtype[np.str_]]"
+    row_id: "np.ndarray[tuple[int], np.dtype[np.str_]]"
 
     def only(self, chosen: "np.ndarray[tuple[int], np.dtype[np.bool_]]") -> "Measured":
         columns = {name: getattr(self.jobs, name)[chosen] for name in Jobs.__dataclass_fields__}
-        return Measured(Jobs(**columns), self.value[chosen], self.source[chosen])
+        return Measured(
+            Jobs(**columns), self.value[chosen], self.source[chosen], self.row_id[chosen]
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +121,8 @@ class Fit:
             off = np.log(self.predict(rows.jobs, self.constants(x)) / rows.value) / NOISE
             gentle = np.sign(off) * 2 * np.sqrt(np.sqrt(1 + off * off / 4) - 1)
             return np.concatenate([gentle, (x - self.mean) / self.deviation])
+
+        from scipy.optimize import least_squares
 
         x0 = self.mean if start is None else start
         return least_squares(residuals, x0, x_scale=self.deviation, max_nfev=rounds).x
@@ -163,6 +171,7 @@ def rows_of(column: str) -> Measured:
         jobs_from_rows(rows, "published.csv"),
         np.array([float(row[column]) for row in rows]),
         np.array([row["source"] for row in rows]),
+        np.array([row["row_id"] for row in rows]),
     )
 
 
@@ -198,37 +207,73 @@ def table(rows: Measured, columns: Mapping[str, Column]) -> str:
     return "\n".join(lines)
 
 
+OUTCOMES = {"time": "step_time_s", "memory": "memory_gb"}
+KINDS = ("fit", "cross-validation", "source left out")
+
+
 def main() -> None:
     """Fits, checks and writes; prints tables for docs/planner.md."""
     made = argparse.ArgumentParser(description=__doc__)
     made.add_argument("--check", action="store_true", help="cross-validation, sources left out")
-    made.add_argument("--write", action="store_true", help="write constants.json")
+    made.add_argument("--write", action="store_true", help="write constants.json and errors.csv")
     args = made.parse_args()
     constants: dict[str, float] = {}
     intervals: dict[str, dict[str, list[float]]] = {}
-    for name, column, fit in (
-        ("time", "step_time_s", time_fit()),
-        ("memory", "memory_gb", memory_fit()),
-    ):
-        rows = rows_of(column)
+    errors: dict[str, dict[str, Column]] = {}
+    for name, fit in (("time", time_fit()), ("memory", memory_fit())):
+        rows = rows_of(OUTCOMES[name])
         x = fit.run(rows)
         constants |= fit.constants(x)
-        columns = {"fit": fit.errors(rows, x)}
-        print(f"\n{name}: {len(rows.value)} rows, {len(fit.names)} constants; fit "
-              f"{told(columns['fit'])}", flush=True)  # fmt: skip
+        found = fit.errors(rows, x)
+        print(f"\n{name}: {len(rows.value)} rows, {len(fit.names)} constants; fit {told(found)}")
         if args.check or args.write:
-            columns["cross-validation"] = left_out(fit, rows, folds(rows), x)
-            columns["source left out"] = left_out(fit, rows, rows.source, x)
-            print(table(rows, columns))
-            intervals[name] = spread(rows, columns)
-            print("coverage of 80% intervals:", f"{coverage(rows, columns):.1%}")
-            order = {k: pair_order(rows.jobs, rows.value, np.exp(e)) for k, e in columns.items()}
-            print("pairs in the right order:", {k: f"{v:.1%}" for k, v in order.items()})
+            parts = left_out(fit, rows, folds(rows), x), left_out(fit, rows, rows.source, x)
+            errors[name] = dict(zip(KINDS, (found, *parts), strict=True))
+            intervals[name] = spread(rows, errors[name])
+            print("\n".join(report(rows, errors[name])))
     if args.write:
         tree = json.loads(PATH.read_text())
         tree["constants"] = {k: float(f"{v:.4g}") for k, v in sorted(constants.items())}
         tree["intervals"] = intervals
         PATH.write_text(json.dumps(tree, indent=1) + "\n")
+        write_errors(errors)
+        write_docs()
+
+
+def report(rows: Measured, errors: Mapping[str, Column]) -> list[str]:
+    """What docs/planner.md tells of one outcome: the table, and coverage and order behind it."""
+    order = {k: pair_order(rows.jobs, rows.value, np.exp(e)) for k, e in errors.items()}
+    return [
+        table(rows, errors),
+        f"coverage of 80% intervals: {coverage(rows, errors):.1%}",
+        "pairs in the right order: " + ", ".join(f"{k} {v:.0%}" for k, v in order.items()),
+    ]
+
+
+def write_errors(errors: Mapping[str, Mapping[str, Column]]) -> None:
+    """errors.csv: log(predicted / measured) of every row, by each kind of fit."""
+    lines = ["outcome,row_id," + ",".join(KINDS)]
+    for name, columns in errors.items():
+        for i, row_id in enumerate(rows_of(OUTCOMES[name]).row_id):
+            values = ",".join(f"{columns[kind][i]:.5f}" for kind in KINDS)
+            lines.append(f"{name},{row_id},{values}")
+    ERRORS.write_text("\n".join(lines) + "\n")
+
+
+def write_docs() -> None:
+    """The two tables of docs/planner.md anew, from errors.csv; prints what stands behind them."""
+    made = {name: report(rows_of(OUTCOMES[name]), read_errors(name)) for name in OUTCOMES}
+    tables = iter([lines[0] + "\n" for lines in made.values()])
+    text = re.sub(r"\| source \| rows \|.*\n(\|.*\n)+", lambda _: next(tables), DOCS.read_text())
+    DOCS.write_text(text)
+    print("\n".join(f"{name}: {line}" for name, lines in made.items() for line in lines[1:]))
+
+
+def read_errors(name: str) -> dict[str, Column]:
+    """The columns of errors.csv for time or memory."""
+    with ERRORS.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["outcome"] == name]
+    return {kind: np.array([float(row[kind]) for row in rows]) for kind in KINDS}
 
 
 def spread(rows: Measured, columns: Mapping[str, Column]) -> dict[str, list[float]]:

@@ -24,8 +24,14 @@ from megagpt.plan.cost import step_time
 from megagpt.plan.jobs import Column
 from megagpt.plan.judge import judge
 
-FITTED = {"framework": 1.0, "launch": 1.0, "data_exposed": 1.0, "step": 1.0}
-"""Kind of a constant -> how far it may move, as a logarithm's standard deviation."""
+FITTED = {
+    "framework.megagpt": 1.0,
+    "launch.megagpt": 1.0,
+    "launch.megagpt-eager": 1.0,
+    "data_exposed.megagpt": 1.0,
+    "step.megagpt": 1.0,
+}
+"""Constant -> how far it may move, as a logarithm's standard deviation."""
 NOISE = 0.02
 
 
@@ -62,10 +68,10 @@ def _fit(
 ) -> dict[str, float]:
     """Gauss-Newton on logarithms, drawn towards today's values."""
     jobs = [jobs_of([pair], where) for pair, where in zip(pairs, clusters, strict=True)]
-    start = {k: CONSTANTS.get(f"{k}.megagpt", CONSTANTS[k]) for k in FITTED}
+    start = {k: CONSTANTS.get(k, CONSTANTS[k.partition(".")[0]]) for k in FITTED}
 
     def told(x: Column) -> Column:
-        own = {f"{k}.megagpt": v * np.exp(m) for (k, v), m in zip(start.items(), x, strict=True)}
+        own = {k: v * np.exp(m) for (k, v), m in zip(start.items(), x, strict=True)}
         return np.log([float(step_time(job, CONSTANTS | own)[0]) for job in jobs])
 
     x, prior = np.zeros(len(start)), 1 / np.array(list(FITTED.values()))
@@ -82,9 +88,7 @@ def _fit(
         x = x + change
         if np.abs(change).max() < 1e-4:
             break
-    return {
-        f"{k}.megagpt": float(v * np.exp(m)) for (k, v), m in zip(start.items(), x, strict=True)
-    }
+    return {k: float(v * np.exp(m)) for (k, v), m in zip(start.items(), x, strict=True)}
 
 
 def _read(folder: Path) -> tuple[RunConfig, int, list[dict[str, float]]]:

@@ -13,8 +13,8 @@ from megagpt.config import RunConfig
 from megagpt.config.flops import visible_keys
 from megagpt.config.presets import ModelConfig
 from megagpt.plan.accelerators import ACCELERATORS, Accelerator
-from megagpt.plan.ds_config import read_ds_config
-from megagpt.plan.jobs import SYSTEMS, Jobs, device_columns
+from megagpt.plan.ds_config import offloads, read_ds_config
+from megagpt.plan.jobs import EAGER, SYSTEMS, Jobs, device_columns
 from megagpt.plan.layout import Layout, layout_of, layout_problems, micro_batch_of, padded_model
 from megagpt.plan.stages import stage_bounds
 
@@ -178,13 +178,21 @@ def _row(one: Candidate, cluster: Cluster, tokens: int) -> dict[str, float]:
         "weight_bytes": 4.0 if exact else 2.0,
         "logits": min(MOST_LOGITS, micro * model.n_ctx * model.embedding_rows / layout.tensor),
         "buckets": _buckets(one, held, gradient),
-        "offload": float("offload_optimizer" in one.tree),
+        "offload": float(offloads(one.tree, "optimizer")),
+        "offload_weights": float(offloads(one.tree, "param")),
         **device_columns(device, cluster.node_gb),
         **({"peak": device.fp32_tflops * 1e12} if exact else {}),
         "per_node": cluster.per_node,
         "domain": cluster.domain,
-        "framework": SYSTEMS.index("megagpt"),
+        "framework": SYSTEMS.index("megagpt" if compiled(one, cluster) else f"megagpt{EAGER}"),
     }
+
+
+def compiled(one: Candidate, cluster: Cluster) -> bool:
+    """Whether blocks are compiled, as the engine decides it: on GPUs unless the run file says no,
+    never under ZeRO-3."""
+    wanted = one.config.parallel.compile
+    return wanted is not False and (wanted is True or cluster.gpu != "cpu") and one.zero < 3
 
 
 def _recomputed(one: Candidate) -> float:

@@ -1,27 +1,20 @@
 """megagpt plan RUN.toml: what will happen, from the run file alone (L0: no torch)."""
 
 import argparse
-import dataclasses
 import json
-from pathlib import Path
 
 from megagpt.config import RunConfig, load_run
-from megagpt.config.flops import flops_per_token, parameters, pf_days
 from megagpt.errors import UsageError
 from megagpt.plan.accelerators import ACCELERATORS
+from megagpt.plan.answer import Answer
 from megagpt.plan.batch import predict_file
 from megagpt.plan.calibrate import calibrate
 from megagpt.plan.candidates import Cluster, candidate
-from megagpt.plan.drawing import draw
 from megagpt.plan.ds_config import read_ds_config, resolve
+from megagpt.plan.failures import Storm
 from megagpt.plan.judge import Judgement, judge, refusal, search, what_works
-from megagpt.plan.launch_files import write_plan
-from megagpt.plan.layout import Layout, layout_of
-from megagpt.plan.memory import activation_bytes, state_bytes
-from megagpt.plan.sanity import disk, oddities
+from megagpt.plan.layout import layout_of
 from megagpt.plan.simulate import GPU_HOURS_PER_FAILURE
-from megagpt.plan.table import Row, idle_as_text, ramp, ramp_as_text, stages_as_text
-from megagpt.plan.told import judgement_as_text, search_as_text, simulation_as_text
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -83,14 +76,24 @@ def run(args: argparse.Namespace) -> int:
         return _without_run_file(args)
     if not args.file:
         raise UsageError("megagpt plan needs a run file, or --batch ROWS.csv --output OUT.csv")
+    storm = _storm(args)
     config = load_run(args.file, args.overrides)
     cluster = cluster_of(args, config.parallel.pipeline * config.parallel.tensor)
-    if args.search:
-        return _search(args, config, cluster)
-    layout = layout_of(config, cluster.gpus)
+    found = _searched(args, config, cluster) if args.search else [_judged(args, config, cluster)]
+    answer = Answer(file=args.file, found=found, searched=args.search, judged=args.gpus is not None)
+    if answer.judged:
+        answer = answer.with_more(storm, args.picture, args.write)
+    elif storm or args.picture or args.write:
+        raise UsageError("--simulate, --picture and --write need --gpus N")
+    print(json.dumps(answer.as_json(), indent=1) if args.json else answer.as_text())
+    return 0
+
+
+def _judged(args: argparse.Namespace, config: RunConfig, cluster: Cluster) -> Judgement:
+    """The run file's own layout. Raises UsageError where it cannot go or does not fit."""
     tree = read_ds_config(config.parallel.ds_config)
     try:
-        ds_config = resolve(config, layout, tree)
+        resolve(config, layout_of(config, cluster.gpus), tree)
     except UsageError as error:
         if args.gpus is None or args.gpus < 1:
             raise
@@ -98,18 +101,7 @@ def run(args: argparse.Namespace) -> int:
     judged = judge(candidate(config, cluster.gpus), cluster)
     if args.gpus is not None and not judged.fits:
         raise UsageError(refusal(judged))
-    rows = ramp(config, layout)
-    if args.json:
-        print(json.dumps(_as_json(args, config, rows, [judged]), indent=1))
-        return 0
-    stage = ds_config["zero_optimization"]["stage"]
-    print(_run_as_text(args.file, config, layout, stage, rows))
-    if args.gpus is not None:
-        print("\n" + judgement_as_text(judged))
-        _more(args, judged)
-    else:
-        print("\nnothing is judged without --gpus N --gpu NAME")
-    return 0
+    return judged
 
 
 def _without_run_file(args: argparse.Namespace) -> int:
@@ -117,12 +109,15 @@ def _without_run_file(args: argparse.Namespace) -> int:
     if args.batch:
         if not args.output or args.file:
             raise UsageError("--batch ROWS.csv needs --output OUT.csv, and no run file beside it")
-        print(f"{args.output}: {predict_file(args.batch, args.output)} rows")
+        rows = predict_file(args.batch, args.output)
+        told = f"{args.output}: {rows} rows"
+        print(json.dumps({"output": args.output, "rows": rows}) if args.json else told)
         return 0
     if args.file:
         raise UsageError("--calibrate RUN_DIR... takes no run file")
     path = calibrate(args.calibrate, cluster_of(args, 1))
-    print(f"{path}: plans for {args.gpu} use these constants from now on")
+    told = f"{path}: plans for {args.gpu} use these constants from now on"
+    print(json.dumps({"profile": str(path), "gpu": args.gpu}) if args.json else told)
     return 0
 
 
@@ -155,75 +150,24 @@ def cluster_of(args: argparse.Namespace, share: int) -> Cluster:
     )
 
 
-def _search(args: argparse.Namespace, config: RunConfig, cluster: Cluster) -> int:
+def _searched(args: argparse.Namespace, config: RunConfig, cluster: Cluster) -> list[Judgement]:
+    """The fastest layouts that fit. Raises UsageError where none does."""
     if args.gpus is None or args.gpus < 1:
         raise UsageError(f"--search needs --gpus N of at least 1, got {args.gpus}")
     found = search(config, cluster)
     if not found:
         raise UsageError(f"{args.file}: {what_works(config, cluster)}")
-    rows = ramp(found[0].candidate.config, found[0].candidate.layout)
-    if args.json:
-        print(json.dumps(_as_json(args, config, rows, found), indent=1))
-    else:
-        print(search_as_text(found) + "\n\n" + judgement_as_text(found[0]))
-        _more(args, found[0])
-    return 0
+    return found
 
 
-def _more(args: argparse.Namespace, judged: Judgement) -> None:
-    """What --simulate and --write add."""
-    if args.simulate:
-        numbers = args.gpu_hours_per_failure, args.restart_minutes * 60, args.queue_minutes * 60
-        if numbers[0] <= 0 or min(numbers) < 0 or (args.spot is not None and args.spot < 0):
-            raise UsageError(
-                "--simulate: --gpu-hours-per-failure must be above 0; --restart-minutes, "
-                "--queue-minutes and --spot 0 or more"
-            )
-        print(simulation_as_text(judged, *numbers, args.spot))
-    if args.picture:
-        draw(judged, Path(args.picture))
-        print(f"wrote {args.picture}")
-    if args.write:
-        print("\n".join(f"wrote {path}" for path in write_plan(judged, Path(args.write))))
-
-
-def _run_as_text(file: str, config: RunConfig, layout: Layout, stage: int, rows: list[Row]) -> str:
-    """Model, schedule and ramp, whatever the device."""
-    schedule, most = config.schedule, max(row.micro_batch for row in rows)
-    flops = flops_per_token(config.model) * schedule.end_tokens
-    days = pf_days(parameters(config.model), schedule.end_tokens)
-    parts = [
-        f"{file}: {parameters(config.model):,} parameters, {config.model.n_layer} layers",
-        f"layout: {layout}, ZeRO stage {stage}, "
-        f"micro-batch up to {config.parallel.micro_batch}, {config.parallel.dtype}",
-        f"memory: {state_bytes(config, layout, stage) / 1e9:.3g} GB a rank for weights, gradients "
-        f"and optimizer without offload, {activation_bytes(config, layout, most) / 1e9:.3g} GB for "
-        f"activations with micro-batches of {most}",
-        f"run: {schedule.end_tokens:,} tokens in {schedule.n_steps:,} steps, {flops:.3e} model "
-        f"FLOPs, {days:,.3g} PF-days (6 a parameter and token)",
-        disk(config),
-        *(f"note: {text}" for text in oddities(config)),
-        "",
-    ]
-    if layout.pipeline > 1:
-        parts += [stages_as_text(config, layout), ""]
-    parts.append(ramp_as_text(rows))
-    if idle := idle_as_text(config, layout, rows):
-        parts += ["", idle]
-    return "\n".join(parts)
-
-
-def _as_json(
-    args: argparse.Namespace, config: RunConfig, rows: list[Row], judged: list[Judgement]
-) -> dict[str, object]:
-    """Everything that the text tells, without its shortenings."""
-    return {
-        "file": str(Path(args.file)),
-        "parameters": parameters(config.model),
-        "tokens": config.schedule.end_tokens,
-        "steps": config.schedule.n_steps,
-        "flops": flops_per_token(config.model) * config.schedule.end_tokens,
-        "notes": list(oddities(config)),
-        "ramp": [dataclasses.asdict(row) for row in rows],
-        "layouts": [one.as_json() for one in judged],
-    }
+def _storm(args: argparse.Namespace) -> Storm | None:
+    """What --simulate asks for; None without it. Raises UsageError for numbers that cannot be."""
+    if not args.simulate:
+        return None
+    numbers = args.gpu_hours_per_failure, args.restart_minutes * 60, args.queue_minutes * 60
+    if not numbers[0] > 0 or not min(numbers) >= 0 or not (args.spot is None or args.spot >= 0):
+        raise UsageError(
+            "--simulate: --gpu-hours-per-failure must be above 0; --restart-minutes, "
+            "--queue-minutes and --spot 0 or more"
+        )
+    return Storm(gpu_hours=numbers[0], restart_s=numbers[1], queue_s=numbers[2], spot=args.spot)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from megagpt.plan.jobs import GENERATIONS, SYSTEMS, Column, Jobs
+from megagpt.plan.jobs import EAGER, GENERATIONS, SYSTEMS, Column, Jobs
 
 Constants = Mapping[str, float]
 ITEMS = ("compute", "bubble", "tensor", "pipeline", "data", "optimizer")
@@ -25,12 +25,16 @@ HOST_UPDATES = 2e9
 """Parameters/s that a host's processors update with DeepSpeed's CPU Adam (its own benchmark: 1 to
 2 billion a second)."""
 NANOTRON = SYSTEMS.index("nanotron")
+MEGAGPT, MEGAGPT_EAGER = SYSTEMS.index("megagpt"), SYSTEMS.index(f"megagpt{EAGER}")
 OMNI_PATH = SYSTEMS.index("megatron-deepspeed")
 
 
 def by_system(constants: Constants, kind: str, jobs: Jobs) -> Column:
     """The constant `kind.SYSTEM` of each job; `kind` alone for a system without one of its own."""
-    table = [constants.get(f"{kind}.{name}", constants[kind]) for name in SYSTEMS]
+    table = []
+    for name in SYSTEMS:
+        like = constants.get(f"{kind}.{name.removesuffix(EAGER)}", constants[kind])
+        table.append(constants.get(f"{kind}.{name}", like))
     return np.array(table)[jobs.framework]
 
 
@@ -225,9 +229,12 @@ def group_rate(jobs: Jobs, c: Constants) -> Column:
 
 def data_wait(jobs: Jobs, c: Constants) -> Column:
     """Seconds of a step's gradient reduction (and ZeRO's gathering of weights) that are not
-    hidden: 2 (d - 1) / d of the gradients, once a step. ZeRO-3 pays with each micro-batch."""
+    hidden: 2 (d - 1) / d of the gradients, once a step. ZeRO-3 pays with each micro-batch, and so
+    do DeepSpeed's gradients under ZeRO-2, which are cut as they are made (stage_1_and_2.py)."""
     held = stage_parameters_of(jobs)
-    volume = (jobs.grad_bytes + np.where(jobs.zero > 0, 2.0, jobs.grad_bytes)) * held
+    ours = (jobs.framework == MEGAGPT) | (jobs.framework == MEGAGPT_EAGER)
+    times = np.where(ours & (jobs.zero == 2), jobs.micro_batches, 1.0)
+    volume = (times * jobs.grad_bytes + np.where(jobs.zero > 0, 2.0, jobs.grad_bytes)) * held
     ring = (
         volume * (jobs.dp - 1) / jobs.dp / group_rate(jobs, c)
         + by_system(c, "ring_latency", jobs) * jobs.dp
@@ -241,7 +248,9 @@ def sharded_wait(jobs: Jobs, c: Constants) -> Column:
     gradients scattered, 3 x 2 bytes of each parameter, and a latency for each hop of each ring."""
     volume = 3 * 2 * stage_parameters_of(jobs) * (jobs.dp - 1) / jobs.dp / group_rate(jobs, c)
     hops = by_system(c, "sharded_latency", jobs) * jobs.dp * jobs.most
-    return volume + hops
+    # From the host's memory each rank fetches its own part forward and backward.
+    own = 2 * jobs.weight_bytes * stage_parameters_of(jobs) / jobs.dp
+    return volume + hops + jobs.offload_weights * own / HOST_LINK
 
 
 def optimizer_time(jobs: Jobs, c: Constants) -> Column:

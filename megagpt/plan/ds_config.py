@@ -8,7 +8,7 @@ word (runtime/config_utils.py). All problems are returned at once.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,13 @@ def resolve(config: RunConfig, layout: Layout, tree: dict[str, Any]) -> dict[str
         lines = "\n".join(f"  - {problem}" for problem in found)
         raise UsageError(f"parallel.ds_config = {config.parallel.ds_config!r}, {layout}:\n{lines}")
     return resolved
+
+
+def offloads(zero: Mapping[str, Any], what: str) -> bool:
+    """Whether zero_optimization keeps the optimizer's states, or the weights (`what` = optimizer
+    or param), off the device: DeepSpeed's own default is the device "none"."""
+    section = zero.get(f"offload_{what}")
+    return isinstance(section, dict) and section.get("device", "none") not in ("none", None)
 
 
 def _malformed(tree: dict[str, Any]) -> Iterator[str]:
@@ -153,7 +160,7 @@ def _combinations(config: RunConfig, layout: Layout, tree: dict[str, Any]) -> It
     """Combinations that DeepSpeed 0.19.8 refuses late or carries wrongly without a word."""
     zero = tree.get("zero_optimization", {})
     stage, dtype = zero["stage"], config.parallel.dtype
-    offload = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+    offload = offloads(zero, "optimizer")
     if layout.pipelined and stage != 1:
         yield (
             f"zero_optimization.stage = {stage} with pipeline or tensor parallel: must be 1 "

@@ -30,6 +30,8 @@ class Stage:
     """1 where it holds the embedding, or its copy for the logits."""
     predicts: Column
     """1 where it computes the logits."""
+    parameters: Column | None = None
+    """Of a rank, where they are known to the last bias; None: what layers and embedding have."""
 
 
 def fullest(jobs: Jobs, c: Constants) -> dict[str, Column]:
@@ -55,6 +57,7 @@ def stage_bytes(jobs: Jobs, c: Constants, stage: Stage) -> dict[str, Column]:
     embedding = jobs.vocab * jobs.width / jobs.tp
     copies = np.where(jobs.pp > 1, 1.0, 1.0 + jobs.untied)
     held = layer_parameters(jobs) * stage.layers + stage.embeds * embedding * copies
+    held = held if stage.parameters is None else stage.parameters
     share = [np.where(jobs.zero >= least, jobs.dp, 1.0) for least in (3, 2, 1)]
     rows = jobs.micro * jobs.seq
     size = jobs.weight_bytes
@@ -64,10 +67,12 @@ def stage_bytes(jobs: Jobs, c: Constants, stage: Stage) -> dict[str, Column]:
     kept = stage.layers * stage.in_flight * (again * edge + (1 - again) * whole)
     # A layer that is computed again is there in full for a while.
     kept = kept + again * whole
-    gathered = np.where(jobs.zero >= 3, 2 * size * layer_parameters(jobs), 0.0)
+    # Two layers' weights at once; DeepSpeed's own bound on them is among its buckets.
+    gathered = np.where((jobs.zero >= 3) & (jobs.buckets == 0), 2 * size, 0.0)
+    gathered = gathered * layer_parameters(jobs)
     passed = np.where(jobs.pp > 1, 2 * edge * stage.in_flight, 0.0)
     return {
-        "weights": size * held / share[0],
+        "weights": (1 - jobs.offload_weights) * size * held / share[0],
         "gradients": jobs.kept_grad_bytes * held / share[1],
         "optimizer": (1 - jobs.offload) * np.where(size > 2, 8, 12) * held / share[2],
         "activations": c["activations"] * kept,

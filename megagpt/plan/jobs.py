@@ -36,6 +36,7 @@ FRAMEWORKS = {
     "nanotron": "nanotron",
     "llm-foundry": "fsdp",
     "fsdp": "fsdp",
+    "megagpt-eager": "megagpt-eager",
     "megagpt": "megagpt",
     "llm.c": "ddp",
     "ddp": "ddp",
@@ -43,6 +44,8 @@ FRAMEWORKS = {
 """Part of a system's name -> generation of frameworks; the first that is found counts."""
 
 SYSTEMS = tuple(dict.fromkeys(FRAMEWORKS.values()))
+EAGER = "-eager"
+"""End of the name of a system whose blocks are not compiled; else it is like the one without."""
 GENERATIONS = ("V100", "A100", "H100", "B200")
 
 # Column -> what an empty cell means.
@@ -113,6 +116,8 @@ class Jobs:
     """Bytes of buffers that the framework's configuration asks for."""
     offload: Column
     """1 where optimizer states lie in the host's memory."""
+    offload_weights: Column
+    """1 where the weights do, under ZeRO-3."""
     peak: Column
     """FLOP/s of 16-bit matrix products."""
     hbm: Column
@@ -230,6 +235,7 @@ def _filled(row: Mapping[str, str], where: str) -> dict[str, Any]:
         "logits": micro * base["seq_len"] * base["vocab"] / tp,
         "buckets": 0.0,
         "offload": 0.0,
+        "offload_weights": 0.0,
         **device_columns(device, _number(row, "internode_gbps_per_node", 0.0, where)),
         "per_node": base["gpus_per_node"],
         "domain": base["gpus_per_node"],

@@ -18,6 +18,7 @@ from megagpt.plan.constants import Constants, constants_for, interval
 from megagpt.plan.cost import step_items
 from megagpt.plan.footprint import MEMORY_ITEMS, Stage, fullest, stage_bytes
 from megagpt.plan.layout import Layout, busy_start_tokens, padded_model
+from megagpt.plan.stages import stage_parameters
 
 ROOM = 0.95
 """Share of a device's memory that a layout may be predicted to take."""
@@ -53,6 +54,11 @@ class Judgement:
         return self.peak <= ROOM * self.cluster.device.memory_gb * 1e9
 
     @property
+    def surely_fits(self) -> bool:
+        """Whether the upper end of the memory's interval is within the device too."""
+        return self.peak * self.memory_ends[1] <= self.cluster.device.memory_gb * 1e9
+
+    @property
     def step(self) -> float:
         """Seconds of a full step."""
         return sum(self.items.values())
@@ -79,29 +85,43 @@ class Judgement:
         peak = device.fp32_tflops if config.parallel.dtype == "fp32" else device.tflops
         return flops * tokens / self.step / self.cluster.gpus / (peak * 1e12)
 
+    @property
+    def mwh(self) -> float:
+        """Of the whole run, processors, network and fans of the nodes included."""
+        return self.gpu_hours * self.cluster.device.watts * HOST_WATTS / 1e6
+
     def as_json(self) -> dict[str, object]:
-        """Everything as JSON's types; times in seconds, memory in bytes."""
-        recompute = self.candidate.config.parallel.recompute
-        mega = self.gpu_hours * self.cluster.device.watts * HOST_WATTS / 1e6
-        return {
+        """Everything as JSON's types; times in seconds, memory in bytes. NAME_interval holds the
+        ends between which 80% of measurements lie."""
+        low, high = self.time_ends
+        found: dict[str, object] = {
             "layout": str(self.candidate),
             "keys": self.candidate.keys,
+            "zero_stage": self.candidate.zero,
             "cluster": dataclasses.asdict(self.cluster),
             "fits": self.fits,
             "memory_bytes": self.peak,
             "memory_interval": [self.peak * end for end in self.memory_ends],
             "stages": self.stages,
             "step_seconds": self.step,
-            "step_interval": [self.step * end for end in self.time_ends],
+            "step_interval": [self.step * low, self.step * high],
             "items": self.items,
-            "mfu": self.utilisation("none"),
-            "hfu": self.utilisation(recompute),
-            "days": self.days,
-            "days_interval": [self.days * end for end in self.time_ends],
-            "gpu_hours": self.gpu_hours,
-            "mwh": mega,
-            "dollars": self.gpu_hours * self.cluster.dollars,
+            "seconds_by_batch": list(self.seconds),
         }
+        for name, recompute in (
+            ("mfu", "none"),
+            ("hfu", self.candidate.config.parallel.recompute),
+        ):
+            share = self.utilisation(recompute)
+            found |= {name: share, f"{name}_interval": [share / high, share / low]}
+        for name, value in (
+            ("days", self.days),
+            ("gpu_hours", self.gpu_hours),
+            ("mwh", self.mwh),
+            ("dollars", self.gpu_hours * self.cluster.dollars),
+        ):
+            found |= {name: value, f"{name}_interval": [value * low, value * high]}
+        return found
 
 
 def judge(one: Candidate, cluster: Cluster, constants: Constants | None = None) -> Judgement:
@@ -114,11 +134,12 @@ def judge(one: Candidate, cluster: Cluster, constants: Constants | None = None) 
     full = jobs_of([(one, segments[-1].batch_tokens)], cluster)
     passes = float(full.micro_batches[0])
     stages = []
-    layers = stage_layers(padded_model(config, layout), layout.pipeline)
-    for index, blocks in enumerate(layers):
+    model = padded_model(config, layout)
+    held = stage_parameters(model, layout.pipeline, layout.tensor)
+    for index, blocks in enumerate(stage_layers(model, layout.pipeline)):
         flight = min(layout.pipeline - index, passes)
         ends = index in (0, layout.pipeline - 1), index == layout.pipeline - 1
-        parts = [np.array([float(value)]) for value in (blocks, flight, *ends)]
+        parts = [np.array([float(value)]) for value in (blocks, flight, *ends, held[index])]
         found = stage_bytes(full, constants, Stage(*parts))
         stages.append({name: float(found[name][0]) for name in MEMORY_ITEMS})
     ends_ = [tuple(float(end[0]) for end in interval(full, what)) for what in ("time", "memory")]
@@ -134,7 +155,11 @@ def judge(one: Candidate, cluster: Cluster, constants: Constants | None = None) 
 
 
 def search(config: RunConfig, cluster: Cluster, most: int = 10) -> list[Judgement]:
-    """The fastest layouts that fit, at most `most`, best first; empty where none fits."""
+    """The fastest layouts that fit, at most `most`, best first; empty where none fits.
+
+    Those that might not fit after all stand back while there are others: nine in ten measured
+    memories are below the interval's upper end.
+    """
     found, constants = list(candidates(config, cluster)), constants_for(cluster.gpu)
     if not found:
         return []
@@ -145,13 +170,15 @@ def search(config: RunConfig, cluster: Cluster, most: int = 10) -> list[Judgemen
     # Those that nearly fit are judged stage by stage below.
     near = memory <= 1.1 * ROOM * jobs.memory
     order = [found[i] for i in np.argsort(np.where(near, seconds, np.inf))[: int(near.sum())]]
-    best: list[Judgement] = []
+    safe: list[Judgement] = []
+    tight: list[Judgement] = []
     for one in order:
-        if len(best) == most:
+        if len(safe) == most:
             break
         judged = judge(one, cluster, constants)
-        best += [judged] if judged.fits else []
-    return best
+        if judged.fits:
+            (safe if judged.surely_fits else tight).append(judged)
+    return safe or tight[:most]
 
 
 def decided_by(loser: Judgement, winner: Judgement) -> tuple[str, float]:
@@ -181,6 +208,16 @@ def what_works(config: RunConfig, cluster: Cluster, most: int = 3) -> str:
                 f"{' '.join(least.keys)}"
             )
     return f"nothing works on {cluster.gpus:,} {cluster.gpu}, nor on any other number of them"
+
+
+def ramp_days(one: Judgement) -> float:
+    """Days until the batch is full; 0 where it is from the start."""
+    schedule = one.candidate.config.schedule
+    pairs = zip(schedule.segments, one.seconds, strict=True)
+    tokens = min(schedule.ramp_tokens, schedule.end_tokens)
+    if len(one.seconds) == 1:
+        return 0.0
+    return sum(s.n_steps * t for s, t in pairs if s.first_tokens < tokens) / 86_400
 
 
 def with_higher_start(one: Judgement) -> Judgement | None:

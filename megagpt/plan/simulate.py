@@ -10,10 +10,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megagpt.errors import UsageError
 from megagpt.plan.jobs import Column
 
 GPU_HOURS_PER_FAILURE = 50_000.0
 """Of H100s: 419 interruptions in 54 days on 16,384 of them (Grattafiori et al. 2024, Llama 3)."""
+
+
+MOST_WASTE = 100.0
+"""A run of more than so many times its work is told as one that never ends."""
+MOST_FAILURES = 20_000
+"""Of one run; a simulation of more would take minutes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,12 +53,51 @@ class Campaign:
         return float(low), float(mid), float(high)
 
 
+class NeverEnds(UsageError):
+    """A run that failures keep from its end."""
+
+
+def hopeless(work_s: float, interval_s: float, weather: Weather) -> str:
+    """Why such a run does not end, or not within what is worth simulating; empty where it does.
+
+    A stretch of c seconds between two checkpoints is tried exp(c / f) times where failures come
+    every f seconds on average; with notice a failure costs the save and what follows alone.
+    """
+    every, cycle = weather.failure_every, interval_s + weather.save
+    if weather.notice:
+        # What is left of an exponential time after the save's seconds are taken from it.
+        done = every * math.exp(-min(700.0, weather.save / every)) * interval_s / cycle
+        failures = work_s / max(done, 1e-300)
+    else:
+        failures = work_s / interval_s * math.expm1(min(700.0, cycle / every))
+    spent = failures * (every + weather.restart + weather.queue)
+    text = (
+        f"a failure every {every / 60:,.3g} min and a checkpoint every {interval_s / 60:,.3g} min "
+        f"({weather.save:,.3g} s to save, {(weather.restart + weather.queue) / 60:,.3g} min to "
+        "start again)"
+    )
+    if spent > MOST_WASTE * work_s:
+        return f"{text}: more than {1 - 1 / MOST_WASTE:.0%} of the time is lost, it never ends"
+    if failures > MOST_FAILURES:
+        return f"{text}: {failures:,.3g} failures are more than the {MOST_FAILURES:,} simulated"
+    return ""
+
+
 def simulate(
-    work_s: float, interval_s: float, weather: Weather, runs: int = 1000, seed: int = 0
+    work_s: float | Column, interval_s: float, weather: Weather, runs: int = 1000, seed: int = 0
 ) -> Campaign:
-    """`runs` simulations of `work_s` seconds of training with a checkpoint every `interval_s`."""
+    """`runs` simulations of `work_s` seconds of training with a checkpoint every `interval_s`.
+
+    Raises NeverEnds where failures come so often that the run gets nowhere.
+    """
+    work = np.broadcast_to(np.asarray(work_s, dtype=float), (runs,))
+    if why := hopeless(float(np.median(work)), interval_s, weather):
+        raise NeverEnds(
+            f"--simulate: {why}; save more often (checkpoint.every_tokens), or raise "
+            "--gpu-hours-per-failure"
+        )
     random = np.random.default_rng(seed)
-    left = np.full(runs, float(work_s))
+    left = work.copy()
     spent = np.full(runs, float(weather.restart))
     cycle = interval_s + weather.save
     active = left > 0
@@ -68,10 +114,15 @@ def simulate(
         spent[active] += np.where(ends, need, until + wait)
         left[active] = np.where(ends, 0.0, np.maximum(left[active] - done, 1e-9))
         active = left > 0
-        # Where nothing is ever saved between failures, no run ends.
-        if spent.max() > 1000 * work_s + 1e9:
-            break
-    return Campaign(spent / 86_400, work_s / spent)
+    return Campaign(spent / 86_400, work / spent)
+
+
+def spread_of(ends: tuple[float, float], runs: int = 1000, seed: int = 1) -> Column:
+    """Factors of a step's time of which 80% lie between `ends`, as a log-normal distribution."""
+    low, high = np.log(ends)
+    width = (high - low) / (2 * 1.2816)
+    drawn = np.random.default_rng(seed).standard_normal(runs) * width
+    return np.asarray(np.exp((low + high) / 2 + drawn))
 
 
 def best_interval(weather: Weather) -> float:

@@ -71,6 +71,6 @@ def stage_parameters(config: ModelConfig, stages: int, tensor: int = 1) -> list[
     block = matrices + (3 * d + config.d_ff) // tensor + 2 * d + 4 * d
     layers = [embedding, config.n_ctx * d, *([block] * config.n_layer), 2 * d]
     counts = [sum(layers[first:last]) for first, last in pairwise(bounds)]
-    if stages > 1:
+    if stages > 1 or not config.tied:
         counts[-1] += embedding
     return counts

@@ -121,16 +121,41 @@ def idle_as_text(config: RunConfig, layout: Layout, rows: Sequence[Row]) -> str:
     )
 
 
-def stages_as_text(config: RunConfig, layout: Layout) -> str:
-    """Pipeline stages: their blocks, parameters on a rank, share of the work."""
+@dataclass(frozen=True, slots=True)
+class StageRow:
+    """One pipeline stage."""
+
+    blocks: int
+    parameters: int
+    """Of a rank."""
+    share: float
+    """Of the work of a forward pass."""
+
+
+def stage_rows(config: RunConfig, layout: Layout) -> list[StageRow]:
+    """The pipeline's stages, the first first."""
     model = padded_model(config, layout)
     bounds, costs = stage_bounds(model, layout.pipeline), layer_costs(model)
     held = stage_parameters(model, layout.pipeline, layout.tensor)
+    blocks = set(range(2, 2 + model.n_layer))
+    return [
+        StageRow(len(set(range(first, last)) & blocks), own, sum(costs[first:last]) / sum(costs))
+        for own, (first, last) in zip(held, pairwise(bounds), strict=True)
+    ]
+
+
+def stages_as_text(config: RunConfig, layout: Layout) -> str:
+    """Pipeline stages: their blocks, parameters on a rank, share of the work; stages that are the
+    same in one line."""
     cells: list[Sequence[str]] = [("stage", "blocks", "parameters per rank", "share of work")]
-    for stage, (first, last) in enumerate(pairwise(bounds)):
-        blocks = len(set(range(first, last)) & set(range(2, 2 + model.n_layer)))
-        share = sum(costs[first:last]) / sum(costs)
-        cells.append((f"{stage}", f"{blocks}", f"{held[stage]:,}", f"{share:.1%}"))
+    rows = stage_rows(config, layout)
+    first = 0
+    for last, row in enumerate(rows):
+        if last + 1 < len(rows) and rows[last + 1] == row:
+            continue
+        name = f"{first}" if first == last else f"{first}-{last}"
+        cells.append((name, f"{row.blocks}", f"{row.parameters:,}", f"{row.share:.1%}"))
+        first = last + 1
     return aligned(cells)
 
 

@@ -2,15 +2,9 @@
 
 from collections.abc import Sequence
 
-from megagpt.plan.judge import HOST_WATTS, Judgement, decided_by, with_higher_start
-from megagpt.plan.memory import checkpoint_bytes
-from megagpt.plan.simulate import Weather, best_interval, simulate
+from megagpt.plan.failures import Outlook
+from megagpt.plan.judge import Judgement, decided_by, ramp_days, with_higher_start
 from megagpt.plan.table import aligned
-
-COPY_RATE = 5e9
-"""Bytes/s at which a rank copies its part of a checkpoint to its host, the others beside it."""
-WRITE_RATE = 0.5e9
-"""Bytes/s at which a host writes to a shared file system, as `megagpt launch` takes it."""
 
 
 def judgement_as_text(one: Judgement) -> str:
@@ -19,17 +13,18 @@ def judgement_as_text(one: Judgement) -> str:
     low, high = one.time_ends
     least, most = (one.peak * end / 1e9 for end in one.memory_ends)
     step = ", ".join(f"{name} {seconds:.3g}" for name, seconds in one.items.items() if seconds)
-    watts = one.gpu_hours * cluster.device.watts * HOST_WATTS
+    mfu, again = one.utilisation("none"), one.utilisation(config.parallel.recompute)
+    dollars = one.gpu_hours * cluster.dollars
     lines = [
         f"on {cluster.gpus:,} {cluster.gpu}: {one.candidate}: {one.peak / 1e9:.1f} GB of "
         f"{cluster.device.memory_gb:.0f} (80%: {least:.1f} to {most:.1f})",
         _stages_as_text(one),
         f"step: {one.step:.3g} s (80%: {one.step * low:.3g} to {one.step * high:.3g}): {step}",
-        f"MFU {one.utilisation('none'):.1%}, HFU "
-        f"{one.utilisation(config.parallel.recompute):.1%}; the causal half of attention counted",
+        f"MFU {mfu:.1%} (80%: {mfu / high:.1%} to {mfu / low:.1%}), HFU {again:.1%}; the causal "
+        "half of attention counted",
         f"whole run: {one.days:,.3g} days (80%: {one.days * low:,.3g} to {one.days * high:,.3g}), "
-        f"{one.gpu_hours:,.0f} GPU-hours, {watts / 1e6:,.3g} MWh, "
-        f"${one.gpu_hours * cluster.dollars:,.0f} at ${cluster.dollars:.2f} an hour",
+        f"{one.gpu_hours:,.0f} GPU-hours, {one.mwh:,.3g} MWh, ${dollars:,.0f} (80%: "
+        f"${dollars * low:,.0f} to ${dollars * high:,.0f}) at ${cluster.dollars:.2f} an hour",
     ]
     if ramp := _ramp_as_text(one):
         lines.append(ramp)
@@ -38,13 +33,11 @@ def judgement_as_text(one: Judgement) -> str:
 
 def _ramp_as_text(one: Judgement) -> str:
     """How long the ramp takes, and what starting it higher would save."""
-    config = one.candidate.config
-    pairs = list(zip(config.schedule.segments, one.seconds, strict=True))
-    tokens = min(config.schedule.ramp_tokens, config.schedule.end_tokens)
-    if len(pairs) == 1 or not tokens:
+    schedule, days = one.candidate.config.schedule, ramp_days(one)
+    if not days:
         return ""
-    days = sum(s.n_steps * t for s, t in pairs if s.first_tokens < tokens) / 86_400
-    text = f"ramp: {days:.3g} days for {tokens / config.schedule.end_tokens:.1%} of the tokens"
+    tokens = min(schedule.ramp_tokens, schedule.end_tokens)
+    text = f"ramp: {days:.3g} days for {tokens / schedule.end_tokens:.1%} of the tokens"
     if higher := with_higher_start(one):
         start = higher.candidate.config.schedule.ramp_start_tokens
         text += f"; {higher.days:,.3g} days in all with a ramp that starts at {start} tokens"
@@ -75,32 +68,18 @@ def search_as_text(found: Sequence[Judgement]) -> str:
     return "\n".join(lines) + "\nuse the first: " + " ".join(found[0].candidate.keys)
 
 
-def simulation_as_text(
-    one: Judgement, gpu_hours: float, restart_s: float, queue_s: float, spot: float | None
-) -> str:
-    """The run with failures: goodput, days, cost, and the interval between checkpoints."""
-    cluster, config = one.cluster, one.candidate.config
-    nodes = -(-cluster.gpus // cluster.per_node)
-    size = checkpoint_bytes(config.model)
-    # In the background only the copy to the host's memory stops the step.
-    rate = cluster.gpus * COPY_RATE if config.checkpoint.background else nodes * WRITE_RATE
-    weather = Weather(
-        failure_every=gpu_hours * 3600 / cluster.gpus,
-        save=size / rate,
-        restart=restart_s,
-        queue=queue_s,
-        notice=spot is not None,
-    )
-    tokens = config.schedule.segments[-1].batch_tokens
-    own = config.checkpoint.every_tokens / tokens * one.step or one.days * 86_400
-    price, lines = cluster.dollars if spot is None else spot, []
-    for name, interval in (("as the run file saves", own), ("at best", best_interval(weather))):
-        run = simulate(one.days * 86_400, interval, weather)
-        low, mid, high = run.middle(run.days)
-        bad, good, top = run.middle(run.goodput)
-        cost = mid * 24 * cluster.gpus * price
+def outlooks_as_text(found: Sequence[Outlook]) -> str:
+    """The run with failures: goodput, days, date and cost, and the interval between checkpoints."""
+    lines = []
+    for one in found:
+        head = f"with failures, {one.saves}, every {one.interval_s / 60:,.3g} min: "
+        if one.goodput is None or one.days is None or one.dollars is None:
+            lines.append(head + one.never)
+            continue
         lines.append(
-            f"with failures, {name}, every {interval / 60:,.3g} min: goodput {good:.1%} "
-            f"({bad:.1%} to {top:.1%}), {mid:,.3g} days ({low:,.3g} to {high:,.3g}), ${cost:,.0f}"
+            f"{head}goodput {one.goodput[1]:.1%} ({one.goodput[0]:.1%} to {one.goodput[2]:.1%}), "
+            f"{one.days[1]:,.3g} days ({one.days[0]:,.3g} to {one.days[2]:,.3g}), "
+            f"${one.dollars[1]:,.0f} (${one.dollars[0]:,.0f} to ${one.dollars[2]:,.0f}); "
+            f"started today it ends on {one.ends[1]} ({one.ends[0]} to {one.ends[2]})"
         )
     return "\n".join(lines)

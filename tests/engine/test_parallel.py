@@ -74,7 +74,7 @@ BUILD = """
         def to(self, *_, **__):  # DeepSpeed moves the module to its device; meta stays
             return self
 
-    config = load_run("launch/runs/gpt3-175b.toml")
+    config = load_run("launch/runs/gpt3-175b.toml", ["parallel.tensor=8"])
     layout = layout_of(config, 1024)
     found = []
     for stage in range(16):
@@ -111,7 +111,7 @@ def padded_175b() -> ModelConfig:
     """The 175B run file's model with the vocabulary padded to its tensor split."""
     from megagpt.plan.layout import layout_of, padded_model
 
-    config = load_run("launch/runs/gpt3-175b.toml")
+    config = load_run("launch/runs/gpt3-175b.toml", ["parallel.tensor=8"])
     return padded_model(config, layout_of(config, 1024))
 
 

@@ -13,7 +13,7 @@ from megagpt.plan.calibrate import calibrate
 from megagpt.plan.candidates import Cluster, candidate
 from megagpt.plan.constants import CONSTANTS, constants_for
 from megagpt.plan.judge import judge
-from megagpt.plan.simulate import Weather, best_interval, simulate
+from megagpt.plan.simulate import NeverEnds, Weather, best_interval, simulate, spread_of
 
 DAY = 86_400.0
 
@@ -64,11 +64,39 @@ def test_a_notice_saves_what_was_done():
     assert best_interval(spot) == 4 * 3600
 
 
+def test_failures_that_leave_no_time_end_with_a_message(run_file, capsys):
+    often = Weather(failure_every=60, save=30, restart=300, queue=0)
+    rule = "more than 99% of the time is lost, it never ends; save more often"
+    why = rf"a failure every 1 min and a checkpoint every 60 min .*: {rule}"
+    with pytest.raises(NeverEnds, match=why):
+        simulate(10 * DAY, 3600, often)
+    spot = Weather(failure_every=10, save=300, restart=0, queue=0, notice=True)
+    with pytest.raises(NeverEnds, match="it never ends"):
+        simulate(10 * DAY, 3600, spot)
+    many = Weather(failure_every=20, save=0.01, restart=0, queue=0)
+    with pytest.raises(NeverEnds, match="failures are more than the 20,000 simulated"):
+        simulate(10 * DAY, 20, many)
+    words = ["plan", str(run_file), "--gpus", "16", "--simulate", "--gpu-hours-per-failure"]
+    # The run file saves every 22 minutes; at the best interval the run goes on.
+    assert main([*words, "0.5"]) == 0
+    first, second = capsys.readouterr().out.splitlines()[-2:]
+    assert "as the run file saves, every 2" in first and "it never ends" in first
+    assert "at best, every 1 min: goodput 1" in second
+    assert main([*words, "0.001"]) == 2
+    assert "megagpt: --simulate: a failure every 0.00375 min" in capsys.readouterr().err
+
+
+def test_step_times_vary_within_their_interval():
+    drawn = spread_of((0.8, 1.3), runs=100_000)
+    assert np.quantile(drawn, (0.1, 0.9)) == pytest.approx([0.8, 1.3], rel=0.01)
+
+
 def test_the_command_simulates_and_writes(run_file, tmp_path, capsys):
     folder = tmp_path / "plan"
     words = ["plan", str(run_file), "parallel.ds_config=zero2", "--gpus", "16", "--simulate"]
     assert main([*words, "--write", str(folder)]) == 0
     out = capsys.readouterr().out
+    assert "; started today it ends on 20" in out
     assert "with failures, as the run file saves, every" in out and ", at best, every" in out
     made = load_run(folder / "run.toml")
     assert made.parallel.ds_config == str(folder / "ds_config.json")

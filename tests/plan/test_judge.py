@@ -3,21 +3,22 @@
 import json
 import shlex
 import time
+from pathlib import Path
 
 import pytest
 
 from megagpt.cli import main
 from megagpt.config import load_run
 from megagpt.plan.candidates import Cluster, candidate, candidates
+from megagpt.plan.ds_config import read_ds_config
 from megagpt.plan.judge import decided_by, judge, search, with_higher_start
 from megagpt.plan.sanity import oddities
 
+PUBLISHED = Path(__file__).parents[2] / "benchmarks" / "planner" / "published.csv"
+
 
 @pytest.fixture
-def run_file(tmp_path, monkeypatch):
-    # A profile of whoever runs the tests would change every figure.
-    monkeypatch.setenv("MEGAGPT_PROFILES", str(tmp_path / "profiles"))
-
+def run_file(tmp_path):
     def made(size: str) -> str:
         path = tmp_path / f"{size}.toml"
         path.write_text(
@@ -91,6 +92,73 @@ def test_what_is_printed_adds_up(run_file, capsys):
     assert planned(capsys, *words)[1].count("\n") < 50
 
 
+def test_json_holds_all_that_the_text_tells(run_file, tmp_path, capsys):
+    words = [run_file("125m"), "--gpus", "32", "--search", "--simulate"]
+    words += ["--write", str(tmp_path / "plan"), "--picture", str(tmp_path / "plan.png"), "--json"]
+    code, out, err = planned(capsys, *words)
+    made = json.loads(out)
+    assert (code, err) == (0, "")
+    assert [Path(path).exists() for path in made["wrote"]] == [True] * 5
+    assert [one["saves"] for one in made["simulation"]] == ["as the run file saves", "at best"]
+    low, middle, high = made["simulation"][0]["days"]
+    assert low < middle < high and len(made["simulation"][0]["ends"]) == 3
+    assert len(made["layouts"]) == 10
+    for one in made["layouts"]:
+        for name, value in one.items():
+            if f"{name}_interval" in one:
+                least, most = one[f"{name}_interval"]
+                assert least < value < most
+        assert one is made["layouts"][0] or one["loses_seconds"] >= 0
+    assert len(made["layouts"][0]["seconds_by_batch"]) == len(made["ramp"])
+    assert made["higher_start"]["days"] < made["layouts"][0]["days"]
+    assert 0 < made["ramp_days"] < made["layouts"][0]["days"] and "idle: " in made["idle"]
+    assert made["checkpoint_bytes"] == 12 * made["parameters"] and made["stages"][0]["blocks"] == 12
+    # Nothing is judged where no device was named.
+    bare = json.loads(planned(capsys, run_file("125m"), "--json")[1])
+    assert bare["layouts"] == [] and bare["ramp_days"] is None and bare["pf_days"] > 2
+    table = str(PUBLISHED), "--output", str(tmp_path / "out.csv")
+    assert json.loads(planned(capsys, "--batch", *table, "--json")[1])["rows"] == 426
+
+
+def test_memory_is_counted_once(run_file, capsys):
+    """What the text says of stages, of the layout and of the run is one count, exact for states."""
+    words = [run_file("175b"), "parallel.pipeline=16", "parallel.tensor=8", "--gpus", "1024"]
+    words += ["parallel.ds_config=pipeline", "parallel.recompute=full"]
+    made = json.loads(planned(capsys, *words, "--json")[1])
+    [one] = made["layouts"]
+    for stage, sizes in zip(made["stages"], one["stages"], strict=True):
+        each = sizes["weights"] + sizes["gradients"] + sizes["optimizer"]
+        # Weights, fp32 gradients, and master and moments over 8 data ranks.
+        assert each == pytest.approx((2 + 4 + 12 / 8) * stage["parameters"])
+    out = planned(capsys, *words)[1]
+    assert f"memory: {7.5 * made['stages'][0]['parameters'] / 1e9:.3g} GB on the fullest" in out
+    assert " 1-14 " in out
+
+
+def test_weights_that_zero_3_gathers_are_counted_once(run_file):
+    config = load_run(run_file("13b"), ["parallel.ds_config=zero3"])
+    [stage] = judge(candidate(config, 64), Cluster(gpu="h100", gpus=64)).stages
+    # DeepSpeed's own bounds: 10^9 live weights of 2 bytes, two buckets of 5 x 10^8 gradients of 4.
+    assert stage["buffers"] == 2e9 + 2 * 4 * 5e8
+
+
+def test_offload_to_no_device_is_none(run_file, tmp_path):
+    tree = read_ds_config("zero3_offload")
+    shares = {}
+    for device in ("none", "cpu"):
+        for what in ("optimizer", "param"):
+            tree["zero_optimization"][f"offload_{what}"]["device"] = device
+        path = tmp_path / f"{device}.json"
+        path.write_text(json.dumps(tree))
+        config = load_run(run_file("1.3b"), [f"parallel.ds_config={path}"])
+        one = judge(candidate(config, 8), Cluster(gpu="h100", gpus=8))
+        shares[device] = one.stages[0]["optimizer"], one.stages[0]["weights"], one.step
+    plain = load_run(run_file("1.3b"), ["parallel.ds_config=zero3"])
+    one = judge(candidate(plain, 8), Cluster(gpu="h100", gpus=8))
+    assert shares["none"] == (one.stages[0]["optimizer"], one.stages[0]["weights"], one.step)
+    assert shares["cpu"][:2] == (0, 0) and shares["cpu"][2] > one.step
+
+
 def test_the_long_ramp_is_shortened_but_not_in_json(run_file, capsys):
     words = [run_file("175b"), "parallel.pipeline=16", "parallel.tensor=8", "--gpus", "1024"]
     words += ["parallel.ds_config=pipeline", "parallel.recompute=full"]
@@ -103,7 +171,7 @@ def test_search_finds_the_best_of_all_and_tells_why_others_lose(run_file, capsys
     config, cluster = load_run(run_file("2.7b")), Cluster(gpu="a100-40", gpus=4)
     best = search(config, cluster)
     everything = [judge(one, cluster) for one in candidates(config, cluster)]
-    steps = sorted(one.step for one in everything if one.fits)
+    steps = sorted(one.step for one in everything if one.fits and one.surely_fits)
     assert [one.step for one in best] == pytest.approx(steps[:10])
     item, seconds = decided_by(best[1], best[0])
     assert seconds == pytest.approx(best[1].items[item] - best[0].items[item]) and seconds >= 0
@@ -165,6 +233,7 @@ def test_more_devices_than_the_batch_has_work_for(run_file, capsys):
         (["--gpus", "8", "--nvlink-domain", "-8"], "--nvlink-domain -8: must be at least 1"),
         (["--gpus", "8", "--price", "-1"], "--price -1.0: must be dollars for a GPU-hour"),
         (["--search"], "--search needs --gpus N of at least 1, got None"),
+        (["--simulate"], "--simulate, --picture and --write need --gpus N"),
         (["--search", "--gpus", "0"], "--search needs --gpus N of at least 1, got 0"),
         (["--search", "--gpus", "1", "--gpu", "v100-16"], "nothing works on 1 v100-16; "),
         (["--batch", "rows.csv"], "--batch ROWS.csv needs --output OUT.csv, and no run file"),

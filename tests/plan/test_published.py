@@ -1,0 +1,71 @@
+"""docs/planner.md tells what the fit's own record says, and the record is that of the constants."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megagpt.plan.constants import CONSTANTS
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "benchmarks" / "planner" / "fit.py"
+DOCS = (ROOT / "docs" / "planner.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def fitting():
+    spec = importlib.util.spec_from_file_location("fit", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # dataclasses looks for the module of a class.
+    import sys
+
+    sys.modules["fit"] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["fit"]
+
+
+@pytest.mark.parametrize("name", ["time", "memory"])
+def test_docs_tell_what_the_record_says(fitting, name):
+    rows, errors = fitting.rows_of(fitting.OUTCOMES[name]), fitting.read_errors(name)
+    table, covered, order = fitting.report(rows, errors)
+    for line in table.splitlines():
+        assert line in DOCS
+    percent = covered.rpartition(" ")[2]
+    told = re.search(r"cover ([\d.]+%) of left-out step times and ([\d.]+%) of left-out", DOCS)
+    assert told is not None and told[1 if name == "time" else 2] == percent
+    if name == "time":
+        crossed = re.search(r"(\d+%) are put in the right order", DOCS)
+        fitted = re.search(r"(\d+%) by the\nfit itself", DOCS)
+        assert crossed is not None and f"cross-validation {crossed[1]}" in order
+        assert fitted is not None and f"fit {fitted[1]}" in order
+
+
+@pytest.mark.parametrize("name", ["time", "memory"])
+def test_the_record_is_that_of_the_constants(fitting, name):
+    rows, errors = fitting.rows_of(fitting.OUTCOMES[name]), fitting.read_errors(name)
+    fit = fitting.time_fit() if name == "time" else fitting.memory_fit()
+    now = np.log(fit.predict(rows.jobs, CONSTANTS) / rows.value)
+    # Constants are written with four digits.
+    assert np.abs(now - errors["fit"]).max() < 0.005
+    found = fitting.spread(rows, errors)
+    from megagpt.plan.constants import interval
+
+    for index, system in enumerate(fitting.SYSTEMS):
+        chosen = rows.jobs.framework == index
+        if chosen.any():
+            low, high = interval(rows.jobs, name)
+            ends = low[chosen][0], high[chosen][0]
+            assert ends == pytest.approx(found[system], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_fold_that_is_left_out_again_has_the_same_errors(fitting):
+    rows, fit = fitting.rows_of("step_time_s"), fitting.time_fit()
+    out = fitting.folds(rows) == 0
+    x = fit.run(rows.only(~out), fit.run(rows), 12)
+    again = fit.errors(rows.only(out), x)
+    assert again == pytest.approx(fitting.read_errors("time")["cross-validation"][out], abs=0.01)
