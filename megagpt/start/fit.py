@@ -7,7 +7,7 @@
    2023), one of SIZES ten times.
 4) The batch is the size's, halved until the run has some hundred steps; warm-up, decay and ramp
    keep the share of the tokens that the preset gives them.
-5) The layout is the fastest that the planner finds for the GPUs.
+5) The layout is the simplest of those that the planner finds about as fast as the fastest.
 """
 
 import dataclasses
@@ -47,6 +47,8 @@ EPOCHS = 4
 """Muennighoff et al. 2023: more teach little."""
 SMALL_EPOCHS = 10
 """Of SIZES: a small text is read more often, and the validation loss tells when it is enough."""
+NEAR = 1.1
+"""Times the fastest step that is as good."""
 LEAST_STEPS = 400
 LEAST_CONTEXT = 32
 LEAST_WINDOWS = (64, 8)
@@ -172,7 +174,7 @@ def _tokens(
         tokens, why = TOKENS_PER_PARAMETER * parameters(model), "20 a parameter"
     epochs = EPOCHS if size in PRESETS else SMALL_EPOCHS
     if tokens > epochs * there:
-        return round_down(epochs * there), "as many as teach something"
+        return round_down(epochs * there), f"{epochs} at most"
     return round_down(tokens), why
 
 
@@ -216,16 +218,29 @@ def _micro_batch(config: RunConfig, cores: int) -> int:
 
 
 def _laid_out(config: RunConfig, cluster: Cluster) -> tuple[RunConfig, Judgement]:
-    """The run in the fastest layout that fits, its ramp begun where every data rank has work."""
-    found = search(config, cluster, 1)
+    """The run in a layout that fits, its ramp begun where every data rank has work."""
+    found = _simplest(config, cluster)
     if not found:
         raise UsageError(what_works(config, cluster))
-    laid = found[0].candidate.config
+    laid = found.candidate.config
     start = busy_start_tokens(laid, layout_of(laid, cluster.gpus))
     if laid.schedule.ramp_tokens and start != laid.schedule.start_tokens:
         start = 0 if start is None or start >= laid.schedule.batch_tokens else start
         ramp = laid.schedule.ramp_tokens if start else 0
         schedule = dataclasses.replace(laid.schedule, ramp_start_tokens=start, ramp_tokens=ramp)
-        found = search(dataclasses.replace(config, schedule=schedule), cluster, 1) or found
-        laid = found[0].candidate.config
-    return laid, found[0]
+        found = _simplest(dataclasses.replace(config, schedule=schedule), cluster) or found
+        laid = found.candidate.config
+    return laid, found
+
+
+def _simplest(config: RunConfig, cluster: Cluster) -> Judgement | None:
+    """Of the layouts about as fast as the fastest, the one with the least machinery; None where
+    nothing fits. Predictions are not so exact, and under ZeRO-3 nothing is compiled."""
+    found = search(config, cluster)
+    near = [one for one in found if one.step <= NEAR * found[0].step]
+
+    def machinery(one: Judgement) -> tuple[object, ...]:
+        layout, parallel = one.candidate.layout, one.candidate.config.parallel
+        return (layout.tensor, layout.pipeline, one.candidate.zero, parallel.recompute, one.step)
+
+    return min(near, key=machinery, default=None)

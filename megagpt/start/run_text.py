@@ -88,7 +88,7 @@ def _schedule(fitted: Fitted, preset: bool) -> list[tuple[str, str]]:
         lines.append((f"peak_lr = {schedule.peak_lr:g}", ""))
     lines.append((f"batch_tokens = {schedule.batch_tokens:_}", f"a step: {sequences} sequences"))
     if preset and PRESETS[fitted.size].schedule.get("ramp_tokens"):
-        ramp = "the batch grows over them" if schedule.ramp_tokens else "too short for a ramp"
+        ramp = "the batch grows over them" if schedule.ramp_tokens else "no ramp: the run is short"
         lines += [
             (f"ramp_start_tokens = {schedule.ramp_start_tokens}", "the first step"),
             (f"ramp_tokens = {schedule.ramp_tokens:_}", ramp),

