@@ -47,9 +47,9 @@ def header(size: str, config: RunConfig) -> str:
     low, high = one.time_ends
     least, most = (one.peak * end / 1e9 for end in one.memory_ends)
     lines = [
-        f"GPT-3 {size.upper()} (Brown et al. 2020, Table 2.1 and Appendix B), from scratch: an example.",
-        "Its five corpora are the paper's mixture, of which WebText2 and the two of books were never",
-        "published; gpt3-125m-fineweb.toml and gpt3-1.3b-fineweb.toml train on data that is.",
+        f"GPT-3 {size.upper()} (Brown et al. 2020, Table 2.1 and Appendix B): an example.",
+        "Its five corpora are the paper's mixture; WebText2 and the books were never published.",
+        "gpt3-125m-fineweb.toml and gpt3-1.3b-fineweb.toml beside it train on data that was.",
         "",
         f"Parameters  {parameters(config.model):,} (the paper prints {PRINTED[size]})",
         f"Tokens      {schedule.total_tokens:,} in windows of {config.model.n_ctx:,}",
