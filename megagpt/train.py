@@ -20,7 +20,7 @@ from megagpt.cluster.ranks import Ranks, discover
 from megagpt.cluster.stop import StopRequest
 from megagpt.cluster.watchdog import Watchdog
 from megagpt.config import RunConfig, load_run
-from megagpt.errors import EXIT_FAILURE, EXIT_OK, ended
+from megagpt.errors import EXIT_FAILURE, EXIT_OK, UsageError, ended
 from megagpt.plan.ds_config import read_ds_config, resolve
 from megagpt.plan.layout import layout_of
 
@@ -40,6 +40,19 @@ def parser() -> argparse.ArgumentParser:
         "--allow-changes",
         action="store_true",
         help="go on from a checkpoint although model, data, schedule, optimizer or seed changed",
+    )
+    made.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="everything up to the first step, on the meta device and for every kind of rank; "
+        "nothing is trained or written",
+    )
+    made.add_argument(
+        "--ranks",
+        type=int,
+        metavar="N",
+        help="ranks of a --dry-run without a launcher (default: those of plan.json beside the run "
+        "file, else pipeline x tensor)",
     )
     # The deepspeed launcher adds this; the environment says the same.
     made.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
@@ -66,6 +79,10 @@ def _run(argv: Sequence[str] | None) -> int:
     first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) in ("0", "")
     level = logging.INFO if first else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
+    if args.dry_run:
+        return rehearse_run(args.run, args.overrides, args.ranks)
+    if args.ranks is not None:
+        raise UsageError("--ranks is for --dry-run; a launcher says how many ranks train")
     return train(args.run, args.overrides, args.allow_changes)
 
 
@@ -78,6 +95,29 @@ def set_environment(config: RunConfig, ranks: Ranks) -> None:
     cuda = torch.cuda.is_available()
     for name, value in environment(config, cuda, ranks.local_world).items():
         os.environ.setdefault(name, value)
+
+
+def rehearse_run(run: str, overrides: Sequence[str], n_ranks: int | None) -> int:
+    """--dry-run: this rank alone under a launcher, else every kind of rank of `n_ranks`."""
+    config = load_run(run, overrides)
+    ranks = discover(os.environ)
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from megagpt.engine.rehearsal import kinds_of_ranks
+    from megagpt.run.dry_run import dry_run, planned_ranks
+
+    world = ranks.world
+    if ranks.launcher == "python":
+        alone = config.parallel.pipeline * config.parallel.tensor
+        world = (planned_ranks(run) or alone) if n_ranks is None else n_ranks
+    elif n_ranks not in (None, world):
+        raise UsageError(f"--ranks {n_ranks}: {ranks.launcher} started {world} ranks")
+    layout = layout_of(config, world)
+    ds_config = resolve(config, layout, read_ds_config(config.parallel.ds_config))
+    chosen = kinds_of_ranks(layout) if ranks.launcher == "python" else [ranks.rank]
+    for line in dry_run(config, layout, ds_config, chosen):
+        if ranks.rank == 0:
+            print(line)
+    return EXIT_OK
 
 
 def train(run: str, overrides: Sequence[str], allow_changes: bool = False) -> int:

@@ -8,7 +8,7 @@ would leave the last stage far behind the others.
 from collections.abc import Sequence
 from itertools import pairwise
 
-from megagpt.config.flops import head_flops, layer_flops
+from megagpt.config.flops import head_flops, layer_flops, parameters
 from megagpt.config.presets import ModelConfig
 
 
@@ -65,12 +65,14 @@ def stage_parameters(config: ModelConfig, stages: int, tensor: int = 1) -> list[
     With a tensor split every matrix is shared out; norms, positions and the biases of the
     row-parallel layers stay whole on every rank.
     """
+    if stages == tensor == 1:
+        return [parameters(config)]
     d, bounds = config.d_model, stage_bounds(config, stages)
     embedding = config.embedding_rows // tensor * d
     matrices = (4 * d * d + 2 * d * config.d_ff) // tensor
     block = matrices + (3 * d + config.d_ff) // tensor + 2 * d + 4 * d
     layers = [embedding, config.n_ctx * d, *([block] * config.n_layer), 2 * d]
     counts = [sum(layers[first:last]) for first, last in pairwise(bounds)]
-    if stages > 1 or not config.tied:
+    if stages > 1:
         counts[-1] += embedding
     return counts
