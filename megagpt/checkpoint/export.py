@@ -126,19 +126,24 @@ def open_weights(run: Path, compare: bool = True) -> Weights:
     return Weights(folder=folder, config=load_run(folder / CONFIG), facts=facts, read=read)
 
 
-def load_model(run: Path, device: str = "cpu") -> tuple[GPT, tiktoken.Encoding, dict[str, Any]]:
-    """(model in fp32 and eval mode, its tokenizer, facts: checkpoint, step, tokens, tokenizer).
+def load_model(
+    run: Path, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[GPT, tiktoken.Encoding, dict[str, Any]]:
+    """(model in eval mode, its tokenizer, facts: checkpoint, step, tokens, tokenizer).
 
-    `run` is what open_weights takes.
+    `run` is what open_weights takes. Weights are rounded to `dtype` one by one on their way to the
+    device, so that a host needs the memory of the largest alone.
     """
     weights = open_weights(run)
     encoding = weights.tokenizer()
-    model = GPT(weights.config.model)
+    with torch.device("meta"):
+        model = GPT(weights.config.model)
+    model = model.to(dtype).to_empty(device=device)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(weights.whole(name, parameter.shape))
+            parameter.copy_(weights.whole(name, parameter.shape).to(dtype))
     told = {key: weights.facts[key] for key in ("step", "tokens", "tokenizer")}
-    return model.to(device).eval(), encoding, {"checkpoint": weights.folder, **told}
+    return model.eval(), encoding, {"checkpoint": weights.folder, **told}
 
 
 def _consolidated(folder: Path, compare: bool) -> tuple[Callable[[str], Tensor], dict[str, Any]]:

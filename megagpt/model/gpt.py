@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megagpt.config.presets import ModelConfig
-from megagpt.errors import UsageError
+from megagpt.model.cache import Cache, KeyValues, beyond_context
 from megagpt.model.kernels.attention import attend, attention_form, make_block_mask
 from megagpt.model.kernels.loss import head_logits, head_loss
 
@@ -97,14 +97,13 @@ class Positions(nn.Module):
         self.dropout = dropout
         self.weight = nn.Parameter(torch.empty(n_ctx, d_model))
 
-    def forward(self, x: Tensor, start: int = 0) -> Tensor:
-        end = start + x.shape[1]
-        if end > self.weight.shape[0]:
-            raise UsageError(
-                f"{end} positions, but the model's context is {self.weight.shape[0]} tokens: "
-                "shorten the text, or train with a larger n_ctx"
-            )
-        x = x + self.weight[start:end]  # (T, D) is added to every sequence
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        if positions is None:
+            if x.shape[1] > self.weight.shape[0]:
+                raise beyond_context(x.shape[1], self.weight.shape[0])
+            x = x + self.weight[: x.shape[1]]  # (T, D) is added to every sequence
+        else:
+            x = x + self.weight[positions]  # (B, T) -> (B, T, D)
         return F.dropout(x, self.dropout, self.training)
 
 
@@ -175,36 +174,6 @@ def layers(
 # --- a block -------------------------------------------------------------------------------------
 
 
-class KeyValues:
-    """Keys and values of one layer's past positions; a banded layer keeps those still in sight."""
-
-    def __init__(self, band: int | None, n_ctx: int) -> None:
-        self.band = band
-        self.n_ctx = n_ctx
-        self.n = 0
-        self.k: Tensor | None = None
-        self.v: Tensor | None = None
-
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add (B, H, T, E) keys and values; return all (B, H, S, E) that the T queries may see."""
-        if self.band is not None:
-            if self.k is not None and self.v is not None:
-                k, v = torch.cat([self.k, k], 2), torch.cat([self.v, v], 2)
-            kept = min(self.band - 1, k.shape[2])
-            # A copy, so that the past does not keep the whole of this call's tensors alive.
-            self.k = k[:, :, k.shape[2] - kept :].clone()
-            self.v = v[:, :, v.shape[2] - kept :].clone()
-            return k, v
-        if self.k is None or self.v is None:
-            b, h, _, e = k.shape
-            self.k, self.v = k.new_empty(b, h, self.n_ctx, e), v.new_empty(b, h, self.n_ctx, e)
-        end = self.n + k.shape[2]
-        self.k[:, :, self.n : end] = k
-        self.v[:, :, self.n : end] = v
-        self.n = end
-        return self.k[:, :, :end], self.v[:, :, :end]
-
-
 class Attention(nn.Module):
     """Multi-head causal attention, dense or banded: (B, T, D) -> (B, T, D)."""
 
@@ -239,8 +208,9 @@ class Attention(nn.Module):
         qkv = self.c_attn(x).view(b, t, 3, -1, self.d_head)  # (B, T, D) -> (B, T, 3, H, E)
         q, k, v = (z.transpose(1, 2) for z in qkv.unbind(2))  # each (B, H, T, E)
         if past is not None:
-            k, v = past.append(k, v)  # (B, H, S, E)
-        y = attend(q, k, v, self.band, self.dropout if self.training else 0.0, mask)
+            y = past.attend(q, k, v)
+        else:
+            y = attend(q, k, v, self.band, self.dropout if self.training else 0.0, mask)
         y = self.c_proj(y.transpose(1, 2).reshape(b, t, -1))  # (B, H, T, E) -> (B, T, D)
         return F.dropout(y, self.dropout, self.training)
 
@@ -291,16 +261,6 @@ class Block(nn.Module):
 # --- the plain model -----------------------------------------------------------------------------
 
 
-class Cache:
-    """Past positions of every layer, for `GPT.next_logits`."""
-
-    def __init__(self, batch: int, config: ModelConfig) -> None:
-        self.batch = batch
-        self.length = 0
-        """Positions so far."""
-        self.layers = [KeyValues(config.band(i), config.n_ctx) for i in range(config.n_layer)]
-
-
 class GPT(nn.Module):
     """A GPT of any family, built from `layers(config, classes)`; parameters start empty.
 
@@ -347,22 +307,32 @@ class GPT(nn.Module):
             losses.append(F.cross_entropy(logits, t, reduction="none"))
         return torch.cat(losses)
 
-    def new_cache(self, batch: int) -> Cache:
-        """An empty cache for `batch` sequences of up to n_ctx positions."""
-        return Cache(batch, self.config)
+    def new_cache(self, rows: int) -> Cache:
+        """An empty cache for `rows` texts of up to n_ctx positions."""
+        return Cache(rows, self.config)
 
     @torch.no_grad()
-    def next_logits(self, ids: Tensor, cache: Cache) -> Tensor:
-        """Logits (B, V) of what follows ids (B, T), which continue the text already in the cache.
+    def read(self, ids: Tensor, cache: Cache, first: int = 0) -> Tensor:
+        """Last hidden states (B, T, D) of ids (B, T), which continue the cache's rows from `first`
+        on: one position of each (T = 1), or several where the rows are of one length.
 
-        Appends to the cache. Raises UsageError beyond n_ctx positions.
+        The cache takes them in. Raises UsageError beyond n_ctx positions.
         """
-        hidden = self.wpe(self.wte(ids), cache.length)
+        rows, t = ids.shape
+        hidden = self.wpe(self.wte(ids), cache.begin(first, rows, t, ids.device))
         for block, past in zip(self.h, cache.layers, strict=True):
             hidden = block(hidden, past)
-        cache.length += ids.shape[1]
-        last = self.ln_f(hidden[:, -1])  # (B, T, D) -> (B, D)
-        return self.classes.head_logits(self._output(), last)
+        cache.advance(t)
+        return hidden
+
+    @torch.no_grad()
+    def scores(self, hidden: Tensor) -> Tensor:
+        """Logits (..., V) of what follows the positions of hidden (..., D) that `read` gave."""
+        return self.classes.head_logits(self._output(), self.ln_f(hidden))
+
+    def next_logits(self, ids: Tensor, cache: Cache) -> Tensor:
+        """Logits (B, V) of what follows ids (B, T), which continue the texts in the cache."""
+        return self.scores(self.read(ids, cache)[:, -1])
 
     def _hidden(self, x: Tensor) -> Tensor:
         hidden = self.wpe(self.wte(x))  # (B, T) -> (B, T, D)

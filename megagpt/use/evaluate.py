@@ -16,14 +16,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megagpt.errors import UsageError
-from megagpt.use.generate import device_named
+from megagpt.use.loading import add_placing, load_placed
 
 log = logging.getLogger("megagpt.use.evaluate")
 
 CONFIDENCE = 0.95
 """Of the intervals."""
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-"""Names in a run file, and torch's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,32 +102,21 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="tokens scored in each window, a divisor of n_ctx; fewer give every token more "
         "context and take longer (default: n_ctx)",
     )
-    parser.add_argument(
-        "--dtype",
-        choices=list(DTYPES),
-        default="fp32",
-        help="weights and activations (default: fp32)",
-    )
-    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: cuda if any)")
+    add_placing(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the figures of each corpus."""
-    import torch
-
-    from megagpt.checkpoint import load_model
     from megagpt.log.metrics import encode
     from megagpt.use.score import ScoreOptions, evaluate
 
     options = ScoreOptions(
         batch_size=args.batch_size, stride=args.stride, max_tokens=args.max_tokens
     )
-    device = device_named(args.device)
-    model, encoding, facts = load_model(_checkpoint(args.folder, args.checkpoint))
-    # Rounded before it moves: a device may hold a model in 16 bits that it could not in 32.
-    model.to(getattr(torch, DTYPES[args.dtype])).to(device)
+    folder = _checkpoint(args.folder, args.checkpoint)
+    model, encoding, facts = load_placed(folder, args.dtype, args.device)
     results = [evaluate(model, encoding, folder, options) for folder in args.data]
     if args.json:
         how = {

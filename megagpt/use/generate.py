@@ -1,64 +1,27 @@
-"""`megagpt generate RUN_DIR`: text from a trained model, streamed to the terminal (L3)."""
+"""`megagpt generate RUN_DIR`: texts from a trained model, streamed to the terminal (L3)."""
 
 import argparse
-import codecs
+import json
 import logging
 import os
 import secrets
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import partial
-from itertools import islice
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megagpt.errors import UsageError, print_exactly
+from megagpt.use.loading import add_placing, load_placed
+from megagpt.use.options import TextOptions
 
 if TYPE_CHECKING:
     import tiktoken
 
     from megagpt.model import GPT
+    from megagpt.use.generator import Continuation
 
 log = logging.getLogger("megagpt.use.generate")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TextOptions:
-    """How a text is made: a token is drawn by temperature first, then top-k, then top-p."""
-
-    max_tokens: int = 200
-    """Length of the text at most, without the prompt."""
-    temperature: float = 0.8
-    """Divides the logits; below 1 the likely get likelier, 0 takes the likeliest always."""
-    top_k: int = 0
-    """Draw among the k likeliest tokens; 0: among all."""
-    top_p: float = 1.0
-    """Draw among the fewest likeliest tokens that reach this probability together; 1: among all."""
-    seed: int = 0
-    """The same seed gives the same text."""
-    stop: bool = True
-    """End at END-OF-DOCUMENT; False: go on with the next document."""
-    start: bool = True
-    """The prompt is the beginning of a document: END-OF-DOCUMENT, which stands between documents
-    in training, is put before it. False: it continues one."""
-
-    def check(self) -> None:
-        """Raises UsageError that names every number that makes no sense, with its rule."""
-        rules = (
-            ("max_tokens", self.max_tokens >= 0, "0 or more"),
-            ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
-            ("top_k", self.top_k >= 0, "0 (all tokens) or more"),
-            ("top_p", 0 < self.top_p <= 1, "greater than 0 and at most 1"),
-        )
-        problems = [
-            f"{name} = {getattr(self, name)}: must be {rule}"
-            for name, sound, rule in rules
-            if not sound
-        ]
-        if problems:
-            raise UsageError("\n".join(problems))
 
 
 def generate(
@@ -66,55 +29,16 @@ def generate(
 ) -> Iterator[str]:
     """The text that follows `prompt` (not included), one piece a token, as soon as it is known.
 
-    A piece is empty while a character is not whole.
+    A piece is empty while a character is not whole, or may be the beginning of a stop text.
 
     Raises UsageError for options that make no sense, and for an empty prompt with start=False.
     """
-    import torch
-
-    from megagpt.tokenizer import END_OF_DOCUMENT, end_of_document
-    from megagpt.use.sampling import sample, tokens
+    from megagpt.use.generator import Continuation, Generator, pieces_of
 
     options = options or TextOptions()
     options.check()
-    end = end_of_document(encoding)
-    ids = [end] * options.start + encoding.encode_ordinary(prompt)
-    draw = partial(
-        sample,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        generator=torch.Generator().manual_seed(options.seed),
-    )
-    n_vocab = min(encoding.n_vocab, model.config.vocab_size)
-    model.eval()
-    # A character may be spread over several tokens: its bytes wait until it is whole.
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for token in islice(tokens(model, torch.tensor(ids), draw, n_vocab), options.max_tokens):
-        if token != end:
-            yield decoder.decode(encoding.decode_single_token_bytes(token))
-        elif options.stop:
-            break
-        else:
-            yield decoder.decode(b"", final=True) + END_OF_DOCUMENT
-    if rest := decoder.decode(b"", final=True):
-        yield rest
-
-
-def device_named(name: str | None) -> str:
-    """The device to compute on; None: a GPU if there is one. Raises UsageError for one that this
-    machine lacks."""
-    import torch
-
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        # Read back: a device may make tensors that hold nothing.
-        torch.zeros(1, device=name).tolist()
-    except (RuntimeError, AssertionError, ImportError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"--device {name}: not on this machine ({reason}); use cpu") from None
-    return name
+    generator = Generator(model, encoding, rows=1)
+    yield from pieces_of(generator, Continuation(generator.ids(prompt, options), options))
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -122,17 +46,49 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser = subparsers.add_parser(
         "generate",
         help="text from a trained model",
-        description="Continues a prompt with the model of the run folder's newest checkpoint. The "
-        "text goes to stdout as it is made, everything else to stderr.",
+        description="Continues prompts with the model of the run folder's newest checkpoint. The "
+        "texts go to stdout as they are made, everything else to stderr.",
+        epilog="Several texts are made in one batch, each by draws of its own: decided by the "
+        "seed, the number of the sample and the position. Beyond n_ctx tokens the last half of the "
+        "context is read anew and the text goes on.",
     )
     parser.add_argument("folder", metavar="RUN_DIR", type=Path, help="run folder")
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument(
-        "--prompt", metavar="TEXT", default="", help="beginning of the text (default: none)"
+        "--prompt",
+        metavar="TEXT",
+        action="append",
+        help="beginning of the text (default: none); repeatable",
     )
     prompt.add_argument(
         "--prompt-file", metavar="FILE", help="file that holds the prompt; - reads stdin"
     )
+    parser.add_argument(
+        "--continue",
+        dest="mid_document",
+        action="store_true",
+        help="the prompt is from the middle of a document, not its beginning",
+    )
+    add_drawing(parser)
+    parser.add_argument(
+        "--no-stop", action="store_true", help="go on with another document at END-OF-DOCUMENT"
+    )
+    number = parser.add_argument
+    number("--samples", metavar="N", type=int, default=1, help="texts of each prompt (default: 1)")
+    number("--batch-size", metavar="N", type=int, default=8, help="texts at a time (default: 8)")
+    parser.add_argument(
+        "--batch-invariant",
+        action="store_true",
+        help="multiply texts one by one: each is bit for bit what it would be alone, and takes as "
+        "long; otherwise rounding differs, and now and then a token",
+    )
+    add_placing(parser)
+    parser.add_argument("--json", action="store_true", help="one JSON object a text on stdout")
+    parser.set_defaults(run=run)
+
+
+def add_drawing(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of a text's length and draws; `drawing` reads them."""
     number = parser.add_argument
     number("--max-tokens", metavar="N", type=int, default=200, help="tokens at most (default: 200)")
     number(
@@ -150,74 +106,120 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         default=1.0,
         help="draw among the fewest likeliest tokens that reach probability P, 0 < P <= 1",
     )
+    for name, text in (
+        ("frequency", "taken from a token's logit for each time it is in the text"),
+        ("presence", "taken once from the logit of a token that is in the text"),
+    ):
+        number(f"--{name}-penalty", metavar="A", type=float, default=0.0, help=text)
+    number(
+        "--repetition-penalty",
+        metavar="A",
+        type=float,
+        default=1.0,
+        help="divides the logits above 0 of tokens in prompt and text, multiplies those below",
+    )
+    number(
+        "--stop",
+        metavar="TEXT",
+        action="append",
+        default=[],
+        help="the text ends before the first of these; repeatable",
+    )
     number("--seed", metavar="N", type=int, help="number that decides the draws (default: random)")
-    number("--samples", metavar="N", type=int, default=1, help="texts to make (default: 1)")
-    parser.add_argument(
-        "--no-stop", action="store_true", help="go on with another document at END-OF-DOCUMENT"
-    )
-    parser.add_argument(
-        "--continue",
-        dest="mid_document",
-        action="store_true",
-        help="the prompt is from the middle of a document, not its beginning",
-    )
-    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: cuda if any)")
-    parser.set_defaults(run=run)
+
+
+def drawing(args: argparse.Namespace) -> dict[str, object]:
+    """What add_drawing's options say, as arguments of TextOptions."""
+    names = ("max_tokens", "temperature", "top_k", "top_p", "repetition_penalty")
+    penalties = ("frequency_penalty", "presence_penalty")
+    return {name: getattr(args, name) for name in (*names, *penalties)} | {
+        "seed": secrets.randbelow(2**31) if args.seed is None else args.seed,
+        "stop_texts": tuple(args.stop),
+    }
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the texts."""
-    if args.samples < 1:
-        raise UsageError(f"--samples {args.samples}: must be 1 or more")
-    prompt = _prompt(args)
-
+    for name in ("samples", "batch_size"):
+        if getattr(args, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
+    prompts = _prompts(args)
     options = TextOptions(
-        max_tokens=args.max_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        seed=secrets.randbelow(2**31) if args.seed is None else args.seed,
+        **drawing(args),  # type: ignore[arg-type]
         stop=not args.no_stop,
         start=not args.mid_document,
     )
     options.check()
 
-    from megagpt.checkpoint import load_model
+    from megagpt.use.generator import Continuation, Generator, write_texts
 
-    model, encoding, _ = load_model(args.folder, device_named(args.device))
-    for number in range(args.samples):
-        if args.samples > 1:
-            print(f"--- {number + 1} of {args.samples} ---")
-        drawn = replace(options, seed=options.seed + number)
-        _stream(prompt, generate(model, encoding, prompt, drawn))
+    model, encoding, _ = load_placed(args.folder, args.dtype, args.device)
+    rows = min(args.batch_size, len(prompts) * args.samples)
+    generator = Generator(model, encoding, rows, args.batch_invariant)
+    texts = [
+        Continuation(generator.ids(prompt, options), options, number)
+        for prompt in prompts
+        for number in range(args.samples)
+    ]
+    beginnings = [prompt for prompt in prompts for _ in range(args.samples)]
+    t0 = time.perf_counter()
+    if args.json:
+        made = write_texts(generator, texts)
+        for prompt, text, words in zip(beginnings, texts, made, strict=True):
+            told = {"prompt": prompt, "sample": text.number, "text": words, "finish": text.finish}
+            print_exactly(json.dumps({**told, "tokens": len(text.tokens)}) + "\n")
+    else:
+        printer = _InOrder(beginnings, texts)
+        write_texts(generator, texts, printer.grown)
+    elapsed_s = time.perf_counter() - t0
+    n_tokens = generator.made_tokens
+    log.info("%d tokens in %.2f s: %.1f tokens/s", n_tokens, elapsed_s, n_tokens / elapsed_s)
     log.info("seed %d", options.seed)
     return 0
 
 
-def _prompt(args: argparse.Namespace) -> str:
+class _InOrder:
+    """Prints one text after another, the one whose turn it is as it grows."""
+
+    def __init__(self, prompts: Sequence[str], texts: "Sequence[Continuation]") -> None:
+        self._prompts, self._texts = prompts, texts
+        self._waiting = [""] * len(texts)
+        self._done = [False] * len(texts)
+        self._turn = -1
+        self._begin_next()
+
+    def grown(self, number: int, piece: str) -> None:
+        """Takes what the text of a number has grown by."""
+        self._waiting[number] += piece
+        self._done[number] = bool(self._texts[number].finish)
+        while self._turn < len(self._texts):
+            print_exactly(self._waiting[self._turn])
+            self._waiting[self._turn] = ""
+            if not self._done[self._turn]:
+                return
+            print(flush=True)
+            self._begin_next()
+
+    def _begin_next(self) -> None:
+        self._turn += 1
+        if self._turn == len(self._texts):
+            return
+        if len(self._texts) > 1:
+            print(f"--- {self._turn + 1} of {len(self._texts)} ---")
+        print_exactly(self._prompts[self._turn])
+
+
+def _prompts(args: argparse.Namespace) -> list[str]:
     try:
         if args.prompt_file is None:
             # Bytes of a command line that are no UTF-8 arrive as halves of surrogate pairs.
-            return os.fsencode(args.prompt).decode()
+            return [os.fsencode(prompt).decode() for prompt in args.prompt or [""]]
         if args.prompt_file == "-":
-            return sys.stdin.buffer.read().decode()
-        return Path(args.prompt_file).read_text(encoding="utf-8")
+            return [sys.stdin.buffer.read().decode()]
+        return [Path(args.prompt_file).read_text(encoding="utf-8")]
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
             f"--prompt-file {args.prompt_file}: {error}; give a readable UTF-8 text file"
             if args.prompt_file is not None
             else f"--prompt: not UTF-8 ({error})"
         ) from error
-
-
-def _stream(prompt: str, pieces: Iterator[str]) -> None:
-    """Prompt and text to stdout as they come, speed to the log."""
-    t0 = time.perf_counter()
-    print_exactly(prompt)
-    n_tokens = 0
-    for piece in pieces:
-        print_exactly(piece)
-        n_tokens += 1
-    print(flush=True)
-    elapsed_s = time.perf_counter() - t0
-    log.info("%d tokens in %.2f s: %.1f tokens/s", n_tokens, elapsed_s, n_tokens / elapsed_s)

@@ -9,7 +9,8 @@ from megagpt.checkpoint.slice_file import fit_rows
 from megagpt.config import RunConfig
 from megagpt.model import GPT
 from megagpt.order.loader import TokenLoader
-from megagpt.use.generate import TextOptions, generate
+from megagpt.use.generator import Continuation, Generator, write_texts
+from megagpt.use.options import TextOptions
 
 
 def write_samples(
@@ -35,9 +36,8 @@ def write_samples(
             parameters[name].data.copy_(fit_rows(whole, parameters[name].shape, name))
     if model is None:
         return []
-    encoding = loader.encoding
-    texts = []
-    for seed in range(wanted.samples):
-        options = TextOptions(max_tokens=wanted.sample_tokens, seed=seed)
-        texts.append(wanted.prompt + "".join(generate(model, encoding, wanted.prompt, options)))
-    return texts
+    generator = Generator(model, loader.encoding, rows=max(1, min(8, wanted.samples)))
+    options = TextOptions(max_tokens=wanted.sample_tokens)
+    ids = generator.ids(wanted.prompt, options)
+    made = write_texts(generator, [Continuation(ids, options, n) for n in range(wanted.samples)])
+    return [wanted.prompt + text for text in made]

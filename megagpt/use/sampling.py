@@ -1,15 +1,28 @@
-"""From logits to the next token, and the loop that goes on from there (L3).
+"""From logits to the next token (L3).
 
-Letters: B batch, T positions, V vocabulary.
+Letters: B batch, V vocabulary, K candidates.
+
+A draw is a function of (seed, sample, position) alone: what else is made at the same time, and on
+which device, does not show in it.
 """
 
-from collections.abc import Callable, Iterator
+import hashlib
+import struct
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from megagpt.errors import UsageError
-from megagpt.model import GPT
+from megagpt.use.options import TextOptions
+
+CANDIDATES = 256
+"""Likeliest tokens among which top-p is sought first, before all are sorted."""
+
+
+def uniform(seed: int, sample: int, position: int) -> float:
+    """A number in [0, 1) that is decided by its arguments: the first 53 bits of their BLAKE2b."""
+    digest = hashlib.blake2b(f"{seed} {sample} {position}".encode(), digest_size=8).digest()
+    return float((struct.unpack("<Q", digest)[0] >> 11) * 2.0**-53)
 
 
 def distribution(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
@@ -18,64 +31,90 @@ def distribution(logits: Tensor, temperature: float, top_k: int = 0, top_p: floa
     Of equal logits at the edge of top-k or top-p, those of the lower ids stay. Top-p follows
     Holtzman et al. 2020: the token that reaches p is in.
     """
-    logits = logits.double()
+    made = torch.zeros(logits.shape, dtype=torch.float64, device=logits.device)
+    for row, one in enumerate(logits):
+        ids, chances = candidates(one, temperature, top_k, top_p)
+        made[row, ids] = chances
+    return made
+
+
+def candidates(
+    logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """The tokens (K,) that may follow logits (V,), and their probabilities (K,) float64, together
+    1; as `distribution` says."""
     if temperature == 0:
-        likeliest = logits.argmax(-1, keepdim=True)
-        return torch.zeros_like(logits).scatter_(-1, likeliest, 1.0)
+        return logits.argmax(-1, keepdim=True), torch.ones(1, dtype=torch.float64)
+    logits = logits.double()
     # Without the largest logit first, a low temperature would overflow.
-    logits = (logits - logits.max(-1, keepdim=True).values) / temperature
+    scaled = (logits - logits.max()) / temperature
     if top_k == 0 and top_p == 1.0:
-        return logits.softmax(-1)
-    ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
-    if top_k:
-        ordered[:, top_k:] = float("-inf")
-    chosen = ordered.softmax(-1)
+        return torch.arange(len(logits), device=logits.device), scaled.softmax(-1)
+    kept, mass = scaled, scaled.exp().sum()
+    ids = torch.arange(len(logits), device=logits.device)
+    if 0 < top_k < len(logits):
+        ids = _likeliest(scaled, top_k)[:top_k]
+        kept, mass = scaled[ids], scaled[ids].exp().sum()
+    elif top_p < 1.0:
+        likeliest = _likeliest(scaled, CANDIDATES)
+        if scaled[likeliest].exp().sum() >= top_p * mass:
+            ids, kept = likeliest, scaled[likeliest]
     if top_p < 1.0:
-        before = chosen.cumsum(-1) - chosen
-        chosen = chosen.masked_fill(before >= top_p, 0.0)
-        chosen /= chosen.sum(-1, keepdim=True)
-    return torch.zeros_like(logits).scatter_(-1, ids, chosen)
+        order = kept.sort(descending=True, stable=True).indices
+        chances = kept[order].exp() / mass
+        ids, kept = ids[order], kept[order]
+        before = chances.cumsum(-1) - chances
+        n = max(1, int((before < top_p).sum()))
+        ids, kept = ids[:n], kept[:n]
+    return ids, kept.softmax(-1)
 
 
-def sample(
+def _likeliest(logits: Tensor, k: int) -> Tensor:
+    """The k largest of logits (V,) and all that equal the last of them: ids, the larger first, of
+    equal ones the lower id first."""
+    edge = logits.topk(min(k, len(logits))).values[-1]
+    ids = (logits >= edge).nonzero().squeeze(-1)
+    return ids[logits[ids].sort(descending=True, stable=True).indices]
+
+
+def choose(chances: Tensor, draw: float) -> int:
+    """Which of the probabilities (K,) a draw in [0, 1) falls on: never on one of 0."""
+    cumulated = chances.cumsum(-1)
+    return int(torch.searchsorted(cumulated, draw * float(cumulated[-1]), right=True))
+
+
+def sample(logits: Tensor, options: TextOptions, number: int, position: int) -> int:
+    """The next token after logits (V,): sample `number`'s token at `position` of its text."""
+    if options.temperature == 0:
+        return int(logits.argmax())
+    ids, chances = candidates(
+        logits.float().cpu(), options.temperature, options.top_k, options.top_p
+    )
+    return int(ids[choose(chances, uniform(options.seed, number, position))])
+
+
+def adjusted(
     logits: Tensor,
-    temperature: float,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    generator: torch.Generator | None = None,
+    options: TextOptions,
+    prompt: Sequence[int],
+    text: Sequence[int],
+    ends: Sequence[int],
 ) -> Tensor:
-    """Next token (B,) int64 on the CPU, drawn from `distribution` of logits (B, V).
-
-    One uniform number a row, from a CPU generator: the same seed draws alike on every device.
-    """
-    cumulated = distribution(logits.cpu(), temperature, top_k, top_p).cumsum(-1)
-    uniform = torch.rand(len(cumulated), 1, generator=generator, dtype=torch.float64)
-    # The first token whose sum is over the draw: never one of probability 0.
-    return torch.searchsorted(cumulated, uniform * cumulated[:, -1:], right=True).squeeze(-1)
-
-
-def tokens(
-    model: GPT, prompt: Tensor, draw: Callable[[Tensor], Tensor], n_vocab: int = 0
-) -> Iterator[int]:
-    """Tokens that follow the ids `prompt` (T,), T >= 1, without end.
-
-    `draw` makes the next one (1,) of logits (1, V), as `sample` does. `n_vocab` > 0: only ids
-    below it are drawn. Beyond n_ctx positions the text slides: the last half of the context is
-    read anew, so that each token has at least that much before it. Of a prompt longer than n_ctx,
-    the last n_ctx tokens count. Raises UsageError for an empty prompt.
-    """
-    if not len(prompt):
-        raise UsageError("the prompt has no token; begin with END-OF-DOCUMENT for a free text")
-    n_ctx = model.config.n_ctx
-    device = next(model.parameters()).device
-    context = prompt.tolist()[-n_ctx:]
-    cache, ids = model.new_cache(1), context
-    while True:
-        logits = model.next_logits(torch.tensor([ids], device=device), cache)  # (1, V)
-        token = int(draw(logits[:, :n_vocab] if n_vocab else logits))
-        yield token
-        context = [*context[-n_ctx + 1 :], token]
-        if cache.length < n_ctx:
-            ids = [token]
-        else:
-            cache, ids = model.new_cache(1), context[-max(1, n_ctx // 2) :]
+    """Logits (V,) with the penalties for the tokens of prompt and text, the biases, and without the
+    tokens `ends` while the text is shorter than min_tokens."""
+    logits = logits.float().clone()
+    if options.repetition_penalty != 1.0:
+        seen = torch.tensor(sorted({*prompt, *text}), device=logits.device)
+        seen = seen[seen < len(logits)]
+        penalty = options.repetition_penalty
+        logits[seen] = torch.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
+    if text and (options.frequency_penalty or options.presence_penalty):
+        counts = torch.bincount(torch.tensor(text), minlength=len(logits))[: len(logits)]
+        counts = counts.to(logits)
+        logits -= options.frequency_penalty * counts + options.presence_penalty * (counts > 0)
+    for token, bias in options.logit_bias.items():
+        # The API's words for never; a large logit would outweigh it.
+        logits[token] = -torch.inf if bias <= -100 else logits[token] + bias
+    if len(text) < options.min_tokens:
+        logits[list(ends)] = -torch.inf
+    return logits

@@ -118,7 +118,8 @@ def test_cache_equals_the_full_forward_pass(config, pieces):
 def test_a_banded_layers_cache_does_not_grow_with_the_text():
     model, cache = build(BANDED), build(BANDED).new_cache(2)
     model.next_logits(batch(BANDED)[0], cache)
-    assert cache.layers[1].k.shape[2] == 4  # band_width - 1
+    assert cache.layers[1].k.shape[2] == BANDED.band_width
+    assert cache.layers[0].k.shape[2] == BANDED.n_ctx
 
 
 def test_text_beyond_the_context_is_refused():

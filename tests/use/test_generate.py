@@ -2,23 +2,23 @@
 
 import argparse
 import math
-from functools import partial
-from itertools import islice
+from itertools import product
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import kstest
 
 from megagpt.config.presets import ModelConfig
 from megagpt.errors import UsageError
 from megagpt.model import GPT, initialise
 from megagpt.tokenizer import load_tokenizer
 from megagpt.use import generate as command
-from megagpt.use.generate import TextOptions, generate
-from megagpt.use.sampling import distribution, sample, tokens
-
-GREEDY = partial(sample, temperature=0.0)
+from megagpt.use.generate import generate
+from megagpt.use.generator import Continuation, Generator, write_texts
+from megagpt.use.options import TextOptions
+from megagpt.use.sampling import adjusted, distribution, sample, uniform
 
 
 @pytest.fixture(scope="module")
@@ -103,36 +103,66 @@ def test_distribution_is_one_and_keeps_the_order(values, temperature, top_k, top
 
 def test_samples_follow_the_distribution():
     n = 20_000
-    probabilities = torch.tensor([0.5, 0.25, 0.15, 0.1, 0.0])
-    generator = torch.Generator().manual_seed(1)
-    drawn = sample(probabilities.log().expand(n, -1), 1.0, generator=generator)
+    logits = torch.tensor([0.5, 0.25, 0.15, 0.1, 0.0]).log()
+    options = TextOptions(temperature=1.0, seed=1)
+    drawn = torch.tensor([sample(logits, options, k % 100, k // 100) for k in range(n)])
     counts = torch.bincount(drawn, minlength=5).double()
     assert counts[4] == 0
-    expected = probabilities[:4].double() * n
+    expected = torch.tensor([0.5, 0.25, 0.15, 0.1]).double() * n
     # Chi-square with 3 degrees of freedom is above 16.3 once in a thousand seeds.
     assert ((counts[:4] - expected) ** 2 / expected).sum() < 16.3
 
 
-def test_the_same_seed_draws_the_same():
-    logits = torch.randn(64, 100, generator=torch.Generator().manual_seed(0))
-    a, b, c = (sample(logits, 1.0, generator=torch.Generator().manual_seed(s)) for s in (7, 7, 8))
-    assert torch.equal(a, b) and not torch.equal(a, c)
+def test_draws_are_uniform_and_differ_in_every_argument():
+    draws = [uniform(*where) for where in product(range(20), range(20), range(20))]
+    assert len(set(draws)) == len(draws)
+    # Kolmogorov-Smirnov: 1.95 / sqrt(n) is passed once in a thousand.
+    assert kstest(draws, "uniform").statistic < 1.95 / len(draws) ** 0.5
+    assert uniform(3, 1, 4) == uniform(3, 1, 4)
 
 
-def test_cached_generation_is_uncached_generation(model):
-    prompt = torch.tensor([256, 100, 101, 102])
-    ids = prompt.tolist()
+def test_penalties_and_biases_by_hand():
+    logits = torch.tensor([2.0, -1.0, 0.5, 0.0])
+    options = TextOptions(
+        repetition_penalty=2.0, frequency_penalty=0.5, presence_penalty=0.25,
+        logit_bias={3: 4.0, 2: -100.0}, min_tokens=4,
+    )  # fmt: skip
+    found = adjusted(logits, options, [1], [0, 0, 1], [3])
+    # Repetition: 2 / 2, -1 * 2; frequency twice and once; presence once each.
+    assert found.tolist() == [1.0 - 1.25, -2.0 - 0.75, -math.inf, -math.inf]
+    assert adjusted(logits, options, [1], [0, 0, 1, 0], [3])[3] == 4.0
+    assert logits.tolist() == [2.0, -1.0, 0.5, 0.0]
+
+
+def test_the_repetition_penalty_is_that_of_transformers():
+    transformers = pytest.importorskip("transformers")
+    logits = torch.randn(50, generator=torch.Generator().manual_seed(0))
+    seen = [3, 7, 7, 40]
+    theirs = transformers.RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor([seen]), logits[None])
+    ours = adjusted(logits, TextOptions(repetition_penalty=1.7), seen[:2], seen[2:], [])
+    torch.testing.assert_close(ours, theirs[0])
+
+
+def test_cached_generation_is_uncached_generation(model, encoding):
+    ids = [256, 100, 101, 102]
     for _ in range(12):
         ids.append(int(model.logits(torch.tensor([ids]))[0, -1].argmax()))
-    assert list(islice(tokens(model, prompt, GREEDY), 12)) == ids[4:]
+    assert greedy(model, encoding, ids[:4], 12) == ids[4:]
     assert len(set(ids[4:])) > 4  # not a model that repeats itself
 
 
-def test_a_long_text_slides(model):
+def greedy(model, encoding, ids: list[int], n: int) -> list[int]:
+    """The likeliest tokens."""
+    text = Continuation(ids, TextOptions(max_tokens=n, temperature=0.0, stop=False))
+    write_texts(Generator(model, encoding, 1), [text])
+    return text.tokens
+
+
+def test_a_long_text_slides(model, encoding):
     n_ctx = model.config.n_ctx
-    prompt = torch.arange(40)  # longer than the context: its last n_ctx tokens count
-    found = list(islice(tokens(model, prompt, GREEDY), 3 * n_ctx))
-    window, expected = prompt.tolist()[-n_ctx:], []
+    prompt = list(range(40))  # longer than the context: its last n_ctx tokens count
+    found = greedy(model, encoding, prompt, 3 * n_ctx)
+    window, expected = prompt[-n_ctx:], []
     for _ in range(3 * n_ctx):
         expected.append(int(model.logits(torch.tensor([window]))[0, -1].argmax()))
         window = [*window, expected[-1]]
@@ -141,9 +171,25 @@ def test_a_long_text_slides(model):
     assert found == expected and len(set(found)) > 4
 
 
-def test_only_ids_of_the_tokenizer_are_drawn(model):
-    draw = partial(sample, temperature=5.0, generator=torch.Generator().manual_seed(0))
-    assert max(islice(tokens(model, torch.tensor([1]), draw, 10), 100)) < 10
+def test_a_text_that_must_not_slide_ends(model, encoding):
+    options = TextOptions(max_tokens=99, temperature=0.0, stop=False, slide=False)
+    text = Continuation([1, 2, 3, 4], options)
+    generator = Generator(model, encoding, 1)
+    write_texts(generator, [text])
+    # The token behind the last position is known; nothing follows it.
+    assert (len(text.tokens), text.finish) == (model.config.n_ctx - 4 + 1, "length")
+    assert text.tokens == greedy(model, encoding, [1, 2, 3, 4], 13)
+    with pytest.raises(UsageError, match="17 positions, but the model's context is 16 tokens"):
+        generator.add(Continuation([0] * 17, options))
+
+
+def test_only_ids_of_the_tokenizer_are_drawn(encoding):
+    config = ModelConfig(n_layer=1, n_head=1, d_model=16, n_ctx=99, vocab_size=400)
+    wide = GPT(config)
+    initialise(wide.named_parameters(), config, seed=5)
+    text = Continuation([1], TextOptions(max_tokens=90, temperature=50.0, stop=False))
+    write_texts(Generator(wide, encoding, 1), [text])
+    assert 200 < max(text.tokens) < 257
 
 
 def test_text_is_a_function_of_the_seed(model, encoding):
@@ -184,14 +230,14 @@ def test_characters_are_streamed_whole(encoding):
     said = [*"a\N{EURO SIGN}".encode(), 0xE2, 0x82]  # the last character is cut
     options = TextOptions(max_tokens=6, temperature=0.0)
     pieces = list(generate(speaker(said, n_prompt=1), encoding, "", options))
-    assert pieces == ["a", "", "", "\N{EURO SIGN}", "", "", "\N{REPLACEMENT CHARACTER}"]
+    assert pieces == ["a", "", "", "\N{EURO SIGN}", "", "\N{REPLACEMENT CHARACTER}"]
 
 
 @pytest.mark.parametrize("start", [True, False])
 def test_a_prompt_begins_a_document_unless_told_otherwise(model, encoding, start):
     prompt = "a<|endoftext|>"[:9]
-    ids = torch.tensor([256] * start + [*prompt.encode()])
-    expected = bytes(t for t in islice(tokens(model, ids, GREEDY, n_vocab=257), 6) if t < 256)
+    ids = [256] * start + [*prompt.encode()]
+    expected = bytes(t for t in greedy(model, encoding, ids, 6) if t < 256)
     options = TextOptions(max_tokens=6, temperature=0.0, start=start, stop=False)
     text = "".join(generate(model, encoding, prompt, options))
     assert text.replace("<|endoftext|>", "") == expected.decode(errors="replace")
@@ -204,6 +250,14 @@ def test_a_prompt_begins_a_document_unless_told_otherwise(model, encoding, start
         ({"top_k": -1}, r"top_k = -1: must be 0 \(all tokens\) or more"),
         ({"top_p": 0.0}, r"top_p = 0\.0: must be greater than 0 and at most 1"),
         ({"max_tokens": -1}, "max_tokens = -1: must be 0 or more"),
+        ({"min_tokens": -1}, "min_tokens = -1: must be 0 or more"),
+        ({"temperature": math.nan}, "temperature = nan: must be 0 or more"),
+        ({"frequency_penalty": 2.5}, r"frequency_penalty = 2\.5: must be -2\.0 to 2\.0"),
+        ({"presence_penalty": math.nan}, "presence_penalty = nan: must be -2"),
+        ({"repetition_penalty": 0.0}, r"repetition_penalty = 0\.0: must be greater than 0"),
+        ({"logit_bias": {1: 101.0}}, "logit_bias = .*: must be of numbers from -100 to 100"),
+        ({"stop_texts": ("a", "")}, "stop_texts = .*: must be without an empty text"),
+        ({"logprobs": 21}, "logprobs = 21: must be 0 to 20, or -1 for none"),
         ({"start": False}, "the prompt has no token"),
     ],
 )
@@ -221,6 +275,8 @@ def parse(*words: str) -> argparse.Namespace:
 def test_arguments_are_checked_before_the_model_is_loaded(tmp_path):
     with pytest.raises(UsageError, match="--samples 0: must be 1 or more"):
         command.run(parse("nowhere", "--samples", "0"))
+    with pytest.raises(UsageError, match="--batch-size 0: must be 1 or more"):
+        command.run(parse("nowhere", "--batch-size", "0"))
     with pytest.raises(UsageError, match="top_k = -3: must be 0 .all tokens. or more"):
         command.run(parse("nowhere", "--top-k", "-3"))
     (tmp_path / "latin").write_bytes(b"\xe9")

@@ -1,0 +1,166 @@
+"""What a model keeps of the texts that it continues: keys and values of past positions.
+
+Letters: R rows of the cache, B rows of one call, T new positions, S keys, H heads of this rank,
+E width of a head, W band width.
+
+A row is one text, of a length of its own. A dense layer keeps positions 0 .. length - 1. A banded
+layer keeps a ring of W: position p stands at p mod W, over the one that has just left the band.
+A query does not see the order of its keys, since positions are learned and lie in the embedding.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from megagpt.config.presets import ModelConfig
+from megagpt.errors import UsageError
+from megagpt.model.kernels.attention import attend, attend_masked
+
+GROWTH = 256
+"""Positions that a dense layer's memory is made for at first; it doubles up to n_ctx."""
+
+
+class KeyValues:
+    """Keys and values of one layer, each (R, H, positions, E)."""
+
+    def __init__(self, cache: "Cache", band: int | None) -> None:
+        self.cache = cache
+        self.band = band
+        self.size = cache.n_ctx if band is None else min(band, cache.n_ctx)
+        """Positions that are kept at most."""
+        self.k: Tensor | None = None
+        self.v: Tensor | None = None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention (B, H, T, E) of the new positions' q, k, v (B, H, T, E), which it takes in.
+
+        For the rows and positions that the cache has made ready.
+        """
+        old_k, old_v = self._rows(k)  # (B, H, positions, E)
+        if q.shape[2] == 1:
+            return self._attend_one(q, k, v, old_k, old_v)
+        start, end = self.cache.starts[0], self.cache.starts[0] + q.shape[2]
+        if self.band is None:
+            old_k[:, :, start:end], old_v[:, :, start:end] = k, v
+            return attend(q, old_k[:, :, :end], old_v[:, :, :end])
+        past = torch.arange(max(0, start - self.size + 1), start, device=k.device) % self.size
+        seen_k = torch.cat([old_k[:, :, past], k], 2)
+        seen_v = torch.cat([old_v[:, :, past], v], 2)
+        y = attend(q, seen_k, seen_v, self.band)
+        kept = torch.arange(max(start, end - self.size), end, device=k.device)
+        old_k[:, :, kept % self.size] = k[:, :, kept - start]
+        old_v[:, :, kept % self.size] = v[:, :, kept - start]
+        return y
+
+    def _attend_one(self, q: Tensor, k: Tensor, v: Tensor, old_k: Tensor, old_v: Tensor) -> Tensor:
+        """One new position of each row, wherever it stands."""
+        starts, at, s, mask = self.cache.ready(self.size)
+        if len(set(starts)) == 1:  # also a single row: a copy of a stretch is cheaper
+            place = starts[0] % self.size
+            old_k[:, :, place : place + 1], old_v[:, :, place : place + 1] = k, v
+        else:
+            rows = torch.arange(len(starts), device=k.device)
+            old_k[rows, :, at], old_v[rows, :, at] = k[:, :, 0], v[:, :, 0]
+        return attend_masked(q, old_k[:, :, :s], old_v[:, :, :s], mask)
+
+    def _rows(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the call's rows, (B, H, positions, E), with room for the new ones."""
+        needed = min(self.size, self.cache.end)
+        if self.k is None or self.v is None or self.k.shape[2] < needed:
+            old = 0 if self.k is None else self.k.shape[2]
+            positions = min(self.size, max(2 * old, -(-needed // GROWTH) * GROWTH))
+            _, h, _, e = like.shape
+            # Zeros: what no text has written is masked, and 0 times it must be 0.
+            grown = [like.new_zeros(len(self.cache.lengths), h, positions, e) for _ in range(2)]
+            if self.k is not None and self.v is not None:
+                grown[0][:, :, :old], grown[1][:, :, :old] = self.k, self.v
+            self.k, self.v = grown
+        rows = slice(self.cache.first, self.cache.first + len(self.cache.starts))
+        return self.k[rows], self.v[rows]
+
+
+class Cache:
+    """Past positions of R texts, all layers. `GPT.read` makes it ready and writes to it."""
+
+    def __init__(self, rows: int, config: ModelConfig) -> None:
+        self.n_ctx = config.n_ctx
+        self.lengths = [0] * rows
+        """Positions of each row so far."""
+        self.layers = [KeyValues(self, config.band(i)) for i in range(config.n_layer)]
+        self.first = 0
+        """First row of the call."""
+        self.starts: list[int] = []
+        """Length of each of its rows before it, B."""
+        self.end = 0
+        """Longest of them after it."""
+        self._device = torch.device("cpu")
+        self._ready: dict[int, tuple[list[int], Tensor, int, Tensor | None]] = {}
+
+    @property
+    def length(self) -> int:
+        """Positions of the longest row."""
+        return max(self.lengths)
+
+    def begin(self, first: int, rows: int, t: int, device: torch.device) -> Tensor:
+        """Makes rows `first` and on ready for T new positions each: their numbers (B, T) int64.
+
+        Raises UsageError beyond n_ctx. Several positions at a time want rows of one length.
+        """
+        self.first, self.starts = first, self.lengths[first : first + rows]
+        assert t == 1 or len(set(self.starts)) == 1, "rows of unlike lengths take one position each"
+        self.end = max(self.starts) + t
+        if self.end > self.n_ctx:
+            raise beyond_context(self.end, self.n_ctx)
+        self._device, self._ready = device, {}
+        starts = torch.tensor(self.starts, device=device)
+        return starts[:, None] + torch.arange(t, device=device)
+
+    def ready(self, size: int) -> tuple[list[int], Tensor, int, Tensor | None]:
+        """Of a call with T = 1, for layers that keep `size` positions: lengths before it (B), where
+        the new position goes (B,), the number S of keys, and which are seen (B, 1, 1, S), None for
+        all. Made once for all layers alike."""
+        if size not in self._ready:
+            starts = torch.tensor(self.starts, device=self._device)
+            s = min(self.end, size)
+            mask = None
+            if min(self.starts) + 1 < s:
+                mask = (torch.arange(s, device=self._device) <= starts[:, None])[:, None, None]
+            self._ready[size] = self.starts, starts % size, s, mask
+        return self._ready[size]
+
+    def advance(self, t: int) -> None:
+        """Counts the positions that every layer has taken in."""
+        for row, start in enumerate(self.starts, self.first):
+            self.lengths[row] = start + t
+
+    def copy(self, source: int, target: int) -> None:
+        """Row `target` becomes what row `source` is."""
+        self._write(target, source)
+        self.lengths[target] = self.lengths[source]
+
+    def clear(self, row: int) -> None:
+        """Forgets a row, and its numbers, which may be no numbers."""
+        self._write(row, None)
+        self.lengths[row] = 0
+
+    def _write(self, target: int, source: int | None) -> None:
+        for layer in self.layers:
+            n = min(layer.size, max(self.lengths[row] for row in (target, source or target)))
+            for held in (layer.k, layer.v):
+                if held is not None and n:
+                    held[target, :, :n] = 0 if source is None else held[source, :, :n]
+
+
+def cache_bytes(config: ModelConfig, positions: Sequence[int], itemsize: int) -> int:
+    """Bytes of keys and values of rows of so many positions, of all heads."""
+    kept = (min(n, config.band(i) or n) for n in positions for i in range(config.n_layer))
+    return 2 * config.d_model * itemsize * sum(kept)
+
+
+def beyond_context(positions: int, n_ctx: int) -> UsageError:
+    """The error of a text that is too long for the learned positions."""
+    return UsageError(
+        f"{positions} positions, but the model's context is {n_ctx} tokens: shorten the text, or "
+        "train with a larger n_ctx"
+    )

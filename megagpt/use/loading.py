@@ -1,0 +1,57 @@
+"""Where a trained model computes, and in what (L3)."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megagpt.errors import UsageError
+
+if TYPE_CHECKING:
+    import argparse
+
+    import tiktoken
+
+    from megagpt.model import GPT
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+"""Names in a run file, and torch's."""
+
+
+def add_placing(parser: "argparse.ArgumentParser") -> None:
+    """Adds --dtype and --device."""
+    parser.add_argument(
+        "--dtype",
+        choices=list(DTYPES),
+        default="fp32",
+        help="weights and activations (default: fp32)",
+    )
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: cuda if any)")
+
+
+def load_placed(
+    folder: Path, dtype: str, device: str | None
+) -> tuple["GPT", "tiktoken.Encoding", dict[str, Any]]:
+    """What load_model gives of a run, a checkpoint or a folder of weights, for --dtype, --device.
+
+    Raises UsageError for a device that this machine lacks, and what load_model raises.
+    """
+    import torch
+
+    from megagpt.checkpoint import load_model
+
+    return load_model(folder, device_named(device), getattr(torch, DTYPES[dtype]))
+
+
+def device_named(name: str | None) -> str:
+    """The device to compute on; None: a GPU if there is one. Raises UsageError for one that this
+    machine lacks."""
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        # Read back: a device may make tensors that hold nothing.
+        torch.zeros(1, device=name).tolist()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"--device {name}: not on this machine ({reason}); use cpu") from None
+    return name
