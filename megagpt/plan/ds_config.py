@@ -13,9 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from megagpt.config import RunConfig
+from megagpt.config.flops import parameters
 from megagpt.errors import UsageError
 from megagpt.files import shipped
-from megagpt.plan.layout import Layout, accumulation_steps, layout_problems, micro_batch_of
+from megagpt.plan.layout import (
+    Layout,
+    accumulation_steps,
+    layout_problems,
+    micro_batch_of,
+    padded_model,
+)
 
 FOLDER = shipped("ds_configs")
 """The project's own files."""
@@ -59,6 +66,7 @@ def resolve(config: RunConfig, layout: Layout, tree: dict[str, Any]) -> dict[str
         else:
             facts.update(zip(_BATCH, _batch(config, layout), strict=True))
         resolved = _fill(tree, facts, "", found)
+        _cap_bucket(config, layout, resolved)
         found += _missing(tree, facts)
         found += _combinations(config, layout, resolved)
     if found:
@@ -154,6 +162,18 @@ def _fill(tree: Any, facts: dict[str, Any], where: str, found: list[str]) -> Any
             '"auto" here, or the same value'
         )
     return tree
+
+
+def _cap_bucket(config: RunConfig, layout: Layout, resolved: dict[str, Any]) -> None:
+    """Lowers reduce_bucket_size to the elements of the whole model.
+
+    DeepSpeed allocates the bucket before the first step whatever the model's size: 500 million
+    fp32 gradients are 2 GB beside a model of 125M parameters.
+    """
+    zero = resolved["zero_optimization"]
+    size = zero.get("reduce_bucket_size")
+    if isinstance(size, int):
+        zero["reduce_bucket_size"] = min(size, parameters(padded_model(config, layout)))
 
 
 def _combinations(config: RunConfig, layout: Layout, tree: dict[str, Any]) -> Iterator[str]:

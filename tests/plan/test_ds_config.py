@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from megagpt.config import RunConfig, parse_run
+from megagpt.config.flops import parameters
 from megagpt.errors import UsageError
 from megagpt.plan.ds_config import FOLDER, read_ds_config, resolve
-from megagpt.plan.layout import Layout
+from megagpt.plan.layout import Layout, padded_model
 from tests.lib.distributed import ROOT
 from tests.plan.test_layout import RUN
 
@@ -143,6 +144,13 @@ def test_the_defaults_that_the_files_rely_on(name):
     text = (ROOT / "docs" / "layouts.md").read_text()
     words = [key.rpartition(".")[2].removesuffix("_enabled") for key in [*RELIED_ON, *split]]
     assert [word for word in words if word not in text] == []
+
+
+@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3", "pipeline"])
+def test_a_bucket_is_no_larger_than_the_model(name):
+    layout = Layout(world=2, pipeline=2) if name == "pipeline" else Layout()
+    size = resolved(name, layout)["zero_optimization"]["reduce_bucket_size"]
+    assert size == parameters(padded_model(config_for(layout), layout)) < 500_000_000
 
 
 @pytest.mark.parametrize(
