@@ -17,6 +17,8 @@ from megagpt.engine.device import decide
 from megagpt.model import GPT
 from megagpt.model.kernels import missing_for_triton
 from megagpt.plan.layout import Layout
+from tests.lib.corpus import run_file
+from tests.lib.distributed import launch, steps, trained
 from tests.model.test_model import BANDED, batch, build
 
 RUN = """
@@ -59,6 +61,27 @@ def test_a_compiled_model_keeps_what_products_made_and_computes_gelu_again():
     wide = [shape for shape in kept if len(shape) > 1 and shape[-1] == BANDED.d_ff]
     activations = [s for s in wide if s.numel() == batch(BANDED)[0].numel() * BANDED.d_ff]
     assert len(activations) == BANDED.n_layer
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("name", ["zero1", "zero2"])
+def test_a_compiled_training_over_changing_micro_batches(tmp_path, name):
+    # 8, 16, 24 and 32 sequences a step: micro-batches of 8, 8, 8 and 8 on one rank with 8, and on
+    # two ranks of 4, 8, 4 (12 has no 8) and 8; each size is one more compilation, once.
+    schedule = {"ramp_tokens": 4096, "total_tokens": 20 * 512}
+    file = run_file(tmp_path, schedule=schedule, parallel={"micro_batch": 8, "ds_config": name})
+    eager = trained(file, 2, f"output={tmp_path / 'eager'}", timeout_s=600)
+    output = f"output={tmp_path / 'compiled'}"
+    done = launch(file, 2, "parallel.compile=true", output, timeout_s=1000)
+    assert done.returncode == 0, done.stderr
+    assert "compile model" in done.stderr and "recompile" not in done.stderr
+    compiled = steps(tmp_path / "compiled")
+    assert len({r["batch_tokens"] for r in compiled}) == 4
+    assert [r["digest"] for r in compiled] == [r["digest"] for r in eager]
+    for key, tolerance in (("loss", 1e-5), ("grad_norm", 1e-4)):
+        assert [r[key] for r in compiled] == pytest.approx([r[key] for r in eager], rel=tolerance)
 
 
 def test_without_a_compiler_one_rank_warns_and_the_model_runs_on(monkeypatch, caplog, tmp_path):
