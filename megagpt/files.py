@@ -1,5 +1,6 @@
 """Files that are whole or absent, digests, and one lock (L0, stdlib only)."""
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -8,9 +9,9 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from megagpt.errors import UsageError
 
@@ -47,14 +48,28 @@ def temporary_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.megagpt.tmp")
 
 
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to, which becomes `path`, flushed to the disk, once the block is done.
+
+    After an error in the block `path` is what it was.
+    """
+    temporary = temporary_of(path)
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    temporary.replace(path)
+
+
 def write_durably(path: Path, content: bytes) -> None:
     """Write to a temporary name, flush to the disk, rename: the file is whole or absent."""
-    temporary = temporary_of(path)
-    with temporary.open("wb") as file:
+    with whole_file(path) as file:
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def write_file(path: Path, text: str) -> None:

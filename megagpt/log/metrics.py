@@ -7,16 +7,18 @@ A line is one write to the file, so a kill leaves at most one broken line, the l
 flushed to the disk before a checkpoint counts, so that a power cut takes no step that was saved.
 """
 
+import heapq
 import json
 import logging
 import math
+import operator
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from megagpt.errors import DamageError, UsageError
-from megagpt.files import copy_aside, displaced, sync_folder
+from megagpt.files import copy_aside, displaced, sync_folder, whole_file
 
 NAME = "metrics.jsonl"
 log = logging.getLogger("megagpt.log")
@@ -30,6 +32,15 @@ _PLACES = frozenset("step tokens time samples".split())
 """Numbers that say where in a run a line stands."""
 _LAST_TIME = 1e11
 """The year 5138, in seconds since 1970."""
+Place = tuple[int, bool]
+"""Where a line of a step or an evaluation stands: (step, whether it is an evaluation)."""
+Restore = Callable[[Callable[[Place], bool]], Mapping[Place, Mapping[str, Any]]]
+"""Which places are wanted -> the records that another record of the run has of them, in order."""
+
+
+def place_of(record: Mapping[str, Any]) -> Place:
+    """The place of a step or an evaluation."""
+    return record.get("step", 0), "loss" not in record
 
 
 def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
@@ -130,51 +141,71 @@ class Cut(NamedTuple):
     """Records of steps that are trained again."""
     last_time: float | None
     """Time of the last whole line in seconds since 1970; None where there is none."""
-    missing: str
-    """Steps up to the one where the run goes on that have no line, as "3-5, 9"; "": none."""
-    aside: str
+    restored: str = ""
+    """Steps whose line was lost and written again, as "3-5, 9"; "": none."""
+    missing: str = ""
+    """Steps up to the one where the run goes on that have no line."""
+    aside: str = ""
     """Where the file as it was is kept, since lines in it were broken; "": none but the last."""
 
 
-def cut(path: Path, resume_step: int) -> Cut:
+def cut(path: Path, resume_step: int, restore: Restore = lambda wanted: {}) -> Cut:
     """Drop from the file, which may be missing, the lines of steps after `resume_step`.
 
     At 0 the run begins anew, and its first evaluation goes too: it is made again. Events stay,
     whatever their step: they are the run's history. Broken lines go; where more than the last is
-    broken, as no kill leaves it, a copy of the file is kept. The file is replaced in one rename,
-    and left untouched when nothing has to go.
+    broken, as no kill leaves it, a copy of the file is kept. Where lines are lost `restore` is
+    asked for them. The file is replaced in one rename, and left untouched when nothing changes.
     """
     dropped: list[dict[str, Any]] = []
-    broken, last, last_time = [], 0, None
-    missing = set(range(1, resume_step + 1))
-    temporary = path.with_name(path.name + ".tmp")
+    broken: list[int] = []
+    kept: list[tuple[Place, tuple[int, int]]] = []
+    end, last, last_time, place = 0, 0, None, (0, False)
     path.touch()
-    with temporary.open("wb") as out:
-        for number, line, record in _lines(path):
-            last = number
-            if record is None:
-                broken.append(number)
-                continue
-            last_time = record.get("time", last_time)
-            after = resume_step == 0 or record.get("step", 0) > resume_step
-            if "loss" in record:
-                missing.discard(record.get("step", 0))
-            if "event" not in record and after:
-                dropped.append(record)
-            else:
-                out.write(line)
-        out.flush()
-        os.fsync(out.fileno())
-    aside = str(copy_aside(path)) if broken and broken != [last] else ""
-    if broken or dropped:
-        os.replace(temporary, path)
-    else:
-        temporary.unlink()
+    for number, line, record in _lines(path):
+        start, end, last = end, end + len(line), number
+        if record is None:
+            broken.append(number)
+            continue
+        last_time = record.get("time", last_time)
+        if "event" in record:
+            kept.append((place, (start, end)))
+        elif 0 < resume_step >= record.get("step", 0):
+            kept.append((place := place_of(record), (start, end)))
+        else:
+            dropped.append(record)
+    there = {place for place, _ in kept}
+    missing = [step for step in range(1, resume_step + 1) if (step, False) not in there]
+    aside = copy_aside(path) if broken and broken != [last] else ""
     if aside:
         log.error("%s: lines %s are broken; the file as it was is %s", path, spans(broken), aside)
-    if missing:
-        log.error("%s: steps %s have no line and will be missing", path, spans(sorted(missing)))
-    return Cut(dropped, last_time, spans(sorted(missing)), aside)
+    found: Mapping[Place, Mapping[str, Any]] = {}
+    if missing or aside:
+        found = restore(lambda place: place[0] <= resume_step and place not in there)
+    if broken or dropped or found:
+        _write_anew(path, kept, found)
+    restored = spans([step for step in missing if (step, False) in found])
+    lost = spans([step for step in missing if (step, False) not in found])
+    if restored:
+        log.warning("%s: steps %s had no line; written again, with 7 digits", path, restored)
+    if lost:
+        log.error("%s: steps %s have no line and will be missing", path, lost)
+    return Cut(dropped, last_time, restored, lost, str(aside))
+
+
+def _write_anew(
+    path: Path,
+    kept: Sequence[tuple[Place, tuple[int, int]]],
+    found: Mapping[Place, Mapping[str, Any]],
+) -> None:
+    """Writes the file anew: of what it holds these stretches of bytes, and the records found."""
+    more = ((place, encode(record)) for place, record in found.items())
+    with path.open("rb") as old, whole_file(path) as new:
+        for _, line in heapq.merge(kept, more, key=operator.itemgetter(0)):
+            if isinstance(line, tuple):
+                old.seek(line[0])
+                line = old.read(line[1] - line[0])
+            new.write(line)
 
 
 def spans(numbers: Sequence[int]) -> str:

@@ -5,6 +5,7 @@ stops at the first that is wrong, whatever follows it. Here the next sound one i
 """
 
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import google_crc32c
@@ -20,18 +21,9 @@ def repair_events(path: Path) -> str:
 
     A record that is cut short at the end is what a kill leaves, and hides nothing.
     """
-    data = path.read_bytes()
-    sound: list[bytes] = []
-    gaps, at = 0, 0
-    while at < len(data):
-        if end := _end(data, at):
-            sound.append(data[at:end])
-            at = end
-            continue
-        following = _next(data, at + 1)
-        if following == len(data):
-            break
-        gaps, at = gaps + 1, following
+    records = list(sound_records(path.read_bytes()))
+    sound = [record for record in records if record]
+    gaps = len(records) - len(sound)
     if not gaps:
         return ""
     # No name that TensorBoard takes for a file of its own.
@@ -41,6 +33,17 @@ def repair_events(path: Path) -> str:
         f"{path}: damaged in {gaps} place(s), where TensorBoard stops; its {len(sound)} sound "
         f"records are kept, and the file as it was is {aside}"
     )
+
+
+def sound_records(data: bytes) -> Iterator[bytes]:
+    """The sound records of an event file, frame included; empty for damage that others follow."""
+    at = 0
+    while at < len(data):
+        if end := _end(data, at):
+            yield data[at:end]
+        elif (end := _next(data, at + 1)) < len(data):
+            yield b""
+        at = end
 
 
 def _end(data: bytes, at: int) -> int:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from megagpt.log.console import Console, logger, open_console
 from megagpt.log.environment import environment
 from megagpt.log.eta import Eta
 from megagpt.log.metrics import NAME, Cut, MetricsFile, cut, decode, plain
+from megagpt.log.restore import recorded
 from megagpt.log.tags import derived, tags
 
 _CONFIGURATION = ("config.toml", "ds_config.json", "run.json")
@@ -59,7 +61,9 @@ class RunLog:
         path = self.folder / NAME
         kind, facts = "start", {}
         if self.resume_step or (path.exists() and path.stat().st_size > 0):
-            kind, facts = "resume", _cost(cut(path, self.resume_step), self.resume_tokens)
+            events = self.folder / "tensorboard"
+            found = cut(path, self.resume_step, partial(recorded, events))
+            kind, facts = "resume", _cost(found, self.resume_tokens)
         self._metrics = MetricsFile(path)
         self._boards = open_boards(self.folder, self.tensorboard, self.wandb, self.resume_tokens)
         self._console = open_console(self.console, self._eta, self.resume_tokens, self.every_steps)
@@ -185,7 +189,8 @@ def _cost(found: Cut, resume_tokens: int) -> dict[str, Any]:
     """What a restart cost: work done twice, time without work, and what the record has lost."""
     steps = [record for record in found.dropped if "loss" in record]
     last_time = found.last_time
-    lost = {"missing_steps": found.missing, "broken_file": found.aside}
+    lost = {"restored_steps": found.restored, "missing_steps": found.missing}
+    lost["broken_file"] = found.aside
     return {
         **{key: value for key, value in lost.items() if value},
         "lost_steps": len(steps),

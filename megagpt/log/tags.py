@@ -23,6 +23,9 @@ _GROUPS = {
 _GROUP = {name: group for group, names in _GROUPS.items() for name in names.split()}
 _FOLDED = {"validation_losses": "validation"}
 """Groups of records in records whose own name says less than the group's."""
+_UNFOLDED = {group: name for name, group in _FOLDED.items()}
+_WHOLE = frozenset("step samples batch_tokens skipped_steps tokens".split())
+"""Figures that are whole numbers."""
 _PERPLEXITIES = {
     "loss": "train/perplexity",
     "validation_loss": "validation/validation_perplexity",
@@ -87,6 +90,33 @@ def _nested(path: str, record: Mapping[str, Any]) -> dict[str, float]:
         elif isinstance(value, int | float):
             values[f"{path}/{name}"] = float(value)
     return values
+
+
+def record_of(values: Mapping[str, float]) -> dict[str, Any]:
+    """The record of which tags() makes these values, as far as they tell it.
+
+    Whole numbers that a float32 may have rounded are left out, and so is what derived() makes.
+    """
+    record: dict[str, Any] = {}
+    for tag, value in values.items():
+        group, _, name = tag.partition("/")
+        figure: float | int = value
+        if name.rpartition("/")[2] in _WHOLE:
+            if abs(value) >= 2**24:
+                continue
+            figure = int(value)
+        if tag in _PERPLEXITIES.values():
+            continue
+        if group == _GROUP.get(name, "more"):
+            record[name] = figure
+        elif group in _UNFOLDED:
+            record.setdefault(_UNFOLDED[group], {})[name] = figure
+        elif "/" in name:
+            middle, _, last = name.rpartition("/")
+            record.setdefault(group, {}).setdefault(middle, {})[last] = figure
+        else:
+            record.setdefault(group, {})[name] = figure
+    return record
 
 
 def derived(record: Mapping[str, Any]) -> dict[str, float]:

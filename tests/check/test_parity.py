@@ -22,7 +22,7 @@ def file(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_every_layout_is_the_single_process(file, capsys):
-    code = main(["parity", file])
+    code = main(["parity", file, "model.dropout=0.1"])
     table = capsys.readouterr().out
     assert code == 0, table
     assert all(name in table for name in names())

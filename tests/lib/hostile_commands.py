@@ -3,17 +3,21 @@
     python -m tests.lib.hostile_commands --trials 2000 --seed 1
 
 Each trial takes a command that works and spoils one thing: an argument, or a file that it reads.
-The command must then end with one of its exit codes, and print nothing that acts on a terminal.
+The command must then end with one of its exit codes, and print nothing that acts on a terminal, nor
+a traceback. Commands that train run in copies of a process that has imported torch already.
 """
 
 import argparse
 import contextlib
 import io
 import json
+import os
 import random
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import traceback
 from collections import Counter
@@ -21,7 +25,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megagpt import train
 from megagpt.cli import main
+from tests.lib.distributed import environment
 
 FIXTURE = Path(__file__).resolve().parents[1] / "fixtures" / "before_redesign"
 SIZE = "--nodes 1 --gpus-per-node 2 --time 1:00:00"
@@ -46,7 +52,19 @@ COMMANDS = (
     "watch run --once --every 2",
 )
 """Commands that work in a copy of the fixture."""
-HEAVY = ("doctor run.toml --wait 1",)
+STOP = "checkpoint.stop_after_steps=1"
+TRAINING = (
+    f"train run.toml {STOP}",
+    f"train run.toml output=new {STOP} schedule.peak_lr=1e-3",
+    f"train run.toml model.dropout=0.5 {STOP} --allow-changes",
+)
+"""Commands that train in one process."""
+HEAVY = (
+    "doctor run.toml --wait 1",
+    *TRAINING,
+    "parity run.toml --steps 1 --only PP2 model.dropout=0.1",
+    "verify-resume run.toml --steps 1 --ranks 1 seed=2",
+)
 WORDS = (
     *("", ".", "..", "/", "/dev/null", "/proc/self/mem", "/nowhere/x", "run.toml", "corpus", "run"),
     *(
@@ -96,8 +114,69 @@ VALUES: tuple[Any, ...] = (
     *([], {}, [[]], {"a": {}}, "9" * 500, 1.5, "/", "a\0b"),
 )
 """What stands in the place of a value of JSON."""
-LIMIT_S = 60
-CODES = (0, 1, 2, 3)
+LIMIT_S = {"train": 120, "parity": 300, "verify-resume": 300}
+"""Of a command; 60 for others."""
+CODES = (0, 1, 2, 3, 75)
+NOWHERE = ("output=/", "/")
+"""Words that no command which writes may get where its disk is somebody's."""
+
+
+class Warm:
+    """Runs commands one after another, each in a copy of one process that knows torch already."""
+
+    def __init__(self) -> None:
+        line = [sys.executable, "-m", "tests.lib.hostile_commands", "--serve"]
+        # What the trainer sets before it imports DeepSpeed.
+        variables = environment() | {"DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1"}
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(line, stdin=pipe, stdout=pipe, text=True, env=variables)
+
+    def run(self, words: list[str], folder: Path) -> tuple[int, str]:
+        """(exit code, what was printed) of a command in `folder`."""
+        assert self._process.stdin and self._process.stdout
+        print(json.dumps([str(folder), words]), file=self._process.stdin, flush=True)
+        code, said = json.loads(self._process.stdout.readline())
+        return code, said
+
+    def close(self) -> None:
+        """Ends the process."""
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+
+
+def serve() -> None:
+    """What the process of Warm does."""
+    import megagpt.loop  # noqa: F401  (torch and DeepSpeed)
+
+    for line in sys.stdin:
+        folder, words = json.loads(line)
+        with tempfile.TemporaryFile() as said:
+            if (pid := os.fork()) == 0:
+                os.chdir(folder)
+                os.dup2(said.fileno(), 1)
+                os.dup2(said.fileno(), 2)
+                os._exit(_called(words))
+            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            said.seek(0)
+            print(json.dumps([code, said.read().decode(errors="replace")]), flush=True)
+
+
+def _called(words: list[str]) -> int:
+    """The exit code of a command, 99 for a traceback, which is printed."""
+    signal.alarm(LIMIT_S.get(words[0], 60))
+    code = 99
+    try:
+        code = train.main(words[1:]) if words[0] == "train" else main(words)
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 99
+    except BaseException:
+        traceback.print_exc(limit=-6)
+    signal.alarm(0)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code
 
 
 class Campaign:
@@ -107,16 +186,23 @@ class Campaign:
         self.folder, self.draw = folder, random.Random(seed)
         self.codes: Counter[int] = Counter()
         self.failures: list[str] = []
-        shutil.copytree(FIXTURE, folder)
-        (folder / "continued.json").unlink()
+        self.warm: Warm | None = None
+        self.lay_out()
         self.files = sorted(p for p in folder.rglob("*") if p.is_file() and "end" not in p.parts)
+
+    def lay_out(self) -> None:
+        """The folder as it is before a trial."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        shutil.copytree(FIXTURE, self.folder)
+        (self.folder / "continued.json").unlink()
 
     def trial(self, line: str) -> None:
         """One command with one thing spoilt."""
         words = line.split()
         if self.draw.random() < 0.5:
             place = self.draw.randrange(1, len(words))
-            words[place] = self.draw.choice(WORDS)
+            choice = self.draw.choice(WORDS)
+            words[place] = "." if words[0] in LIMIT_S and choice in NOWHERE else choice
             self.run(words, "")
         else:
             named = [p for p in self.files if p.relative_to(self.folder).parts[0] in words]
@@ -141,6 +227,7 @@ class Campaign:
         finally:
             if path.is_dir():
                 shutil.rmtree(path)
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
 
     def _cut(self, content: bytes) -> bytes:
@@ -190,28 +277,32 @@ class Campaign:
 
     def run(self, words: list[str], how: str) -> None:
         """Runs the command in the folder; what is wrong with its end goes to `failures`."""
-        said = io.StringIO()
         shutil.rmtree(self.folder / "new", ignore_errors=True)
-        signal.alarm(LIMIT_S)
-        try:
-            with (
-                contextlib.chdir(self.folder),
-                contextlib.redirect_stdout(said),
-                contextlib.redirect_stderr(said),
-            ):
-                code = main(words)
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else -1
-        except BaseException:
-            code = -1
-            self.fail(words, how, traceback.format_exc(limit=-6))
-        finally:
-            signal.alarm(0)
+        trains = words[0] in LIMIT_S
+        code, said = self.run_warm(words) if trains else self.run_here(words)
         self.codes[code] += 1
-        if code not in CODES and code != -1:
-            self.fail(words, how, f"exit code {code}")
-        if re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", said.getvalue()):
-            self.fail(words, how, f"acts on a terminal: {said.getvalue()!r:.300}")
+        if code not in CODES or "Traceback" in said:
+            self.fail(words, how, f"exit code {code}: {said[-3000:]}")
+        if re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", said):
+            self.fail(words, how, f"acts on a terminal: {said!r:.300}")
+
+    def run_warm(self, words: list[str]) -> tuple[int, str]:
+        """(exit code, what was printed) of a command that trains; the folder is laid out anew."""
+        self.warm = self.warm or Warm()
+        try:
+            return self.warm.run(words, self.folder)
+        finally:
+            self.lay_out()
+
+    def run_here(self, words: list[str]) -> tuple[int, str]:
+        """(exit code, what was printed) of a command within this process."""
+        said = io.StringIO()
+        with (
+            contextlib.chdir(self.folder),
+            contextlib.redirect_stdout(said),
+            contextlib.redirect_stderr(said),
+        ):
+            return _called(words), said.getvalue()
 
     def fail(self, words: list[str], how: str, why: str) -> None:
         """Remember a failure."""
@@ -223,13 +314,17 @@ def campaign(
 ) -> Campaign:
     """So many trials, every command in turn."""
     made = Campaign(folder / "copy", seed)
-    for number in range(trials):
-        made.trial(commands[number % len(commands)])
+    try:
+        for number in range(trials):
+            made.trial(commands[number % len(commands)])
+    finally:
+        if made.warm:
+            made.warm.close()
     return made
 
 
 def _late(signum: int, frame: object) -> None:
-    raise TimeoutError(f"not done after {LIMIT_S} s")
+    raise TimeoutError("not done in time")
 
 
 signal.signal(signal.SIGALRM, _late)
@@ -238,9 +333,14 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--trials", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--serve", action="store_true", help="see Warm")
+    parser.add_argument("--training", action="store_true", help="only what trains, and doctor")
     given = parser.parse_args()
+    if given.serve:
+        sys.exit(serve())
     with tempfile.TemporaryDirectory() as place:
-        done = campaign(Path(place), given.trials, given.seed, (*COMMANDS, *HEAVY))
+        commands = HEAVY if given.training else (*COMMANDS, *HEAVY)
+        done = campaign(Path(place), given.trials, given.seed, commands)
     for failure in done.failures:
         print(failure)
     print(f"{given.trials} trials, exit codes {dict(done.codes)}, {len(done.failures)} failures")

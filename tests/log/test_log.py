@@ -172,31 +172,31 @@ def test_cutting_goes_on_past_damage(tmp_path, caplog):
     assert (found.dropped, found.last_time, found.missing) == ([{"step": 2}], None, "1")
     assert path.read_bytes() == b'{"step": 1}\n{"event": "x", "step": 9}\n'
     assert f"{path}: lines 2, 5 are broken; the file as it was is {found.aside}" in caplog.text
-    assert found.aside == f"{path}.broken-1"
+    assert (found.restored, found.aside) == ("", f"{path}.broken-1")
     assert (tmp_path / "metrics.jsonl.broken-1").read_bytes() == damaged
     # What a kill leaves is no damage that anybody would want back.
     path.write_bytes(b'{"step": 1, "loss": 1}\n{"st')
-    assert cut(path, 1)[2:] == ("", "")
+    assert cut(path, 1)[2:] == ("", "", "")
     path.write_bytes(damaged)
     assert cut(path, 1).aside == f"{path}.broken-2"
 
 
 def test_what_the_record_has_lost_is_said(tmp_path, caplog):
-    log = open_log(tmp_path)
+    log = open_log(tmp_path, tensorboard=False)
     for step in range(1, 11):
         log.step(record(step))
     log.close()
     path = tmp_path / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(lines[:3] + lines[6:7] + [b"{#}\n"] + lines[8:]))
-    open_log(tmp_path, 8).close()
+    open_log(tmp_path, 8, tensorboard=False).close()
     (event,) = [line for line in read_metrics(tmp_path) if line.get("event") == "resume"]
     assert event["missing_steps"] == "3-5, 7" and event["broken_file"] == f"{path}.broken-1"
     assert "steps 3-5, 7 have no line and will be missing" in caplog.text
     # An empty file, as a power cut left it, and none at all.
     for number in range(2):
         path.write_bytes(b"") if number else path.unlink()
-        open_log(tmp_path, 8).close()
+        open_log(tmp_path, 8, tensorboard=False).close()
         (event,) = read_metrics(tmp_path)
         assert (event["event"], event["missing_steps"]) == ("resume", "1-8")
 
