@@ -202,7 +202,7 @@ def _write_anew(
     more = ((place, encode(record)) for place, record in found.items())
     with path.open("rb") as old, whole_file(path) as new:
         for _, line in heapq.merge(kept, more, key=operator.itemgetter(0)):
-            if isinstance(line, tuple):
+            if not isinstance(line, bytes):
                 old.seek(line[0])
                 line = old.read(line[1] - line[0])
             new.write(line)
