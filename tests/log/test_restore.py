@@ -3,7 +3,7 @@
 import os
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megagpt.log import read_metrics
@@ -115,6 +115,7 @@ def test_a_disk_that_fails_meanwhile_leaves_the_file_as_it_was(tmp_path, monkeyp
     assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "tensorboard"]
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.fixed_dictionaries(
         {"loss": FIGURES, "lr": FIGURES, "step": st.integers(1, 2**24 - 1), "new": FIGURES},
