@@ -17,7 +17,7 @@ from megagpt.errors import EXIT_OK
 
 def work(args: argparse.Namespace) -> int:
     """Train, store, check."""
-    from megagpt.corpus.vocabulary import train_tokenizer
+    from megagpt.corpus.train_bpe import train_tokenizer
 
     print(train_tokenizer(args.inputs, args))
     return EXIT_OK

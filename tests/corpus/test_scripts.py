@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import datasets
@@ -166,6 +167,24 @@ def test_a_trained_tokenizer_encodes_the_same_everywhere(tmp_path: Path) -> None
     assert result.returncode == 2 and "give more text or a smaller --vocab-size" in result.stderr
     result = script("train_tokenizer", path, "--vocab-size", 9, "--output", out)
     assert result.returncode == 2 and "must be at least 257" in result.stderr
+
+
+def test_a_tokenizer_stays_where_another_does_not_pass(tmp_path, monkeypatch) -> None:
+    from megagpt.corpus import train_bpe
+
+    path = jsonl(tmp_path / "in.jsonl", sample_texts(50))
+    out = tmp_path / "mine.json"
+    asked = Namespace(
+        vocab_size=270, output=out, sample_bytes=10**6, text_field="text", format="auto"
+    )
+    train_bpe.train_tokenizer([str(path)], asked)
+    before = out.read_bytes()
+    monkeypatch.setattr(train_bpe, "read_tokenizer_file", lambda file: load_tokenizer("bytes"))
+    asked.vocab_size = 280
+    with pytest.raises(DamageError, match="tiktoken and Hugging Face disagree on .*; choose ano"):
+        train_bpe.train_tokenizer([str(path)], asked)
+    assert out.read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl", "mine.json"]
 
 
 def test_inspect_shows_totals_lengths_and_text(tmp_path: Path) -> None:

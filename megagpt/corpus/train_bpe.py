@@ -7,12 +7,14 @@ import re
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from megagpt.corpus.documents import find_sources
 from megagpt.corpus.huggingface import hub_documents
 from megagpt.corpus.read import Problem, read, utf8
 from megagpt.corpus.unit import plan_units
 from megagpt.errors import DamageError, UsageError
+from megagpt.files import temporary_of
 from megagpt.tokenizer import END_OF_DOCUMENT
 from megagpt.tokenizer.json import read_tokenizer_file, write_tokenizer_file
 
@@ -62,7 +64,7 @@ def train_tokenizer(inputs: Sequence[str], args: Namespace) -> str:
     """Train on `inputs`, write `args.output`; a line that says what was made.
 
     Raises UsageError for a size that cannot be reached, DamageError when tiktoken and Hugging Face
-    disagree on the training text (nothing is left in that case).
+    disagree on the training text; `args.output` is what it was then.
     """
     import tokenizers
 
@@ -99,8 +101,13 @@ def train_tokenizer(inputs: Sequence[str], args: Namespace) -> str:
             f"{args.vocab_size - SMALLEST}; give more text or a smaller --vocab-size"
         )
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    write_tokenizer_file(args.output, merges, END_OF_DOCUMENT)
-    _compare(sample, args)
+    draft = temporary_of(args.output)
+    try:
+        write_tokenizer_file(draft, merges, END_OF_DOCUMENT)
+        _compare(sample, draft)
+        draft.replace(args.output)
+    finally:
+        draft.unlink(missing_ok=True)
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(left_out.items()))
     return (
         f"{args.output}: {args.vocab_size:,} tokens; Hugging Face and tiktoken give the same ids "
@@ -120,18 +127,17 @@ def _merges(merges: list[str | list[str]]) -> list[tuple[str, str]]:
     return result
 
 
-def _compare(sample: Sequence[str], args: Namespace) -> None:
+def _compare(sample: Sequence[str], file: Path) -> None:
     """Encode the first documents with both libraries. Raises DamageError."""
     import tokenizers
 
-    ours = read_tokenizer_file(args.output)
-    theirs = tokenizers.Tokenizer.from_file(str(args.output))
+    ours = read_tokenizer_file(file)
+    theirs = tokenizers.Tokenizer.from_file(str(file))
     # Hugging Face takes the literal in a text for the special token, unlike encode_ordinary.
     theirs.encode_special_tokens = True
     for part in (part for text in sample for part in short_runs(text)):
         ids = ours.encode_ordinary(part)
         if ids != theirs.encode(part, add_special_tokens=False).ids or ours.decode(ids) != part:
-            args.output.unlink()
             raise DamageError(
                 f"tiktoken and Hugging Face disagree on {part[:60]!r}; choose another --vocab-size"
             )
