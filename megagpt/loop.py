@@ -258,7 +258,7 @@ class Trainer:
         if self.ranks.rank == 0:
             computing = self.engine.choices.record()
             source = self.checkpoints.init_from
-            write_run_files(self.config, self.layout, self.ds_config, computing, source)
+            write_run_files(self.config, run, self.layout, self.ds_config, computing, source)
         self.log = open_log(self.config, run, writer=self.ranks.rank == 0)
 
     def finished(self, run: RunState) -> bool:

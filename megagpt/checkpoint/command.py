@@ -12,7 +12,9 @@ from megagpt.checkpoint.export import (
     consolidated_strangers,
     reshape,
 )
+from megagpt.checkpoint.journal import NAME, journal_problems
 from megagpt.checkpoint.load import data_of_another_tokenizer, verify
+from megagpt.checkpoint.weights import add_shard_option
 from megagpt.errors import EXIT_DAMAGE, EXIT_OK, DamageError, UsageError
 
 
@@ -40,13 +42,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         )
         if name == "consolidate":
             action.add_argument("output", metavar="OUT", type=Path, help="folder to write; new")
-            action.add_argument(
-                "--shard-gb",
-                type=float,
-                default=5.0,
-                metavar="GB",
-                help="largest file, in 10^9 bytes (default: %(default)s)",
-            )
+            add_shard_option(action)
         if name == "reshape":
             action.add_argument("output", metavar="OUT", type=Path, help="run folder to write into")
             action.add_argument(
@@ -73,9 +69,9 @@ def show(args: argparse.Namespace) -> int:
 
 
 def check(args: argparse.Namespace) -> int:
-    """Prints each checkpoint, or the consolidated weights, with "whole" or what is damaged; exit
-    code 3 for any damage."""
-    damaged = False
+    """Prints each checkpoint and the journal, or the consolidated weights, with "whole" or what is
+    damaged; exit code 3 for any damage."""
+    damaged, sealed = False, None
     if (args.folder / INDEX).exists():
         problems = consolidated_problems(args.folder)
         names = [] if problems else consolidated_strangers(args.folder)
@@ -84,11 +80,16 @@ def check(args: argparse.Namespace) -> int:
     for folder in record.checkpoints_of(args.folder):
         problems = verify(folder)
         damaged = damaged or bool(problems)
-        files = () if problems else record.read_record(folder).files
-        line = _verdict(problems, record.strangers(folder, files) if files else [])
+        saved = None if problems else record.read_record(folder)
+        sealed = saved.rollbacks if saved else sealed
+        line = _verdict(problems, record.strangers(folder, saved.files) if saved else [])
         if not problems and (paths := data_of_another_tokenizer(folder)):
             line += "; of another tokenizer by now: " + ", ".join(map(repr, paths))
         print(f"{folder.name}  {line}", flush=True)
+    if (args.folder / NAME).exists():
+        problems = journal_problems(args.folder, sealed)
+        damaged = damaged or bool(problems)
+        print(f"{NAME}  {_verdict(problems, [])}")
     return EXIT_DAMAGE if damaged else EXIT_OK
 
 
@@ -106,6 +107,6 @@ def cut(args: argparse.Namespace) -> int:
 
 def gather(args: argparse.Namespace) -> int:
     """Writes the newest checkpoint's weights; prints where."""
-    for path in consolidate(args.folder, args.output, int(args.shard_gb * 1e9)):
+    for path in consolidate(args.folder, args.output, args.shard_bytes):
         print(path)
     return EXIT_OK

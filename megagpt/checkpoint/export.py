@@ -26,7 +26,7 @@ from megagpt.checkpoint import record
 from megagpt.checkpoint.load import slice_problems, tell_strangers, vocabulary_of
 from megagpt.checkpoint.record import CONFIG, FileRecord, read_sealed
 from megagpt.checkpoint.slice_file import SliceReader, file_name, fit_rows, write_slices
-from megagpt.checkpoint.weights import PlannedTensor, write_tensors
+from megagpt.checkpoint.weights import SHARD_BYTES, PlannedTensor, write_tensors
 from megagpt.config import RunConfig, dump_run, load_run
 from megagpt.engine.slices import Slice
 from megagpt.errors import DamageError, MegagptError, UsageError
@@ -203,7 +203,7 @@ def _index(folder: Path) -> dict[str, Any]:
 # --- consolidated weights -----------------------------------------------------------------------
 
 
-def consolidate(run: Path, output: Path, shard_bytes: int = 5_000_000_000) -> list[Path]:
+def consolidate(run: Path, output: Path, shard_bytes: int = SHARD_BYTES) -> list[Path]:
     """Writes fp32 weights of the newest checkpoint of `run` into `output`; returns the files.
 
     The same files whatever layout saved the checkpoint. Memory: one parameter. Raises UsageError

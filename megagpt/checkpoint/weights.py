@@ -1,5 +1,6 @@
 """Writes safetensors files with one tensor in memory, whatever their size (L2)."""
 
+import argparse
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,6 +13,28 @@ from torch import Tensor
 
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 """torch's type -> its name in a safetensors file."""
+SHARD_BYTES = 5_000_000_000
+"""Largest file unless another size is given."""
+
+
+def add_shard_option(parser: argparse.ArgumentParser) -> None:
+    """Adds --shard-gb, whose value is `shard_bytes`."""
+    parser.add_argument(
+        "--shard-gb",
+        dest="shard_bytes",
+        type=_shard_bytes,
+        default=SHARD_BYTES,
+        metavar="GB",
+        help=f"largest file, in 10^9 bytes (default: {SHARD_BYTES / 1e9:g})",
+    )
+
+
+def _shard_bytes(text: str) -> int:
+    """Bytes of a number of 10^9 bytes."""
+    size = float(text)
+    if not 0 < size < 1e9:
+        raise argparse.ArgumentTypeError(f"{text}: must be above 0 and below 10^9")
+    return int(size * 1e9)
 
 
 @dataclass(frozen=True, slots=True)

@@ -107,10 +107,11 @@ class Schedule:
     @cached_property
     def segments(self) -> tuple[Segment, ...]:
         """The whole run as runs of equal steps, in order; computed without walking each step."""
-        return tuple(self._segments())
+        return tuple(self.segments_from(0, 0))
 
-    def _segments(self) -> Iterator[Segment]:
-        step = tokens = 0
+    def segments_from(self, step: int, tokens: int) -> Iterator[Segment]:
+        """What is left of a run that has done so many steps and consumed so many tokens, which
+        another schedule may have led there."""
         while tokens < self.total_tokens:
             size = self.batch(tokens)
             n_steps = -(-(self._batch_until(tokens) - tokens) // size)

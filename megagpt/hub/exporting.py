@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megagpt.checkpoint import record
 from megagpt.checkpoint.export import INDEX, Weights, new_folder, open_weights
-from megagpt.checkpoint.weights import write_tensors
+from megagpt.checkpoint.weights import SHARD_BYTES, add_shard_option, write_tensors
 from megagpt.errors import EXIT_OK, MegagptError
 from megagpt.files import temporary_of, write_file
 from megagpt.hub.card import model_card
@@ -57,19 +57,13 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--dtype", choices=list(DTYPES), default="fp32", help="of the weights (default: fp32)"
     )
-    parser.add_argument(
-        "--shard-gb",
-        type=float,
-        default=5.0,
-        metavar="GB",
-        help="largest file, in 10^9 bytes (default: %(default)s)",
-    )
+    add_shard_option(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Writes the folder; prints where, and what was measured."""
-    found = export_model(args.folder, args.output, args.dtype, int(args.shard_gb * 1e9))
+    found = export_model(args.folder, args.output, args.dtype, args.shard_bytes)
     print(
         f"{args.output}: {args.dtype}; logits differ by {found.difference:.2g} at most (the "
         f"largest is {found.largest:.3g}); {found.tokens} greedy tokens compared"
@@ -78,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def export_model(
-    source: Path, output: Path, dtype: str = "fp32", shard_bytes: int = 5_000_000_000
+    source: Path, output: Path, dtype: str = "fp32", shard_bytes: int = SHARD_BYTES
 ) -> Comparison:
     """Writes the model of `source` for transformers into `output`, compared with it.
 

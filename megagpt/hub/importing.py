@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megagpt.checkpoint import record
 from megagpt.checkpoint.export import new_folder, write_weights
-from megagpt.checkpoint.weights import PlannedTensor
+from megagpt.checkpoint.weights import SHARD_BYTES, PlannedTensor, add_shard_option
 from megagpt.config import RunConfig, dump_run, parse_run
 from megagpt.config.presets import ModelConfig
 from megagpt.config.schedule import Schedule
@@ -50,25 +50,19 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="tokenizer of the weights where they come without one: a name or a tokenizer.json; "
         "rows of the embedding beyond its tokens are cut",
     )
-    parser.add_argument(
-        "--shard-gb",
-        type=float,
-        default=5.0,
-        metavar="GB",
-        help="largest file, in 10^9 bytes (default: %(default)s)",
-    )
+    add_shard_option(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Writes the folder; prints where."""
-    import_model(args.path, args.output, args.tokenizer, int(args.shard_gb * 1e9))
+    import_model(args.path, args.output, args.tokenizer, args.shard_bytes)
     print(args.output)
     return EXIT_OK
 
 
 def import_model(
-    path: str, output: Path, tokenizer: str | None = None, shard_bytes: int = 5_000_000_000
+    path: str, output: Path, tokenizer: str | None = None, shard_bytes: int = SHARD_BYTES
 ) -> None:
     """Writes the model at `path` as a folder of weights in fp32. Memory: one parameter.
 

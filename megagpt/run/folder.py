@@ -32,6 +32,7 @@ def make_run_folder(config: RunConfig) -> None:
 
 def write_run_files(
     config: RunConfig,
+    run: RunState,
     layout: Layout,
     ds_config: dict[str, object],
     computing: dict[str, object],
@@ -49,7 +50,7 @@ def write_run_files(
     facts = {
         "command": sys.argv,
         "layout": str(layout),
-        "steps": config.schedule.n_steps,
+        "steps": run.end(config)[0],
         "versions": versions(),
         "computing": computing,
         "init_from": init_from,
@@ -63,7 +64,7 @@ def open_log(config: RunConfig, run: RunState, writer: bool) -> RunLog:
     """The run's log, cut back to where the run goes on; `writer` on one rank alone."""
     return RunLog(
         Path(config.output),
-        total_tokens=config.schedule.end_tokens,
+        total_tokens=run.end(config)[1],
         resume_tokens=run.tokens,
         resume_step=run.step,
         tensorboard=config.log.tensorboard,

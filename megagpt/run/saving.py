@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megagpt.checkpoint import CheckpointRecord, Saver, list_checkpoints, resume, start_from
+from megagpt.checkpoint.journal import Journal, read_journal
 from megagpt.checkpoint.record import set_aside
 from megagpt.config import RunConfig
 from megagpt.engine import Engine
@@ -13,7 +14,6 @@ from megagpt.errors import DamageError, UsageError
 from megagpt.order.loader import TokenLoader
 from megagpt.plan.layout import Layout
 from megagpt.run.folder import versions
-from megagpt.run.journal import Journal, read_journal
 from megagpt.run.state import RunState, crossed
 
 log = logging.getLogger("megagpt.train")

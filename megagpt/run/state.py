@@ -1,4 +1,4 @@
-"""Where a run is, as a value, and the step that comes next (L2, no torch).
+"""Where a run is, as a value, and the step that comes next (L2).
 
 With the run file, a RunState is all that decides what comes next: which samples, how many, at what
 rate, and which updates are skipped.
@@ -8,8 +8,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Protocol
 
+from megagpt.checkpoint.journal import Journal
 from megagpt.config import RunConfig
-from megagpt.run.journal import Journal
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,6 +74,11 @@ class RunState:
             n_samples=batch_tokens // config.model.n_ctx,
             lr=config.schedule.lr(end),
         )
+
+    def end(self, config: RunConfig) -> tuple[int, int]:
+        """(steps, tokens) of the whole run, which another schedule may have led to where it is."""
+        rest = [*config.schedule.segments_from(self.step, self.tokens)]
+        return (rest[-1].last_step, rest[-1].last_tokens) if rest else (self.step, self.tokens)
 
     def next_step(self, config: RunConfig) -> Step:
         """The step that comes next."""

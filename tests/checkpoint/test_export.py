@@ -91,6 +91,13 @@ def test_wrong_usage(run, tmp_path):
 # --- consolidated weights and models --------------------------------------------------------------
 
 
+@pytest.mark.parametrize("size", ["0", "-1", "nan", "inf", "1e9", "x", "9" * 400])
+def test_sizes_of_files_that_are_none(run, tmp_path, capsys, size):
+    with pytest.raises(SystemExit) as end:
+        main(["checkpoint", "consolidate", str(run), str(tmp_path / "out"), f"--shard-gb={size}"])
+    assert end.value.code == 2 and "argument --shard-gb: " in capsys.readouterr().err
+
+
 def test_consolidated_files_are_the_model(run, tmp_path, capsys):
     out = tmp_path / "out"
     command = ["checkpoint", "consolidate", str(run), str(out), "--shard-gb", "0.00005"]

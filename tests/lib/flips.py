@@ -27,6 +27,7 @@ from pathlib import Path
 
 from megagpt.checkpoint import list_checkpoints, load_model, verify
 from megagpt.checkpoint.export import consolidate, consolidated_problems
+from megagpt.checkpoint.journal import Journal, read_journal
 from megagpt.checkpoint.record import read_record
 from megagpt.cluster.ranks import Ranks
 from megagpt.cluster.stop import StopRequest
@@ -35,7 +36,6 @@ from megagpt.errors import DamageError, MegagptError
 from megagpt.loop import Trainer
 from megagpt.plan.ds_config import read_ds_config, resolve
 from megagpt.plan.layout import Layout
-from megagpt.run.journal import Journal, read_journal
 from tests.lib.distributed import ROOT, digest_of_weights, group_of_one
 
 FIXTURE = ROOT / "tests" / "fixtures" / "before_redesign"

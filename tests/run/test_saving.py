@@ -13,6 +13,7 @@ import torch
 from megagpt.checkpoint import list_checkpoints, verify
 from megagpt.checkpoint.record import read_record, write_record
 from megagpt.cli import main
+from megagpt.config import load_run
 from megagpt.errors import DamageError, Stopped, UnsoundError
 from megagpt.log import read_metrics
 from megagpt.loop import Trainer
@@ -248,6 +249,9 @@ def test_steps_ahead_of_a_changed_run_are_counted_from_where_it_is(tmp_path, cap
     records = steps(tmp_path / "run")
     assert [r["digest"][:16] for r in records[6:]][:2] == seen[: len(records) - 6]
     last = records[-1]["step"]
+    # The schedule alone, from its beginning, would take 30.
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert facts["steps"] == last != load_run(file, other).schedule.n_steps
     assert main(["data", "batch", str(tmp_path / "run"), "--step", str(last + 1)]) == 2
     assert f"--step {last + 1}: the run has the steps 1 to {last}" in capsys.readouterr().err
 

@@ -165,3 +165,13 @@ def read_journal(run: Path) -> Journal:
                 "samples are read and which steps are left out, so restore the file from a copy"
             ) from None
     return Journal(tuple(entries))
+
+
+def journal_problems(run: Path, sealed: Sequence[Sequence[int | None]] | None) -> list[str]:
+    """What is wrong with the run's file: by itself, or beside the copy of its newest whole
+    checkpoint, where there is one; empty when a run can go on by it."""
+    try:
+        read_journal(run).agree(sealed or (), run)
+    except DamageError as error:
+        return [str(error)]
+    return []

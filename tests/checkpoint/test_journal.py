@@ -1,11 +1,16 @@
 """What was decided about spikes is written, read back, and replayed."""
 
+import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
 
+from megagpt.checkpoint.journal import Journal, read_journal
+from megagpt.checkpoint.record import list_checkpoints, read_record, write_record
+from megagpt.cli import main
 from megagpt.errors import DamageError, MegagptError
-from megagpt.run.journal import Journal, read_journal
+from tests.lib.hostile_commands import FIXTURE
 
 
 def test_where_a_run_reads_after_rollbacks():
@@ -129,3 +134,23 @@ def test_rollbacks_end():
     journal = Journal(((5, 1), (5, 2), (6, 3), (5, 4)))
     with pytest.raises(MegagptError, match="spikes again after 3 rollbacks to step 5; lower"):
         journal.add(5, 9)
+
+
+def test_verify_compares_the_file_with_the_checkpoints_copy(tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(FIXTURE / "run", run)
+    assert main(["checkpoint", "verify", str(run)]) == 0
+    assert capsys.readouterr().out == "step_00000018  whole\n"
+    (folder,) = list_checkpoints(run)
+    saved = read_record(folder)
+    write_record(folder, dataclasses.replace(saved, rollbacks=((9, None),)))
+    Journal(((9, None),)).write(run)
+    assert main(["checkpoint", "verify", str(run)]) == 0
+    assert capsys.readouterr().out == "step_00000018  whole\njournal.jsonl  whole\n"
+    (run / "journal.jsonl").unlink()
+    Journal(((8, None),)).write(run)
+    assert main(["checkpoint", "verify", str(run)]) == 3
+    assert "entry 1 is not the one that the checkpoint holds" in capsys.readouterr().out
+    (run / "journal.jsonl").write_text("{}\n")
+    assert main(["checkpoint", "verify", str(run)]) == 3
+    assert "journal.jsonl, line 1: not an entry" in capsys.readouterr().out
