@@ -18,14 +18,16 @@ the padding of the vocabulary, nor looking up an embedding.
   the embeddings out: a figure for them is called "PF-days without embeddings".
 """
 
+from typing import Any
+
 from megagpt.config.presets import ModelConfig
 
 PF_DAY = 1e15 * 86_400
 """FLOPs of a petaflop/s-day."""
 
 
-def pf_days(n_parameters: int, tokens: float) -> float:
-    """PF-days of training so many parameters on so many tokens."""
+def pf_days(n_parameters: int, tokens: Any) -> Any:
+    """PF-days of training so many parameters on so many tokens, a number or an array of them."""
     return 6.0 * n_parameters * tokens / PF_DAY
 
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from megagpt.config.flops import PF_DAY
+from megagpt.config.flops import pf_days
 from megagpt.report.series import Floats, Run, column, table, thin
 
 INK, FAINT, GRID, GREY = "#1f2933", "#66727f", "#e6e9ed", "#8a94a0"
@@ -186,7 +186,7 @@ def _laws(run: Run) -> list[dict[str, Any]]:
     ):
         low = losses < math.log(50_257)
         if low.sum() > 1:
-            x = 6.0 * inner * tokens[low] / PF_DAY
+            x = pf_days(inner, tokens[low])
             lines.append(_line(name, colour, x, losses[low], "dash"))
     return lines
 

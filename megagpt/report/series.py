@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megagpt.config import RunConfig, load_run
-from megagpt.config.flops import PF_DAY, parameters_by_kind
+from megagpt.config.flops import parameters_by_kind, pf_days
 from megagpt.errors import UsageError
 from megagpt.log.metrics import read_metrics
 
@@ -132,7 +132,7 @@ class Run:
     def pf_days(self, tokens: Floats) -> Floats | None:
         """Compute of so many tokens in PF-days without embeddings: 6 N per token with N outside
         them (Kaplan et al. 2020, section 2.1)."""
-        return 6.0 * self.parameters[1] * tokens / PF_DAY if self.parameters else None
+        return pf_days(self.parameters[1], tokens) if self.parameters else None
 
     @property
     def span_steps(self) -> int:

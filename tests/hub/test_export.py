@@ -44,11 +44,12 @@ def logits(folder: Path, weights: Path) -> tuple[torch.Tensor, ...]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_transformers_computes_the_same_and_all_comes_back(name, tmp_path, capsys):
+def test_transformers_computes_the_same_and_all_comes_back(name, tmp_path):
     config = ModelConfig(**SMALL, **MODELS[name])
     weights_folder(tmp_path / "ours", config, "bytes" if config.family == "gpt2" else "")
     source = open_weights(tmp_path / "ours")
     encoding = source.tokenizer() if config.family == "gpt2" else None
+    row = []
     for dtype, most in ((torch.float32, 4e-6), (torch.bfloat16, 5e-2)):
         out = tmp_path / str(dtype)
         out.mkdir()
@@ -60,11 +61,12 @@ def test_transformers_computes_the_same_and_all_comes_back(name, tmp_path, capsy
             float((a - b).abs().max()) / largest
             for a, b in ((theirs, ours), (theirs, exact), (ours, exact))
         )
-        with capsys.disabled():
-            print(
-                f"\n{name} {dtype}: to ours {other:.1e}, to fp64 {off:.1e}, ours to fp64 {own:.1e}"
-            )
+        row += [other, off, own]
         assert max(off, other) < most
+    # A row of the table in docs/weights.md.
+    (kind,) = json.loads((out / "config.json").read_text())["architectures"]
+    figures = " | ".join(f"{x:.1e}".replace("e-0", "e-") for x in (*row[:3], row[4]))
+    print(f"\n| {kind} ({config.d_head}, {name}) | {figures} |")
     first, again, back, twice = (tmp_path / n for n in ("torch.float32", "again", "in", "in2"))
     import_model(str(first), back)
     again.mkdir()
