@@ -15,6 +15,7 @@ import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
+import markdown
 import pytest
 from rich.console import Console
 
@@ -22,6 +23,7 @@ from megagpt.cli import main
 from megagpt.cluster.job import directive, pattern, script, sweep_of, toml
 from megagpt.config import parse_run
 from megagpt.errors import UsageError, visible
+from megagpt.log.markdown import cell
 from megagpt.report.dashboard import frame
 from megagpt.report.page import script_data, write_page
 from megagpt.report.picture import draw_runs
@@ -265,6 +267,34 @@ def test_a_picture_is_drawn_for_every_name(recorded, tmp_path, monkeypatch):
     assert path.stat().st_size > 20_000
     assert len([label for label in labels if label.endswith(tuple("0123456789"))]) == len(names)
     draw_runs([hostile(recorded, r"$\foo$")], path)
+
+
+class Cells(HTMLParser):
+    """The texts of a table's cells."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.cells: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "td":
+            self.cells.append("")
+        else:
+            assert tag in ("table", "thead", "tbody", "tr", "th"), tag
+
+    def handle_data(self, data: str) -> None:
+        if self.cells:
+            self.cells[-1] += data
+
+
+def test_a_cell_of_a_table_holds_any_text():
+    # As TensorBoard does it.
+    convert = markdown.Markdown(extensions=["tables"]).convert
+    for name in TEXTS:
+        text = " ".join(visible(name).split())
+        made = Cells(convert(f"| | |\n|---|---|\n| {cell(name)} | end |\n")).cells
+        assert [one.strip() for one in made] == [text, "end"], name
 
 
 # --- the terminal -------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from megagpt.log.boards import Board, open_boards
 from megagpt.log.console import Console, logger, open_console
 from megagpt.log.environment import environment
 from megagpt.log.eta import Eta
+from megagpt.log.markdown import cell, code_block
 from megagpt.log.metrics import NAME, Cut, MetricsFile, cut, decode, plain
 from megagpt.log.restore import recorded
 from megagpt.log.tags import derived, tags
@@ -74,8 +75,10 @@ class RunLog:
         """Configuration and environment, as texts."""
         for name in _CONFIGURATION:
             if (path := self.folder / name).is_file():
-                self.text(f"run/{name}", _code(path.read_text()), self.resume_tokens)
-        table = "\n".join(f"| {name} | {value} |" for name, value in environment().items())
+                self.text(f"run/{name}", code_block(path.read_text()), self.resume_tokens)
+        table = "\n".join(
+            f"| {cell(name)} | {cell(value)} |" for name, value in environment().items()
+        )
         self.text("run/environment", "| | |\n|---|---|\n" + table, self.resume_tokens)
 
     def step(self, record: Mapping[str, Any]) -> None:
@@ -125,13 +128,13 @@ class RunLog:
         with path.open("w", encoding="utf-8") as file:
             for number, text in enumerate(texts, start=1):
                 file.write(f"--- {number} of {len(texts)} ---\n{text}\n")
-                self.text(f"samples/{number}", _code(text), self._tokens)
+                self.text(f"samples/{number}", code_block(text), self._tokens)
 
     def profile(self, table: str) -> None:
         """The costliest operations of the steps that were profiled."""
         if self._metrics is not None:
             logger.info("%s", table)
-            self.text("run/profile", _code(table), self._tokens)
+            self.text("run/profile", code_block(table), self._tokens)
 
     def records(self, name: str) -> list[dict[str, Any]]:
         """The records of metrics.jsonl that have the figure; none where this is not the writer."""
@@ -199,8 +202,3 @@ def _cost(found: Cut, resume_tokens: int) -> dict[str, Any]:
         "lost_s": round(sum(_step_s(record) for record in steps), 3),
         "down_s": round(max(0.0, time.time() - last_time), 3) if last_time else 0.0,
     }
-
-
-def _code(text: str) -> str:
-    """A text as a Markdown code block."""
-    return "".join(f"    {line}\n" for line in text.splitlines())
