@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 RUN := runs/quickstart
 # A CPU without products in bf16 takes some thirty times as long for them as in fp32.
-QUICKSTART_DTYPE = $(shell $(BIN)/python -c 'import torch; print("bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32")')
+QUICKSTART_DTYPE = $(shell $(BIN)/python -c 'from megagpt.model.kernels.attention import BF16_PRODUCTS; print("bf16" if BF16_PRODUCTS else "fp32")')
 TOKENIZER := data/python-tokenizer.json
 STDLIB = $(shell $(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["stdlib"])')
 

@@ -20,6 +20,7 @@ from megagpt.cluster.ranks import cores
 from megagpt.config import RunConfig
 from megagpt.config.presets import ModelConfig
 from megagpt.engine.compiler import missing_compiler
+from megagpt.model.kernels import attention as kernels
 from megagpt.model.kernels.attention import FLEX_WIDTH, attention_form
 from megagpt.model.kernels.loss import loss_form
 from megagpt.plan.layout import Layout, padded_model
@@ -83,6 +84,10 @@ def choose(config: RunConfig, layout: Layout, device: torch.device, stage: int =
     kind, model = device.type, config.model
     dtype = DTYPES[config.parallel.dtype]
     slow = []
+    if kind == "cpu" and dtype == torch.bfloat16 and not kernels.BF16_PRODUCTS:
+        slow.append(
+            'this CPU does not multiply bf16; parallel.dtype = "fp32" is many times as fast'
+        )
     # A band as wide as the context is dense attention.
     forms: dict[str, str] = {
         layer: attention_form(

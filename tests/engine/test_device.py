@@ -65,12 +65,14 @@ def test_a_cpu_gets_its_own(caplog, monkeypatch):
     monkeypatch.setattr(attention, "BF16_PRODUCTS", False)
     chosen = choose(parse_run(RUN), Layout(), CPU)
     assert chosen.attention == {"dense": "sdpa flash", "banded": "blocks"}
+    [reason] = chosen.slow
+    assert reason.startswith("this CPU does not multiply bf16")
     monkeypatch.setattr(attention, "BF16_PRODUCTS", True)
     chosen = choose(parse_run(RUN), Layout(), CPU)
     assert chosen.attention == {"dense": "tiles", "banded": "tiles"}
     assert (chosen.loss, chosen.compile, chosen.slow) == ("sliced", "no", ())
     wide = choose(parse_run(RUN, ["parallel.dtype=fp32"]), Layout(), CPU)
-    assert wide.attention == {"dense": "sdpa flash", "banded": "blocks"}
+    assert wide.attention == {"dense": "sdpa flash", "banded": "blocks"} and wide.slow == ()
     with caplog.at_level(logging.INFO):
         apply(chosen, first=False)
         apply(chosen, first=True)
