@@ -6,10 +6,21 @@ RETRIES=${RETRIES:-5}                         # starts in a row that may end wit
 
 die() { echo "${0##*/}: $*" >&2; exit 2; }
 
+# The shell that called or submitted may have left these of another run; the site's file may set an
+# address for this one, such as the name of rank 0's host in the fast network.
+unset RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT
+for site in "${MEGAGPT_SITE:-launch/site.sh}" ~/.config/megagpt/site.sh; do
+  [ -r "$site" ] || continue
+  # shellcheck source=/dev/null
+  . "$site"
+  break
+done
+
 PYTHON=${PYTHON:-$PWD/.venv/bin/python}       # the same path on every host
 [ -x "$PYTHON" ] || PYTHON=$(command -v python3) || die "no python3; set PYTHON to the interpreter"
 BIN=$(dirname "$PYTHON")
-export PATH="$BIN:$PATH" PYTHONUNBUFFERED=1
+# A job that was submitted with --export=NONE has no PATH, and srun would pass its tasks nothing.
+export PATH="$BIN:${PATH:-/usr/local/bin:/usr/bin:/bin}" PYTHONUNBUFFERED=1 SLURM_EXPORT_ENV=ALL
 # Extensions that DeepSpeed compiles: hosts that share a home would write over each other's.
 export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-/tmp/torch_extensions_$(id -un)}
 
@@ -30,30 +41,36 @@ except MegagptError as error:
 PY
 }
 
-# use_interface HOST...: the network between the hosts, for gloo and for NCCL's first contact.
-# Where a host name stands for 127.0.1.1 in /etc/hosts, gloo would not leave the host.
-use_interface() {
-  local host
-  for host in "$@"; do
-    [ -n "${INTERFACE:-}" ] && break
-    host=$(getent ahostsv4 "$host" | awk 'NR == 1 { print $1 }' || true)
-    INTERFACE=$(ip -o route get "${host:-127.0.0.1}" | sed -n 's/.* dev \([^ ]*\).*/\1/p' || true)
-    [ "$INTERFACE" != lo ] || INTERFACE=
-  done
-  [ -z "${INTERFACE:-}" ] && return
+# Every rank finds its own interface by its way to rank 0, unless one is named for all.
+if [ -n "${INTERFACE:-}" ]; then
   export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$INTERFACE}
   export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$INTERFACE}
-}
+fi
 
-# deepspeed_env: what a .deepspeed_env holds. deepspeed hands the ranks of other hosts little else.
+# deepspeed_env: what a .deepspeed_env holds, with the user's own last. deepspeed hands the ranks of
+# other hosts little else. A command line shows all of it to others, so nothing secret is in it.
 deepspeed_env() {
-  local name
+  local name file
   for name in $(compgen -e); do
     case $name in
-      PATH | LD_LIBRARY_PATH | OMP_* | GLOO_* | NCCL_* | TORCH* | DS_ACCELERATOR)
-        printf '%s=%s\n' "$name" "${!name}" ;;
+      *TOKEN* | *SECRET* | *PASSWORD* | *API_KEY* | *CREDENTIAL*) ;;
+      PATH | LD_LIBRARY_PATH | LD_PRELOAD | TMPDIR | XDG_CACHE_HOME | TZ | LANG | LC_* \
+        | OMP_* | KMP_* | MKL_* | GLOO_* | NCCL_* | RCCL_* | TORCH* | PYTORCH_* | TRITON_* | DS_* \
+        | CUDA_[!V]* | HIP_[!V]* | HSA_* | ROCM_* | MIOPEN_* | FI_* | UCX_* | UCC_* | IBV_* | MLX5_* \
+        | I_MPI_* | OMPI_MCA_* | HF_* | HUGGINGFACE_* | TRANSFORMERS_* | WANDB_* | MEGAGPT_* \
+        | http_proxy | https_proxy | no_proxy | HTTP_PROXY | HTTPS_PROXY | NO_PROXY)
+        [ "$name" = DS_ENV_FILE ] || printf '%s=%s\n' "$name" "$(quoted "${!name}")" ;;
     esac
   done
+  file=${DS_ENV_FILE:-.deepspeed_env}
+  [ -r ~/"$file" ] && sed -n '/^[A-Za-z_][A-Za-z_0-9]*=/p' ~/"$file"
+  [ -r "$file" ] && sed -n '/^[A-Za-z_][A-Za-z_0-9]*=/p' "$file"
+  return 0
+}
+
+# quoted TEXT: a text as a shell reads it in one line; plain ones stay as they are.
+quoted() {
+  case $1 in *[!A-Za-z0-9_./:,=+@%-]*) printf '%q' "$1" ;; *) printf '%s' "$1" ;; esac
 }
 
 # Inside a job of SLURM --------------------------------------------------------------------------
@@ -108,8 +125,6 @@ train_in_job() {
   # In an array this task alone: the job id of its last task means all of them.
   id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$id}
   before=$(newest_checkpoint "$folder")
-  # The shell that submitted the job may have left these.
-  unset RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT
   trap 'asked=1 told=1; [ -z "$step" ] || tell_step' USR1
   if [ -z "${asked:-}" ]; then
     "$@" &

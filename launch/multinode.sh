@@ -6,18 +6,22 @@ set -euo pipefail
 
 HOSTFILE=${HOSTFILE:-hostfile}      # a line for each host: name slots=GPUS; rank 0 is on the first
 PORT=${PORT:-29500}                 # of rank 0
-INTERFACE=${INTERFACE:-}            # network between the hosts; empty: the way to the second one
+INTERFACE=${INTERFACE:-}            # network between the hosts; empty: each rank's way to rank 0
 
 [ $# -ge 1 ] || { sed -n 's/^# \(.*:  \)/\1/p' "$0"; exit 2; }
 # shellcheck source=launch/env.sh
 . "$(dirname "$0")/env.sh"
 
 folder=$(run_folder "$@") || exit 2
-[ -r "$HOSTFILE" ] || die "$HOSTFILE: no such hostfile; write a line 'name slots=GPUS' for each host"
-wrong=$(awk '!/^ *(#|$)/ && !/^[^ ]+ +slots=[1-9][0-9]* *$/ { print; exit }' "$HOSTFILE")
-[ -z "$wrong" ] || die "$HOSTFILE: line '$wrong' is not of the form 'name slots=GPUS'"
-mapfile -t hosts < <(awk '!/^ *(#|$)/ { print $1 }' "$HOSTFILE")
-[ ${#hosts[@]} -gt 0 ] || die "$HOSTFILE: no host; write a line 'name slots=GPUS' for each"
+# deepspeed's command on the other hosts is not quoted.
+for path in "$PWD" "$PYTHON"; do
+  [ "$path" = "$(quoted "$path")" ] || die "$path: deepspeed cannot go to a folder of such a name" \
+    "on other hosts; use one of letters, digits and ._/+-, or launch/torchrun.sh on each host"
+done
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+"$PYTHON" -m megagpt.cluster.hostfile "$HOSTFILE" > "$scratch/hosts" || exit 2
+mapfile -t hosts < <(cut -d ' ' -f 1 "$scratch/hosts")
 
 # Every host is there, with this folder and this interpreter.
 missing=$(for host in "${hosts[@]}"; do
@@ -27,33 +31,32 @@ done; wait)
 [ -z "$missing" ] || die "${missing}of $HOSTFILE: ssh does not reach it, or $PWD or $PYTHON is not" \
   "there; take it out of the hostfile, or repair it"
 
-use_interface "${hosts[@]:1}" "${hosts[0]}"
-DS_ENV_FILE=$(mktemp)
-export DS_ENV_FILE
-trap 'rm -f "$DS_ENV_FILE"' EXIT
-deepspeed_env > "$DS_ENV_FILE"
+deepspeed_env > "$scratch/env"
+export DS_ENV_FILE=$scratch/env
 # The connections of this run: found by a mark that does nothing else, over when a host is gone.
-mark=SendEnv=megagpt_$(basename "$DS_ENV_FILE")
+mark=SendEnv=megagpt_$(basename "$scratch")
 export PDSH_SSH_ARGS_APPEND="-o $mark -o ServerAliveInterval=15 -o ServerAliveCountMax=4"
 
 set -m                              # deepspeed and pdsh in a process group of their own
-deepspeed --hostfile "$HOSTFILE" --master_addr "${hosts[0]}" --master_port "$PORT" --force_multi \
+deepspeed --hostfile "$scratch/hosts" --master_addr "${hosts[0]}" --master_port "$PORT" --force_multi \
   --module megagpt.train "$@" &
 runner=$!
 # deepspeed would stop its ranks by `pkill` on every host, which hits other runs and loses the step.
-# A signal to one rank lets all of them save, and the run's lock says where rank 0 is.
+# A signal to one rank lets all of them save: rank 0, which is on the first host of the file, by the
+# name that it has there. Where none can be reached, their connections end, and they save too.
 # shellcheck disable=SC2329  # the trap calls it
 stop() {
   local place=
   # An older lock is an earlier run's.
   [ ! "$folder/.lock" -nt "$DS_ENV_FILE" ] || place=$(< "$folder/.lock")
-  if [[ $place =~ ^process\ ([0-9]+)\ on\ (.+)$ ]]; then
-    ssh -n "${BASH_REMATCH[2]}" kill -TERM "${BASH_REMATCH[1]}"
+  if [[ $place =~ ^process\ ([0-9]+)\ on\  ]]; then
+    ssh -n -o ConnectTimeout=10 "${hosts[0]}" kill -TERM "${BASH_REMATCH[1]}" \
+      || pkill -f -- "$mark" || true
   else
-    kill -TERM -- "-$runner"
+    kill -TERM -- "-$runner" || true
   fi
 }
-trap 'signalled=1; stop' TERM INT
+trap 'signalled=1; stop' TERM INT HUP USR1 USR2 XCPU
 while :; do
   signalled='' code=0
   wait "$runner" || code=$?

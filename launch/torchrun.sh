@@ -7,7 +7,7 @@ NODES=${NODES:-${SLURM_STEP_NUM_NODES:-1}}
 GPUS=${GPUS:-${SLURM_GPUS_ON_NODE:-auto}}   # ranks on this host; auto: one for each GPU
 MASTER=${MASTER:-}                          # the host where all meet; empty: the job's first one
 PORT=${PORT:-}
-INTERFACE=${INTERFACE:-}                    # network between the hosts; empty: the way to the others
+INTERFACE=${INTERFACE:-}                    # network between the hosts; empty: each rank's way to rank 0
 
 [ $# -ge 1 ] || { sed -n 's/^# \(.*:  \)/\1/p' "$0"; exit 2; }
 # shellcheck source=launch/env.sh
@@ -18,7 +18,6 @@ if [ -n "${SLURM_JOB_NODELIST:-}" ]; then
   mapfile -t hosts < <(slurm_hosts)
   PORT=${PORT:-$(slurm_port)}
 fi
-[ "$NODES" = 1 ] || use_interface "${hosts[@]}"
 exec torchrun --nnodes "$NODES" --nproc-per-node "$GPUS" --rdzv-backend c10d \
   --rdzv-endpoint "${MASTER:-${hosts[0]}}:${PORT:-29500}" --rdzv-id "${SLURM_JOB_ID:-megagpt}" \
   -m megagpt.train "$@"

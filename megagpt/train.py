@@ -4,8 +4,8 @@
     torchrun --nproc-per-node 2 -m megagpt.train RUN.toml schedule.peak_lr=1e-3
     python -m megagpt.train RUN.toml
 
-Training again with the same run folder resumes at the exact step. SIGTERM, SIGINT (Ctrl-C) and
-SIGUSR1 save a checkpoint and end with exit code 75.
+Training again with the same run folder resumes at the exact step. SIGTERM, SIGINT (Ctrl-C), SIGHUP,
+SIGUSR1, SIGUSR2 and SIGXCPU save a checkpoint and end with exit code 75.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megagpt.cluster.process import first_to_fail, join, leave, prepare_environment
-from megagpt.cluster.ranks import Ranks, discover
+from megagpt.cluster.ranks import Ranks, discover, told_rank
 from megagpt.cluster.stop import StopRequest
 from megagpt.cluster.watchdog import Watchdog
 from megagpt.config import RunConfig, load_run
@@ -76,8 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None) -> int:
     args = parser().parse_intermixed_args(argv)
-    first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) in ("0", "")
-    level = logging.INFO if first else logging.ERROR
+    level = logging.INFO if told_rank(os.environ) == "0" else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     if args.dry_run:
         return rehearse_run(args.run, args.overrides, args.ranks)

@@ -52,10 +52,8 @@ def test_a_wrong_run_file_ends_before_anything_starts(script, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "hosts: no such hostfile; write a line 'name slots=GPUS' for each host"),
-        ("a slots=8\nb slot=8\n", "hosts: line 'b slot=8' is not of the form 'name slots=GPUS'"),
-        ("a slots=0\n", "hosts: line 'a slots=0' is not of the form 'name slots=GPUS'"),
-        ("# none\n", "hosts: no host; write a line 'name slots=GPUS' for each"),
+        (None, "hosts: cannot read the hostfile (No such file or directory); give a file with"),
+        ("a slots=8\nb slot=8\n", "hosts:\n  - line 2: 'b slot=8': must read `HOST slots=N`, N at"),
     ],
 )
 def test_a_wrong_hostfile_is_one_sentence(text, message, tmp_path):
@@ -64,7 +62,60 @@ def test_a_wrong_hostfile_is_one_sentence(text, message, tmp_path):
         hostfile.write_text(text)
     done = run("launch/multinode.sh", run_file(tmp_path), HOSTFILE=str(hostfile))
     assert done.returncode == 2
-    assert done.stderr.strip() == f"multinode.sh: {tmp_path}/{message}"
+    assert done.stderr.startswith(f"megagpt: {tmp_path}/{message}") and "Trace" not in done.stderr
+
+
+def test_a_folder_that_deepspeed_cannot_go_to(tmp_path):
+    folder = tmp_path / "my runs"
+    folder.mkdir()
+    (folder / "launch").symlink_to(ROOT / "launch")
+    line = f'cd "$1" && {ROOT}/launch/multinode.sh "$2"'
+    done = run("bash", "-c", line, "-", folder, run_file(tmp_path), PYTHONPATH=str(ROOT))
+    assert done.returncode == 2
+    said = f"multinode.sh: {folder}: deepspeed cannot go to a folder of such a name on other hosts;"
+    assert done.stderr.startswith(said)
+
+
+def test_what_is_handed_on_to_the_ranks_of_other_hosts(tmp_path):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / ".deepspeed_env").write_text("FI_PROVIDER=tcp\n# none\nMINE=1\n")
+    given = {
+        "FI_PROVIDER": "cxi",
+        "UCX_TLS": "rc,cuda_copy",
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+        "HSA_OVERRIDE_GFX_VERSION": "9.0.0",
+        "HF_HOME": "/data/my models",
+        "TMPDIR": "/scratch",
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    }
+    kept_back = {"HF_TOKEN": "secret", "WANDB_API_KEY": "secret", "CUDA_VISIBLE_DEVICES": "0"}
+    environ = given | kept_back | {"HOME": str(tmp_path / "home"), "DS_ENV_FILE": ".deepspeed_env"}
+    done = run("bash", "-c", "source launch/env.sh; deepspeed_env", **environ)
+    lines = done.stdout.splitlines()
+    # The user's own file counts last.
+    assert lines[-2:] == ["FI_PROVIDER=tcp", "MINE=1"], done.stderr
+    assert "secret" not in done.stdout and not any("VISIBLE" in line for line in lines)
+    # As deepspeed puts them into a line of shell.
+    shell = "".join(f"export {line}; " for line in lines)
+    for name, value in (given | {"FI_PROVIDER": "tcp"}).items():
+        said = run("bash", "-c", f'{shell} printf %s "${name}"', HOME="/")
+        assert said.stdout == value, name
+
+
+def test_the_sites_file_comes_first_and_its_address_stays(tmp_path):
+    site = tmp_path / "site.sh"
+    site.write_text("export MASTER_ADDR=node1-ib INTERFACE=ib0\nPYTHON=$HERE\n")
+    script = "source launch/env.sh; echo $MASTER_ADDR ${RANK:-none} $GLOO_SOCKET_IFNAME $PYTHON"
+    left = {"MASTER_ADDR": "other", "RANK": "3", "HERE": sys.executable}
+    done = run("bash", "-c", script, MEGAGPT_SITE=str(site), PYTHON="", **left)
+    assert done.stdout.split() == ["node1-ib", "none", "ib0", sys.executable], done.stderr
+
+
+def test_a_job_without_an_environment_has_a_path(tmp_path):
+    line = f'env -i PYTHON={sys.executable} bash -c "unset PATH; . launch/env.sh; exp=\\$PATH; '
+    done = run("bash", "-c", line + 'echo \\$exp; echo \\$SLURM_EXPORT_ENV"')
+    assert done.stdout.split()[0].endswith(":/usr/local/bin:/usr/bin:/bin"), done.stderr
+    assert done.stdout.split()[1] == "ALL"
 
 
 def test_one_machine_trains(tmp_path):

@@ -17,7 +17,8 @@ from pathlib import Path
 from megagpt.errors import EXIT_OK, EXIT_USAGE, UsageError
 
 LAUNCHED = ("RANK", "SLURM_STEP_NUM_TASKS")
-"""Variables of which a launcher sets one at least: only then are ranks, and torch, asked for."""
+"""Variables of which a launcher other than MPI's sets one at least: only then are ranks, and torch,
+asked for."""
 DESCRIPTION = (
     "Examines this machine, or every host that it is launched on: deepspeed --module "
     "megagpt.doctor RUN.toml, torchrun -m megagpt.doctor, srun python -m megagpt.doctor."
@@ -60,7 +61,9 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(dataclasses.asdict(examine(Order(**json.loads(args.order))))))
         return EXIT_OK
     order = Order(run=args.run_file or "", overrides=args.overrides, full=args.full)
-    if any(name in os.environ for name in LAUNCHED):
+    from megagpt.cluster.mpi import marks_of
+
+    if any(name in os.environ for name in LAUNCHED) or marks_of(os.environ):
         from megagpt.check.launched import examine_together
         from megagpt.cluster.ranks import discover
 

@@ -27,7 +27,7 @@ def examine(order: Order) -> Report:
 
     cards = gpus()
     checks = [versions, *check_machine(order, cards)]
-    checks += check_network(order, os.environ, bool(cards))
+    checks += check_network(order, os.environ)
     kinds = ", ".join(f"{card.name} {card.memory_mib} MiB" for card in cards) or "none"
     facts = {GPUS: kinds}
     try:

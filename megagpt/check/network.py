@@ -6,9 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 from megagpt.check.findings import FAIL, OK, WARN, Check, Order
+from megagpt.cluster.interface import interfaces, outward
 
 LOCKED = 1 << 30
 """Bytes that InfiniBand may have to lock; anything less than unlimited is asking for trouble."""
@@ -27,9 +26,9 @@ class Network:
     """The interface by which this host reaches rank 0; empty: not known."""
 
 
-def check_network(order: Order, environ: Mapping[str, str], has_gpus: bool) -> Iterator[Check]:
+def check_network(order: Order, environ: Mapping[str, str]) -> Iterator[Check]:
     """All checks of the network that one host can make."""
-    yield check_interface(look(order.master), order.hosts, environ, has_gpus)
+    yield check_interface(look(order.master), order.hosts, environ)
     ports = infiniband_ports()
     if ports:
         yield check_infiniband(ports, environ)
@@ -43,27 +42,17 @@ def look(master: str = "") -> Network:
         address = socket.gethostbyname(host)
     except OSError:
         address = ""
-    interfaces = {
-        name: next(a.address for a in addresses if a.family == socket.AF_INET)
-        for name, addresses in psutil.net_if_addrs().items()
-        if any(a.family == socket.AF_INET for a in addresses)
-    }
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            # Sends nothing, but the address is bound from which a packet would leave.
-            probe.connect((master or "192.0.2.1", 9))
-            own = str(probe.getsockname()[0])
-        except OSError:
-            own = ""
-    outward = next((name for name, at in interfaces.items() if at == own), "")
-    return Network(host=host, address=address, interfaces=interfaces, outward=outward)
+    there = interfaces()
+    # Without a master, an address of documentation, to which a way leads wherever one leads out.
+    own = outward(master or "192.0.2.1")
+    way = next((name for name, at in there.items() if at == own), "")
+    return Network(host=host, address=address, interfaces=there, outward=way)
 
 
-def check_interface(net: Network, hosts: int, environ: Mapping[str, str], has_gpus: bool) -> Check:
+def check_interface(net: Network, hosts: int, environ: Mapping[str, str]) -> Check:
     """The interface that gloo and NCCL will take can be reached from the other hosts.
 
-    gloo without GLOO_SOCKET_IFNAME listens where the host's own name resolves to, which Debian
-    sets to 127.0.1.1: every other host then connects to itself. NCCL leaves loopback out.
+    Ranks that meet set what is not exported, see megagpt.cluster.interface.
     """
     gloo, nccl = (environ.get(f"{name}_SOCKET_IFNAME", "") for name in ("GLOO", "NCCL"))
     unknown = ""
@@ -86,13 +75,12 @@ def check_interface(net: Network, hosts: int, environ: Mapping[str, str], has_gp
         trap = f"the host's own name {net.host} resolves to {net.address}, itself"
     else:
         return Check("interface", OK, f"{outward or net.address} ({net.host} is {net.address})")
-    if hosts > 1:
-        remedy = (
-            f"export GLOO_SOCKET_IFNAME={outward or 'eth0'} on every host (with pdsh: a line in "
-            ".deepspeed_env), or give the name its real address in /etc/hosts"
-        )
-        return Check("interface", WARN if has_gpus else FAIL, trap, remedy)
-    return Check("interface", OK, f"{trap}: well on one host, not between several")
+    if hosts == 1:
+        return Check("interface", OK, f"{trap}: well on one host")
+    if all(at.startswith("127.") for at in net.interfaces.values()):
+        detail = "no interface but loopback has an address"
+        return Check("interface", FAIL, detail, "connect this host to the network of the others")
+    return Check("interface", OK, f"{trap}; ranks take the interface of their way to rank 0")
 
 
 def _nccl_finds(chosen: str, interfaces: Mapping[str, str]) -> bool:

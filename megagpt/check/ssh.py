@@ -6,7 +6,6 @@ Each host runs the same examination and prints its report as JSON; here they are
 import dataclasses
 import json
 import os
-import re
 import shlex
 import socket
 import subprocess
@@ -28,44 +27,12 @@ from megagpt.check.findings import (
     merged,
     report_of,
 )
-from megagpt.errors import UsageError
+from megagpt.cluster.hostfile import read_hostfile
 
 CONNECT_S = 10
 """Seconds for ssh to reach a host."""
 AT_ONCE = 64
 """Connections at a time."""
-
-
-def read_hostfile(path: Path) -> dict[str, int]:
-    """Host -> slots, in the file's order, as deepspeed reads it.
-
-    Raises UsageError with every bad line: deepspeed would name one, or train on this host alone
-    when the file is missing.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UsageError(
-            f"{path}: cannot read the hostfile ({error.strerror}); give a file with lines such as "
-            "`host-a slots=8`"
-        ) from None
-    slots: dict[str, int] = {}
-    problems = []
-    for number, line in enumerate(map(str.strip, lines), 1):
-        if not line or line.startswith("#"):
-            continue
-        match = re.fullmatch(r"(\S+)\s+slots=(\d+)(\s+#.*)?", line)
-        if match is None or int(match[2]) < 1:
-            problems.append(f"line {number}: {line!r}: must read `HOST slots=N`, N at least 1")
-        elif match[1] in slots:
-            problems.append(f"line {number}: {match[1]} stands there twice; add its slots up")
-        else:
-            slots[match[1]] = int(match[2])
-    if not slots and not problems:
-        problems.append("no host in it; write a line `HOST slots=N` for each")
-    if problems:
-        raise UsageError(f"{path}:\n" + "\n".join(f"  - {problem}" for problem in problems))
-    return slots
 
 
 def examine_by_ssh(order: Order, hostfile: Path) -> list[Check]:

@@ -12,6 +12,7 @@ from datetime import timedelta
 from typing import Any
 
 from megagpt.cluster.agreement import disagreements
+from megagpt.cluster.interface import outward
 from megagpt.cluster.ranks import Ranks
 from megagpt.errors import EXIT_FAILURE, EXIT_USAGE, MegagptError, UsageError
 
@@ -31,6 +32,8 @@ class Meeting:
         self.ranks = ranks
         self.hosts: list[str] = []
         """Host name of every rank, by rank; empty before they agreed."""
+        self.addresses: list[str] = []
+        """Address of every rank's host on its way to rank 0, by rank; "" where none is known."""
         self._store = PrefixStore(f"megagpt/{run}", _store(ranks, minutes))
 
     def agree(self, facts: Mapping[str, str], minutes: float) -> None:
@@ -39,20 +42,22 @@ class Meeting:
         Raises UsageError that names what differs, MegagptError that names the ranks which did not
         come within `minutes`.
         """
-        self.put(f"here/{self.ranks.rank}", [socket.gethostname(), dict(facts)])
+        own = [socket.gethostname(), outward(os.environ["MASTER_ADDR"]), dict(facts)]
+        self.put(f"here/{self.ranks.rank}", own)
         if self.ranks.rank == 0:
             self.put("verdict", self._verdict(minutes))
         try:
             # Rank 0 may have come just in time to wait `minutes` itself.
-            code, problem, self.hosts = self.get("verdict", 120 * minutes)
+            verdict = self.get("verdict", 120 * minutes)
+            code, problem, self.hosts, self.addresses = verdict
         except MegagptError:
             code, problem = EXIT_FAILURE, "rank 0 ended before all ranks had come"
             problem = f"rank {self.ranks.rank}: {problem}"
         if problem:
             raise UsageError(problem) if code == EXIT_USAGE else MegagptError(problem)
 
-    def _verdict(self, minutes: float) -> tuple[int, str, list[str]]:
-        """On rank 0: (exit code, problem, hosts by rank); (0, "", hosts) when all agree."""
+    def _verdict(self, minutes: float) -> tuple[int, str, list[str], list[str]]:
+        """On rank 0: (exit code, problem, hosts, addresses by rank); 0 and "" when all agree."""
         keys = [f"here/{rank}" for rank in range(self.ranks.world)]
         try:
             self._store.wait(keys, timedelta(minutes=minutes))
@@ -64,11 +69,11 @@ class Meeting:
                 f"others run on {', '.join(dict.fromkeys(hosts))}: look at what the launcher says "
                 "of the missing host, and try to reach it by ssh"
             )
-            return EXIT_FAILURE, problem, []
+            return EXIT_FAILURE, problem, [], []
         said = [self.get(key) for key in keys]
-        hosts = [host for host, _ in said]
-        problems = disagreements(hosts, [facts for _, facts in said])
-        return (EXIT_USAGE if problems else 0), "\n".join(problems), hosts
+        hosts, addresses, facts = (list(column) for column in zip(*said, strict=True))
+        problems = disagreements(hosts, facts)
+        return (EXIT_USAGE if problems else 0), "\n".join(problems), hosts, addresses
 
     def put(self, name: str, value: Any) -> None:
         """Tells the other ranks a value under a name."""

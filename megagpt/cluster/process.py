@@ -9,6 +9,7 @@
 | DeepSpeed's logger and inference extension, a filter of warnings | join | noise and a compiler |
 | the GPU of this rank, the process group | join | |
 | the meeting with the other ranks | meet | one rank reports what ends all |
+| GLOO_SOCKET_IFNAME NCCL_SOCKET_IFNAME | meet | each rank of several hosts by its way to rank 0 |
 
 What the user exported stays, but for the five of the first row and for LOCAL_RANK.
 """
@@ -27,8 +28,10 @@ from datetime import timedelta
 import psutil
 
 from megagpt.cluster.agreement import facts_of_run
+from megagpt.cluster.interface import choose_interface
 from megagpt.cluster.meeting import Meeting
-from megagpt.cluster.ranks import MASTER, Ranks, cores, slurm_address
+from megagpt.cluster.mpi import mpi_address
+from megagpt.cluster.ranks import MASTER, Ranks, cores, slurm_address, told_rank
 from megagpt.config import RunConfig
 from megagpt.errors import MegagptError
 
@@ -51,9 +54,10 @@ def prepare_environment(ranks: Ranks, environ: MutableMapping[str, str]) -> None
     """Sets what torch and DeepSpeed read from the environment; call before importing either."""
     environ["RANK"], environ["WORLD_SIZE"] = str(ranks.rank), str(ranks.world)
     environ["LOCAL_RANK"] = str(ranks.local_rank)
-    if ranks.launcher == "srun":
+    if ranks.launcher in ("srun", "mpi"):
+        address = slurm_address(environ) if ranks.launcher == "srun" else mpi_address(environ)
         # What was exported stays: another name of that host may be the faster network.
-        for name, value in zip(MASTER, slurm_address(environ), strict=True):
+        for name, value in zip(MASTER, address, strict=True):
             environ[name] = environ.get(name) or value
     # torchrun serves its own store at the port it gives, to a single rank too.
     elif ranks.launcher == "python" or not environ.get("MASTER_PORT"):
@@ -79,7 +83,7 @@ def join(ranks: Ranks, config: RunConfig | None = None) -> None:
     megagpt.cluster.agreement. Raises UsageError that names what differs; MegagptError that names
     ranks which did not come within MEETING_MINUTES, and when the launcher died before.
     """
-    if ranks.launcher in ("deepspeed", "torchrun") and _adopted(os.getppid()):
+    if ranks.launcher in ("deepspeed", "torchrun", "mpi") and _adopted(os.getppid()):
         raise MegagptError(
             f"rank {ranks.rank}: the launcher died while this rank started; run the command again"
         )
@@ -152,6 +156,9 @@ def meet(ranks: Ranks, facts: Mapping[str, str], minutes: float, run: str = "") 
     # Before they agree: whatever ends the ranks from here on, one of them says it.
     _meetings.append(meeting)
     meeting.agree(facts, minutes)
+    # The launching host's interface need not be that of another.
+    master = os.environ["MASTER_ADDR"]
+    choose_interface(ranks.rank, meeting.hosts, meeting.addresses, master, os.environ)
     return meeting
 
 
@@ -183,7 +190,7 @@ def first_to_fail(wait_s: float = 10.0) -> bool:
     """
     if _meetings:
         return _meetings[-1].first("failed")
-    if os.environ.get("RANK", "0") != "0":
+    if told_rank(os.environ) != "0":
         time.sleep(wait_s)
     return True
 

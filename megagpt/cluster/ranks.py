@@ -1,14 +1,15 @@
 """Who am I among the ranks: found in the environment that the launcher left (L2, no torch).
 
 `deepspeed` and `torchrun` set RANK and WORLD_SIZE; `srun` and `deepspeed --launcher slurm` leave
-only SLURM's variables, which say where rank 0 is too; plain `python -m megagpt.train` leaves none
-and is a world of one.
+only SLURM's variables, which say where rank 0 is too; MPI's launchers leave theirs
+(megagpt.cluster.mpi); plain `python -m megagpt.train` leaves none and is a world of one.
 """
 
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from megagpt.cluster.mpi import marks_of, mpi_address, unknown_world
 from megagpt.cluster.slurm import expand_counts, expand_hosts
 from megagpt.errors import UsageError
 
@@ -36,14 +37,12 @@ def discover(environ: Mapping[str, str]) -> Ranks:
     tasks = _step_tasks(environ)
     if "RANK" in environ:
         ranks = _from_variables(environ, "srun" if tasks > 1 else "deepspeed")
+    elif marks_of(environ):
+        ranks = _from_mpi(environ)
     elif tasks > 1:
         ranks = _from_slurm(environ)
-    elif environ.get("WORLD_SIZE", "1") not in ("", "1"):
-        raise UsageError(
-            f"environment: WORLD_SIZE = {environ['WORLD_SIZE']} is set, but not RANK; start with "
-            "deepspeed, torchrun or srun, or unset WORLD_SIZE for a single process"
-        )
     else:
+        _check_alone(environ)
         return Ranks()
     if not ranks.rank < ranks.world or not ranks.local_rank < ranks.local_world:
         raise UsageError(
@@ -53,7 +52,9 @@ def discover(environ: Mapping[str, str]) -> Ranks:
         )
     if tasks > 1:
         _check_against_slurm(ranks, environ)
-    missing = [name for name in MASTER if ranks.world > 1 and not environ.get(name)]
+    known = mpi_address(environ) if ranks.launcher == "mpi" else ("", "")
+    missing = [name for name, by_job in zip(MASTER, known, strict=True) if not by_job]
+    missing = [name for name in missing if ranks.world > 1 and not environ.get(name)]
     if missing and ranks.launcher != "srun":
         raise UsageError(
             f"environment: {' and '.join(missing)} not set: the {ranks.world} ranks need the host "
@@ -86,6 +87,53 @@ def _from_variables(environ: Mapping[str, str], launcher: str) -> Ranks:
 
 _MARKS = {"CROSS_SIZE": "deepspeed", "GROUP_WORLD_SIZE": "torchrun"}
 """Hosts of the run, as each launcher calls them -> the launcher."""
+
+
+def _from_mpi(environ: Mapping[str, str]) -> Ranks:
+    """The ranks by the variables of an MPI launcher; one process of it is a world of its own."""
+    marks = marks_of(environ)
+    assert marks is not None
+    if not environ.get(marks.size):
+        raise UsageError(
+            f"environment: {marks.rank} is set, but not {marks.size}, as {marks.name} sets it; "
+            "export RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT for every process"
+        )
+    world = _number(environ, marks.size)
+    if world == 1:
+        return Ranks()
+    local_rank = _number(environ, marks.local_rank) if environ.get(marks.local_rank) else 0
+    local_world = min(world, local_rank + 1)
+    if environ.get(marks.local_size):
+        local_world = _number(environ, marks.local_size)
+    return Ranks(
+        rank=_number(environ, marks.rank),
+        world=world,
+        local_rank=local_rank,
+        local_world=local_world,
+        launcher="mpi",
+    )
+
+
+def _check_alone(environ: Mapping[str, str]) -> None:
+    """Raises UsageError where variables tell of more processes than this one."""
+    if environ.get("WORLD_SIZE", "1") not in ("", "1"):
+        raise UsageError(
+            f"environment: WORLD_SIZE = {environ['WORLD_SIZE']} is set, but not RANK; start with "
+            "deepspeed, torchrun or srun, or unset WORLD_SIZE for a single process"
+        )
+    if found := unknown_world(environ):
+        raise UsageError(
+            f"environment: {found}, of a launcher that is not known here: every process would "
+            "train by itself; export RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT for "
+            "every process, or unset these for a single one"
+        )
+
+
+def told_rank(environ: Mapping[str, str]) -> str:
+    """The rank as a launcher tells it, before anything is checked; "0" where none does."""
+    marks = marks_of(environ)
+    by_mpi = environ.get(marks.rank) if marks else ""
+    return environ.get("RANK") or by_mpi or environ.get("SLURM_PROCID") or "0"
 
 
 def _from_slurm(environ: Mapping[str, str]) -> Ranks:

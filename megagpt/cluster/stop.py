@@ -56,12 +56,13 @@ class TimeLimit:
 def time_limit(minutes: float, environ: Mapping[str, str], now: float) -> TimeLimit | None:
     """The earlier of `minutes` from now (0: none) and the end of SLURM's job, where there is one.
 
-    A SLURM variable that is no number is as good as none.
+    A SLURM variable that is no number, or tells of a time that is over, is as good as none: a shell
+    keeps that of a job which has ended.
     """
     found = []
     if minutes > 0:
         found.append(TimeLimit(now + 60 * minutes, "checkpoint.stop_after_minutes", now))
-    if environ.get(SLURM_END, "").isdigit():
+    if environ.get(SLURM_END, "").isdigit() and float(environ[SLURM_END]) > now:
         found.append(TimeLimit(float(environ[SLURM_END]), SLURM_END, now))
     return min(found, key=lambda limit: limit.end, default=None)
 
@@ -69,7 +70,11 @@ def time_limit(minutes: float, environ: Mapping[str, str], now: float) -> TimeLi
 class StopRequest:
     """Remembers why this process was asked to stop; as a context it listens to the signals."""
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    SIGNALS = (
+        *(signal.SIGTERM, signal.SIGINT, signal.SIGHUP),
+        # What batch systems are told to send before the end.
+        *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU),
+    )
 
     def __init__(
         self, config: CheckpointConfig | None = None, environ: Mapping[str, str] | None = None
@@ -82,7 +87,10 @@ class StopRequest:
         """Empty: go on."""
 
     def __enter__(self) -> "StopRequest":
-        self._before = {s: signal.signal(s, self._remember) for s in self.SIGNALS}
+        # nohup has a process ignore SIGHUP, so that it outlives a terminal.
+        deaf = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        heard = [s for s in self.SIGNALS if not (deaf and s == signal.SIGHUP)]
+        self._before = {s: signal.signal(s, self._remember) for s in heard}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -225,35 +225,40 @@ def test_this_hosts_interfaces():
 
 
 @pytest.mark.parametrize(
-    ("hosts", "environ", "gpus", "status"),
+    ("hosts", "environ", "status"),
     [
-        (1, {}, False, OK),
-        (2, {}, False, FAIL),
-        (2, {}, True, WARN),
-        (2, {"GLOO_SOCKET_IFNAME": "eth0"}, False, OK),
-        (2, {"GLOO_SOCKET_IFNAME": "eth0,ib0"}, False, OK),
-        (2, {"GLOO_SOCKET_IFNAME": "eth1"}, False, FAIL),
-        (1, {"NCCL_SOCKET_IFNAME": "eth,ib"}, True, OK),
-        (1, {"NCCL_SOCKET_IFNAME": "=eth"}, True, FAIL),
-        (1, {"NCCL_SOCKET_IFNAME": "^lo"}, True, OK),
-        (1, {"NCCL_SOCKET_IFNAME": "^lo,eth,ib"}, True, FAIL),
+        (1, {}, OK),
+        (2, {}, OK),
+        (2, {"GLOO_SOCKET_IFNAME": "eth0"}, OK),
+        (2, {"GLOO_SOCKET_IFNAME": "eth0,ib0"}, OK),
+        (2, {"GLOO_SOCKET_IFNAME": "eth1"}, FAIL),
+        (1, {"NCCL_SOCKET_IFNAME": "eth,ib"}, OK),
+        (1, {"NCCL_SOCKET_IFNAME": "=eth"}, FAIL),
+        (1, {"NCCL_SOCKET_IFNAME": "^lo"}, OK),
+        (1, {"NCCL_SOCKET_IFNAME": "^lo,eth,ib"}, FAIL),
     ],
 )
-def test_the_interface_between_hosts(hosts, environ, gpus, status):
-    assert network.check_interface(DEBIAN, hosts, environ, gpus).status == status
+def test_the_interface_between_hosts(hosts, environ, status):
+    assert network.check_interface(DEBIAN, hosts, environ).status == status
 
 
 def test_the_trap_of_a_name_that_means_itself():
-    found = network.check_interface(DEBIAN, 2, {}, False)
-    assert found.detail == "the host's own name node1 resolves to 127.0.1.1, itself"
-    assert found.remedy.startswith("export GLOO_SOCKET_IFNAME=eth0 on every host")
-    wrong = network.check_interface(DEBIAN, 2, {"GLOO_SOCKET_IFNAME": "eth1"}, False)
+    found = network.check_interface(DEBIAN, 2, {})
+    assert found.detail == (
+        "the host's own name node1 resolves to 127.0.1.1, itself; ranks take the interface of "
+        "their way to rank 0"
+    )
+    alone = Network(host="node1", address="127.0.1.1", interfaces={"lo": "127.0.0.1"})
+    assert (
+        network.check_interface(alone, 2, {}).detail == "no interface but loopback has an address"
+    )
+    wrong = network.check_interface(DEBIAN, 2, {"GLOO_SOCKET_IFNAME": "eth1"})
     assert wrong.detail == "GLOO_SOCKET_IFNAME = 'eth1': no such interface with an address"
     assert wrong.remedy == "set it to one of lo, eth0, ib0"
     nameless = Network(host="node1", address="", interfaces=DEBIAN.interfaces)
-    assert "resolves to no address" in network.check_interface(nameless, 2, {}, False).detail
+    assert "resolves to no address" in network.check_interface(nameless, 2, {}).detail
     good = Network(host="node1", address="10.0.0.5", interfaces=DEBIAN.interfaces, outward="eth0")
-    assert network.check_interface(good, 2, {}, False).detail == "eth0 (node1 is 10.0.0.5)"
+    assert network.check_interface(good, 2, {}).detail == "eth0 (node1 is 10.0.0.5)"
 
 
 def test_infiniband(tmp_path):

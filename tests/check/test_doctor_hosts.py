@@ -13,8 +13,8 @@ import pytest
 
 from megagpt.check import bandwidth
 from megagpt.check.findings import OK, WARN, Order
-from megagpt.check.ssh import command, deepspeed_environment, read_hostfile
-from megagpt.errors import MegagptError, UsageError
+from megagpt.check.ssh import command, deepspeed_environment
+from megagpt.errors import MegagptError
 from tests.lib.corpus import run_file
 from tests.lib.distributed import (
     ROOT,
@@ -161,31 +161,6 @@ def test_speeds_that_differ():
 
 
 # --- hostfile -----------------------------------------------------------------------------------
-
-
-def test_a_hostfile_as_deepspeed_reads_it(tmp_path):
-    from deepspeed.launcher.runner import fetch_hostfile
-
-    path = tmp_path / "hosts"
-    path.write_text("# a comment\nhost-a slots=8\n\nhost-b  slots=4\n")
-    assert read_hostfile(path) == dict(fetch_hostfile(str(path))) == {"host-a": 8, "host-b": 4}
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (None, r"cannot read the hostfile \(No such file or directory\)"),
-        ("# nobody\n", "no host in it"),
-        ("a slots=1\na slots=2\n", "line 2: a stands there twice; add its slots up"),
-        ("a slots=0\nb\nc slot=3\n", r"(?s)line 1: 'a slots=0': must read.*line 2: 'b'.*line 3"),
-    ],
-)
-def test_hostfiles_that_are_wrong(tmp_path, text, message):
-    path = tmp_path / "hosts"
-    if text is not None:
-        path.write_text(text)
-    with pytest.raises(UsageError, match=message):
-        read_hostfile(path)
 
 
 def test_what_deepspeed_exports_reaches_the_hosts(tmp_path):

@@ -2,8 +2,9 @@
 
 import pytest
 
+from megagpt.cluster.mpi import mpi_address
 from megagpt.cluster.process import prepare_environment
-from megagpt.cluster.ranks import Ranks, cores, discover, slurm_address
+from megagpt.cluster.ranks import Ranks, cores, discover, slurm_address, told_rank
 from megagpt.errors import UsageError
 
 MASTER = {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
@@ -184,3 +185,115 @@ def test_jobs_and_steps_side_by_side_meet_at_ports_of_their_own():
         for step in range(8)
     ]
     assert len({slurm_address(step)[1] for step in steps}) == len(steps)
+
+
+# --- MPI ----------------------------------------------------------------------------------------
+
+PBS = {"PBS_JOBID": "17.head"}
+OPENMPI = {
+    "OMPI_COMM_WORLD_RANK": "3",
+    "OMPI_COMM_WORLD_SIZE": "8",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+}
+JSRUN = {
+    "JSM_NAMESPACE_RANK": "3",
+    "JSM_NAMESPACE_SIZE": "8",
+    "JSM_NAMESPACE_LOCAL_RANK": "1",
+    "JSM_NAMESPACE_LOCAL_SIZE": "2",
+}
+PALS = {
+    "PALS_RANKID": "3",
+    "PALS_LOCAL_RANKID": "1",
+    "PMI_RANK": "3",
+    "PMI_SIZE": "8",
+    "PMI_LOCAL_RANK": "1",
+    "PMI_LOCAL_SIZE": "2",
+}
+HYDRA = {"PMI_RANK": "3", "PMI_SIZE": "8", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
+FLUX = {"FLUX_TASK_RANK": "3", "FLUX_JOB_SIZE": "8", "FLUX_TASK_LOCAL_ID": "1"}
+MVAPICH = {
+    "MV2_COMM_WORLD_RANK": "3",
+    "MV2_COMM_WORLD_SIZE": "8",
+    "MV2_COMM_WORLD_LOCAL_RANK": "1",
+    "MV2_COMM_WORLD_LOCAL_SIZE": "2",
+}
+ALL_MPI = [OPENMPI, JSRUN, PALS, HYDRA, FLUX, MVAPICH]
+
+
+@pytest.mark.parametrize("environ", ALL_MPI)
+def test_mpis_launchers(environ):
+    expected = Ranks(rank=3, world=8, local_rank=1, local_world=2, launcher="mpi")
+    assert discover(environ | MASTER) == expected
+    # A daemon on each host was started by srun, as Open MPI does.
+    assert discover(PER_HOST | environ | MASTER) == expected
+    assert told_rank(environ) == "3" and told_rank({}) == "0" and told_rank(SRUN) == "3"
+
+
+def test_srun_with_pmi_is_srun():
+    pmi = {"PMI_RANK": "3", "PMI_SIZE": "8", "PMIX_RANK": "3"}
+    assert discover(SRUN | pmi).launcher == "srun"
+
+
+def test_one_process_of_mpi_is_a_world_of_one():
+    alone = OPENMPI | {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"}
+    assert discover(alone) == Ranks()
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("PBS_NODEFILE", "x1c0\nx1c0\nx2c0\n"),
+        ("LSB_DJOB_HOSTFILE", "batch5\nx1c0\nx2c0\n"),
+    ],
+)
+def test_mpis_ranks_meet_on_the_first_host_of_their_job(tmp_path, name, text):
+    (tmp_path / "hosts").write_text(text)
+    environ = OPENMPI | PBS | {name: str(tmp_path / "hosts")}
+    prepare_environment(discover(environ), environ)
+    assert environ["MASTER_ADDR"] == "x1c0"
+    assert 20000 <= int(environ["MASTER_PORT"]) < 32000
+    # The same on every rank, another in another job.
+    again = OPENMPI | PBS | {name: str(tmp_path / "hosts"), "OMPI_COMM_WORLD_RANK": "5"}
+    other = again | {"PBS_JOBID": "18.head"}
+    assert mpi_address(again)[1] == environ["MASTER_PORT"] != mpi_address(other)[1]
+
+
+def test_mpis_ranks_on_one_host_need_nothing_to_meet():
+    environ = OPENMPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "8", "OMPI_COMM_WORLD_LOCAL_RANK": "3"}
+    prepare_environment(discover(environ), environ)
+    assert environ["MASTER_ADDR"] == "127.0.0.1" and 20000 <= int(environ["MASTER_PORT"]) < 32000
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        (OPENMPI, "MASTER_ADDR and MASTER_PORT not set: the 8 ranks need the host name of rank 0"),
+        (OPENMPI | PBS, "MASTER_ADDR not set: the 8 ranks need"),
+        (
+            {"PALS_RANKID": "1"},
+            "PALS_RANKID is set, but not PMI_SIZE, as PALS sets it; export RANK",
+        ),
+        (
+            {"HOROVOD_RANK": "0", "HOROVOD_SIZE": "4"},
+            "HOROVOD_RANK = 0, HOROVOD_SIZE = 4, of a launcher that is not known here: every proc",
+        ),
+        ({"NEW_PROCID": "0", "NEW_NTASKS": "2"}, "NEW_PROCID = 0, NEW_NTASKS = 2, of a launcher"),
+        ({"PMIX_RANK": "2"}, "PMIX_RANK = 2, of a launcher that is not known here"),
+    ],
+)
+def test_a_world_that_cannot_be_told_is_refused(environ, message):
+    with pytest.raises(UsageError, match=message):
+        discover(environ)
+
+
+def test_other_variables_tell_of_no_other_processes():
+    odd = {
+        "OMP_RANK": "0",
+        "X_RANK": "0",
+        "X_SIZE": "1",
+        "PMIX_RANK": "0",
+        "A_RANK": "a",
+        "A_SIZE": "2",
+    }
+    assert discover(odd) == Ranks()

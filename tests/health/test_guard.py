@@ -16,6 +16,7 @@ from megagpt.config import CheckpointConfig, parse_run
 from megagpt.errors import UsageError
 from megagpt.health.replicas import CHUNK, checksum, digest, outliers
 from megagpt.health.spikes import SpikeDetector, z_score
+from tests.lib.distributed import environment
 
 # --- time limits --------------------------------------------------------------------------------
 
@@ -63,6 +64,37 @@ def test_stops_at_slurms_end():
     stop = StopRequest(CheckpointConfig(), {"SLURM_JOB_END_TIME": str(int(time.time()) + 1)})
     time.sleep(1)
     assert stop.look() and stop.reason == "the time limit (SLURM_JOB_END_TIME)"
+
+
+def test_the_end_of_a_job_that_is_over_is_no_limit():
+    # A shell, or a tmux, that was started in it.
+    over = {"SLURM_JOB_END_TIME": "999"}
+    assert time_limit(0, over, 1000.0) is None
+    assert time_limit(5, over, 1000.0).end == 1300
+    stop = StopRequest(CheckpointConfig(), {"SLURM_JOB_END_TIME": str(int(time.time()) - 9)})
+    assert not stop.look() and stop.reason == ""
+
+
+LISTEN = """
+import os, signal, sys
+from megagpt.cluster.stop import StopRequest
+with StopRequest() as stop:
+    os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+    print(stop.look(), stop.reason)
+"""
+
+
+@pytest.mark.parametrize("name", "SIGTERM SIGINT SIGHUP SIGUSR1 SIGUSR2 SIGXCPU".split())
+def test_signals_before_the_end_of_a_job_or_a_connection(name):
+    line = [sys.executable, "-c", LISTEN, name]
+    done = subprocess.run(line, env=environment(), capture_output=True, text=True)
+    assert done.stdout == f"True {name}\n", (done.returncode, done.stderr)
+
+
+def test_a_run_under_nohup_outlives_its_terminal():
+    line = ["nohup", sys.executable, "-c", LISTEN, "SIGHUP"]
+    done = subprocess.run(line, env=environment(), capture_output=True, text=True)
+    assert done.stdout == "False \n", (done.returncode, done.stderr)
 
 
 # --- spikes -------------------------------------------------------------------------------------

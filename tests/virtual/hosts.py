@@ -87,6 +87,8 @@ class Host:
 
     def __init__(self, name: str, number: int, cluster: "Cluster") -> None:
         self.name, self.cluster = name, cluster
+        self.interface = "lan0" if name == "login" else "eth0"
+        """A login host's network card often has another name than that of a compute host."""
         self.address = f"{NETWORK}{number}"
         self.cable = f"to-{name}"
         # The same address of the network card after a reboot: the others remember it.
@@ -108,10 +110,11 @@ class Host:
         wait_until(lambda: (folder / "run" / f"{self.name}.ready").exists(), f"{self.name} boots")
         (self.init,) = children(self._process.pid)
         """Process id of the host's first process, as seen from outside."""
-        link = f"link add {self.cable} type veth peer name eth0 address {self._card}"
+        link = f"link add {self.cable} type veth peer name {self.interface} address {self._card}"
         self.cluster.at_switch(f"ip {link} netns {self.init}")
         self.cluster.at_switch(f"ip link set {self.cable} master bridge up")
-        self.check(f"ip addr add {self.address}/24 dev eth0 && ip link set eth0 up")
+        card = self.interface
+        self.check(f"ip addr add {self.address}/24 dev {card} && ip link set {card} up")
 
     def lose_power(self) -> None:
         """From one instant to the next, without a word to the others."""

@@ -202,6 +202,23 @@ def test_term_to_the_script_saves(cluster, file, hostfile):
     assert script.returncode == 75
 
 
+def test_term_to_the_script_where_rank_0_has_another_name(cluster, file, hostfile, tmp_path):
+    addresses = [cluster[name].address for name in ("host-a", "host-b")]
+    hostfile.write_text("".join(f"{address} slots=1\n" for address in addresses))
+    (tmp_path / "names").write_text("127.0.0.1 localhost\n")
+    cluster["login"].check(f"mount --bind {tmp_path}/names /etc/hosts")
+    try:
+        script = start(cluster, "launch/multinode.sh", str(file), *ENDLESS, HOSTFILE=str(hostfile))
+        wait_for_step(file.parent / "run", 3)
+        (own,) = cluster["login"].processes("bash launch/multinode.sh")
+        os.kill(own, signal.SIGTERM)
+        ends_saved(cluster, file)
+        script.communicate(timeout=30)
+        assert script.returncode == 75
+    finally:
+        cluster["login"].check("umount /etc/hosts")
+
+
 def start(cluster, *words: str, **environ: str):
     """A command on the login host, whose output nobody need read."""
     log = cluster.folder / "log" / "started"

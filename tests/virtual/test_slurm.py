@@ -160,6 +160,15 @@ def test_a_run_that_is_wrong_is_not_tried_again(slurm, file, tmp_path):
     assert "unknown key 'modle' (did you mean 'model'?)" in log.read_text()
 
 
+def test_a_job_that_is_submitted_without_an_environment(slurm, file, tmp_path):
+    log = tmp_path / "log"
+    options = (*TWO_HOSTS, "--export=NONE", f"--output={log}")
+    short = ("schedule.total_tokens=2048", f"output={tmp_path}/run")
+    job = slurm.submit(*options, "launch/slurm.sbatch", file, *short)
+    assert slurm.end(job)["JobState"] == "COMPLETED", log.read_text()
+    assert "run complete" in log.read_text()
+
+
 @pytest.mark.parametrize("short", ["host-a,host-b", "n[8-11]", "r[1-2]n[08-10,12],x"])
 def test_lists_of_hosts_are_read_as_scontrol_does(slurm, short):
     assert expand_hosts(short) == slurm.login.check(f"scontrol show hostnames {short}").split()
