@@ -163,7 +163,7 @@ def test_a_run_that_is_wrong_is_not_tried_again(slurm, file, tmp_path):
 def test_a_job_that_is_submitted_without_an_environment(slurm, file, tmp_path):
     log = tmp_path / "log"
     options = (*TWO_HOSTS, "--export=NONE", f"--output={log}")
-    short = ("schedule.total_tokens=2048", f"output={tmp_path}/run")
+    short = ("schedule.total_tokens=4096", f"output={tmp_path}/run")
     job = slurm.submit(*options, "launch/slurm.sbatch", file, *short)
     assert slurm.end(job)["JobState"] == "COMPLETED", log.read_text()
     assert "run complete" in log.read_text()
