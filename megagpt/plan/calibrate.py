@@ -7,10 +7,9 @@ counted.
 """
 
 import json
-import re
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,7 @@ from megagpt.plan.constants import CONSTANTS, profile_path
 from megagpt.plan.cost import step_time
 from megagpt.plan.jobs import Column
 from megagpt.plan.judge import judge
+from megagpt.plan.layout import world_in
 
 FITTED = {
     "framework.megagpt": 1.0,
@@ -48,7 +48,9 @@ def calibrate(folders: Sequence[str], cluster: Cluster) -> Path:
             pairs.append((one, tokens))
             seconds.append(step_s)
             clusters.append(where)
-        predicted = judge(one, where, CONSTANTS).peak - 1e9 * CONSTANTS["overhead.megagpt"]
+        # Rank 0 records, and is on the first stage.
+        first = sum(judge(one, where, CONSTANTS).stages[0].values())
+        predicted = first - 1e9 * CONSTANTS["overhead.megagpt"]
         names = ("memory_peak_bytes", "host_memory_bytes")
         measured = [r[n] for r in records for n in names[:1] if n in r] or [
             r[names[1]] for r in records if names[1] in r
@@ -59,7 +61,8 @@ def calibrate(folders: Sequence[str], cluster: Cluster) -> Path:
         own["overhead.megagpt"] = max(0.0, statistics.median(spare) / 1e9)
     path = profile_path(cluster.gpu)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, json.dumps({"runs": list(folders), "constants": own}, indent=1) + "\n")
+    tree = {"runs": list(folders), "cluster": asdict(cluster), "constants": own}
+    write_file(path, json.dumps(tree, indent=1) + "\n")
     return path
 
 
@@ -102,14 +105,13 @@ def _read(folder: Path) -> tuple[RunConfig, int, list[dict[str, float]]]:
             f"--calibrate {folder}: must be a run folder with config.toml, run.json and "
             f"metrics.jsonl ({error})"
         ) from None
-    world = re.match(r"(\d+) rank", str(facts.get("layout", "")))
     records = []
     for line in lines:
         try:
             records.append(json.loads(line))
         except ValueError:
             continue
-    return config, int(world[1]) if world else 1, records
+    return config, world_in(str(facts.get("layout", ""))), records
 
 
 def _steps(records: Sequence[Mapping[str, float]], folder: str) -> list[tuple[int, float]]:

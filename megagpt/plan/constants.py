@@ -29,19 +29,27 @@ def profile_path(gpu: str) -> Path:
     return folder / f"{gpu}.json"
 
 
-def constants_for(gpu: str) -> Mapping[str, float]:
-    """The constants, with the cluster's own where it was calibrated. Raises UsageError for a
-    profile that cannot be read."""
+def read_profile(gpu: str) -> dict[str, Any] | None:
+    """What --calibrate wrote for these devices; None where nothing was calibrated. Raises
+    UsageError for a profile that cannot be read."""
     path = profile_path(gpu)
     if not path.exists():
-        return CONSTANTS
+        return None
     try:
-        own = {str(k): float(v) for k, v in json.loads(path.read_text())["constants"].items()}
+        tree = dict(json.loads(path.read_text(encoding="utf-8")))
+        tree["constants"] = {str(k): float(v) for k, v in tree["constants"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(
             f"{path}: not a profile that --calibrate wrote ({error!r}); remove it"
         ) from None
-    return CONSTANTS | own
+    return tree
+
+
+def constants_for(gpu: str) -> Mapping[str, float]:
+    """The constants, with the cluster's own where it was calibrated. Raises UsageError for a
+    profile that cannot be read."""
+    profile = read_profile(gpu)
+    return CONSTANTS | profile["constants"] if profile else CONSTANTS
 
 
 def interval(jobs: Jobs, what: str) -> tuple[Column, Column]:

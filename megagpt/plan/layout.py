@@ -6,6 +6,7 @@ moves fastest (neighbours share a layer, so they should share a node), then data
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -54,6 +55,12 @@ class Layout:
         return f"{self.world} rank{'s' if self.world > 1 else ''}" + (
             f" = {split}" if split else ""
         )
+
+
+def world_in(text: str) -> int:
+    """The ranks that a layout's own text names; 1 where it names none."""
+    found = re.match(r"(\d+) rank", text)
+    return int(found[1]) if found else 1
 
 
 def layout_of(config: RunConfig, world: int) -> Layout:

@@ -16,6 +16,7 @@ from megagpt.errors import visible
 from megagpt.log.eta import Eta
 from megagpt.log.units import amount, duration, scientific
 from megagpt.report.series import Floats, Run
+from megagpt.report.table import beside_rows
 
 _QUIET_STEPS = 10
 """A run is quiet when nothing came for so many times its usual step time."""
@@ -104,6 +105,7 @@ def frame(run: Run, now: float, width: int = 100) -> RenderableType:
         *_curve("loss", run, run.column("loss"), inner, 8, "cyan"),
         *_curve("tokens/s", run, run.column("tokens_per_s"), inner, 5, "green"),
         _figures(run, now, inner),
+        *_predicted(run),
         *(shown(f"! {warning}", "bold red") for warning in warnings),
     ]
     state = "complete" if finished(run) else ("look here" if warnings else "running")
@@ -160,6 +162,17 @@ def _curve(
     plotext.yticks(list(edges), [f"{amount(value, 4):>7}" for value in edges.values()])
     title = Text(f"{name}  ", style="bold").append(amount(values[-1], 5), style=f"bold {colour}")
     return [title, Text.from_ansi(plotext.build().rstrip("\n"))]
+
+
+def _predicted(run: Run) -> list[RenderableType]:
+    """What was predicted beside what is measured, where a plan or a profile is."""
+    rows = beside_rows(run)
+    if not rows:
+        return []
+    table = Table.grid(padding=(0, 3, 0, 0))
+    for cells in [["", "predicted", "measured", ""], *rows]:
+        table.add_row(*(shown(cell, "" if cells in rows else "dim") for cell in cells))
+    return [Text(""), table]
 
 
 def _figures(run: Run, now: float, width: int) -> RenderableType:

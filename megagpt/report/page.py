@@ -15,7 +15,7 @@ from megagpt.errors import visible
 from megagpt.log.units import duration
 from megagpt.report.charts import charts, colour_of
 from megagpt.report.series import Run
-from megagpt.report.table import facts, headline, restart_rows, shares
+from megagpt.report.table import beside_rows, facts, headline, restart_rows, shares
 
 _FOLDER = Path(__file__).parent
 _SHARE_COLOURS = {
@@ -26,6 +26,7 @@ _SHARE_COLOURS = {
     "checkpoints": "#6b46c1",
     "the rest": "#a0aec0",
 }
+_BESIDE = ("run", "item", "predicted", "measured", "difference")
 _RESTARTS = "run,what,when,at step,at tokens,steps again,their time,time down,cost".split(",")
 
 
@@ -37,7 +38,7 @@ def write_page(runs: Sequence[Run], path: Path) -> Path:
         under=escape(_period(runs)),
         style=_text("uplot/uPlot.min.css") + _text("page.css"),
         tiles=_tiles(runs[0]) if len(runs) == 1 else "",
-        tables="\n".join([_facts(runs), _goodput(runs), _restarts(runs), _configurations(runs)]),
+        tables="\n".join(part(runs) for part in _PARTS),
         data=script_data(charts(runs)),
         script=licence + _text("uplot/uPlot.iife.min.js") + _text("page.js"),
     )
@@ -123,6 +124,12 @@ def _goodput(runs: Sequence[Run]) -> str:
     return _card("Where the wall time went", content)
 
 
+def _predicted(runs: Sequence[Run]) -> str:
+    rows = [f"<tr>{_cells([run.name, *row])}</tr>" for run in runs for row in beside_rows(run)]
+    head = "".join(f"<th>{name}</th>" for name in _BESIDE)
+    return _card("Predicted beside measured", _table(f"<tr>{head}</tr>", rows) if rows else "")
+
+
 def _restarts(runs: Sequence[Run]) -> str:
     rows = [f"<tr>{_cells([run.name, *row])}</tr>" for run in runs for row in restart_rows(run)]
     head = "".join(f"<th>{name}</th>" for name in _RESTARTS)
@@ -138,3 +145,7 @@ def _configurations(runs: Sequence[Run]) -> str:
             name = escape(f"{run.name}/config.toml")
             content += f"<details><summary>{name}</summary><pre>{text}</pre></details>"
     return _card("Configuration", content)
+
+
+_PARTS = (_facts, _predicted, _goodput, _restarts, _configurations)
+"""The tables of the page, in their order."""

@@ -8,6 +8,7 @@ import numpy as np
 
 from megagpt.config.flops import pf_days
 from megagpt.log.units import amount, duration, scientific
+from megagpt.plan.beside import beside
 from megagpt.report.series import Run
 
 Rows = list[tuple[str, str]]
@@ -115,6 +116,19 @@ def _cost(run: Run) -> Rows:
         ("spikes", str(len(run.spikes) or "")),
         ("skipped steps", str(int(run.steps[-1].get("skipped_steps") or 0) or "")),
     ]
+
+
+def beside_rows(run: Run) -> list[list[str]]:
+    """One row for each item that was predicted and measured: item, both, and how far they are
+    apart; empty where there is neither a plan nor a profile."""
+    if run.config is None:
+        return []
+    rows = []
+    for one in beside(run.config, run.facts, run.steps):
+        ends = f" (80%: {one.ends[0]:.3g} to {one.ends[1]:.3g})" if one.ends else ""
+        predicted, measured = f"{one.predicted:.3g} {one.unit}", f"{one.measured:.3g} {one.unit}"
+        rows.append([one.name, predicted + ends, measured, _known(lambda x: f"{x:+.0%}", one.off)])
+    return rows
 
 
 def shares(run: Run) -> list[tuple[str, float]]:
