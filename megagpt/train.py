@@ -135,6 +135,7 @@ def train(run: str, overrides: Sequence[str], allow_changes: bool = False) -> in
         set_environment(config, ranks)
         join(ranks, config)
         # From here on torch is there, with the environment that prepare_environment has set.
+        from megagpt.engine.out_of_memory import is_out_of_memory, out_of_memory
         from megagpt.loop import Trainer
         from megagpt.run.folder import make_run_folder, summary
 
@@ -146,6 +147,10 @@ def train(run: str, overrides: Sequence[str], allow_changes: bool = False) -> in
             trainer.run(stop, allow_changes)
             if ranks.rank == 0:
                 print(summary(config))
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise out_of_memory(config, layout, ranks.rank, error) from None
         finally:
             if trainer is not None:
                 trainer.close()
