@@ -13,8 +13,12 @@ import dataclasses
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megagpt.errors import EXIT_OK, EXIT_USAGE, UsageError
+
+if TYPE_CHECKING:
+    from megagpt.check.findings import Order
 
 LAUNCHED = ("RANK", "SLURM_STEP_NUM_TASKS")
 """Variables of which a launcher other than MPI's sets one at least: only then are ranks, and torch,
@@ -38,6 +42,10 @@ def add_arguments(made: argparse.ArgumentParser) -> None:
     made.add_argument(
         "--hostfile", type=Path, metavar="FILE", help="examine its hosts by ssh, before a launch"
     )
+    made.add_argument(
+        "--nodes", type=int, default=0, metavar="N", help="hosts of a job that is not queued yet"
+    )
+    made.add_argument("--gpus-per-node", type=int, default=0, metavar="N", help="GPUs of each")
     made.add_argument("--full", action="store_true", help="read every byte of the shards")
     made.add_argument(
         "--wait",
@@ -52,6 +60,19 @@ def add_arguments(made: argparse.ArgumentParser) -> None:
     made.set_defaults(run=run)
 
 
+def _planned(args: argparse.Namespace, order: "Order") -> "Order":
+    """The order with the job of --nodes and --gpus-per-node. Raises UsageError for half of one."""
+    nodes, gpus = args.nodes, args.gpus_per_node
+    if not nodes and not gpus:
+        return order
+    if nodes < 1 or gpus < 1:
+        raise UsageError(
+            f"--nodes {nodes} --gpus-per-node {gpus}: give both, each 1 or more; they are the job "
+            "that the run file is for"
+        )
+    return dataclasses.replace(order, ranks=nodes * gpus, gpus_per_node=gpus)
+
+
 def run(args: argparse.Namespace) -> int:
     """Examines and prints. Raises UsageError for options that do not go together."""
     from megagpt.check.examine import examine
@@ -60,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     if args.order:
         print(json.dumps(dataclasses.asdict(examine(Order(**json.loads(args.order))))))
         return EXIT_OK
-    order = Order(run=args.run_file or "", overrides=args.overrides, full=args.full)
+    order = _planned(args, Order(run=args.run_file or "", overrides=args.overrides, full=args.full))
     from megagpt.cluster.mpi import marks_of
 
     if any(name in os.environ for name in LAUNCHED) or marks_of(os.environ):

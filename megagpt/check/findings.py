@@ -31,6 +31,8 @@ class Order:
     ranks: int = 0
     """Of the whole job."""
     ranks_here: int = 0
+    gpus_per_node: int = 0
+    """Of a job that is examined before it is queued, from a host that need not be one of it."""
     master: str = ""
     """Host name or address of rank 0."""
     shared_file: Sequence[str] = ("", "")

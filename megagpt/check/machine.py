@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 from megagpt.check.findings import FAIL, OK, WARN, Check, Order
+from megagpt.cluster.ranks import cores
 
 SHARED_MEMORY = 1 << 30
 """Bytes of /dev/shm that NCCL's documentation recommends; containers often have 64 MiB."""
@@ -30,8 +31,8 @@ class Gpu:
 
 def check_machine(order: Order, cards: list[Gpu]) -> Iterator[Check]:
     """All checks that need neither a network nor a run file."""
-    yield check_gpus(cards, order.ranks_here)
-    yield check_cores(order.ranks_here, len(os.sched_getaffinity(0)))
+    yield check_gpus(cards, order.ranks_here, order.gpus_per_node)
+    yield check_cores(order.ranks_here, cores())
     yield check_files(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     if cards:
         yield check_shared_memory(shutil.disk_usage("/dev/shm").total)
@@ -106,8 +107,12 @@ def parse_gpus(text: str) -> list[Gpu]:
     return cards
 
 
-def check_gpus(cards: list[Gpu], ranks_here: int) -> Check:
-    """One GPU a rank, without memory errors, usable by this torch."""
+def check_gpus(cards: list[Gpu], ranks_here: int, wanted: int = 0) -> Check:
+    """One GPU a rank, without memory errors, usable by this torch; `wanted` by a job to come."""
+    if len(cards) < wanted:
+        detail = f"{len(cards) or 'none'} on this host, the job wants {wanted} on each of its hosts"
+        remedy = "examine those too, within the job: srun python -m megagpt.doctor RUN.toml"
+        return Check("GPUs", WARN, detail, remedy)
     if not cards:
         return Check("GPUs", OK, "none: ranks train on the CPU")
     bad = [str(i) for i, card in enumerate(cards) if card.errors]

@@ -16,9 +16,11 @@ from megagpt.corpus.verify import verify_shards
 from megagpt.errors import MegagptError, UsageError
 from megagpt.order.loader import TokenLoader, training_loader
 from megagpt.order.windows import TokenWindows
+from megagpt.plan.corpora import mismatches
 from megagpt.plan.ds_config import read_ds_config, resolve
 from megagpt.plan.layout import layout_of, spans_hosts
 from megagpt.plan.memory import checkpoint_bytes, checkpoints_kept
+from megagpt.plan.sanity import MOST_EPOCHS, epochs_of
 
 WITHOUT_BF16 = ("P100", "V100", "T4", "RTX 20", "Quadro RTX")
 """GPUs before the Ampere generation, by what is in their names."""
@@ -30,6 +32,7 @@ def check_run(config: RunConfig, order: Order, cards: list[Gpu]) -> Iterator[Che
     """All checks of a run file."""
     yield check_layout(config, order)
     yield from check_shards(config, order.full)
+    yield from check_reading(config)
     yield check_precision(config.parallel.dtype, cards)
     yield check_disk(config)
     yield check_memory(config, order, psutil.virtual_memory().available)
@@ -42,7 +45,8 @@ def check_layout(config: RunConfig, order: Order) -> Check:
         resolve(config, layout, read_ds_config(config.parallel.ds_config))
     except UsageError as error:
         return Check("layout", FAIL, str(error))
-    if order.ranks_here and (slow := spans_hosts(layout, order.ranks_here)):
+    per_host = order.ranks_here or order.gpus_per_node
+    if per_host and (slow := spans_hosts(layout, per_host)):
         return Check("layout", WARN, f"{layout}: {slow}")
     guess = "" if order.ranks else ", the fewest this run can have"
     return Check("layout", OK, f"{layout}{guess}")
@@ -94,6 +98,20 @@ def _check_store(config: RunConfig, store: TokenWindows, full: bool) -> Check:
     return Check("shards", OK, f"{folder}: {shards}, {looked}")
 
 
+def check_reading(config: RunConfig) -> Iterator[Check]:
+    """How often each corpus is read; whether training and validation share documents."""
+    for path, epochs in epochs_of(config):
+        often = epochs > MOST_EPOCHS
+        remedy = f"more than about {MOST_EPOCHS} teach little more: lower schedule.total_tokens, or"
+        remedy += " prepare more text"
+        detail = f"{path} is read {epochs:.2f} times"
+        yield Check("epochs", WARN if often else OK, detail, remedy if often else "")
+    # A wrong vocabulary has failed with the shards.
+    for text in mismatches(config):
+        if "validated on" in text:
+            yield Check("validation", WARN, *text.split("; ", 1))
+
+
 # --- precision, disk, memory --------------------------------------------------------------------
 
 
@@ -140,10 +158,14 @@ def check_memory(config: RunConfig, order: Order, available: int) -> Check:
     """Host memory, in bytes, for the copy from which checkpoints are written during training."""
     ranks = _ranks(config, order)
     # Each rank copies the part that it owns and nothing else.
-    needed = checkpoint_bytes(config.model) * (order.ranks_here or ranks) // ranks
+    here = order.ranks_here or order.gpus_per_node or ranks
+    needed = checkpoint_bytes(config.model) * here // ranks
     if not config.checkpoint.background:
         return Check("memory", OK, f"{_size(available)} available")
     detail = f"{_size(available)} available, {_size(needed)} for the copy of a checkpoint"
+    if order.gpus_per_node and not order.ranks_here:
+        detail = f"{_size(needed)} on each host for the copy of a checkpoint"
+        return Check("memory", OK, f"{detail}; {_size(available)} available on this one")
     if available < needed:
         return Check("memory", FAIL, detail, "set checkpoint.background = false, or use more hosts")
     return Check("memory", OK, detail)

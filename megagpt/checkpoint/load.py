@@ -195,6 +195,18 @@ def differences(saved: RunConfig, asked: RunConfig) -> list[str]:
     return [f"{key}: {old[key]!r} -> {new[key]!r}" for key in old if old[key] != new[key]]
 
 
+def _rates(before: RunConfig, now: RunConfig, tokens: int) -> str:
+    """What a change does to the learning rate where the run goes on; "" where it does nothing."""
+    old, new = before.schedule.lr(tokens), now.schedule.lr(tokens)
+    if abs(old - new) <= 0.01 * old:
+        return ""
+    text = f"learning rate at {tokens:,} tokens: {old:.3g} -> {new:.3g}"
+    if new > old and now.schedule.decay_tokens == 0:
+        end = before.schedule.decay_tokens or before.schedule.total_tokens
+        text += f"; schedule.decay_tokens={end} keeps it low"
+    return text
+
+
 def _refuse_changes(
     folder: Path,
     saved: CheckpointRecord,
@@ -203,7 +215,10 @@ def _refuse_changes(
     allowed: bool,
 ) -> None:
     """Raises UsageError when the run would go on as another run than the one saved."""
-    changes = differences(load_run(folder / CONFIG), config)
+    before = load_run(folder / CONFIG)
+    changes = differences(before, config)
+    if changes and (rates := _rates(before, config, saved.tokens)):
+        changes.append(rates)
     if saved.data["fingerprint"] != fingerprint(saved.samples):
         changes.append("data: other shards or weights than the checkpoint was trained on")
     if not changes:

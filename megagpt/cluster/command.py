@@ -16,7 +16,9 @@ from typing import Any
 
 from megagpt.cluster.job import lead_s, pattern, script, seconds_of, sweep_of
 from megagpt.config import RunConfig, load_run
+from megagpt.corpus.manifest import MANIFEST
 from megagpt.errors import EXIT_OK, UsageError
+from megagpt.plan.corpora import mismatches
 from megagpt.plan.ds_config import read_ds_config, resolve
 from megagpt.plan.layout import layout_of, spans_hosts
 
@@ -81,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
         layout = layout_of(task, args.nodes * args.gpus_per_node)
         # Raises with every reason why the run cannot go on the job's GPUs.
         resolve(task, layout, read_ds_config(task.parallel.ds_config))
+        check_corpora(task, args.submit)
     steps = recent_steps(Path(config.output))
     lead = lead_s(config, args.nodes, args.time, max((s["step_s"] for s in steps), default=0.0))
     starts = starts_needed(config, steps, seconds_of(args.time) - lead)
@@ -110,6 +113,24 @@ def run(args: argparse.Namespace) -> int:
         by_hand = f", or sbatch {path}" if count == 1 else f", which queues {count} jobs"
         print(f"not submitted: say --submit{by_hand}")
     return EXIT_OK
+
+
+def check_corpora(config: RunConfig, submit: bool) -> None:
+    """Says which corpora of a run are not here, and what does not fit.
+
+    Raises UsageError where the job would be submitted all the same.
+    """
+    paths = [source.path for source in (*config.data.train, *config.data.validation)]
+    if missing := [path for path in paths if not (Path(path) / MANIFEST).is_file()]:
+        text = (
+            f"{', '.join(missing)}: no prepared corpus there, and the job will end at once without "
+            "it; prepare it, or correct the paths in [data]"
+        )
+        if submit:
+            raise UsageError(text)
+        print(f"note: {text}")
+    for mismatch in mismatches(config):
+        print(f"note: {mismatch}")
 
 
 def check_options(args: argparse.Namespace) -> None:

@@ -25,7 +25,8 @@ class RunLog:
     """Writes what happens in the run of `folder`. With writer=False every method does nothing.
 
     Opening it cuts metrics.jsonl and the TensorBoard events back to the step where training goes
-    on, and records a "start" or "resume" event; "resume" says what the restart cost.
+    on, and records a "start" or "resume" event; "resume" says what the restart cost. A run that
+    is finished gets neither.
     """
 
     folder: Path
@@ -68,7 +69,9 @@ class RunLog:
         self._metrics = MetricsFile(path)
         self._boards = open_boards(self.folder, self.tensorboard, self.wandb, self.resume_tokens)
         self._console = open_console(self.console, self._eta, self.resume_tokens, self.every_steps)
-        self.event(kind, **facts)
+        # A finished run that is started again only says what it reached: no pause of training.
+        if kind == "start" or self.resume_tokens < self.total_tokens:
+            self.event(kind, **facts)
         self._describe()
 
     def _describe(self) -> None:

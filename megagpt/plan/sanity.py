@@ -6,7 +6,11 @@ from itertools import pairwise
 from pathlib import Path
 
 from megagpt.config import RunConfig
+from megagpt.plan.corpora import mismatches
 from megagpt.plan.memory import checkpoint_bytes, checkpoints_kept
+
+MOST_EPOCHS = 4
+"""Muennighoff et al. 2023: until then a corpus that is read again teaches almost as new text."""
 
 
 def oddities(config: RunConfig) -> Iterator[str]:
@@ -26,9 +30,12 @@ def oddities(config: RunConfig) -> Iterator[str]:
                 f"schedule.{key} = {value}: {what} within total_tokens ({total}); lower it or "
                 "train longer"
             )
+    yield from mismatches(config)
     for path, epochs in epochs_of(config):
         yield f"{path} is read {epochs:.2f} times" + (
-            "; more than about 4 teach little more (Muennighoff et al. 2023)" if epochs > 4 else ""
+            f"; more than about {MOST_EPOCHS} teach little more (Muennighoff et al. 2023)"
+            if epochs > MOST_EPOCHS
+            else ""
         )
 
 

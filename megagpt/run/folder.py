@@ -2,12 +2,14 @@
 
 import contextlib
 import json
+import shlex
 import statistics
 import sys
 from pathlib import Path
 
+from megagpt.checkpoint.record import list_checkpoints, read_record
 from megagpt.config import RunConfig, dump_run
-from megagpt.errors import UsageError
+from megagpt.errors import MegagptError, UsageError
 from megagpt.files import lock, write_file
 from megagpt.log import RunLog, read_metrics
 from megagpt.log.boards import check_wandb
@@ -75,6 +77,16 @@ def open_log(config: RunConfig, run: RunState, writer: bool) -> RunLog:
     )
 
 
+def finished(config: RunConfig) -> bool:
+    """Whether the run folder's newest checkpoint is the run's end, so that no rank need start."""
+    folders = list_checkpoints(Path(config.output))
+    try:
+        return bool(folders) and read_record(folders[-1]).tokens >= config.schedule.total_tokens
+    except MegagptError:
+        # Training names what is damaged, and sets it aside.
+        return False
+
+
 def summary(config: RunConfig) -> str:
     """What a finished run reached and where everything is, from its own record."""
     records = read_metrics(Path(config.output))
@@ -93,4 +105,11 @@ def summary(config: RunConfig) -> str:
     lines.append(f"checkpoints: {config.output}/checkpoints")
     if config.log.tensorboard:
         lines.append(f"curves: tensorboard --logdir {config.output}/tensorboard")
+    folder = shlex.quote(config.output)
+    lines += [
+        f"next: megagpt generate {folder} --prompt TEXT      what it writes",
+        f"      megagpt report {folder}                      its curves as a page",
+        f"      megagpt export {folder} DIR --format hf      for transformers",
+        "to train longer, raise schedule.total_tokens and run again with --allow-changes",
+    ]
     return "\n".join(lines)

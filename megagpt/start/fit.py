@@ -25,6 +25,7 @@ from megagpt.errors import UsageError
 from megagpt.plan.candidates import Cluster
 from megagpt.plan.judge import Judgement, search, what_works
 from megagpt.plan.layout import busy_start_tokens, layout_of
+from megagpt.plan.sanity import MOST_EPOCHS
 
 SIZES = {
     #       layers, heads, width, peak learning rate
@@ -43,8 +44,6 @@ MINUTES = 10.0
 """Of training on a CPU, where no tokens are asked for."""
 TOKENS_PER_PARAMETER = 20
 """Hoffmann et al. 2022: what trains a size best for its compute."""
-EPOCHS = 4
-"""Muennighoff et al. 2023: more teach little."""
 SMALL_EPOCHS = 10
 """Of SIZES: a small text is read more often, and the validation loss tells when it is enough."""
 NEAR = 1.1
@@ -128,7 +127,8 @@ def _size(there: int, machine: Cluster | int) -> str:
     if isinstance(machine, int):
         return "nano"
     rows = ("gpt3-125m", "gpt3-350m", "gpt3-760m", "gpt3-1.3b")
-    fed = [r for r in rows if EPOCHS * there >= TOKENS_PER_PARAMETER * parameters(PRESETS[r].model)]
+    most = MOST_EPOCHS * there / TOKENS_PER_PARAMETER
+    fed = [name for name in rows if parameters(PRESETS[name].model) <= most]
     return (["small", *fed])[-1]
 
 
@@ -172,7 +172,7 @@ def _tokens(
         why = f"about {wish.minutes:g} minutes on {machine} CPU core{'s' * (machine > 1)}"
     else:
         tokens, why = TOKENS_PER_PARAMETER * parameters(model), "20 a parameter"
-    epochs = EPOCHS if size in PRESETS else SMALL_EPOCHS
+    epochs = MOST_EPOCHS if size in PRESETS else SMALL_EPOCHS
     if tokens > epochs * there:
         return round_down(epochs * there), f"{epochs} at most"
     return round_down(tokens), why

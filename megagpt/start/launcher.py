@@ -19,7 +19,7 @@ from typing import NoReturn
 from megagpt.check.machine import gpus
 from megagpt.cluster.ranks import discover
 from megagpt.config import RunConfig, load_run
-from megagpt.errors import UsageError
+from megagpt.errors import EXIT_OK, UsageError
 from megagpt.order.loader import TokenLoader, check_vocabulary, training_loader
 from megagpt.plan.ds_config import read_ds_config, resolve
 from megagpt.plan.layout import layout_of
@@ -53,7 +53,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     made.set_defaults(run=run)
 
 
-def run(args: argparse.Namespace) -> NoReturn:
+def run(args: argparse.Namespace) -> int:
     """Checks, then replaces this process by the launcher. Raises what the checks find."""
     config = load_run(args.file, args.overrides)
     words = [args.file, *args.overrides, *["--allow-changes"] * args.allow_changes]
@@ -63,6 +63,13 @@ def run(args: argparse.Namespace) -> NoReturn:
     cards = visible_gpus(os.environ)
     ranks = ranks_of(args.ranks, config, len(cards))
     check(config, ranks)
+    if Path(config.output).exists():
+        # Torch comes with it: not before the run file is known to be sound.
+        from megagpt.run.folder import finished, summary
+
+        if finished(config):
+            print(summary(config))
+            return EXIT_OK
     for oddity in oddities(config):
         print(f"note: {oddity}", flush=True)
     print(f"{ranks} rank{'s' * (ranks > 1)}, run folder {config.output}", flush=True)

@@ -16,8 +16,9 @@ from megagpt.corpus.manifest import read_manifest
 from megagpt.errors import UsageError
 from megagpt.plan.candidates import Cluster
 from megagpt.plan.layout import idle_share, layout_of
+from megagpt.plan.sanity import MOST_EPOCHS
 from megagpt.start.command import machine_of
-from megagpt.start.fit import CORE_FLOPS, EPOCHS, SIZES, SMALL_EPOCHS, Wish, fit, round_down
+from megagpt.start.fit import CORE_FLOPS, SIZES, SMALL_EPOCHS, Wish, fit, round_down
 from megagpt.start.run_text import run_text
 from tests.lib.corpus import edit_manifest, sentences, write_corpus
 
@@ -89,7 +90,7 @@ def test_tokens_follow_their_rules(corpora):
     assert fitted.size == "gpt3-1.3b" and fitted.why_tokens == "20 a parameter"
     assert fitted.config.schedule.total_tokens == round_down(20 * parameters(fitted.config.model))
     little = fit([large("data/mine", 10**8)], None, gpus, "x", Wish(size="gpt2-124m"))
-    assert little.config.schedule.total_tokens == EPOCHS * 10**8
+    assert little.config.schedule.total_tokens == MOST_EPOCHS * 10**8
     asked = fit([corpus], None, gpus, "x", Wish(size="gpt3-125m", tokens=300_000_000_000))
     paper = PRESETS["gpt3-125m"].schedule
     assert {key: getattr(asked.config.schedule, key) for key in paper} == paper

@@ -66,6 +66,21 @@ def test_one_process_trains(run_file):
     assert done.returncode == 0, done.stderr
     assert "1 rank, run folder runs/x" in done.stdout and "run complete" in done.stdout
     assert "note: data/mine is read" in done.stdout
+    assert "next: megagpt generate runs/x --prompt TEXT" in done.stdout
+    # Again: what it reached is said; no rank starts, and nothing is booked as a pause.
+    before = (run_file.parent / "runs/x/metrics.jsonl").read_bytes()
+    again = train(run_file.parent)
+    assert again.returncode == 0 and "run complete" in again.stdout
+    assert "1 rank" not in again.stdout
+    assert (run_file.parent / "runs/x/metrics.jsonl").read_bytes() == before
+    # Longer: what that does to the learning rate is said first.
+    longer = ["schedule.total_tokens=1024"]
+    refused = train(run_file.parent, *longer)
+    assert refused.returncode == 2
+    assert "learning rate at 512 tokens: 0.0001 -> 0.00055" in refused.stderr
+    assert "schedule.decay_tokens=512 keeps it low" in refused.stderr
+    kept = train(run_file.parent, *longer, "schedule.decay_tokens=512", "--allow-changes")
+    assert kept.returncode == 0 and "learning rate at" not in kept.stderr
 
 
 @pytest.mark.slow

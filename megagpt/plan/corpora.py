@@ -1,0 +1,74 @@
+"""What manifests of prepared corpora say against a run, where they are on this machine (L0).
+
+Read as plain JSON, so that a plan needs neither torch nor the corpora themselves; what is damaged
+is left to training and `megagpt data verify`, which name it.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megagpt.config import RunConfig
+
+BY_HASH = "a document belongs to validation when"
+"""How the rule of a split begins that is drawn by each document's hash."""
+
+
+def manifest(path: str) -> dict[str, Any]:
+    """The manifest of a prepared corpus as JSON; {} where none can be read."""
+    try:
+        tree = json.loads((Path(path) / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return tree if isinstance(tree, dict) else {}
+
+
+def mismatches(config: RunConfig) -> Iterator[str]:
+    """A sentence for each corpus that does not fit the run, or is trained and validated on."""
+    data, vocabulary = config.data, config.model.vocab_size
+    train = {source.path: manifest(source.path) for source in data.train}
+    held_out = {source.path: manifest(source.path) for source in data.validation}
+    for path, tree in (train | held_out).items():
+        size = _get(tree, "tokenizer", "vocab_size")
+        if size not in (None, vocabulary):
+            yield (
+                f"{path}: {size} tokens in its vocabulary, but model.vocab_size = {vocabulary}: "
+                f"training will refuse it; set model.vocab_size = {size}, or prepare it with the "
+                "model's tokenizer"
+            )
+    for path, tree in held_out.items():
+        for other, trained in train.items():
+            if why := _overlap(tree, trained, Path(path).resolve() == Path(other).resolve()):
+                yield (
+                    f"{path} is validated on, but {why}: the validation loss will not tell what is "
+                    "new to the model; prepare the corpus with --validation-fraction"
+                )
+
+
+def _overlap(held_out: dict[str, Any], trained: dict[str, Any], same: bool) -> str:
+    """Why two corpora share documents; "" where nothing says so."""
+    if same:
+        return "it is trained on too"
+    shards = _sums(held_out, "shards") & _sums(trained, "shards")
+    if shards:
+        return "the training corpus holds the same tokens"
+    # A split by hash without a share for validation is the whole of its sources.
+    whole = _get(trained, "split", "validation_fraction") == 0.0
+    whole = whole and str(_get(trained, "split", "rule")).startswith(BY_HASH)
+    sources = _sums(held_out, "sources") & _sums(trained, "sources")
+    return (
+        "the training corpus was made of the same files, all of them" if whole and sources else ""
+    )
+
+
+def _get(tree: dict[str, Any], table: str, key: str) -> Any:
+    found = tree.get(table)
+    return found.get(key) if isinstance(found, dict) else None
+
+
+def _sums(tree: dict[str, Any], key: str) -> set[str]:
+    """The checksums of a manifest's shards or sources."""
+    rows = tree.get(key)
+    rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    return {str(row["sha256"]) for row in rows if row.get("sha256")}
