@@ -135,9 +135,9 @@ def train(run: str, overrides: Sequence[str], allow_changes: bool = False) -> in
         set_environment(config, ranks)
         join(ranks, config)
         # From here on torch is there, with the environment that prepare_environment has set.
-        from megagpt.engine.out_of_memory import is_out_of_memory, out_of_memory
         from megagpt.loop import Trainer
         from megagpt.run.folder import make_run_folder, summary
+        from megagpt.start.out_of_memory import is_out_of_memory, out_of_memory
 
         trainer = None
         try:

@@ -1,4 +1,4 @@
-"""A device that is full: told in a sentence with the keys to turn, not in a traceback (L2)."""
+"""A device that is full: told in a sentence with the keys to turn, not in a traceback (L3)."""
 
 import torch
 

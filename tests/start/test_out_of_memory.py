@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from megagpt.config import load_run
-from megagpt.engine.out_of_memory import is_out_of_memory, out_of_memory
 from megagpt.plan.layout import layout_of
+from megagpt.start.out_of_memory import is_out_of_memory, out_of_memory
 from tests.lib.corpus import run_file
 from tests.lib.distributed import ROOT, environment
 
