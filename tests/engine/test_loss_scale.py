@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -10,8 +11,11 @@ from deepspeed.accelerator import get_accelerator
 from megagpt.config import load_run
 from megagpt.engine import Engine, Ranks
 from megagpt.engine.slices import OptimizerState
+from megagpt.order.loader import training_loader
 from megagpt.plan.ds_config import read_ds_config, resolve
 from megagpt.plan.layout import Layout
+from megagpt.run.saving import Checkpoints
+from megagpt.run.state import RunState
 from tests.lib.corpus import run_file
 from tests.lib.distributed import group_of_one
 
@@ -84,4 +88,57 @@ def test_to_fp16_it_begins_anew_and_within_fp16_goes_on(tmp_path, monkeypatch, n
     engine.restore(OptimizerState(updates=3, loss_scale=SCALED))
     assert engine.loss_scale == 1024 and engine.optimizer_state().loss_scale == SCALED
     step(engine)
+    engine.close()
+
+
+def saved_by(engine: Engine, steps: int) -> None:
+    """Takes steps and saves the engine's state as a run's checkpoint after so many steps."""
+    run = RunState()
+    for _ in range(steps):
+        run = run.after(run.next_step(engine.config), Applied())
+    made = checkpoints_of(engine)
+    made.save(run, [], 0)
+    assert made.finish(last=True)
+
+
+def checkpoints_of(engine: Engine) -> Checkpoints:
+    config = engine.config
+    Path(config.output).mkdir(exist_ok=True)
+    return Checkpoints(config, engine.layout, engine, training_loader(config))
+
+
+class Applied(NamedTuple):
+    """A step that made its update."""
+
+    applied: bool = True
+    skipped: bool = False
+
+
+@pytest.mark.parametrize("name", ["zero1", "zero3", "pipeline"])
+def test_a_checkpoint_carries_the_scale_from_fp16_to_fp16_alone(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
+    engine = engine_for(tmp_path, name, "fp16")
+    begun = engine.loss_scale
+    engine.restore(OptimizerState(updates=0, loss_scale=SCALED))
+    step(engine)
+    saved_by(engine, 1)
+    scale, following = engine.optimizer_state().loss_scale, step(engine)
+    engine.close()
+    assert scale["cur_scale"] == 1024 and scale["cur_iter"] == SCALED["cur_iter"] + 1
+    # Again in fp16: the next step is the same, bit for bit.
+    engine = engine_for(tmp_path, name, "fp16")
+    assert checkpoints_of(engine).resume(allow_changes=False)[0].step == 1
+    assert engine.optimizer_state().loss_scale == scale and step(engine) == following
+    engine.close()
+    # In bf16 and fp32 it stays behind, and who comes back from there begins with the first one.
+    for number, dtype in enumerate(("bf16", "fp32"), 2):
+        engine = engine_for(tmp_path, name, dtype)
+        checkpoints_of(engine).resume(allow_changes=False)
+        assert engine.loss_scale is None and engine.optimizer_state().loss_scale == {}
+        assert step(engine)[0] == pytest.approx(following[0], rel=2e-2)
+        saved_by(engine, number)
+        engine.close()
+    engine = engine_for(tmp_path, name, "fp16")
+    assert checkpoints_of(engine).resume(allow_changes=False)[0].step == 3
+    assert engine.loss_scale == begun
     engine.close()
