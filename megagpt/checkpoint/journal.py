@@ -92,15 +92,15 @@ class Journal:
     def write(self, run: Path, **facts: object) -> None:
         """Appends the newest entry to the run's file, flushed to the disk. One rank calls it.
 
-        A file that is gone (the entries then come from a checkpoint) gets the earlier ones back.
+        A file that is gone or holds no entry (they then come from a checkpoint) gets the earlier
+        ones back.
         """
         path = run / NAME
-        there, earlier = b"", _text(self.entries[:-1])
-        if path.exists():
-            there, earlier = path.read_bytes(), b""
+        whole = (path.read_bytes() if path.exists() else b"").rfind(b"\n") + 1
+        earlier = b"" if whole else _text(self.entries[:-1])
         with path.open("ab") as file:
             # What a kill has left of a line would spoil this one.
-            file.truncate(there.rfind(b"\n") + 1)
+            file.truncate(whole)
             file.write(earlier + _text(self.entries[-1:], **facts))
             file.flush()
             os.fsync(file.fileno())

@@ -56,7 +56,10 @@ def test_the_journal_reads_back(tmp_path):
     assert path.read_bytes() == whole
 
 
-def test_a_journal_that_is_gone_comes_back_with_the_next_entry(tmp_path):
+@pytest.mark.parametrize("left", [None, b"", b'{"step": 10, "skip'])
+def test_a_journal_that_is_gone_comes_back_with_the_next_entry(tmp_path, left):
+    if left is not None:
+        (tmp_path / "journal.jsonl").write_bytes(left)
     journal = Journal(((10, 40), (13, None)))
     journal = journal.add(20, 90)
     journal.write(tmp_path, reason="loss 9")
