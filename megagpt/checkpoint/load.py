@@ -46,12 +46,16 @@ def verify(folder: Path) -> list[str]:
     return [*slice_problems(folder, model), *_vocabulary_problems(folder)]
 
 
+def shapes_of(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of each parameter of a model, without padding, by its canonical name."""
+    with torch.device("meta"):
+        return {name: tuple(p.shape) for name, p in GPT(model).named_parameters()}
+
+
 def slice_problems(folder: Path, model: ModelConfig) -> list[str]:
     """Parameters of the model that the slices do not hold, each element once."""
-    with torch.device("meta"):
-        shapes = {name: tuple(p.shape) for name, p in GPT(model).named_parameters()}
     try:
-        return SliceReader(folder).problems(shapes)
+        return SliceReader(folder).problems(shapes_of(model))
     except DamageError as error:
         return [str(error)]
 
@@ -155,7 +159,8 @@ def resume(
 
 
 def _problems_together(folder: Path, engine: Engine) -> list[str]:
-    """What `verify` finds, with the files shared out over the ranks; the same on every rank.
+    """What `verify` finds in files, configuration and slices, with the files shared out over the
+    ranks; the same on every rank.
 
     Raises UsageError, on every rank, where another version of megagpt wrote the configuration.
     """

@@ -9,14 +9,13 @@ space for a checkpoint of 153 MB, so that a process with a limit of its own coul
 is larger, and a file that was cut short while it was open ended the process (SIGBUS) unnamed.
 """
 
-import hashlib
 import io
 import json
 import math
-import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 
 from megagpt.checkpoint.record import FileRecord, read_record
+from megagpt.checkpoint.weights import PlannedTensor, write_safetensors
 from megagpt.engine import split as splits
 from megagpt.engine.slices import STATES, Slice, TensorShare
 from megagpt.errors import DamageError, UsageError
@@ -45,21 +45,8 @@ SLICES = re.compile(r"rank_[0-9]+\.safetensors")
 
 def write_slices(path: Path, slices: Iterable[Slice]) -> FileRecord:
     """Writes the owned slices to `path`, flushed to the disk. Raises OSError, ENOSPC included."""
-    digest = hashlib.sha256()
-    with path.open("wb") as file:
-        for chunk in _content([piece for piece in slices if piece.owned]):
-            digest.update(chunk)
-            file.write(chunk)
-            # Or it would be there still while the next is read.
-            del chunk
-        file.flush()
-        os.fsync(file.fileno())
-    return FileRecord(path.name, path.stat().st_size, digest.hexdigest())
-
-
-def _content(owned: Sequence[Slice]) -> Iterator[bytes | memoryview]:
-    """The bytes of a file: the header's length, the header, one tensor after another."""
-    slices = {
+    owned = [piece for piece in slices if piece.owned]
+    facts = {
         piece.name: {
             "shape": piece.shape,
             "start": piece.start,
@@ -70,20 +57,13 @@ def _content(owned: Sequence[Slice]) -> Iterator[bytes | memoryview]:
         }
         for piece in owned
     }
-    header: dict[str, object] = {"__metadata__": {"slices": json.dumps(slices)}}
-    offset = 0
-    for piece in owned:
-        for key in STATES:
-            end = offset + 4 * piece.numel
-            tensor = {"dtype": "F32", "shape": [piece.numel], "data_offsets": [offset, end]}
-            header[f"{piece.name}|{key}"], offset = tensor, end
-    head = json.dumps(header).encode()
-    # The format wants the data aligned to 8 bytes; trailing spaces belong to the header.
-    head += b" " * (-len(head) % 8)
-    yield len(head).to_bytes(8, "little") + head
-    for piece in owned:
-        for key in STATES:
-            yield piece.read(key).detach().to("cpu", torch.float32).contiguous().numpy().data
+    tensors = [
+        PlannedTensor(f"{piece.name}|{key}", (piece.numel,), partial(piece.read, key))
+        for piece in owned
+        for key in STATES
+    ]
+    sha256 = write_safetensors(path, tensors, torch.float32, {"slices": json.dumps(facts)})
+    return FileRecord(path.name, path.stat().st_size, sha256)
 
 
 # --- reading ------------------------------------------------------------------------------------

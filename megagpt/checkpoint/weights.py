@@ -1,6 +1,7 @@
 """Writes safetensors files with one tensor in memory, whatever their size (L2)."""
 
 import argparse
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -62,7 +63,7 @@ def write_tensors(
     file_of: dict[str, str] = {}
     for number, group in enumerate(groups, 1):
         file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        _write_file(folder / file, group, dtype, metadata)
+        write_safetensors(folder / file, group, dtype, metadata)
         file_of |= dict.fromkeys((one.name for one in group), file)
     return file_of
 
@@ -83,11 +84,29 @@ def _groups(
     yield group
 
 
-def _write_file(
+def write_safetensors(
     path: Path, tensors: Sequence[PlannedTensor], dtype: torch.dtype, metadata: Mapping[str, str]
-) -> None:
-    """A safetensors file, flushed to the disk. safetensors' own save_file wants all tensors of the
-    file at once."""
+) -> str:
+    """Writes a file, flushed to the disk; its sha256. Raises OSError, ENOSPC included.
+
+    safetensors' own save_file wants all tensors of the file at once.
+    """
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        for chunk in _content(tensors, dtype, metadata):
+            digest.update(chunk)
+            file.write(chunk)
+            # Or it would be there still while the next is made.
+            del chunk
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def _content(
+    tensors: Sequence[PlannedTensor], dtype: torch.dtype, metadata: Mapping[str, str]
+) -> Iterator[bytes | memoryview]:
+    """The bytes of a file: the header's length, the header, one tensor after another."""
     header: dict[str, object] = {"__metadata__": metadata}
     end = 0
     for one in tensors:
@@ -100,21 +119,9 @@ def _write_file(
     head = json.dumps(header).encode()
     # The format wants the data aligned to 8 bytes; trailing spaces belong to the header.
     head += b" " * (-len(head) % 8)
-    with path.open("wb") as file:
-        for chunk in _content(head, tensors, dtype):
-            file.write(chunk)
-            # Or it would be there still while the next is made.
-            del chunk
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _content(
-    head: bytes, tensors: Sequence[PlannedTensor], dtype: torch.dtype
-) -> Iterator[bytes | memoryview]:
     yield len(head).to_bytes(8, "little") + head
     for one in tensors:
-        made = one.make()
+        made = one.make().detach().to("cpu", dtype)
         assert tuple(made.shape) == one.shape, f"{one.name}: {tuple(made.shape)} != {one.shape}"
-        yield made.to(dtype).contiguous().reshape(-1).view(torch.uint8).numpy().data
+        yield made.contiguous().reshape(-1).view(torch.uint8).numpy().data
         del made

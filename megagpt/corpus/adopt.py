@@ -9,6 +9,7 @@ of each document in llm.c) comes right on the way. What a file is, foreign.py fi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -190,9 +191,8 @@ def _index(path: Path, end: int) -> Index:
     index = read_index(path.with_suffix(".idx"))
     if problem := index_problem(index, path.stat().st_size):
         raise DamageError(f"{path.with_suffix('.idx')}: {problem}; copy the pair again")
-    tokens, documents = _tokens(path, index), np.asarray(index.documents)
-    ends = np.concatenate(([0], np.cumsum(index.sizes, dtype=np.int64)))[documents]
-    ends = ends[1:][np.diff(ends) > 0]
+    tokens, bounds = _tokens(path, index), index.bounds
+    ends = bounds[1:][np.diff(bounds) > 0]
     missing = np.flatnonzero(tokens[ends - 1] != end)
     if 0 < 2 * len(missing) <= len(ends):
         raise DamageError(
@@ -210,8 +210,7 @@ def _adoptable(path: Path, index: Index, dtype: np.dtype, end: int) -> str:
     tokens = _tokens(path, index)
     if np.any(np.diff(index.documents) == 0):
         return "a document is empty"
-    ends = np.cumsum(index.sizes, dtype=np.int64)
-    lasts = ends[np.asarray(index.documents[1:]) - 1] - 1
+    lasts = index.bounds[1:] - 1
     if np.any(tokens[lasts] != end):
         return "not every document ends with END-OF-DOCUMENT"
     for start in range(0, len(tokens), BATCH):
@@ -278,8 +277,7 @@ def _megatron(path: Path, end: int) -> Documents:
     """Documents of a pair; sequences of one document are joined, a missing end is added."""
     index = _index(path, end)
     tokens = _tokens(path, index)
-    bounds = np.concatenate(([0], np.cumsum(index.sizes, dtype=np.int64)))[index.documents]
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in pairwise(index.bounds):
         document = tokens[start:stop]
         if len(document) and int(document[-1]) == end:
             document = document[:-1]

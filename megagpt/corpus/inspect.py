@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -29,12 +30,7 @@ def _index(manifest: CorpusManifest, shard: Shard) -> Index:
 
 def document_sizes(manifest: CorpusManifest) -> npt.NDArray[np.int64]:
     """(documents,) tokens of each document, END-OF-DOCUMENT included, in order."""
-    sizes = []
-    for shard in manifest.shards:
-        index = _index(manifest, shard)
-        starts = np.asarray(index.documents, np.int64)
-        ends = np.concatenate(([0], np.cumsum(index.sizes, dtype=np.int64)))
-        sizes.append(np.diff(ends[starts]))
+    sizes = [np.diff(_index(manifest, shard).bounds) for shard in manifest.shards]
     return np.concatenate([np.zeros(0, np.int64), *sizes])
 
 
@@ -51,9 +47,7 @@ def first_documents(manifest: CorpusManifest, count: int) -> Iterator[npt.NDArra
             raise DamageError(
                 f"{path}: cannot be read ({error}); run megagpt data verify"
             ) from None
-        ends = np.concatenate(([0], np.cumsum(index.sizes, dtype=np.int64)))
-        bounds = ends[np.asarray(index.documents, np.int64)]
-        for start, end in zip(bounds, bounds[1:], strict=False):
+        for start, end in pairwise(index.bounds):
             if count == 0:
                 return
             count -= 1

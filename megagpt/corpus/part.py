@@ -24,7 +24,7 @@ from megagpt.corpus.read import Problem, read
 from megagpt.corpus.state import payload_digest, unit_path
 from megagpt.corpus.summary import SHOWN
 from megagpt.corpus.unit import Unit
-from megagpt.files import write_durably
+from megagpt.files import whole_file, write_durably
 from megagpt.tokenizer.encoder import Encoder
 
 FIELDS = {"items": "<i8", "sizes": "<i8", "bytes": "<i8", "hashes": "<u8", "validation": "u1"}
@@ -88,14 +88,11 @@ class PartMaker:
             self._checked = True
         items = read(unit, self._text_field)
         steps = encode(clean(items, self._rules), self._encoder)
-        temporary = unit_path(self._folder, unit.number, "bin.tmp")
-        with temporary.open("wb", buffering=0) as file:
+        with whole_file(unit_path(self._folder, unit.number, "bin")) as file:
             writer = _PartWriter(file)
             for step in steps:
                 writer.take(step)
             document = writer.document(payload_digest(unit.payload), self._rules.minhashes)
-            os.fsync(file.fileno())
-        temporary.replace(unit_path(self._folder, unit.number, "bin"))
         write_durably(unit_path(self._folder, unit.number, "doc"), document)
         return self._encoder.note
 
@@ -123,10 +120,7 @@ class _PartWriter:
             self._notes[step.text] += 1
 
     def _write(self, encoded: Encoded) -> None:
-        view = np.ascontiguousarray(encoded.tokens).view(np.uint8).data
-        # A raw file may take less than it is given: a full disk shows in the next call.
-        while view:
-            view = view[self._file.write(view) :]
+        self._file.write(np.ascontiguousarray(encoded.tokens).view(np.uint8).data)
         self._unfinished_bytes = encoded.unfinished * encoded.tokens.itemsize
         for document, size in zip(encoded.documents, encoded.sizes, strict=True):
             item, _, _, length, code, validation, signature = document

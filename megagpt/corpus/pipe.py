@@ -15,7 +15,6 @@ A decontamination reads the inputs once before, to know common phrases (contamin
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import time
@@ -48,14 +47,13 @@ from megagpt.corpus.state import FOLDER, State, plan_difference, source_plan, un
 from megagpt.corpus.summary import Summary
 from megagpt.corpus.unit import Unit, plan_units
 from megagpt.corpus.workers import Workers
-from megagpt.errors import DamageError, MegagptError, Stopped, UsageError
+from megagpt.errors import FULL, DamageError, MegagptError, Stopped, UsageError
 from megagpt.tokenizer import load_tokenizer
 from megagpt.tokenizer.encoder import Encoder
 
 if TYPE_CHECKING:
     import tiktoken
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
 BY_PLACE = "the last validation_fraction of the characters of each text, as a document of its own"
 FLUSH_UNITS = 32
 """Units between two flushes: what a killed run may have to add to the shards again."""

@@ -82,6 +82,12 @@ class Index:
     documents: npt.NDArray[np.int64]
     """(documents + 1,) the sequence at which each document starts, and the number of sequences."""
 
+    @property
+    def bounds(self) -> npt.NDArray[np.int64]:
+        """(documents + 1,) the token at which each document starts, and the number of tokens."""
+        ends = np.concatenate(([0], np.cumsum(self.sizes, dtype=np.int64)))
+        return ends[np.asarray(self.documents, np.int64)]
+
 
 def read_index(path: Path) -> Index:
     """The index at `path`. Raises DamageError when the file is missing or not such an index."""

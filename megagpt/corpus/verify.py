@@ -165,9 +165,7 @@ def _check_ends(manifest: CorpusManifest, shard: Shard, index: Index, ends: int)
     """Every document ends with END-OF-DOCUMENT, and the token stands nowhere else."""
     path = manifest.bin_path(shard)
     tokens = np.memmap(path, dtype=manifest.dtype, mode="r")
-    bounds = np.cumsum(np.asarray(index.sizes, np.int64))
-    lasts = bounds[np.asarray(index.documents[1:]) - 1] - 1
-    missing = np.flatnonzero(tokens[lasts] != manifest.end_of_document)
+    missing = np.flatnonzero(tokens[index.bounds[1:] - 1] != manifest.end_of_document)
     if len(missing):
         return [
             f"{path}: {len(missing)} documents do not end with END-OF-DOCUMENT "
