@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megagpt.errors import UsageError
-from megagpt.files import displaced
+from megagpt.files import displaced, write_file
 from megagpt.log.repair import repair_events
 from megagpt.log.tags import FIRST_SCREEN
 
@@ -146,7 +146,7 @@ class Wandb:
 
         path, configuration = folder / WANDB_ID, folder / "config.toml"
         if not resume_tokens or not path.exists():
-            path.write_text(secrets.token_hex(8))
+            write_file(path, secrets.token_hex(8))
         try:
             self._run: Any = wandb.init(
                 project=project,

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megagpt.files import write_file
 from megagpt.log.boards import Board, open_boards
 from megagpt.log.console import Console, logger, open_console
 from megagpt.log.environment import environment
@@ -128,10 +129,10 @@ class RunLog:
             return
         path = self.folder / "samples" / f"step_{self._step:08d}.txt"
         path.parent.mkdir(exist_ok=True)
-        with path.open("w", encoding="utf-8") as file:
-            for number, text in enumerate(texts, start=1):
-                file.write(f"--- {number} of {len(texts)} ---\n{text}\n")
-                self.text(f"samples/{number}", code_block(text), self._tokens)
+        heads = [f"--- {number + 1} of {len(texts)} ---" for number in range(len(texts))]
+        write_file(path, "".join(f"{a}\n{b}\n" for a, b in zip(heads, texts, strict=True)))
+        for number, text in enumerate(texts, start=1):
+            self.text(f"samples/{number}", code_block(text), self._tokens)
 
     def profile(self, table: str) -> None:
         """The costliest operations of the steps that were profiled."""
