@@ -46,6 +46,7 @@ def loss_and_kept(model: GPT) -> tuple[float, list[torch.Size]]:
     return float(loss.detach()), kept
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_compiled_model_keeps_what_products_made_and_computes_gelu_again():
     model = build(BANDED)

@@ -113,6 +113,15 @@ def resumed_steps(run: Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
+def test_zero_3_to_zero_1_and_back(tmp_path):
+    runs = Reshaping(tmp_path)
+    one, two = PLAIN[:4], PLAIN[4:]
+    runs.fresh([one[1]])
+    there = runs.resume([(name(one[1]), two[3])])
+    runs.check([*there, *runs.resume([(there[0], one[1])], tokens=6144)], one[1])
+
+
+@pytest.mark.slow
 def test_zero_to_zero_over_one_and_two_ranks(tmp_path):
     # One rank to two and back to one; every stage is left and entered.
     runs = Reshaping(tmp_path)

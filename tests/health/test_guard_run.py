@@ -83,7 +83,9 @@ def test_a_hung_rank_ends_the_job_with_stacks(tmp_path: Path, parallel: dict[str
     assert "(log.watchdog_minutes); its stacks: " in done.stderr
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+@pytest.mark.parametrize(
+    "launcher", ["torchrun", pytest.param("deepspeed", marks=pytest.mark.slow)]
+)
 def test_ranks_without_their_launcher_end(tmp_path: Path, launcher: str):
     process = start(run_file(tmp_path, schedule=ENDLESS), 2, launcher=launcher)
     wait_for_step(tmp_path / "run", 3)
@@ -103,7 +105,7 @@ def test_ranks_without_their_launcher_end(tmp_path: Path, launcher: str):
 # --- replicas -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ds_config", ["zero1", "zero2"])
+@pytest.mark.parametrize("ds_config", ["zero1", pytest.param("zero2", marks=pytest.mark.slow)])
 def test_a_flipped_bit_is_caught_and_its_place_named(tmp_path: Path, ds_config: str):
     parallel = {"ds_config": ds_config, "dtype": "bf16"}
     log = {"check_replicas_every_steps": 2, "tensorboard": False}

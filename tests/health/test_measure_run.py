@@ -146,14 +146,23 @@ SHORT = {
 }
 
 
-def test_every_layout_measures_the_same(tmp_path):
+LAYOUTS = {
+    "data": [("zero1", 1, 1), ("zero2", 1, 1), ("zero3", 1, 1)],
+    "pipeline": [("pipeline", 2, 1)],
+    "tensor": [("pipeline", 1, 2)],
+}
+
+
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        pytest.param(["pipeline"], id="pipeline"),
+        pytest.param(["data", "tensor"], id="others", marks=pytest.mark.slow),
+    ],
+)
+def test_every_layout_measures_the_same(tmp_path, kinds):
     file = run_file(tmp_path, **SHORT)
-    layouts = {
-        "one": [("zero0", 1, 1)],
-        "data": [("zero1", 1, 1), ("zero2", 1, 1), ("zero3", 1, 1)],
-        "pipeline": [("pipeline", 2, 1)],
-        "tensor": [("pipeline", 1, 2)],
-    }
+    layouts = {"one": [("zero0", 1, 1)]} | {kind: LAYOUTS[kind] for kind in kinds}
     for name, hops in layouts.items():
         plan = [("", str(tmp_path / f"{name}-{hop[0]}"), *hop) for hop in hops]
         ranks = f"--nproc-per-node={1 if name == 'one' else 2}"

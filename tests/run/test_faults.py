@@ -228,6 +228,7 @@ def test_one_dead_rank_ends_all_within_seconds(tmp_path, launcher):
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
 
 
+@pytest.mark.slow
 def test_a_short_campaign(tmp_path):
     # The long one: python -m tests.lib.campaign; its figures stand in docs/reliability.md.
     broken, whole = prepare(tmp_path, total_tokens=40_000, every_tokens=2048)
