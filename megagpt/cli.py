@@ -34,7 +34,10 @@ COMMANDS = {
     "import": ("megagpt.hub.importing", "weights that others trained, as a folder of ours"),
     "export": ("megagpt.hub.exporting", "a trained model as a folder that transformers opens"),
     "generate": ("megagpt.use.generate", "text from a trained model"),
-    "evaluate": ("megagpt.use.evaluate", "loss and bits per byte of a trained model on a corpus"),
+    "evaluate": (
+        "megagpt.tasks.command",
+        "loss and bits per byte of a trained model on a corpus; tasks",
+    ),
     "report": ("megagpt.report", "curves of one or several runs as a picture and a page"),
     "watch": ("megagpt.report.watch", "follow a run in the terminal"),
     "parity": (

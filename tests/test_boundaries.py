@@ -15,7 +15,19 @@ LEVELS = (
     ("errors", "files", "config", "plan"),
     ("tokenizer", "corpus", "order", "model", "log"),
     ("cluster", "engine", "checkpoint", "run", "health"),
-    ("check", "hub", "report", "start", "use", "loop", "train", "doctor", "cli", "__main__"),
+    (
+        "check",
+        "hub",
+        "report",
+        "start",
+        "use",
+        "tasks",
+        "loop",
+        "train",
+        "doctor",
+        "cli",
+        "__main__",
+    ),
 )
 """Packages of L0 to L3; those of one level may import each other, but not in a circle."""
 FORBIDDEN = (

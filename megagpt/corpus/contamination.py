@@ -63,7 +63,7 @@ def _slices(text: str) -> Iterator[tuple[int, str]]:
         start = end
 
 
-def _text_grams(text: str) -> Iterator[Hashes]:
+def text_grams(text: str) -> Iterator[Hashes]:
     """The 13-grams of a text in order, slice by slice."""
     words = np.zeros(0, np.uint64)
     for _, part in _slices(text):
@@ -90,7 +90,7 @@ def evaluation_grams(paths: Sequence[str], text_field: str) -> Hashes:
     for unit in plan_units(found.sources):
         for item in join(read(unit, text_field)):
             if not isinstance(item, Problem):
-                parts += [np.unique(part) for part in _text_grams(item[1])]
+                parts += [np.unique(part) for part in text_grams(item[1])]
             elif item.reason not in ("", "empty document"):
                 path = item.path or found.sources[unit.sources[0]].path
                 wrong.append(f"{path}: {item.reason} ({item.detail})")
@@ -108,7 +108,7 @@ def evaluation_grams(paths: Sequence[str], text_field: str) -> Hashes:
 
 def shared_grams(text: str, grams: Hashes) -> npt.NDArray[np.intp]:
     """The places in `grams` (sorted, not empty) of those that occur in the text, each once."""
-    found = [places[here] for places, here in (_find(g, grams) for g in _text_grams(text))]
+    found = [places[here] for places, here in (_find(g, grams) for g in text_grams(text))]
     return np.unique(np.concatenate(found)) if found else np.zeros(0, np.intp)
 
 

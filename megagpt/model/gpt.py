@@ -14,7 +14,7 @@ The life of a model:
 3) moved to its device; a banded layer makes its block mask there at its first forward pass.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +29,7 @@ from megagpt.model.kernels.attention import attend, attention_form, make_block_m
 from megagpt.model.kernels.loss import head_logits, head_loss
 
 SCORED_LOGITS = 1 << 25
-"""Logits that `GPT.losses` holds at a time (128 MiB in fp32)."""
+"""Logits that `GPT.target_logits` holds at a time (128 MiB in fp32)."""
 
 # --- layers with parameters ----------------------------------------------------------------------
 
@@ -298,14 +298,18 @@ class GPT(nn.Module):
     @torch.no_grad()
     def losses(self, x: Tensor, y: Tensor) -> Tensor:
         """Loss of each target y (B, T) >= 0 after ids x (B, T), nats: (N,) fp32, row by row."""
+        losses = [F.cross_entropy(z, t, reduction="none") for z, t in self.target_logits(x, y)]
+        return torch.cat(losses)
+
+    @torch.no_grad()
+    def target_logits(self, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """(logits (n, V) fp32, targets (n,)) of the targets y (B, T) >= 0 after ids x (B, T), row
+        by row, SCORED_LOGITS at a time."""
         scored = y >= 0
         hidden, targets = self._hidden(x)[scored], y[scored]  # (N, D), (N,)
         rows = max(1, SCORED_LOGITS // self.config.vocab_size)
-        losses = []
         for h, t in zip(hidden.split(rows), targets.split(rows), strict=True):
-            logits = self.classes.head_logits(self._output(), h).float()  # (rows, V)
-            losses.append(F.cross_entropy(logits, t, reduction="none"))
-        return torch.cat(losses)
+            yield self.classes.head_logits(self._output(), h).float(), t
 
     def new_cache(self, rows: int) -> Cache:
         """An empty cache for `rows` texts of up to n_ctx positions."""

@@ -60,13 +60,16 @@ class Result:
     """All bits, those of END-OF-DOCUMENT too, over the bytes of text; NaN without text."""
 
 
-def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Adds the command to the command line."""
+def add_parser(
+    subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]",
+) -> argparse.ArgumentParser:
+    """Adds the command to the command line; megagpt.tasks.command adds the tasks to it."""
     parser = subparsers.add_parser(
         "evaluate",
-        help="loss, perplexity and bits per byte of a trained model on a corpus",
+        help="loss, perplexity and bits per byte of a trained model on a corpus; tasks",
         description="Scores every token of prepared corpora once with the weights of a run, one of "
-        "its checkpoints or a consolidated folder, on one process, whatever layout trained them. "
+        "its checkpoints or a consolidated folder, on one process, whatever layout trained them; "
+        "or tests the model on tasks. "
         "The result goes to stdout, everything else to stderr.",
         epilog=f"Intervals hold {CONFIDENCE:.0%} and treat documents as independent. Windows of "
         "n_ctx tokens follow each other as in training: the first tokens of each have little "
@@ -80,7 +83,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         metavar="DIR",
         type=Path,
         action="append",
-        required=True,
+        default=[],
         help="corpus: a folder with a manifest.json; repeatable",
     )
     number = parser.add_argument
@@ -102,22 +105,40 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="tokens scored in each window, a divisor of n_ctx; fewer give every token more "
         "context and take longer (default: n_ctx)",
     )
+    parser.add_argument(
+        "--by-document",
+        action="store_true",
+        help="score each document by itself from END-OF-DOCUMENT on, as EleutherAI's harness does",
+    )
     add_placing(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.set_defaults(run=run)
+    return parser
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the figures of each corpus."""
     from megagpt.log.metrics import encode
+    from megagpt.use.apart import evaluate_apart
+    from megagpt.use.likelihood import Scorer
     from megagpt.use.score import ScoreOptions, evaluate
 
+    if not args.data:
+        raise UsageError("nothing to evaluate: give --data DIR, or --task NAME")
+    if args.by_document and (args.stride or args.max_tokens):
+        raise UsageError(
+            "--by-document: scores every document whole; leave out --stride and --max-tokens"
+        )
     options = ScoreOptions(
         batch_size=args.batch_size, stride=args.stride, max_tokens=args.max_tokens
     )
-    folder = _checkpoint(args.folder, args.checkpoint)
-    model, encoding, facts = load_placed(folder, args.dtype, args.device)
-    results = [evaluate(model, encoding, folder, options) for folder in args.data]
+    checkpoint = checkpoint_of(args.folder, args.checkpoint)
+    model, encoding, facts = load_placed(checkpoint, args.dtype, args.device)
+    if args.by_document:
+        scorer = Scorer(model, encoding, args.batch_size)
+        results = [evaluate_apart(scorer, folder) for folder in args.data]
+    else:
+        results = [evaluate(model, encoding, folder, options) for folder in args.data]
     if args.json:
         how = {
             "checkpoint": str(facts["checkpoint"]),
@@ -125,6 +146,7 @@ def run(args: argparse.Namespace) -> int:
             "trained_tokens": facts["tokens"],
             "n_ctx": model.config.n_ctx,
             "stride": options.stride or model.config.n_ctx,
+            "by_document": args.by_document,
             "dtype": args.dtype,
             "confidence": CONFIDENCE,
         }
@@ -154,7 +176,7 @@ def _lines(result: Result) -> Iterator[str]:
         yield f"  {name:<14}{estimate.value:.4f}{unit}{interval}"
 
 
-def _checkpoint(folder: Path, step: int | None) -> Path:
+def checkpoint_of(folder: Path, step: int | None) -> Path:
     """The run folder, or its checkpoint of a step. Raises UsageError when there is none."""
     if step is None:
         return folder

@@ -69,13 +69,13 @@ def evaluate(
     loader = TokenLoader([(folder, 1.0)], stride, seed=0)
     store = loader.stores[0]
     store.n_windows(n_ctx)  # raises when there is none
-    _check_corpus(store, encoding, model.config.vocab_size)
+    check_corpus(store, encoding, model.config.vocab_size)
     n_windows = loader.n_windows
     if options.max_tokens:
         n_windows = min(n_windows, options.max_tokens // stride)
     tally = Tally(store, encoding)
     device = next(model.parameters()).device
-    with _bar(f"scoring {folder}", n_windows * stride) as add:
+    with progress_bar(f"scoring {folder}", n_windows * stride) as add:
         for x, y, positions in _batches(loader, n_windows, options.batch_size, n_ctx):
             inputs, targets = (torch.from_numpy(ids).to(device) for ids in (x, y))
             losses = model.losses(inputs, targets).double().cpu().numpy()  # (B * stride,)
@@ -110,13 +110,13 @@ def _batches(
 
 
 @contextmanager
-def _bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Shows how many of `total` tokens are done, as it is told: a bar on a terminal, lines of
+def progress_bar(label: str, total: int, unit: str = "tokens") -> Iterator[Callable[[int], None]]:
+    """Shows how many of `total` units are done, as it is told: a bar on a terminal, lines of
     logging elsewhere."""
     bar = progress.Progress(
         progress.TextColumn("{task.description}", markup=False),
         progress.BarColumn(),
-        progress.TextColumn("{task.completed:,.0f} of {task.total:,.0f} tokens"),
+        progress.TextColumn("{task.completed:,.0f} of {task.total:,.0f} " + unit),
         progress.TimeRemainingColumn(),
         console=Console(stderr=True),
         transient=True,
@@ -124,9 +124,9 @@ def _bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
     )
     task, shown = bar.add_task(visible(label), total=total), time.monotonic()
 
-    def add(tokens: int) -> None:
+    def add(units: int) -> None:
         nonlocal shown
-        bar.advance(task, tokens)
+        bar.advance(task, units)
         if bar.disable and time.monotonic() - shown >= LINE_EVERY_S:
             shown = time.monotonic()
             done = bar.tasks[0]
@@ -151,7 +151,7 @@ def _check_options(options: ScoreOptions, n_ctx: int) -> None:
         )
 
 
-def _check_corpus(store: TokenWindows, encoding: "tiktoken.Encoding", vocab_size: int) -> None:
+def check_corpus(store: TokenWindows, encoding: "tiktoken.Encoding", vocab_size: int) -> None:
     """Raises UsageError for another tokenizer than the model's, DamageError for damaged shards."""
     manifest = store.manifest
     # An import may not know its tokenizer; its vocabulary must fit at least.
@@ -181,9 +181,7 @@ class Tally:
                 f"{store.folder}: its index tells of {self.ends[-1:].sum():,} tokens in documents, "
                 f"its shards hold {store.n_tokens:,}; run `megagpt data verify {store.folder}`"
             )
-        self.token_bytes = np.zeros(store.manifest.vocab_size, np.int64)
-        for text, token in encoding._mergeable_ranks.items():
-            self.token_bytes[token] = len(text)
+        self.token_bytes = bytes_of_tokens(encoding, store.manifest.vocab_size)
         self.nats = np.zeros(len(self.ends))
         self.tokens = np.zeros(len(self.ends), np.int64)
         self.bytes = np.zeros(len(self.ends), np.int64)
@@ -200,19 +198,40 @@ class Tally:
 
     def result(self) -> Result:
         """The figures of everything counted."""
-        scored = self.tokens > 0
-        nats, tokens, size = self.nats[scored], self.tokens[scored], self.bytes[scored]
-        loss = ratio(nats, tokens)
-        return Result(
-            data=str(self.store.folder),
-            tokens=int(tokens.sum()),
-            documents=len(tokens),
-            bytes=int(size.sum()),
-            left_out=self.store.n_tokens - int(tokens.sum()),
-            loss=loss,
-            perplexity=loss.mapped(_exp),
-            bits_per_byte=ratio(nats / math.log(2), size),
-        )
+        left_out = self.store.n_tokens - int(self.tokens.sum())
+        return totals(self.store.folder, self.nats, self.tokens, self.bytes, left_out)
+
+
+def bytes_of_tokens(encoding: "tiktoken.Encoding", vocab_size: int) -> NDArray[np.int64]:
+    """(V,) bytes of text that each id stands for."""
+    sizes = np.zeros(vocab_size, np.int64)
+    for text, token in encoding._mergeable_ranks.items():
+        sizes[token] = len(text)
+    return sizes
+
+
+def totals(
+    folder: Path,
+    nats: NDArray[np.float64],
+    tokens: NDArray[np.int64],
+    size: NDArray[np.int64],
+    left_out: int,
+) -> Result:
+    """The figures of a corpus whose documents (documents,) have so many nats on so many tokens and
+    bytes (`size`)."""
+    scored = tokens > 0
+    nats, tokens, size = nats[scored], tokens[scored], size[scored]
+    loss = ratio(nats, tokens)
+    return Result(
+        data=str(folder),
+        tokens=int(tokens.sum()),
+        documents=len(tokens),
+        bytes=int(size.sum()),
+        left_out=left_out,
+        loss=loss,
+        perplexity=loss.mapped(_exp),
+        bits_per_byte=ratio(nats / math.log(2), size),
+    )
 
 
 def ratio(sums: NDArray[Any], sizes: NDArray[Any]) -> Estimate:

@@ -1,0 +1,223 @@
+"""`megagpt evaluate RUN_DIR --task NAME`: what a trained model can do (L3).
+
+The command is that of megagpt.use.evaluate, which scores corpora, with tasks and EleutherAI's
+harness added.
+"""
+
+import argparse
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megagpt.errors import UsageError
+from megagpt.use import evaluate as corpora
+from megagpt.use.loading import load_placed
+
+if TYPE_CHECKING:
+    from megagpt.tasks.catalogue import Wanted
+    from megagpt.tasks.scoring import TaskResult
+    from megagpt.use.likelihood import Scorer
+
+log = logging.getLogger("megagpt.tasks")
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Adds the command to the command line."""
+    parser = corpora.add_parser(subparsers)
+    tasks = parser.add_argument_group("tasks")
+    tasks.add_argument(
+        "--task",
+        metavar="NAME[=SOURCE]",
+        action="append",
+        default=[],
+        help="arithmetic, scramble=WORDS, lambada, hellaswag, piqa, arc_easy, arc_challenge, "
+        "openbookqa, winogrande, storycloze, choice=FILE.jsonl, exact=FILE.jsonl, text8=FILE, "
+        "enwik8=FILE, or gpt3[=FOLDER|=hub], all of the paper's beside its eight sizes. SOURCE: "
+        "JSON lines, or hf:NAME[/CONFIG][:SPLIT]; repeatable",
+    )
+    number = tasks.add_argument
+    number(
+        "--shots",
+        metavar="K",
+        type=int,
+        help="examples before each question, or as many of them as fit into n_ctx (default: 0; "
+        "with gpt3 the paper's)",
+    )
+    number("--limit", metavar="N", type=int, default=0, help="examples of each task (default: all)")
+    number(
+        "--seed",
+        metavar="N",
+        type=int,
+        default=0,
+        help="decides the questions made here and the examples before them (default: 0)",
+    )
+    tasks.add_argument(
+        "--lambada",
+        choices=["word", "token", "stopword"],
+        default="word",
+        help="what counts as its answer: the last word (default), the last token, as GPT-2's table "
+        "has it, or the last token without stop words",
+    )
+    tasks.add_argument(
+        "--begin-document", action="store_true", help="put END-OF-DOCUMENT before each prompt"
+    )
+    tasks.add_argument(
+        "--training-data",
+        metavar="DIR",
+        type=Path,
+        action="append",
+        default=[],
+        help="prepared corpus in which the 13-grams of each question are looked for; accuracy is "
+        "told for clean and dirty questions apart; repeatable",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the figures of each task, or of each corpus."""
+    asked = [name for name in ("data", "task") if getattr(args, name)]
+    if len(asked) > 1:
+        raise UsageError("--data and --task: give one of them at a time")
+    return _tasks(args) if args.task else corpora.run(args)
+
+
+def _tasks(args: argparse.Namespace) -> int:
+    from megagpt.tasks.catalogue import wanted
+
+    if args.by_document:
+        raise UsageError("--by-document: is for --data; leave it out")
+    found = wanted(args.task, args.seed, bool(args.shots))
+    _print(args, found, _evaluated(args, found))
+    return 0
+
+
+def _evaluated(args: argparse.Namespace, found: "Wanted") -> "tuple[list[TaskResult], dict]":
+    """(results, facts of the model)."""
+    from megagpt.use.likelihood import Scorer
+
+    folder = corpora.checkpoint_of(args.folder, args.checkpoint)
+    model, encoding, facts = load_placed(folder, args.dtype, args.device)
+    scorer = Scorer(model, encoding, args.batch_size)
+    results = score_all(scorer, found, args)
+    return results, facts | {"n_ctx": scorer.n_ctx, "pf_days": _compute(scorer, facts["tokens"])}
+
+
+def score_all(scorer: "Scorer", found: "Wanted", args: argparse.Namespace) -> "list[TaskResult]":
+    """The results of all tasks of one model."""
+    from megagpt.tasks.catalogue import GPT3
+    from megagpt.tasks.scoring import TaskOptions, score_task
+    from megagpt.tasks.stream import stream
+
+    paper = any(spec.partition("=")[0] == GPT3 for spec in args.task)
+    options = TaskOptions(
+        shots=args.shots if args.shots is not None or paper else 0,
+        seed=args.seed,
+        begin=args.begin_document,
+        lambada=args.lambada,
+    )
+    results = [score_task(scorer, task.limited(args.limit), options) for task in found.tasks]
+    if args.training_data:
+        results = _apart(found, results, args)
+    most = args.max_tokens // (args.stride or scorer.n_ctx)
+    return results + [stream(scorer, name, path, args.stride, most) for name, path in found.streams]
+
+
+def _apart(
+    found: "Wanted", results: "list[TaskResult]", args: argparse.Namespace
+) -> "list[TaskResult]":
+    """The results with their accuracy on clean and dirty questions."""
+    from megagpt.tasks.overlap import CLEAN, DIRTY, SHORT, cleanness
+    from megagpt.tasks.scoring import proportion
+
+    questions = [task.limited(args.limit).asked for task in found.tasks]
+    made = []
+    for result, kinds in zip(results, cleanness(questions, args.training_data), strict=True):
+        parts = {}
+        for kind in (CLEAN, DIRTY, SHORT):
+            own = [bool(hit) for hit, k in zip(result.correct, kinds, strict=True) if k == kind]
+            parts[kind] = (len(own), proportion(own))
+        made.append(replace(result, parts=parts))
+    return made
+
+
+def _compute(scorer: "Scorer", tokens: int) -> float:
+    """PF-days of training the model; NaN where the tokens are not known."""
+    from megagpt.config.flops import parameters, pf_days
+
+    return pf_days(parameters(scorer.model.config), tokens) if tokens else math.nan
+
+
+# --- what is printed -----------------------------------------------------------------------------
+
+
+def _print(
+    args: argparse.Namespace, found: "Wanted", made: "tuple[list[TaskResult], dict]"
+) -> None:
+    from megagpt.log.metrics import encode
+    from megagpt.tasks.catalogue import GPT3
+    from megagpt.tasks.paper import paper_lines, paper_rows
+    from megagpt.tasks.scoring import as_record
+
+    results, facts = made
+    paper = any(spec.partition("=")[0] == GPT3 for spec in args.task)
+    rows = paper_rows(results, facts["pf_days"]) if paper else []
+    if args.json:
+        told: dict[str, Any] = {
+            "checkpoint": str(facts["checkpoint"]),
+            "step": facts["step"],
+            "trained_tokens": facts["tokens"],
+            "pf_days": facts["pf_days"],
+            "n_ctx": facts["n_ctx"],
+            "dtype": args.dtype,
+            "confidence": corpora.CONFIDENCE,
+            "tasks": [as_record(result) for result in results],
+        }
+        if paper:
+            told |= {"paper": [asdict(row) for row in rows], "missing": found.missing}
+        print(encode(told).decode(), end="")
+        return
+    log.info("{checkpoint}: step {step}, trained on {tokens:,} tokens".format(**facts))
+    for result in results:
+        print("\n".join(result_lines(result)))
+    if paper:
+        print("\n".join(paper_lines(rows, facts["pf_days"])))
+        for name, reason in found.missing.items():
+            print(f"without {name}: {reason}")
+
+
+def result_lines(result: "TaskResult") -> Iterator[str]:
+    """A result for people."""
+    shots = "-".join(dict.fromkeys(map(str, result.shots)))
+    cut = f", {result.cut:,} of them cut on the left" if result.cut else ""
+    yield f"{result.task} ({result.source}): {result.examples:,} examples{cut}, K = {shots}"
+    yield f"  {result.scoring}"
+    for name, one in result.figures.items():
+        mark = "  <- the paper's" if name == result.headline and len(result.figures) > 2 else ""
+        yield f"  {name:<20}{_figure(name, one)}{_chance(name, result)}{mark}"
+    for kind, (n, one) in result.parts.items():
+        yield f"  {kind:<20}{_figure('acc', one)}   {n:,} examples" if n else f"  {kind}: none"
+
+
+def is_share(name: str) -> bool:
+    """Whether a figure is an accuracy, 0 to 1."""
+    return name.startswith("acc") or name == "exact_match"
+
+
+def _figure(name: str, one: corpora.Estimate) -> str:
+    scale, unit = (100.0, "%") if is_share(name) else (1.0, "")
+    value, low, high = (scale * number for number in (one.value, one.low, one.high))
+    interval = "" if math.isnan(low) else f"   {corpora.CONFIDENCE:.0%}: {low:.4g} to {high:.4g}"
+    return f"{value:.4g}{unit}{interval}"
+
+
+def _chance(name: str, result: "TaskResult") -> str:
+    """What a guess reaches, and whether the figure says more."""
+    if name == "bits_per_character":
+        return f"   uniform: {result.chance:.4g}"
+    if not is_share(name):
+        return ""
+    one, told = result.figures[name], f"   chance {100 * result.chance:.3g}%"
+    return told + (", within the interval" if one.low <= result.chance <= one.high else "")
