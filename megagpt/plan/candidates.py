@@ -16,7 +16,7 @@ from megagpt.plan.accelerators import ACCELERATORS, Accelerator
 from megagpt.plan.ds_config import offloads, read_ds_config
 from megagpt.plan.jobs import EAGER, SYSTEMS, Jobs, device_columns
 from megagpt.plan.layout import Layout, layout_of, layout_problems, micro_batch_of, padded_model
-from megagpt.plan.stages import stage_bounds
+from megagpt.plan.stages import stage_bounds, stage_parameters
 
 MOST_LOGITS = 1 << 29
 """Logits that the loss holds at once; more are computed part by part."""
@@ -145,7 +145,7 @@ def _row(one: Candidate, cluster: Cluster, tokens: int) -> dict[str, float]:
     layers = stage_layers(model, layout.pipeline)
     exact = parallel.dtype == "fp32"
     gradient = 2.0 if parallel.dtype == "fp16" and one.zero < 2 else 4.0
-    held = sum(layers) / len(layers) * 12 * model.d_model**2 / layout.tensor
+    held = max(stage_parameters(model, layout.pipeline, layout.tensor))
     return {
         "layers": model.n_layer,
         "first": layers[0],
@@ -177,7 +177,7 @@ def _row(one: Candidate, cluster: Cluster, tokens: int) -> dict[str, float]:
         "kept_grad_bytes": gradient,
         "weight_bytes": 4.0 if exact else 2.0,
         "logits": min(MOST_LOGITS, micro * model.n_ctx * model.embedding_rows / layout.tensor),
-        "buckets": _buckets(one, held, gradient),
+        "buckets": _buckets(one, held, gradient, cluster.gpu == "cpu"),
         "offload": float(offloads(one.tree, "optimizer")),
         "offload_weights": float(offloads(one.tree, "param")),
         **device_columns(device, cluster.node_gb),
@@ -211,12 +211,20 @@ def stage_layers(model: ModelConfig, stages: int) -> list[int]:
     return [sum(first <= n < last for n in blocks) for first, last in pairwise(bounds)]
 
 
-def _buckets(one: Candidate, held: float, gradient: float) -> float:
-    """Bytes of DeepSpeed's buckets: gradients on their way, weights that are gathered."""
-    if one.layout.data == 1:
-        return 0.0
+def _buckets(one: Candidate, held: float, gradient: float, lazy: bool) -> float:
+    """Bytes of DeepSpeed's buckets: gradients on their way, weights that are gathered.
+
+    ZeRO takes the whole reduce bucket whatever the model, twice where it overlaps; `lazy`: a host
+    gives memory only for what is written, but gloo gathers weights into a buffer of its own.
+    """
     tree = one.tree
-    reduce_ = min(held, tree.get("reduce_bucket_size", 5e8)) * gradient
-    gather = min(held, tree.get("allgather_bucket_size", 5e8)) * 2 if one.zero < 3 else 0.0
-    live = min(held, tree.get("stage3_max_live_parameters", 1e9)) * 2 if one.zero >= 3 else 0.0
-    return (1 + bool(tree.get("overlap_comm"))) * reduce_ + gather + live
+    bucket = tree.get("reduce_bucket_size", 5e8)
+    if one.zero == 0:
+        return float(min(held, bucket) * gradient if one.layout.data > 1 else 0.0)
+    size = min(held, bucket) if lazy else bucket
+    # ZeRO-1 stages what it added up in fp32; the others what the backward pass makes.
+    width = gradient if one.zero == 1 or one.config.parallel.dtype == "fp32" else 2
+    gathered = held * width if lazy and one.layout.data > 1 and one.zero < 3 else 0.0
+    live = min(held, tree.get("stage3_max_live_parameters", 1e9)) if one.zero >= 3 else 0.0
+    live *= 4 if one.config.parallel.dtype == "fp32" else 2
+    return float((1 + bool(tree.get("overlap_comm"))) * size * width + live + gathered)

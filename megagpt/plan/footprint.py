@@ -9,7 +9,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megagpt.plan.cost import Constants, by_system, layer_parameters
+from megagpt.plan.cost import (
+    MEGAGPT,
+    MEGAGPT_EAGER,
+    Constants,
+    by_system,
+    layer_parameters,
+)
 from megagpt.plan.jobs import SYSTEMS, Column, Jobs
 
 FSDP = SYSTEMS.index("fsdp")
@@ -71,10 +77,15 @@ def stage_bytes(jobs: Jobs, c: Constants, stage: Stage) -> dict[str, Column]:
     gathered = np.where((jobs.zero >= 3) & (jobs.buckets == 0), 2 * size, 0.0)
     gathered = gathered * layer_parameters(jobs)
     passed = np.where(jobs.pp > 1, 2 * edge * stage.in_flight, 0.0)
+    # DeepSpeed's ZeRO-1 adds up whole gradients and copies its own part of them for the update.
+    ours = (jobs.framework == MEGAGPT) | (jobs.framework == MEGAGPT_EAGER)
+    copied = np.where(ours & (jobs.zero == 1), jobs.kept_grad_bytes * held / jobs.dp, 0.0)
+    # fp32 weights are their own master only without ZeRO.
+    moments = np.where((size > 2) & ((jobs.zero == 0) | ~ours), 8, 12)
     return {
         "weights": (1 - jobs.offload_weights) * size * held / share[0],
-        "gradients": jobs.kept_grad_bytes * held / share[1],
-        "optimizer": (1 - jobs.offload) * np.where(size > 2, 8, 12) * held / share[2],
+        "gradients": jobs.kept_grad_bytes * held / share[1] + copied,
+        "optimizer": (1 - jobs.offload) * moments * held / share[2],
         "activations": c["activations"] * kept,
         "logits": stage.predicts * by_system(c, "logits", jobs) * size / 2 * jobs.logits,
         "buffers": gathered + passed + jobs.buckets,

@@ -1,6 +1,7 @@
 """A layout judged: does it fit, how long is a step, what does the run cost (L0: no torch)."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -189,7 +190,8 @@ def decided_by(loser: Judgement, winner: Judgement) -> tuple[str, float]:
 
 
 def what_works(config: RunConfig, cluster: Cluster, most: int = 3) -> str:
-    """Layouts that fit, as lines to follow; else the least number of devices that can."""
+    """Layouts that fit, as lines to follow; else the nearest numbers of devices that can, fewer
+    and more."""
     # The fastest of each split: the same with half the micro-batch is no other way.
     splits: dict[Layout, Judgement] = {}
     for one in search(config, cluster, 3 * most):
@@ -197,17 +199,25 @@ def what_works(config: RunConfig, cluster: Cluster, most: int = 3) -> str:
     if splits:
         lines = [f"  {one.candidate}: {' '.join(one.candidate.keys)}" for one in splits.values()]
         return f"what works on {cluster.gpus:,} {cluster.gpu}:\n" + "\n".join(lines[:most])
-    # More devices first, then fewer: a batch may have no work for so many.
+    gpus, node = cluster.gpus, cluster.per_node
     powers = [2**n for n in range(15)]
-    more = [n for n in powers if n > cluster.gpus]
-    for gpus in [*more, *(n for n in reversed(powers) if n < cluster.gpus)]:
+    # Whole nodes just below, then powers of two: a batch may have no work for so many.
+    below = [n for n in range((gpus - 1) // node * node, 0, -node)][:8]
+    fewer = _nearest(config, cluster, [*below, *(n for n in reversed(powers) if n < gpus)])
+    more = _nearest(config, cluster, [n for n in powers if n > gpus])
+    lines = [text for text in (fewer, more) if text]
+    if not lines:
+        return f"nothing works on {gpus:,} {cluster.gpu}, nor on any other number of them"
+    return f"nothing works on {gpus:,} {cluster.gpu}; " + "\nand ".join(lines)
+
+
+def _nearest(config: RunConfig, cluster: Cluster, counts: Sequence[int]) -> str:
+    """The first of these numbers of devices on which something works, and what; empty: none."""
+    for gpus in counts:
         if best := search(config, dataclasses.replace(cluster, gpus=gpus), 1):
-            least = best[0].candidate
-            return (
-                f"nothing works on {cluster.gpus:,} {cluster.gpu}; {gpus:,} can do it: {least}: "
-                f"{' '.join(least.keys)}"
-            )
-    return f"nothing works on {cluster.gpus:,} {cluster.gpu}, nor on any other number of them"
+            one = best[0].candidate
+            return f"{gpus:,} can do it: {one}: {' '.join(one.keys)}"
+    return ""
 
 
 def ramp_days(one: Judgement) -> float:
