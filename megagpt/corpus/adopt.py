@@ -26,7 +26,7 @@ from megagpt.corpus.shards import (
     index_problem,
     read_index,
 )
-from megagpt.corpus.state import FOLDER, State
+from megagpt.corpus.state import FOLDER, State, beside
 from megagpt.errors import DamageError, UsageError
 from megagpt.files import file_sha256
 from megagpt.tokenizer import end_of_document, fingerprint, load_tokenizer, token_dtype
@@ -119,7 +119,7 @@ def _folders(files: list[ForeignFile], output: Path) -> dict[Path, list[ForeignF
     """The files of each folder to write: `output` for those of training, or of the only split."""
     splits = sorted({file.split for file in files}, key=("train", "validation", "test").index)
     return {
-        output if split == splits[0] else output.with_name(f"{output.name}-{split}"): [
+        output if split == splits[0] else beside(output, f"-{split}"): [
             file for file in files if file.split == split
         ]
         for split in splits
@@ -213,13 +213,10 @@ def _adoptable(path: Path, index: Index, dtype: np.dtype, end: int) -> str:
     lasts = index.bounds[1:] - 1
     if np.any(tokens[lasts] != end):
         return "not every document ends with END-OF-DOCUMENT"
-    for start in range(0, len(tokens), BATCH):
-        part = tokens[start : start + BATCH]
-        # The other END-OF-DOCUMENT tokens would be counted as ends of documents.
-        inside = np.flatnonzero(part == end) + start
-        if len(inside) and not np.isin(inside, lasts).all():
-            return "END-OF-DOCUMENT stands inside a document"
-    return ""
+    parts = (tokens[start : start + BATCH] for start in range(0, len(tokens), BATCH))
+    # Any other END-OF-DOCUMENT would be counted as the end of a document.
+    inside = sum(np.count_nonzero(part == end) for part in parts) > len(lasts)
+    return "END-OF-DOCUMENT stands inside a document" if inside else ""
 
 
 def _tokens(path: Path, index: Index) -> npt.NDArray:

@@ -104,14 +104,14 @@ def prepare_with(
 def prepare_by_place(args: argparse.Namespace, text: str, percent: dict[str, int]) -> int:
     """Prepare one text that is split by place, as the old corpora are: `percent` of it for each
     split, in order. Each is one document in a folder of its own, OUTPUT and OUTPUT-SPLIT."""
+    from megagpt.corpus.state import beside
+
     start = before = 0
     for name, share in percent.items():
         before += share
         end = len(text) * before // 100
         rule = f"characters {start} to {end} of {len(text)}"
-        output = (
-            args.output if name == "train" else args.output.with_name(f"{args.output.name}-{name}")
-        )
+        output = args.output if name == "train" else beside(args.output, f"-{name}")
         documents = Documents(f"{args.output.name}, {rule}", partial(list, [text[start:end]]))
         prepare_with(
             args,

@@ -43,7 +43,7 @@ from megagpt.corpus.part import Part, PartMaker, read_part
 from megagpt.corpus.progress import Progress
 from megagpt.corpus.recipe import PrepareOptions, check_inputs, check_options, recipe_of
 from megagpt.corpus.shards import ShardWriter
-from megagpt.corpus.state import FOLDER, State, plan_difference, source_plan, unit_path
+from megagpt.corpus.state import FOLDER, State, beside, plan_difference, source_plan, unit_path
 from megagpt.corpus.summary import Summary
 from megagpt.corpus.unit import Unit, plan_units
 from megagpt.corpus.workers import Workers
@@ -57,15 +57,6 @@ if TYPE_CHECKING:
 BY_PLACE = "the last validation_fraction of the characters of each text, as a document of its own"
 FLUSH_UNITS = 32
 """Units between two flushes: what a killed run may have to add to the shards again."""
-
-
-def beside(output: Path, ending: str) -> Path:
-    """The folder beside `output` whose name has an ending more. Raises UsageError for `/`."""
-    # `.` and `..` have no name of their own.
-    output = output if output.name not in ("", "..") else output.resolve()
-    if not output.name:
-        raise UsageError(f"output {output}: nothing lies beside it; choose a folder with a name")
-    return output.with_name(output.name + ending)
 
 
 def validation_folder(output: Path) -> Path:

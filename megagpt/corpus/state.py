@@ -32,6 +32,15 @@ FOLDER = ".preparation"
 LOCK_WAIT_S = 10.0
 
 
+def beside(output: Path, ending: str) -> Path:
+    """The folder beside `output` whose name has an ending more. Raises UsageError for `/`."""
+    # `.` and `..` have no name of their own.
+    output = output if output.name not in ("", "..") else output.resolve()
+    if not output.name:
+        raise UsageError(f"output {output}: nothing lies beside it; choose a folder with a name")
+    return output.with_name(output.name + ending)
+
+
 def unit_path(folder: Path, number: int, ending: str) -> Path:
     """`N.bin`, `N.doc` or `N.grams` of a unit."""
     return folder / f"{number:09d}.{ending}"

@@ -96,6 +96,16 @@ def test_nanogpt_and_llmc_files(tmp_path: Path) -> None:
         import_shards([tmp_path / "train.bin"])
 
 
+def test_an_import_into_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = [token for text in TEXTS for token in [*ids(text), END]]
+    for name in ("train", "val"):
+        np.array(tokens, np.uint16).tofile(tmp_path / f"{name}.bin")
+    (tmp_path / "web").mkdir()
+    monkeypatch.chdir(tmp_path / "web")
+    import_shards([tmp_path / "train.bin", tmp_path / "val.bin"], Path("."))
+    assert decoded(tmp_path / "web") == decoded(tmp_path / "web-validation") == TEXTS
+
+
 def test_long_documents_cross_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from megagpt.corpus import adopt as convert
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from megagpt.corpus.command import add_parsers
+from megagpt.corpus.command import add_parsers, parser, prepare_by_place
 from megagpt.corpus.download import fetch
 from megagpt.corpus.huggingface import hub_documents, parse_address
 from megagpt.corpus.inspect import describe
@@ -167,6 +167,15 @@ def test_a_trained_tokenizer_encodes_the_same_everywhere(tmp_path: Path) -> None
     assert result.returncode == 2 and "give more text or a smaller --vocab-size" in result.stderr
     result = script("train_tokenizer", path, "--vocab-size", 9, "--output", out)
     assert result.returncode == 2 and "must be at least 257" in result.stderr
+
+
+def test_a_text_split_by_place_into_the_current_folder(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "shakespeare").mkdir()
+    monkeypatch.chdir(tmp_path / "shakespeare")
+    args = parser("", ".").parse_args([])
+    prepare_by_place(args, "0123456789", {"train": 90, "validation": 10})
+    assert decoded(Path(".")) == ["012345678"]
+    assert decoded(tmp_path / "shakespeare-validation") == ["9"]
 
 
 def test_a_tokenizer_stays_where_another_does_not_pass(tmp_path, monkeypatch) -> None:
