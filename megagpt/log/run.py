@@ -128,7 +128,7 @@ class RunLog:
         if self._metrics is None or not texts:
             return
         path = self.folder / "samples" / f"step_{self._step:08d}.txt"
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         heads = [f"--- {number + 1} of {len(texts)} ---" for number in range(len(texts))]
         write_file(path, "".join(f"{a}\n{b}\n" for a, b in zip(heads, texts, strict=True)))
         for number, text in enumerate(texts, start=1):

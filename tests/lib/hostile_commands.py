@@ -199,13 +199,16 @@ class Campaign:
     def trial(self, line: str) -> None:
         """One command with one thing spoilt."""
         words = line.split()
+        trains = words[0] in LIMIT_S
         if self.draw.random() < 0.5:
             place = self.draw.randrange(1, len(words))
             choice = self.draw.choice(WORDS)
-            words[place] = "." if words[0] in LIMIT_S and choice in NOWHERE else choice
+            words[place] = "." if trains and choice in NOWHERE else choice
             self.run(words, "")
         else:
-            named = [p for p in self.files if p.relative_to(self.folder).parts[0] in words]
+            # What trains reads the corpora and its run folder without their being named.
+            names = [*words, "corpus", "corpus-validation", "run"] if trains else words
+            named = [p for p in self.files if p.relative_to(self.folder).parts[0] in names]
             path = self.draw.choice(named or self.files)
             with self.spoilt(path) as how:
                 self.run(words, how)
