@@ -64,6 +64,7 @@ class Trainer:
         self.validation = [TokenLoader([(Path(s.path), 1.0)], n_ctx, 0) for s in validation]
         check_vocabulary(config, [self.loader, *self.validation])
         self.engine = build_engine(config, layout, ranks, ds_config)
+        self.engine.masked = any(loader.masked for loader in [self.loader, *self.validation])
         self.evaluation = Evaluation(config, layout, self.engine, self.validation)
         self.soundness = Soundness(config, self.engine)
         self.checkpoints = Checkpoints(

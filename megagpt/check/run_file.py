@@ -85,7 +85,7 @@ def _check_store(config: RunConfig, store: TokenWindows, full: bool) -> Check:
     if full:
         problems = verify_shards(folder)
     else:
-        # The sizes of the .bin files were compared when the folder was opened.
+        # The sizes of the other files were compared when the folder was opened.
         indexes = (manifest.index_path(shard) for shard in manifest.shards)
         problems = [f"{path}: No such file" for path in indexes if not path.exists()]
     if problems:

@@ -99,9 +99,26 @@ class Weights:
         if not self.facts["tokenizer"]:
             raise UsageError(
                 f"{self.folder}: the tokenizer of these weights is not known, so there is no text "
-                "to be read or written; import them again with --tokenizer"
+                "to be read or written; import them again with --tokenizer. Weights of a run on "
+                "ids that stand for no text have none"
             )
         return vocabulary_of(self.folder, self.facts)
+
+    def model(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> GPT:
+        """The model in eval mode. Weights are rounded to `dtype` one by one on their way to the
+        device, so that a host needs the memory of the largest alone."""
+        with torch.device("meta"):
+            model = GPT(self.config.model)
+        model = model.to(dtype).to_empty(device=device)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(self.whole(name, parameter.shape).to(dtype))
+        return model.eval()
+
+    def told(self) -> dict[str, Any]:
+        """Where they lie, and what is told of them: checkpoint, step, tokens, tokenizer."""
+        known = {key: self.facts[key] for key in ("step", "tokens", "tokenizer")}
+        return {"checkpoint": self.folder, **known}
 
     @property
     def digest(self) -> str:
@@ -131,19 +148,11 @@ def load_model(
 ) -> tuple[GPT, tiktoken.Encoding, dict[str, Any]]:
     """(model in eval mode, its tokenizer, facts: checkpoint, step, tokens, tokenizer).
 
-    `run` is what open_weights takes. Weights are rounded to `dtype` one by one on their way to the
-    device, so that a host needs the memory of the largest alone.
+    `run` is what open_weights takes.
     """
     weights = open_weights(run)
     encoding = weights.tokenizer()
-    with torch.device("meta"):
-        model = GPT(weights.config.model)
-    model = model.to(dtype).to_empty(device=device)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(weights.whole(name, parameter.shape).to(dtype))
-    told = {key: weights.facts[key] for key in ("step", "tokens", "tokenizer")}
-    return model.eval(), encoding, {"checkpoint": weights.folder, **told}
+    return weights.model(device, dtype), encoding, weights.told()
 
 
 def _consolidated(folder: Path, compare: bool) -> tuple[Callable[[str], Tensor], dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,11 +117,11 @@ def resume(
     run: Path,
     config: RunConfig,
     engine: Engine,
-    fingerprint: Callable[[int], str],
+    fingerprints: Callable[[int], Sequence[str]],
     allow_changes: bool = False,
 ) -> CheckpointRecord | None:
     """Loads the newest whole checkpoint of `run` into the engine; None when there is none yet.
-    `fingerprint` names the order of so many samples, as TokenLoader's does.
+    `fingerprints` are the names of the order of so many samples, TokenLoader.known_fingerprints.
 
     Damaged ones are named, set aside and passed over. Raises DamageError when all that are there
     are damaged (they are left as they are), UsageError when the run is not the one that was saved
@@ -142,7 +142,7 @@ def resume(
                 log.error("damaged checkpoint: %s", "; ".join(problems))
             continue
         saved = record.read_record(folder)
-        _refuse_changes(folder, saved, config, fingerprint, allow_changes)
+        _refuse_changes(folder, saved, config, fingerprints, allow_changes)
         if first:
             tell_strangers(folder)
             for bad in damaged:
@@ -216,7 +216,7 @@ def _refuse_changes(
     folder: Path,
     saved: CheckpointRecord,
     config: RunConfig,
-    fingerprint: Callable[[int], str],
+    fingerprints: Callable[[int], Sequence[str]],
     allowed: bool,
 ) -> None:
     """Raises UsageError when the run would go on as another run than the one saved."""
@@ -224,7 +224,7 @@ def _refuse_changes(
     changes = differences(before, config)
     if changes and (rates := _rates(before, config, saved.tokens)):
         changes.append(rates)
-    if saved.data["fingerprint"] != fingerprint(saved.samples):
+    if saved.data["fingerprint"] not in fingerprints(saved.samples):
         changes.append("data: other shards or weights than the checkpoint was trained on")
     if not changes:
         return

@@ -84,21 +84,20 @@ def _corpus(folder: Path) -> str:
         manifest = read_manifest(folder)
     except MegagptError as error:
         return str(error).partition(";")[0]
-    sums = " ".join(f"{shard.name} {shard.sha256}" for shard in manifest.shards)
+    sums = " ".join(f"{s.name} {s.sha256}{s.mask_sha256}" for s in manifest.shards)
     return _incomplete(manifest) or f"{len(manifest.shards)} shards {_short(_sha256(sums))}"
 
 
 def _incomplete(manifest: CorpusManifest) -> str:
     """The first shard that is missing or not of its size, "" when there is none."""
     for shard in manifest.shards:
-        path = manifest.bin_path(shard)
-        try:
-            size = path.stat().st_size
-            manifest.index_path(shard).stat()
-        except OSError as error:
-            return f"{error.filename} cannot be read ({error.strerror})"
-        if size != shard.bytes:
-            return f"{path} has {size} bytes of {shard.bytes}"
+        for path, expected, _ in manifest.files(shard):
+            try:
+                size = path.stat().st_size
+            except OSError as error:
+                return f"{error.filename} cannot be read ({error.strerror})"
+            if expected not in (None, size):
+                return f"{path} has {size} bytes of {expected}"
     return ""
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from megagpt.corpus.manifest import CorpusManifest, Shard, read_manifest
 from megagpt.corpus.shards import Index, read_index
+from megagpt.corpus.verify import file_problem
 from megagpt.errors import DamageError
 from megagpt.files import file_sha256
 from megagpt.tokenizer import load_tokenizer
@@ -68,19 +69,56 @@ def describe(folder: Path | str, documents: int = 3, characters: int = 300) -> s
 
 def _describe(folder: Path | str, documents: int, characters: int) -> str:
     manifest = read_manifest(folder)
-    lines = [*_totals(manifest), *_histogram(document_sizes(manifest))]
+    lines = _totals(manifest)
+    if not manifest.record_length:
+        lines += _histogram(document_sizes(manifest))
     if documents:
-        encoding = load_tokenizer(manifest.tokenizer, manifest.fingerprint)
+        what = "record" if manifest.record_length else "document"
+        read = _reader(manifest)
         for number, tokens in enumerate(first_documents(manifest, documents)):
             try:
-                text = encoding.decode(tokens[: 4 * characters].tolist())
+                text = read(tokens[: 4 * characters].tolist())
             except KeyError as error:
                 raise DamageError(
-                    f"{folder}: document {number}: {error.args[0]}; run megagpt data verify"
+                    f"{folder}: {what} {number}: {error.args[0]}; run megagpt data verify"
                 ) from None
             cut = "..." if len(text) > characters else ""
-            lines += ["", f"document {number} ({len(tokens):,} tokens):", text[:characters] + cut]
+            lines += ["", f"{what} {number} ({len(tokens):,} tokens):", text[:characters] + cut]
     return "\n".join(lines)
+
+
+def _reader(manifest: CorpusManifest) -> Callable[[list[int]], str]:
+    """Ids to text, or to ids where no tokenizer made them."""
+    if not manifest.tokenizer_name:
+        return lambda ids: " ".join(map(str, ids))
+    return load_tokenizer(manifest.tokenizer, manifest.fingerprint).decode
+
+
+def _targets(manifest: CorpusManifest) -> list[str]:
+    """How much of a masked corpus is scored."""
+    if not manifest.masked:
+        return []
+    scored = longest = current = 0
+    for shard in manifest.shards:
+        path = manifest.mask_path(shard)
+        if problem := file_problem(path, shard.tokens):
+            raise DamageError(f"{problem}; run megagpt data verify")
+        mask = np.fromfile(path, np.uint8)
+        scored += int(np.count_nonzero(mask))
+        places = np.flatnonzero(mask)
+        if not len(places):
+            current += len(mask)
+        else:
+            gaps = np.diff(places) - 1
+            longest = max(longest, current + int(places[0]), int(gaps.max(initial=0)))
+            current = len(mask) - 1 - int(places[-1])
+        longest = max(longest, current)
+    share = scored / max(manifest.tokens, 1)
+    line = f"{scored:,} tokens ({share:.1%}) are scored as targets"
+    if manifest.record_length:
+        return [line]
+    # A window of n_ctx targets may lie within it.
+    return [f"{line}; the longest stretch without one has {longest:,} tokens"]
 
 
 def _totals(manifest: CorpusManifest) -> list[str]:
@@ -88,10 +126,18 @@ def _totals(manifest: CorpusManifest) -> list[str]:
     lines = [
         f"{manifest.folder}: {manifest.split.name} split, {len(manifest.shards)} shards, "
         f"{size / 1e6:,.1f} MB of {manifest.dtype.name}",
-        f"tokenizer {manifest.tokenizer_name}: {manifest.vocab_size:,} tokens, END-OF-DOCUMENT "
-        f"{manifest.end_of_document}",
-        f"{manifest.documents:,} documents, {manifest.tokens:,} tokens",
+        f"tokenizer {manifest.tokenizer_name or 'none'}: {manifest.vocab_size:,} tokens"
+        + (
+            f", END-OF-DOCUMENT {manifest.end_of_document}" if manifest.end_of_document >= 0 else ""
+        ),
     ]
+    if length := manifest.record_length:
+        lines.append(
+            f"{manifest.documents:,} records of {length:,} tokens, for n_ctx {length - 1:,}"
+        )
+    else:
+        lines.append(f"{manifest.documents:,} documents, {manifest.tokens:,} tokens")
+    lines += _targets(manifest)
     text_bytes = manifest.totals.get("text_bytes")
     if text_bytes:
         lines.append(

@@ -10,7 +10,18 @@
      "preparation": {...},                      the options that made it, for a second run
      "sha256": ...}                             of the lines above
 
-A shard called `web_00000` is the pair `web_00000.bin` and `web_00000.idx` in the same folder.
+A corpus is of packed documents, each with its END-OF-DOCUMENT, or of records: samples of one length
+without it. Either may have a mask, which tells the tokens that are scored as targets. Records and
+masks are format 2, which earlier versions refuse:
+
+    {"format": 2, ...,
+     "records": {"length"},                     only of records: n_ctx + 1 tokens
+     "shards": [{..., "mask_sha256"}, ...]}     "" without a mask
+
+Records may be ids that no tokenizer made: its name is "" then, and end_of_document -1.
+
+A shard called `web_00000` is the pair `web_00000.bin` and `web_00000.idx` in the same folder, and
+`web_00000.mask`, where there are masks.
 When the tokenizer is a file, its name is `tokenizer.json`, a copy in the folder, with its sha256.
 Manifests of earlier versions lack both checksums; they are read, and `data verify` says so.
 """
@@ -33,10 +44,11 @@ from megagpt.tokenizer import end_of_document, fingerprint, load_tokenizer, toke
 if TYPE_CHECKING:
     import tiktoken
 
-FORMAT = 1
+FORMATS = (1, 2)
 MANIFEST = "manifest.json"
 KEYS = {
-    "format", "tokenizer", "dtype", "split", "shards", "sources", "totals", "preparation", "sha256",
+    "format", "tokenizer", "dtype", "split", "records", "shards", "sources", "totals",
+    "preparation", "sha256",
 }  # fmt: skip
 BROKEN = (ValueError, KeyError, TypeError, AttributeError)
 """What parsing an object of another shape raises."""
@@ -73,9 +85,10 @@ class CorpusManifest:
 
     folder: Path
     tokenizer_name: str
-    """A name for `load_tokenizer`, or `tokenizer.json`: see `tokenizer`."""
+    """A name for `load_tokenizer`, or `tokenizer.json`: see `tokenizer`; "": no tokenizer."""
     vocab_size: int
     end_of_document: int
+    """-1: there is none, which only records may have."""
     fingerprint: str
     """`megagpt.tokenizer.fingerprint` of the encoding; empty when an import did not know it."""
     tokenizer_sha256: str = ""
@@ -83,6 +96,8 @@ class CorpusManifest:
     sealed: bool = True
     """Whether manifest.json carries a checksum of itself; those of earlier versions do not."""
     dtype: np.dtype
+    record_length: int = 0
+    """Tokens of each record; 0: documents are packed."""
     split: Subset = Subset()
     shards: tuple[Shard, ...]
     sources: tuple[dict[str, Any], ...] = ()
@@ -100,6 +115,11 @@ class CorpusManifest:
         return sum(shard.documents for shard in self.shards)
 
     @property
+    def masked(self) -> bool:
+        """Whether a mask tells which tokens are targets."""
+        return any(shard.mask_sha256 for shard in self.shards)
+
+    @property
     def tokenizer(self) -> str:
         """What `load_tokenizer` takes: the name, or the path of the copy in the folder."""
         if self.tokenizer_name.endswith(".json"):
@@ -113,6 +133,20 @@ class CorpusManifest:
     def index_path(self, shard: Shard) -> Path:
         """The index of a shard."""
         return self.folder / f"{shard.name}.idx"
+
+    def mask_path(self, shard: Shard) -> Path:
+        """The mask of a shard, where it has one."""
+        return self.folder / f"{shard.name}.mask"
+
+    def files(self, shard: Shard) -> list[tuple[Path, int | None, str]]:
+        """(path, bytes, sha256) of each file of a shard; None for a size that is not told."""
+        found: list[tuple[Path, int | None, str]] = [
+            (self.bin_path(shard), shard.bytes, shard.sha256),
+            (self.index_path(shard), None, shard.index_sha256),
+        ]
+        if shard.mask_sha256:
+            found.append((self.mask_path(shard), shard.tokens, shard.mask_sha256))
+        return found
 
 
 def read_manifest(folder: Path | str) -> CorpusManifest:
@@ -133,9 +167,9 @@ def read_manifest(folder: Path | str) -> CorpusManifest:
         data = json.loads(text)
         if "sha256" in data and text != sealed_json(data):
             raise ValueError("its checksum is not that of its content: damaged or edited")
-        if data["format"] != FORMAT:
+        if data["format"] not in FORMATS:
             raise UsageError(
-                f"{path}: format {data['format']}, this megagpt reads format {FORMAT}; use the "
+                f"{path}: format {data['format']}, this megagpt reads formats 1 and 2; use the "
                 "version that wrote it or prepare the corpus again"
             )
         manifest = _parse(folder, data)
@@ -187,6 +221,7 @@ def _parse(folder: Path, data: dict[str, Any]) -> CorpusManifest:
         tokenizer_sha256=str(tokenizer.get("sha256", "")),
         sealed="sha256" in data,
         dtype=np.dtype(data["dtype"]).newbyteorder("<"),
+        record_length=int(data.get("records", {"length": 0})["length"]),
         split=Subset(**data["split"]),
         shards=tuple(Shard(**shard) for shard in data["shards"]),
         sources=tuple(data.get("sources", ())),
@@ -199,7 +234,8 @@ def _contradiction(manifest: CorpusManifest) -> str | None:
     """What in the manifest contradicts itself."""
     if manifest.dtype != token_dtype(manifest.vocab_size):
         return f"dtype {manifest.dtype} does not follow from {manifest.vocab_size} tokens"
-    if not 0 <= manifest.end_of_document < manifest.vocab_size:
+    lowest = -1 if manifest.record_length else 0
+    if not lowest <= manifest.end_of_document < manifest.vocab_size:
         return f"end_of_document {manifest.end_of_document} is outside the vocabulary"
     if Path(manifest.tokenizer_name).name != manifest.tokenizer_name:
         return f"tokenizer {manifest.tokenizer_name!r} is neither a name nor a file in the folder"
@@ -214,6 +250,19 @@ def _contradiction(manifest: CorpusManifest) -> str | None:
     for key, count in (("tokens", manifest.tokens), ("documents", manifest.documents)):
         if manifest.totals.get(key, count) != count:
             return f"totals say {manifest.totals[key]} {key}, the shards hold {count}"
+    return _unlike_records(manifest)
+
+
+def _unlike_records(manifest: CorpusManifest) -> str | None:
+    """What contradicts itself in what is said of records and masks."""
+    length = manifest.record_length
+    if length and length < 2:
+        return f"records of {length} tokens have no target"
+    for shard in manifest.shards:
+        if length and shard.tokens != shard.documents * length:
+            return f"shard {shard.name}: {shard.tokens} tokens are no records of {length}"
+        if bool(shard.mask_sha256) != manifest.masked:
+            return f"shard {shard.name} has no mask, though others have one"
     return None
 
 
@@ -244,9 +293,16 @@ def new_manifest(
 
 
 def write_manifest(manifest: CorpusManifest) -> None:
-    """Write manifest.json, whole or not at all; it is the last file of a preparation."""
+    """Write manifest.json, whole or not at all; it is the last file of a preparation.
+
+    A corpus that format 1 can describe is of format 1, for the versions that know no other.
+    """
+    length, masked = manifest.record_length, manifest.masked
+    shards = [asdict(shard) for shard in manifest.shards]
+    if not masked:
+        shards = [{k: v for k, v in one.items() if k != "mask_sha256"} for one in shards]
     data = {
-        "format": FORMAT,
+        "format": 2 if length or masked else 1,
         "tokenizer": {
             "name": manifest.tokenizer_name,
             "vocab_size": manifest.vocab_size,
@@ -256,7 +312,8 @@ def write_manifest(manifest: CorpusManifest) -> None:
         },
         "dtype": manifest.dtype.name,
         "split": asdict(manifest.split),
-        "shards": [asdict(shard) for shard in manifest.shards],
+        **({"records": {"length": length}} if length else {}),
+        "shards": shards,
         "sources": list(manifest.sources),
         "totals": manifest.totals,
         "preparation": manifest.preparation,

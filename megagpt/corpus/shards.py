@@ -1,4 +1,5 @@
-"""The two files of a shard: `.bin` with raw tokens, `.idx` with Megatron's index (stdlib, numpy).
+"""The files of a shard: `.bin` with raw tokens, `.idx` with Megatron's index, and `.mask` where not
+every token is a target (stdlib, numpy).
 
 `.bin` holds little-endian tokens, documents one after another, each with its END-OF-DOCUMENT; it
 has no header. `.idx` is little-endian as well:
@@ -13,8 +14,11 @@ has no header. `.idx` is little-endian as well:
     i64 * D  the sequence at which each document starts, and S at the end
     i8 * S   modes, only in multimodal files
 
-In our own shards a document is one sequence. Format: Megatron-LM,
+In our own shards a document is one sequence, and a record is one document. Format: Megatron-LM,
 megatron/core/datasets/indexed_dataset.py.
+
+`.mask` holds one byte for each token of .bin: 1 where it is scored as a target, 0 where it is only
+read.
 """
 
 from __future__ import annotations
@@ -68,6 +72,8 @@ class Shard:
     """Of .bin."""
     index_sha256: str
     """Of .idx."""
+    mask_sha256: str = ""
+    """Of .mask; "" where every token is a target."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,17 +206,26 @@ class ShardWriter:
         self._tokens = 0
         self._file: BinaryIO | None = None
         self._digest = hashlib.sha256()
+        self._mask: BinaryIO | None = None
+        self._mask_digest = hashlib.sha256()
 
-    def add(self, tokens: npt.NDArray, sizes: npt.NDArray[np.integer]) -> None:
+    def add(
+        self,
+        tokens: npt.NDArray,
+        sizes: npt.NDArray[np.integer],
+        mask: npt.NDArray[np.uint8] | None = None,
+    ) -> None:
         """Append documents: `tokens` (sum(sizes),) of any integer dtype, each document with its
-        END-OF-DOCUMENT. Raises UsageError for a document that the index cannot describe."""
+        END-OF-DOCUMENT; or records. `mask` (sum(sizes),): 1 for a target, with every call or with
+        none. Raises UsageError for a document that the index cannot describe."""
         assert len(tokens) == int(np.sum(sizes, dtype=np.int64))
+        assert mask is None or len(mask) == len(tokens)
         if len(sizes) and int(np.max(sizes)) > LONGEST_DOCUMENT:
             raise UsageError(
                 f"a document of {int(np.max(sizes))} tokens: the index holds at most "
                 f"{LONGEST_DOCUMENT}; split the document"
             )
-        self._fill(tokens, sizes)
+        self._fill(tokens, sizes, mask)
 
     def skip(self, sizes: npt.NDArray[np.integer]) -> None:
         """Count documents that an earlier run has written already."""
@@ -228,7 +243,12 @@ class ShardWriter:
             self._close_shard()
         return self.shards
 
-    def _fill(self, tokens: npt.NDArray | None, sizes: npt.NDArray[np.integer]) -> None:
+    def _fill(
+        self,
+        tokens: npt.NDArray | None,
+        sizes: npt.NDArray[np.integer],
+        mask: npt.NDArray[np.uint8] | None = None,
+    ) -> None:
         ends = np.cumsum(sizes, dtype=np.int64)
         first, done = 0, 0
         while first < len(sizes):
@@ -242,6 +262,8 @@ class ShardWriter:
             end = int(ends[last - 1])
             if tokens is not None:
                 self._write(tokens[done:end])
+            if mask is not None:
+                self._write_mask(mask[done:end])
             self._sizes.append(np.asarray(sizes[first:last], np.int64))
             self._tokens += end - done
             first, done = last, end
@@ -253,9 +275,25 @@ class ShardWriter:
             part = np.ascontiguousarray(tokens[start : start + SLICE], self.dtype)
             view = part.data.cast("B")
             self._digest.update(view)
-            # A raw file may take less than it is given: a full disk shows in the next call.
-            while view:
-                view = view[self._file.write(view) :]
+            _write_all(self._file, view)
+
+    def _write_mask(self, mask: npt.NDArray[np.uint8]) -> None:
+        if self._mask is None:
+            self._mask = self._path(".mask.tmp").open("wb", buffering=0)
+        view = np.ascontiguousarray(mask, np.uint8).data
+        self._mask_digest.update(view)
+        _write_all(self._mask, view)
+
+    def _complete_mask(self) -> str:
+        """The mask of the open shard under its name; its sha256, "" where it has none."""
+        if self._mask is None:
+            return ""
+        os.fsync(self._mask.fileno())
+        self._mask.close()
+        self._path(".mask.tmp").replace(self._path(".mask"))
+        digest = self._mask_digest.hexdigest()
+        self._mask, self._mask_digest = None, hashlib.sha256()
+        return digest
 
     def _open(self) -> BinaryIO:
         """The file of the open shard, cut back to the tokens counted so far and hashed."""
@@ -298,6 +336,7 @@ class ShardWriter:
         self._file = None
         index = index_bytes(sizes, self.dtype)
         write_durably(self._path(".idx"), index)
+        mask_sha256 = self._complete_mask()
         self._path(".bin.tmp").replace(self._path(".bin"))
         sync_folder(self.folder)
         return Shard(
@@ -307,7 +346,14 @@ class ShardWriter:
             bytes=self._tokens * self.dtype.itemsize,
             sha256=self._digest.hexdigest(),
             index_sha256=hashlib.sha256(index).hexdigest(),
+            mask_sha256=mask_sha256,
         )
 
     def _path(self, ending: str) -> Path:
         return self.folder / f"{self._name}_{len(self.shards):05d}{ending}"
+
+
+def _write_all(file: BinaryIO, view: memoryview) -> None:
+    """A raw file may take less than it is given: a full disk shows in the next call."""
+    while view:
+        view = view[file.write(view) :]

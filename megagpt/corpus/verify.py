@@ -1,4 +1,5 @@
-"""Is a corpus whole? Checksums, index against data, END-OF-DOCUMENT, ids, the tokenizer.
+"""Is a corpus whole? Checksums, index against data, END-OF-DOCUMENT or the length of records, ids,
+masks, the tokenizer.
 
 `verify_files` hashes and nothing else: training runs it over the shards that it is going to read.
 `verify_shards` reads every token as well. Both return a list of problems, empty when all is well.
@@ -27,14 +28,15 @@ def verify_files(
     shard_names: Iterable[str] | None = None,
     progress: Progress | None = None,
 ) -> list[str]:
-    """Compare size and sha256 of `.bin` and `.idx` with the manifest; `shard_names` limits it."""
+    """Compare size and sha256 of a shard's files with the manifest; `shard_names` limits it."""
     wanted = None if shard_names is None else set(shard_names)
     problems = []
     for shard in manifest.shards:
         if wanted is None or shard.name in wanted:
             problems += _check_size(manifest, shard) or [
-                *_check_digest(manifest.bin_path(shard), shard.sha256, progress),
-                *_check_digest(manifest.index_path(shard), shard.index_sha256, progress),
+                problem
+                for path, _, digest in manifest.files(shard)
+                for problem in _check_digest(path, digest, progress)
             ]
     return problems
 
@@ -48,7 +50,10 @@ def verify_shards(folder: Path | str, progress: Progress | None = None) -> list[
     problems = _check_strangers(manifest)
     problems += filter(None, [tokenizer_problem(manifest, every=True)])
     for shard in manifest.shards:
-        problems += _check_size(manifest, shard) or _check_shard(manifest, shard, progress)
+        problems += _check_size(manifest, shard) or [
+            *_check_shard(manifest, shard, progress),
+            *_check_mask(manifest, shard, progress),
+        ]
     return problems
 
 
@@ -86,10 +91,7 @@ def tokenizer_problem(manifest: CorpusManifest, every: bool = False) -> str:
 
 
 def _check_size(manifest: CorpusManifest, shard: Shard) -> list[str]:
-    problems = (
-        file_problem(manifest.bin_path(shard), shard.bytes),
-        file_problem(manifest.index_path(shard)),
-    )
+    problems = (file_problem(path, size) for path, size, _ in manifest.files(shard))
     return [problem for problem in problems if problem]
 
 
@@ -149,6 +151,30 @@ def _check_shard(manifest: CorpusManifest, shard: Shard, progress: Progress | No
     return problems
 
 
+def _check_records(manifest: CorpusManifest, shard: Shard, index: Index) -> list[str]:
+    """Every record has the length that the manifest tells."""
+    other = np.flatnonzero(np.asarray(index.sizes) != manifest.record_length)
+    if len(other) or len(index.sizes) != shard.documents:
+        number = int(other[0]) if len(other) else shard.documents
+        return [
+            f"{manifest.index_path(shard)}: record {number} has not the "
+            f"{manifest.record_length} tokens that the manifest tells"
+        ]
+    return []
+
+
+def _check_mask(manifest: CorpusManifest, shard: Shard, progress: Progress | None) -> list[str]:
+    """The checksum of a mask, and that it says yes or no of each token."""
+    if not shard.mask_sha256:
+        return []
+    path = manifest.mask_path(shard)
+    problems = _check_digest(path, shard.mask_sha256, progress)
+    wrong = np.flatnonzero(np.memmap(path, np.uint8, "r") > 1)
+    if len(wrong):
+        problems.append(f"{path}: {len(wrong)} bytes are neither 0 nor 1, first at {int(wrong[0])}")
+    return problems
+
+
 def _check_index(manifest: CorpusManifest, shard: Shard, index: Index) -> list[str]:
     """The index alone: type, counts, and offsets that follow from the lengths."""
     path = manifest.index_path(shard)
@@ -162,7 +188,10 @@ def _check_index(manifest: CorpusManifest, shard: Shard, index: Index) -> list[s
 
 
 def _check_ends(manifest: CorpusManifest, shard: Shard, index: Index, ends: int) -> list[str]:
-    """Every document ends with END-OF-DOCUMENT, and the token stands nowhere else."""
+    """Every document ends with END-OF-DOCUMENT, and the token stands nowhere else; or every record
+    has its length."""
+    if manifest.record_length:
+        return _check_records(manifest, shard, index)
     path = manifest.bin_path(shard)
     tokens = np.memmap(path, dtype=manifest.dtype, mode="r")
     missing = np.flatnonzero(tokens[index.bounds[1:] - 1] != manifest.end_of_document)

@@ -32,7 +32,7 @@ from megagpt.plan.layout import Layout
 from megagpt.plan.speed import peak_tflops
 
 MicroBatch = tuple[Tensor, Tensor]
-"""(inputs, targets), each (sequences, n_ctx) int64."""
+"""(inputs, targets), each (sequences, n_ctx) int64; a negative target is not scored."""
 SkipUpdate = Callable[[float, float], bool]
 """(loss, gradient norm) of a step -> whether its update is skipped."""
 
@@ -42,7 +42,7 @@ class StepResult:
     """What one step did, the same on every rank."""
 
     loss: float
-    """Mean loss of the step's tokens, nats."""
+    """Mean loss of the step's targets that are scored, nats; nan where there is none."""
     grad_norm: float
     """Global gradient norm before clipping; inf or nan when the step was skipped."""
     applied: bool
@@ -78,6 +78,8 @@ class Engine(ABC):
         """What computes the run on this rank."""
         self.deepspeed: Any = None
         """DeepSpeed's engine."""
+        self.masked = False
+        """Whether there are targets that are not scored: the ranks then count those that are."""
         self._skip: SkipUpdate | None = None
         self._skips: bool | None = None
         """Whether the update of the step in progress is skipped; None: not decided yet."""
@@ -116,13 +118,23 @@ class Engine(ABC):
 
         Micro-batch i of data rank r is number i * ranks + r of the step. Those beyond the step's
         samples weigh nothing and the others more, so that the mean over ranks and passes, which
-        is what DeepSpeed computes, is the mean over the samples.
+        is what DeepSpeed computes, is the mean over the samples. Of masked data each weighs as
+        many targets as it scores. A step that scores none has no mean: its weights are nan, and
+        its update is left out like any that is not finite.
         """
         data, rank = self.layout.data, self.layout.data_rank(self.ranks.rank)
         size, places = len(batches[0][0]), len(batches) * data
         count = places if sequences is None else sequences // size
         numbers = range(rank, places, data)
-        return [places / count if number < count else 0.0 for number in numbers]
+        if not self.masked:
+            return [places / count if number < count else 0.0 for number in numbers]
+        scored = [
+            int((y >= 0).sum()) if number < count else 0
+            for number, (_, y) in zip(numbers, batches, strict=True)
+        ]
+        # Ranks that share a micro-batch, by a pipeline or tensor split, count it as often.
+        total = int(self.total([sum(scored)])[0]) * data // self.layout.world
+        return [places * n / total if total else math.nan for n in scored]
 
     def _prepare_step(
         self, batches: Sequence[MicroBatch], lr: float, step: int, skip: SkipUpdate | None

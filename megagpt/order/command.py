@@ -99,7 +99,9 @@ def run(args: argparse.Namespace) -> int:
         )
     for sample in trace(loader, first, count):
         for line in (
-            _json_lines(sample, text) if args.json else _lines(sample, text, args.characters)
+            _json_lines(sample, text, loader.masked)
+            if args.json
+            else _lines(sample, text, args.characters)
         ):
             print(line)
     return 0
@@ -167,6 +169,8 @@ def _lines(sample: Sample, text: Text, characters: int) -> Iterator[str]:
         f"\nsample {sample.number}: {sample.source}, epoch {sample.epoch}, window {sample.window:,}"
     )
     yield f"  {'document':>12}  {'offset':>9}  {'tokens':>6}  text"
+    if not sample.scored[1:].all():
+        yield f"  {int(sample.scored.sum())} of its {len(sample.scored) - 1} targets are scored"
     for span in sample.spans:
         shown = text(sample.tokens[span.start : span.start + span.tokens])
         if characters and len(shown) > characters:
@@ -175,20 +179,23 @@ def _lines(sample: Sample, text: Text, characters: int) -> Iterator[str]:
         yield f"  {span.document:>12,}  {span.offset:>9,}  {span.tokens:>6,}  {quoted}"
 
 
-def _json_lines(sample: Sample, text: Text) -> Iterator[str]:
-    """The lines of a sample for programs, with all token ids and the whole text."""
+def _json_lines(sample: Sample, text: Text, masked: bool) -> Iterator[str]:
+    """The lines of a sample for programs, with all token ids and the whole text; of masked data
+    with 1 for each token that is scored as a target too."""
     for span in sample.spans:
-        ids = sample.tokens[span.start : span.start + span.tokens]
+        part = slice(span.start, span.start + span.tokens)
+        ids = sample.tokens[part]
+        told = {
+            "sample": sample.number,
+            "source": str(sample.source),
+            "epoch": sample.epoch,
+            "window": sample.window,
+            "document": span.document,
+            "offset": span.offset,
+            "tokens": span.tokens,
+            "ids": ids.tolist(),
+            "text": text(ids),
+        }
         yield json.dumps(
-            {
-                "sample": sample.number,
-                "source": str(sample.source),
-                "epoch": sample.epoch,
-                "window": sample.window,
-                "document": span.document,
-                "offset": span.offset,
-                "tokens": span.tokens,
-                "ids": ids.tolist(),
-                "text": text(ids),
-            }
+            told | ({"scored": sample.scored[part].astype(int).tolist()} if masked else {})
         )

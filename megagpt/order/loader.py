@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+MASKED = -100
+"""What stands in the place of a target that is not scored, as in torch's cross_entropy."""
+
 
 @dataclass(frozen=True, slots=True)
 class Samples:
@@ -86,16 +89,33 @@ class TokenLoader:
 
     def fingerprint(self, samples: int) -> str:
         """Hex digest of all that decides the order of the first `samples` samples, except how the
-        sources are listed. A change of the mixture counts from its first sample on."""
+        sources are listed. A change of the mixture counts from its first sample on, and a source
+        from the first weight on that it is given."""
+        return self._named(samples, resting=False)
+
+    def known_fingerprints(self, samples: int) -> tuple[str, str]:
+        """Under which names checkpoints may know that order: the present one, and that of earlier
+        versions, for which a source that rested was part of the past."""
+        return self._named(samples, resting=False), self._named(samples, resting=True)
+
+    def _named(self, samples: int, resting: bool) -> str:
         digest = hashlib.sha256(f"{self.n_ctx} {self.seed} {self.shuffle}".encode())
         for first, weights in self._spans:
             if first and first >= samples:
                 break
             total = sum(weights)
-            pairs = zip(self.stores, weights, strict=True)
-            shares = sorted(f"{store.fingerprint} {weight / total:.12g}" for store, weight in pairs)
+            shares = sorted(
+                f"{store.fingerprint} {weight / total:.12g}"
+                for store, weight in zip(self.stores, weights, strict=True)
+                if weight or resting
+            )
             digest.update(f"\n{first} {' '.join(shares)}".encode())
         return digest.hexdigest()
+
+    @property
+    def masked(self) -> bool:
+        """Whether a source has targets that are not scored."""
+        return any(store.masks for store in self.stores)
 
     @property
     def tokenizer_name(self) -> str:
@@ -136,7 +156,7 @@ class TokenLoader:
 
     @property
     def end_of_document(self) -> int:
-        """Id of the token that follows each document."""
+        """Id of the token that follows each document; -1: there is none."""
         return self.stores[0].manifest.end_of_document
 
     @property
@@ -174,15 +194,26 @@ class TokenLoader:
                 tokens[here] = store.windows(window[here], self.n_ctx)
         return tokens
 
+    def _scored(self, places: Samples, members: np.ndarray) -> np.ndarray:
+        """Which targets of some samples of a block are scored: bool (len(members), n_ctx)."""
+        source, window = places.source[members], places.window[members]
+        scored = np.empty((len(members), self.n_ctx), bool)
+        for i, store in enumerate(self.stores):
+            here = np.flatnonzero(source == i)
+            if here.size:
+                scored[here] = store.scored(window[here], self.n_ctx)
+        return scored
+
     def micro_batches(
         self, first: int, count: int, rank: int, ranks: int, micro_batch: int
     ) -> Iterator["MicroBatch"]:
         """The micro-batches (x, y) of data-parallel rank `rank`; int64 (micro_batch, n_ctx) each.
 
         Micro-batch i holds the samples first + (i * ranks + rank) * micro_batch + [0, micro_batch);
-        y is x shifted by one token. Every rank gets equally many: where there are not enough, the
-        last of some ranks are samples of the same step again, for the engine to weigh at nothing.
-        A step that prefetch() was given is taken from there.
+        y is x shifted by one token, MASKED where a target is not scored. Every rank gets equally
+        many: where there are not enough, the last of some ranks are samples of the same step
+        again, for the engine to weigh at nothing. A step that prefetch() was given is taken from
+        there.
         """
         wanted = (first, count, rank, ranks, micro_batch)
         assert count % micro_batch == 0 and 0 <= rank < ranks, wanted
@@ -212,10 +243,13 @@ class TokenLoader:
         places = self.places(first, count)
         for round_ in range(0, count, ranks * micro_batch):
             start = (round_ + rank * micro_batch) % count
-            tokens = self._read(places, np.arange(start, start + micro_batch))
+            members = np.arange(start, start + micro_batch)
+            tokens = self._read(places, members)
             # Embeddings take int64; numpy converts and copies in one pass.
             x = torch.from_numpy(tokens[:, :-1].astype(np.int64))
             y = torch.from_numpy(tokens[:, 1:].astype(np.int64))
+            if self.masked:
+                y[torch.from_numpy(~self._scored(places, members))] = MASKED
             yield (x.pin_memory(), y.pin_memory()) if pinned else (x, y)
 
     def digest(self, first: int, count: int) -> str:

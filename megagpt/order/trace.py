@@ -49,6 +49,8 @@ class Sample:
     """Number of the window in the source."""
     tokens: np.ndarray
     """(n_ctx + 1,) of the corpus's dtype. The first is only read, the last is only predicted."""
+    scored: np.ndarray
+    """bool (n_ctx + 1,): whether it counts as a target; the first is none."""
     spans: tuple[Span, ...]
 
 
@@ -57,6 +59,8 @@ def trace(loader: TokenLoader, first: int, count: int) -> Iterator[Sample]:
 
     Raises DamageError for a shard or index that is not what the manifest says.
     """
+    import numpy as np
+
     n_ctx = loader.n_ctx
     places = loader.places(first, count)
     rows = zip(places.source.tolist(), places.draw.tolist(), places.window.tolist(), strict=True)
@@ -68,7 +72,8 @@ def trace(loader: TokenLoader, first: int, count: int) -> Iterator[Sample]:
             epoch=draw // store.n_windows(n_ctx),
             window=window,
             tokens=store.window(window, n_ctx),
-            spans=tuple(spans(store, window * n_ctx, n_ctx + 1)),
+            scored=np.append(False, store.scored(np.array([window]), n_ctx)[0]),
+            spans=tuple(spans(store, store.begin(window, n_ctx), n_ctx + 1)),
         )
 
 

@@ -47,7 +47,7 @@ class Evaluation:
         return sum(w * x for w, x in zip(weights, values, strict=True)) / sum(weights)
 
     def _loss(self, loader: TokenLoader) -> float:
-        """Mean loss of one set, nats per token."""
+        """Mean loss of one set, nats per token that is scored."""
         count = evaluation_samples(self.config, loader.n_windows)
         rank = self.layout.data_rank(self.engine.ranks.rank)
         micro_batch = micro_batch_of(self.config, self.layout, count * self.config.model.n_ctx)
@@ -56,7 +56,10 @@ class Evaluation:
 
 
 def bytes_per_token(loader: TokenLoader) -> float:
-    """Bytes of text per token of all its corpora; 0 where a manifest does not tell."""
+    """Bytes of text per token of all its corpora; 0 where a manifest does not tell, and where not
+    every token is scored."""
+    if loader.masked:
+        return 0.0
     sizes = [store.manifest.totals.get("text_bytes", 0) for store in loader.stores]
     tokens = sum(store.manifest.tokens for store in loader.stores)
     return sum(sizes) / tokens if all(sizes) and tokens else 0.0

@@ -63,10 +63,10 @@ def _recall(run: Path) -> list[str]:
 
 def _state(manifest: CorpusManifest, shard: Shard) -> str:
     """Changes whenever the files or what is expected of them change."""
-    path = manifest.bin_path(shard)
+    files = manifest.files(shard)
     try:
-        files = [p.stat() for p in (path, manifest.index_path(shard))]
+        stats = [path.stat() for path, _, _ in files]
     except OSError:
         return ""
-    times = [f"{f.st_size} {f.st_mtime_ns}" for f in files]
-    return " ".join([str(path.resolve()), *times, shard.sha256, shard.index_sha256])
+    times = [f"{f.st_size} {f.st_mtime_ns}" for f in stats]
+    return " ".join([str(files[0][0].resolve()), *times, *(digest for *_, digest in files)])

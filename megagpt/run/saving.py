@@ -96,8 +96,8 @@ class Checkpoints:
     def _load(self, allow_changes: bool) -> CheckpointRecord | None:
         """Loads the newest whole checkpoint; None where there is none, and the weights are the
         initial ones or those of `init_from`."""
-        fingerprint = self.loader.fingerprint
-        saved = resume(self.folder, self.config, self.engine, fingerprint, allow_changes)
+        known = self.loader.known_fingerprints
+        saved = resume(self.folder, self.config, self.engine, known, allow_changes)
         if saved is None and self.config.init_from:
             vocabulary = self.loader.tokenizer_fingerprint
             self.init_from = start_from(self.config, self.engine, vocabulary)

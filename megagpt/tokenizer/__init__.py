@@ -58,6 +58,8 @@ def _load(text: str) -> tiktoken.Encoding:
     from megagpt.tokenizer.gpt2 import bytes_encoding, gpt2_encoding
     from megagpt.tokenizer.json import read_tokenizer_file
 
+    if not text:
+        raise UsageError("tokenizer: none is named; these are ids that no tokenizer made of text")
     if text == "gpt2":
         return gpt2_encoding()
     if text == "bytes":

@@ -5,7 +5,8 @@ targets, one after another across the borders of documents, so that every token 
 END-OF-DOCUMENT too. All but the first of a window's targets see the window's tokens before them
 and no others: the earliest have next to no context. With a stride S < n_ctx a window moves S
 tokens at a time and only its last S targets are scored, so that each sees n_ctx - S tokens and
-more (save at the start of the corpus), for n_ctx / S times the work.
+more (save at the start of the corpus), for n_ctx / S times the work. A record is one window, and
+of a masked corpus the targets count that the mask names.
 """
 
 import argparse
@@ -14,9 +15,13 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megagpt.errors import UsageError
-from megagpt.use.loading import add_placing, load_placed
+from megagpt.use.loading import DTYPES, add_placing, device_named
+
+if TYPE_CHECKING:
+    from megagpt.corpus.manifest import CorpusManifest
 
 log = logging.getLogger("megagpt.use.evaluate")
 
@@ -50,8 +55,8 @@ class Result:
     bytes: int
     """Bytes of text that the scored tokens stand for; END-OF-DOCUMENT stands for none."""
     left_out: int
-    """Tokens of the corpus that are not scored: the first, those that fill no window, and those
-    beyond max_tokens."""
+    """Tokens of the corpus that are not scored: the first (of each record), those that fill no
+    window, those that the mask leaves out, and those beyond max_tokens."""
     loss: Estimate
     """Mean over the scored tokens, nats per token."""
     perplexity: Estimate
@@ -118,6 +123,10 @@ def add_parser(
 
 def run(args: argparse.Namespace) -> int:
     """Prints the figures of each corpus."""
+    import torch
+
+    from megagpt.checkpoint.export import open_weights
+    from megagpt.corpus.manifest import read_manifest
     from megagpt.log.metrics import encode
     from megagpt.use.apart import evaluate_apart
     from megagpt.use.likelihood import Scorer
@@ -132,10 +141,18 @@ def run(args: argparse.Namespace) -> int:
     options = ScoreOptions(
         batch_size=args.batch_size, stride=args.stride, max_tokens=args.max_tokens
     )
-    checkpoint = checkpoint_of(args.folder, args.checkpoint)
-    model, encoding, facts = load_placed(checkpoint, args.dtype, args.device)
+    device = device_named(args.device)
+    weights = open_weights(checkpoint_of(args.folder, args.checkpoint))
+    facts = weights.told()
+    manifests = [read_manifest(data) for data in args.data]
+    # Neither has a tokenizer where ids stand for no text.
+    texts = facts["tokenizer"] or any(manifest.tokenizer_name for manifest in manifests)
+    encoding = weights.tokenizer() if texts else None
+    model = weights.model(device, getattr(torch, DTYPES[args.dtype]))
     if args.by_document:
-        scorer = Scorer(model, encoding, args.batch_size)
+        for manifest in manifests:
+            _check_documents(manifest)
+        scorer = Scorer(model, encoding or weights.tokenizer(), args.batch_size)
         results = [evaluate_apart(scorer, folder) for folder in args.data]
     else:
         results = [evaluate(model, encoding, folder, options) for folder in args.data]
@@ -156,6 +173,15 @@ def run(args: argparse.Namespace) -> int:
     for result in results:
         print("\n".join(_lines(result)))
     return 0
+
+
+def _check_documents(manifest: "CorpusManifest") -> None:
+    """Raises UsageError for a corpus that is not of documents whose every token is scored."""
+    if manifest.record_length or manifest.masked:
+        raise UsageError(
+            f"--by-document: {manifest.folder} is of records, or has a mask, and is scored as it "
+            "is trained; leave --by-document out"
+        )
 
 
 def _lines(result: Result) -> Iterator[str]:

@@ -18,6 +18,7 @@ from rich import progress
 from rich.console import Console
 
 from megagpt.corpus.inspect import document_sizes
+from megagpt.corpus.manifest import read_manifest
 from megagpt.corpus.progress import Progress
 from megagpt.corpus.verify import verify_files
 from megagpt.errors import DamageError, UsageError, visible
@@ -52,9 +53,13 @@ class ScoreOptions:
 
 
 def evaluate(
-    model: "GPT", encoding: "tiktoken.Encoding", folder: Path, options: ScoreOptions | None = None
+    model: "GPT",
+    encoding: "tiktoken.Encoding | None",
+    folder: Path,
+    options: ScoreOptions | None = None,
 ) -> Result:
-    """The model's loss on the corpus in `folder`, which its tokenizer `encoding` has made.
+    """The model's loss on the corpus in `folder`, which its tokenizer `encoding` has made; None:
+    its records are ids that stand for no text.
 
     Sums are taken in float64 token by token in an order of their own, so that the size of a batch
     shows only in the rounding of the model's matrix products. Raises UsageError for a corpus of
@@ -65,6 +70,7 @@ def evaluate(
     n_ctx = model.config.n_ctx
     stride = options.stride or n_ctx
     _check_options(options, n_ctx)
+    _check_records(folder, stride, n_ctx)
     # The seed of an evaluation within a run, so that both draw the same windows.
     loader = TokenLoader([(folder, 1.0)], stride, seed=0)
     store = loader.stores[0]
@@ -78,9 +84,9 @@ def evaluate(
     with progress_bar(f"scoring {folder}", n_windows * stride) as add:
         for x, y, positions in _batches(loader, n_windows, options.batch_size, n_ctx):
             inputs, targets = (torch.from_numpy(ids).to(device) for ids in (x, y))
-            losses = model.losses(inputs, targets).double().cpu().numpy()  # (B * stride,)
+            losses = model.losses(inputs, targets).double().cpu().numpy()  # (N,)
             tally.add(positions, y[y >= 0], losses)
-            add(losses.size)
+            add(len(x) * stride)
     loader.close()
     return tally.result()
 
@@ -91,22 +97,27 @@ def _batches(
     """(x, y, positions) of the loader's first windows, `size` at a time (B).
 
     x (B, n_ctx): ids that the model reads. y (B, n_ctx): ids that follow, -1 where another window
-    scores them. positions (B * stride,): where in the corpus the targets >= 0 are, row by row.
+    scores them or the mask leaves them out. positions (N,): where in the corpus the targets >= 0
+    are, row by row.
     """
     stride, column = loader.n_ctx, np.arange(n_ctx)
+    store = loader.stores[0]
     n_pieces = n_ctx // stride
     for first in range(0, n_windows, size):
         window = loader.places(first, min(size, n_windows - first)).window  # (B,)
         # The context begins whole windows earlier, or with the corpus.
         begin = np.maximum(0, window + 1 - n_pieces)
         pieces = (begin[:, None] + np.arange(n_pieces)).ravel()
-        rows = loader.stores[0].windows(pieces, stride).reshape(-1, n_pieces, stride + 1)
+        rows = store.windows(pieces, stride).reshape(-1, n_pieces, stride + 1)
         head = rows[:, :, :-1].reshape(-1, n_ctx)
         ids = np.concatenate([head, rows[:, -1, -1:]], axis=1).astype(np.int64)  # (B, n_ctx + 1)
         start = ((window - begin) * stride)[:, None]
         scored = (column >= start) & (column < start + stride)
-        positions = window[:, None] * stride + 1 + np.arange(stride)
-        yield ids[:, :-1].copy(), np.where(scored, ids[:, 1:], -1), positions.ravel()
+        counts = store.scored(window, stride)  # (B, stride)
+        scored[scored] = counts.ravel()
+        begins = np.array([store.begin(int(number), stride) for number in window])
+        positions = begins[:, None] + 1 + np.arange(stride)
+        yield ids[:, :-1].copy(), np.where(scored, ids[:, 1:], -1), positions[counts]
 
 
 @contextmanager
@@ -151,15 +162,26 @@ def _check_options(options: ScoreOptions, n_ctx: int) -> None:
         )
 
 
-def check_corpus(store: TokenWindows, encoding: "tiktoken.Encoding", vocab_size: int) -> None:
+def _check_records(folder: Path, stride: int, n_ctx: int) -> None:
+    """Raises UsageError for a stride within records: each is read from its own start."""
+    if read_manifest(folder).record_length and stride != n_ctx:
+        raise UsageError(
+            f"--stride {stride}: {folder} is of records, each of which is read from its start; "
+            "leave --stride out"
+        )
+
+
+def check_corpus(
+    store: TokenWindows, encoding: "tiktoken.Encoding | None", vocab_size: int
+) -> None:
     """Raises UsageError for another tokenizer than the model's, DamageError for damaged shards."""
     manifest = store.manifest
+    own, name = (fingerprint(encoding), encoding.name) if encoding else ("", "")
     # An import may not know its tokenizer; its vocabulary must fit at least.
-    unlike = manifest.fingerprint not in ("", fingerprint(encoding))
-    if unlike or manifest.vocab_size != vocab_size:
+    if manifest.fingerprint not in ("", own) or manifest.vocab_size != vocab_size:
         raise UsageError(
             f"{store.folder}: its tokenizer {manifest.tokenizer_name!r} ({manifest.vocab_size} "
-            f"tokens) is not the model's {encoding.name!r} ({vocab_size} tokens); prepare the "
+            f"tokens) is not the model's {name!r} ({vocab_size} tokens); prepare the "
             "corpus with the model's tokenizer"
         )
     progress = Progress(f"verifying {store.folder}", sum(s.bytes for s in manifest.shards))
@@ -172,7 +194,7 @@ def check_corpus(store: TokenWindows, encoding: "tiktoken.Encoding", vocab_size:
 class Tally:
     """What was scored, by document: nats, tokens and bytes, each (documents,)."""
 
-    def __init__(self, store: TokenWindows, encoding: "tiktoken.Encoding") -> None:
+    def __init__(self, store: TokenWindows, encoding: "tiktoken.Encoding | None") -> None:
         """Raises DamageError when the index tells of other documents than the shards hold."""
         self.store = store
         self.ends = np.cumsum(document_sizes(store.manifest))
@@ -202,10 +224,10 @@ class Tally:
         return totals(self.store.folder, self.nats, self.tokens, self.bytes, left_out)
 
 
-def bytes_of_tokens(encoding: "tiktoken.Encoding", vocab_size: int) -> NDArray[np.int64]:
+def bytes_of_tokens(encoding: "tiktoken.Encoding | None", vocab_size: int) -> NDArray[np.int64]:
     """(V,) bytes of text that each id stands for."""
     sizes = np.zeros(vocab_size, np.int64)
-    for text, token in encoding._mergeable_ranks.items():
+    for text, token in encoding._mergeable_ranks.items() if encoding else ():
         sizes[token] = len(text)
     return sizes
 

@@ -208,7 +208,7 @@ def test_broken_manifests_are_named(tmp_path: Path) -> None:
             read_manifest(folder)
 
     shard = good["shards"][0]
-    broken("manifest.json: format 2, this megagpt reads format 1", UsageError, format=2)
+    broken("manifest.json: format 3, this megagpt reads formats 1 and 2", UsageError, format=3)
     broken("KeyError: 'name'", tokenizer={})
     broken("unexpected keyword argument 'x'", shards=[shard | {"x": 1}])
     broken("dtype 'int64' is neither uint16 nor int32", dtype="int64")

@@ -7,9 +7,9 @@ from pathlib import Path
 from megagpt.checkpoint import CheckpointRecord, list_checkpoints, record
 
 
-def fingerprint(run: Path) -> Callable[[int], str]:
+def fingerprint(run: Path) -> Callable[[int], tuple[str]]:
     found = record.read_record(list_checkpoints(run)[0]).data["fingerprint"]
-    return lambda samples: found
+    return lambda samples: (found,)
 
 
 def state(step: int, like: CheckpointRecord, milestone: bool = False) -> CheckpointRecord:

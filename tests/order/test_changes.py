@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from megagpt.check.parity import miniature
 from megagpt.cli import main
 from megagpt.config import MixtureChange, RunConfig, dump_run, parse_run
+from megagpt.corpus.records import prepare
 from megagpt.errors import UsageError
-from megagpt.order.loader import training_loader
+from megagpt.order.loader import TokenLoader, training_loader
 from tests.lib.corpus import run_file
 from tests.lib.distributed import launch, steps
 from tests.order.test_windows import random_documents, write_corpus
@@ -157,6 +158,26 @@ def test_one_integer_is_the_state_across_changes(
     assert other.fingerprint(last + 1) != whole.fingerprint(last + 1)
 
 
+def test_data_that_rested_so_far_are_no_part_of_the_past(root: Path) -> None:
+    """A corpus that joins with weight 0, or leaves before it had another, changes no past."""
+
+    def loader(train: list[str], changes: dict[int, list[float]]) -> TokenLoader:
+        rows = [(root / name, 0.0 if name == "b" else 1.0) for name in train]
+        return TokenLoader(rows, N_CTX, 1, changes=list(changes.items()))
+
+    alone = loader(["a"], {})
+    grown = loader(["b", "a"], {50: [1, 3]})
+    for samples in (1, 20, 50):
+        assert grown.fingerprint(samples) == alone.fingerprint(samples)
+        assert alone.fingerprint(samples) in grown.known_fingerprints(samples)
+        assert grown.fingerprint(samples) in alone.known_fingerprints(samples)
+        assert grown.digest(0, samples) == alone.digest(0, samples)
+        assert grown.consumed(samples)[1] == alone.consumed(samples)[0]
+        # Earlier versions named what rested, and their checkpoints are known under that name.
+        assert grown.known_fingerprints(samples)[1] not in alone.known_fingerprints(samples)
+    assert grown.fingerprint(51) not in alone.known_fingerprints(51)
+
+
 def test_the_trace_knows_it(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = root / "run.toml"
     path.write_text(RUN.format(root=root, changes=CHANGES))
@@ -173,18 +194,25 @@ def test_a_miniature_has_the_mixture_of_the_start(root: Path) -> None:
 
 
 def test_training_goes_on_across_a_change(tmp_path: Path) -> None:
-    """Stopped behind one change, it refuses another past, and takes a new change to come."""
+    """Stopped behind one change, it refuses another past, and takes a new change to come.
+
+    A corpus that rested until then leaves, and a new one joins.
+    """
     file = run_file(tmp_path, schedule={"total_tokens": 3072, "ramp_tokens": 0})
-    train = f'data.train=[{{path="{tmp_path}/train"}}, {{path="{tmp_path}/validation"}}]'
+    for seed, third in enumerate(("rested", "joins")):
+        documents = [row for row in random_documents(seed, 2000) if row]
+        prepare(tmp_path / third, documents=documents, vocabulary="bytes")
     before, other, later = (
-        "{at_tokens=512, weights=[1, 3]}",
-        "{at_tokens=512, weights=[1, 4]}",
-        "{at_tokens=2560, weights=[0, 1]}",
+        "{at_tokens=512, weights=[1, 3, 0]}",
+        "{at_tokens=512, weights=[1, 4, 0]}",
+        "{at_tokens=2560, weights=[0, 1, 1]}",
     )
 
-    def go(changes: str, **how: int) -> int:
+    def go(changes: str, third: str = "rested", **how: int) -> int:
+        folders = [f'{{path="{tmp_path}/{name}"}}' for name in ("train", "validation")]
+        resting = f'{{path="{tmp_path}/{third}", weight=0}}'
         words = [
-            train,
+            f"data.train=[{', '.join([*folders, resting])}]",
             f"data.changes=[{changes}]",
             *(f"checkpoint.{k}={v}" for k, v in how.items()),
         ]
@@ -193,14 +221,14 @@ def test_training_goes_on_across_a_change(tmp_path: Path) -> None:
         return done.returncode
 
     errors: list[str] = []
-    assert go(before, stop_after_steps=2) == 75
-    assert go(other) == 2
+    assert go(f"{before}, {later}", stop_after_steps=2) == 75
+    assert go(f"{other}, {later}") == 2
     assert "data: other shards or weights than the checkpoint was trained on" in errors[-1]
-    assert go(f"{before}, {later}") == 0, errors[-1]
+    assert go(f"{before}, {later}", "joins") == 0, errors[-1]
     loader = training_loader(parse_run((tmp_path / "run/config.toml").read_text()))
     records, first = steps(tmp_path / "run"), 0
     for record in records:
         assert record["digest"] == loader.digest(first, record["samples"] - first)
         first = record["samples"]
     taken = {name: source["tokens"] for name, source in records[-1]["sources"].items()}
-    assert taken == {"train": (8 + 16) * 32, "validation": (8 + 48 + 16) * 32}
+    assert taken == {"train": 24 * 32, "validation": (8 + 48 + 8) * 32, "joins": 8 * 32}

@@ -1,0 +1,236 @@
+"""Samples of one's own as a corpus: `prepare(folder, records=...)`, or `documents=...`.
+
+    prepare("data/sums", records=ids, vocabulary=10)                      # ids (N, n_ctx + 1)
+    prepare("data/sums", records=[Masked(ids, scored), ...], vocabulary=10)
+    prepare("data/talks", documents=[Masked(ids, scored), ...], vocabulary="gpt2")
+
+A record is one window of training, read whole and from its start. Documents are packed one after
+another, and get their END-OF-DOCUMENT here. A sample may say which of its tokens are scored as
+targets; the others are only read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from megagpt.corpus.manifest import (
+    MANIFEST,
+    CorpusManifest,
+    Subset,
+    new_manifest,
+    read_manifest,
+    write_manifest,
+)
+from megagpt.corpus.shards import SHARD_TOKENS, ShardWriter
+from megagpt.corpus.state import FOLDER, State
+from megagpt.errors import UsageError
+from megagpt.tokenizer import end_of_document, load_tokenizer, token_dtype
+
+log = logging.getLogger("megagpt.data")
+
+BATCH = 1 << 20
+"""Tokens that are written at a time."""
+UNSCORED = "no token of it is scored"
+"""Why a sample is left out."""
+
+Ids = npt.ArrayLike
+
+
+class Masked(NamedTuple):
+    """A sample of which not every token is scored."""
+
+    ids: Ids
+    """(R,) token ids."""
+    scored: Ids
+    """(R,) 1 or True where the token is scored as a target. The first of a record never is; the
+    END-OF-DOCUMENT that follows a document is scored where its last token is."""
+
+
+def prepare(
+    folder: Path | str,
+    *,
+    records: Iterable[Ids | Masked] | None = None,
+    documents: Iterable[Ids | Masked] | None = None,
+    vocabulary: str | int = "gpt2",
+    split: str = "train",
+    shard_tokens: int = SHARD_TOKENS,
+) -> CorpusManifest:
+    """Write samples as a corpus in `folder`; does nothing when it holds these very samples.
+
+    `vocabulary`: what `load_tokenizer` takes, or, for records alone, the number of ids that stand
+    for no text. A sample of which nothing is scored is left out, counted in the manifest's totals
+    and said. A preparation that was killed is started over by the same call. Raises UsageError
+    for samples that make no corpus, and for a folder that holds another one.
+    """
+    folder = Path(folder)
+    if (records is None) == (documents is None):
+        raise UsageError(f"{folder}: give either records or documents")
+    encoding = load_tokenizer(vocabulary) if isinstance(vocabulary, str) else None
+    if documents is not None and encoding is None:
+        raise UsageError(
+            f"{folder}: vocabulary {vocabulary}: documents end with END-OF-DOCUMENT, which a "
+            "tokenizer names; give one, or make records"
+        )
+    given = records if records is not None else documents
+    assert given is not None
+    size = encoding.n_vocab if encoding else int(vocabulary)
+    end = end_of_document(encoding) if encoding else -1
+    samples = _Samples(folder, size, end if records is None else None)
+    if (folder / MANIFEST).exists():
+        return _there(folder, samples, given)
+    plan = {"samples": str(vocabulary), "split": split, "shard_tokens": shard_tokens}
+    with State([folder], plan) as state:
+        for stale in [p for e in ("bin", "idx", "mask") for p in folder.glob(f"*.{e}*")]:
+            stale.unlink()  # of a preparation that was killed
+        writer = ShardWriter(folder, size, shard_tokens=shard_tokens)
+        for tokens, sizes, mask in samples.batches(given):
+            writer.add(tokens, sizes, mask)
+        shards = writer.close()
+        if not shards:
+            state.remove()
+            raise UsageError(f"{folder}: no sample is left to write ({samples.left_out or 'none'})")
+        more = {
+            "record_length": samples.length if records is not None else 0,
+            "split": Subset(split, rule="the samples that were given"),
+            "totals": {
+                "documents": sum(shard.documents for shard in shards),
+                "tokens": sum(shard.tokens for shard in shards),
+                "left_out": dict(samples.left_out),
+            },
+            "preparation": {"samples": samples.digest.hexdigest()},
+        }
+        if encoding is not None:
+            manifest = new_manifest(folder, str(vocabulary), encoding, shards, **more)
+        else:
+            manifest = _of_ids(folder, size, shards, more)
+        write_manifest(manifest)
+        state.remove()
+    for reason, count in samples.left_out.items():
+        log.warning("%s: %d samples left out: %s", folder, count, reason)
+    return manifest
+
+
+def _of_ids(folder: Path, size: int, shards: Sequence[Any], more: dict[str, Any]) -> CorpusManifest:
+    """The manifest of records that no tokenizer made."""
+    return CorpusManifest(
+        folder=folder,
+        tokenizer_name="",
+        vocab_size=size,
+        end_of_document=-1,
+        fingerprint="",
+        dtype=token_dtype(size),
+        shards=tuple(shards),
+        **more,
+    )
+
+
+def _there(folder: Path, samples: _Samples, given: Iterable[Ids | Masked]) -> CorpusManifest:
+    """The corpus that is there. Raises UsageError unless it is of these samples."""
+    manifest = read_manifest(folder)
+    for _ in samples.batches(given):
+        pass
+    if manifest.preparation.get("samples") != samples.digest.hexdigest():
+        raise UsageError(
+            f"{folder} already holds another corpus; choose another folder, or remove it first"
+        )
+    shutil.rmtree(folder / FOLDER, ignore_errors=True)  # killed just before its end
+    return manifest
+
+
+class _Samples:
+    """Reads samples one by one: checked, counted, hashed."""
+
+    def __init__(self, folder: Path, size: int, end: int | None) -> None:
+        """size: of the vocabulary. end: what follows each document; None for records."""
+        if size < 1:
+            raise UsageError(f"{folder}: vocabulary {size}: must have at least 1 id")
+        self._folder, self._size, self._end = folder, size, end
+        self.length = 0
+        """Tokens of each record."""
+        self.masked: bool | None = None
+        """Whether the samples have masks; None: there was none yet."""
+        self.left_out: Counter[str] = Counter()
+        self.digest = hashlib.sha256(f"{size} {end}".encode())
+
+    def batches(
+        self, samples: Iterable[Ids | Masked]
+    ) -> Iterator[tuple[npt.NDArray, npt.NDArray[np.int64], npt.NDArray[np.uint8] | None]]:
+        """(tokens, sizes, mask) of some samples in a row, as ShardWriter.add takes them."""
+        parts: list[tuple[npt.NDArray, npt.NDArray[np.uint8]]] = []
+        waiting = 0
+        for number, sample in enumerate(samples):
+            if (one := self._read(number, sample)) is not None:
+                parts.append(one)
+                waiting += len(one[0])
+            if waiting >= BATCH:
+                yield self._joined(parts)
+                parts, waiting = [], 0
+        if parts:
+            yield self._joined(parts)
+
+    def _joined(
+        self, parts: list[tuple[npt.NDArray, npt.NDArray[np.uint8]]]
+    ) -> tuple[npt.NDArray, npt.NDArray[np.int64], npt.NDArray[np.uint8] | None]:
+        tokens = np.concatenate([ids for ids, _ in parts])
+        mask = np.concatenate([scored for _, scored in parts])
+        sizes = np.array([len(ids) for ids, _ in parts], np.int64)
+        for content in (sizes, tokens, mask if self.masked else mask[:0]):
+            self.digest.update(content.tobytes())
+        return tokens, sizes, mask if self.masked else None
+
+    def _read(
+        self, number: int, sample: Ids | Masked
+    ) -> tuple[npt.NDArray, npt.NDArray[np.uint8]] | None:
+        """(ids (R,) int64, mask (R,)) of a sample, END-OF-DOCUMENT added; None: left out."""
+        masked = isinstance(sample, Masked)
+        ids = self._ids(number, sample.ids if isinstance(sample, Masked) else sample)
+        if self.masked not in (None, masked):
+            raise self._wrong(number, "has a mask and others have none", "give all of them one")
+        self.masked = masked
+        if not isinstance(sample, Masked):
+            mask = np.ones(len(ids), np.uint8)
+        else:
+            mask = np.asarray(sample.scored)
+            if mask.shape != ids.shape or not np.isin(mask, (0, 1)).all():
+                rule = f"its mask must be {len(ids)} of 0 and 1, one for each id"
+                raise self._wrong(number, "has a mask that does not fit", rule)
+            mask = mask.astype(np.uint8)
+        if self._end is None:
+            mask[0] = 0 if masked else 1
+        else:
+            ids, mask = np.append(ids, self._end), np.append(mask, mask[-1])
+        if not mask.any():
+            self.left_out[UNSCORED] += 1
+            return None
+        return ids, mask
+
+    def _ids(self, number: int, given: Ids) -> npt.NDArray[np.int64]:
+        """The ids (R,). Raises UsageError for what is no sample."""
+        ids = np.asarray(given)
+        if ids.ndim != 1 or not len(ids) or ids.dtype.kind not in "iu":
+            raise self._wrong(number, f"is {ids.dtype} {ids.shape}", "give integers, one row each")
+        if int(ids.min()) < 0 or int(ids.max()) >= self._size:
+            wrong = next(int(i) for i in ids if not 0 <= i < self._size)
+            raise self._wrong(number, f"holds the id {wrong}", f"ids are 0 to {self._size - 1}")
+        if self._end is not None:
+            if (ids == self._end).any():
+                rule = "each document gets it at its end, and has it nowhere else"
+                raise self._wrong(number, f"holds END-OF-DOCUMENT ({self._end})", rule)
+            return ids.astype(np.int64)
+        self.length = self.length or len(ids)
+        if len(ids) != self.length or self.length < 2:
+            rule = "all records have one length, n_ctx + 1, of at least 2 tokens"
+            raise self._wrong(number, f"has {len(ids)} tokens", rule)
+        return ids.astype(np.int64)
+
+    def _wrong(self, number: int, what: str, rule: str) -> UsageError:
+        return UsageError(f"{self._folder}: sample {number} {what}; {rule}")
