@@ -30,7 +30,7 @@ from megagpt.corpus.manifest import (
     read_manifest,
     write_manifest,
 )
-from megagpt.corpus.shards import SHARD_TOKENS, ShardWriter
+from megagpt.corpus.shards import SHARD_TOKENS, Shard, ShardWriter
 from megagpt.corpus.state import FOLDER, State
 from megagpt.errors import UsageError
 from megagpt.tokenizer import end_of_document, load_tokenizer, token_dtype
@@ -98,20 +98,11 @@ def prepare(
         if not shards:
             state.remove()
             raise UsageError(f"{folder}: no sample is left to write ({samples.left_out or 'none'})")
-        more = {
-            "record_length": samples.length if records is not None else 0,
-            "split": Subset(split, rule="the samples that were given"),
-            "totals": {
-                "documents": sum(shard.documents for shard in shards),
-                "tokens": sum(shard.tokens for shard in shards),
-                "left_out": dict(samples.left_out),
-            },
-            "preparation": {"samples": samples.digest.hexdigest()},
-        }
-        if encoding is not None:
-            manifest = new_manifest(folder, str(vocabulary), encoding, shards, **more)
-        else:
+        more = samples.told(shards) | {"split": Subset(split, rule="the samples that were given")}
+        if encoding is None:
             manifest = _of_ids(folder, size, shards, more)
+        else:
+            manifest = new_manifest(folder, str(vocabulary), encoding, shards, **more)
         write_manifest(manifest)
         state.remove()
     for reason, count in samples.left_out.items():
@@ -119,7 +110,9 @@ def prepare(
     return manifest
 
 
-def _of_ids(folder: Path, size: int, shards: Sequence[Any], more: dict[str, Any]) -> CorpusManifest:
+def _of_ids(
+    folder: Path, size: int, shards: Sequence[Shard], more: dict[str, Any]
+) -> CorpusManifest:
     """The manifest of records that no tokenizer made."""
     return CorpusManifest(
         folder=folder,
@@ -160,6 +153,16 @@ class _Samples:
         """Whether the samples have masks; None: there was none yet."""
         self.left_out: Counter[str] = Counter()
         self.digest = hashlib.sha256(f"{size} {end}".encode())
+
+    def told(self, shards: Sequence[Shard]) -> dict[str, Any]:
+        """What the manifest tells of those that were written."""
+        totals = {
+            "documents": sum(shard.documents for shard in shards),
+            "tokens": sum(shard.tokens for shard in shards),
+            "left_out": dict(self.left_out),
+        }
+        made = {"samples": self.digest.hexdigest()}
+        return {"record_length": self.length, "totals": totals, "preparation": made}
 
     def batches(
         self, samples: Iterable[Ids | Masked]
