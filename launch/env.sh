@@ -115,6 +115,17 @@ tell_step() {
   done > /dev/null 2>&1 &
 }
 
+# back_in_time: queues the job again a moment before its end, should ranks still save then: SLURM ends
+# such a job for good.
+back_in_time() {
+  local left=$((${SLURM_JOB_END_TIME:-0} - $(date +%s) - 20))
+  [ "$left" -gt 0 ] || return 0
+  {
+    sleep "$left"
+    kill -0 "$step" && gets_on 143 "$folder" "$before" "$id" && scontrol requeue "$id"
+  } > /dev/null 2>&1 &
+}
+
 # train_in_job RUN_FOLDER COMMAND...: runs the command, whose first step of SLURM trains. Queues the
 # job again until the run is done; not when a new start would fail the same way. The script has set
 # a trap that sets `asked`: SLURM sends USR1 before the end of the time, and where it is set up so,
@@ -125,11 +136,11 @@ train_in_job() {
   # In an array this task alone: the job id of its last task means all of them.
   id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$id}
   before=$(newest_checkpoint "$folder")
-  trap 'asked=1 told=1; [ -z "$step" ] || tell_step' USR1
+  trap 'asked=1 told=1; [ -z "$step" ] || { tell_step; back_in_time; }' USR1
   if [ -z "${asked:-}" ]; then
     "$@" &
     step=$!
-    [ -z "${asked:-}" ] || tell_step
+    [ -z "${asked:-}" ] || { tell_step; back_in_time; }
     while :; do
       told=
       wait "$step"

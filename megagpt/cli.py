@@ -22,7 +22,7 @@ COMMANDS = {
         "will training work here: versions, GPUs, network, disks, hosts, shards",
     ),
     "plan": ("megagpt.plan.command", "what a run will do: layout, batch ramp, steps"),
-    "launch": ("megagpt.cluster.command", "write and submit a job of SLURM that is made for a run"),
+    "launch": ("megagpt.submit.command", "write and submit a job of SLURM that is made for a run"),
     "data": (
         "megagpt.order.command",
         "what is in the shards; are they whole; one step's documents",

@@ -13,13 +13,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from megagpt.errors import UsageError
+from megagpt.errors import MegagptError, UsageError
 
 log = logging.getLogger(__name__)
 
 BLOCK = 1 << 20
 """Bytes that are read at a time."""
 NAME = ".lock"
+ENDS = ", ends by itself by "
+"""Before the time, in seconds since 1970, that a lock tells."""
 _BUSY = (BlockingIOError, PermissionError)
 """What POSIX raises for a lock that another process holds."""
 
@@ -117,30 +119,70 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def lock(folder: Path, wait_s: float = 60.0) -> None:
-    """Keeps `folder` for this process until it ends, whatever ends it. One rank calls this.
+class Lock:
+    """Keeps a folder for this process until it ends, whatever ends it. One rank makes one.
 
-    Waits up to `wait_s` seconds: a run that was asked to stop may still be saving. Raises
-    UsageError that names the process which trains there. A file system without locks has none.
+    What the lock says: who holds it, and when at the latest that process ends by itself should it
+    not get on. A file system without locks has none.
     """
-    # Never closed: the system gives the lock back with the process, after kill -9 too.
-    file = os.open(folder / NAME, os.O_RDWR | os.O_CREAT, 0o644)
-    until, told = time.monotonic() + wait_s, False
-    while True:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except _BUSY:
-            owner = os.pread(file, 200, 0).decode(errors="replace") or "another process"
-            if time.monotonic() > until:
+
+    def __init__(
+        self, folder: Path, wait_s: float = 60.0, alive: Callable[[], None] = lambda: None
+    ) -> None:
+        """Waits for a run that was asked to stop and may still be saving, or that is cut off from
+        its other hosts and will end; `alive` is called meanwhile.
+
+        Raises UsageError that names a process which trains there and gets on, or says nothing of
+        its end for `wait_s` seconds; MegagptError for one that has not ended when it should have.
+        """
+        self._told = float("-inf")
+        # Never closed: the system gives the lock back with the process, after kill -9 too.
+        self._file = os.open(folder / NAME, os.O_RDWR | os.O_CREAT, 0o644)
+        began, first = time.monotonic(), ""
+        while not self._taken():
+            said = os.pread(self._file, 200, 0).decode(errors="replace") or "another process"
+            owner, _, until = said.partition(ENDS)
+            left_s = float(until) - time.time() if until.strip().isdigit() else 0.0
+            waited_s = time.monotonic() - began
+            if not first:
+                first, most_s = said, max(wait_s, left_s + wait_s)
+                minutes = f", {most_s / 60:.0f} minutes at most" if left_s > wait_s else ""
+                log.warning(
+                    "%s: waiting for %s, which still trains there%s", folder, owner, minutes
+                )
+            if waited_s > wait_s and (not left_s or said != first):
                 raise UsageError(
                     f"{folder} is being trained by {owner}; stop it first, or choose another output"
-                ) from None
-            if not told:
-                log.warning("%s: waiting for %s, which still trains there", folder, owner)
-                told = True
+                )
+            if waited_s > most_s:
+                raise MegagptError(
+                    f"{folder} is still kept by {owner}, which should have ended by itself; end it "
+                    "on its host"
+                )
+            alive()
             time.sleep(0.2)
+        self.ends_within(0)
+
+    def _taken(self) -> bool:
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except _BUSY:
+            return False
         except OSError:
-            return
-    os.ftruncate(file, 0)
-    os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+            pass
+        return True
+
+    def ends_within(self, seconds: float) -> None:
+        """Tells others that this process gets on, or ends within so many seconds; 0: not known.
+
+        Written every few seconds at most.
+        """
+        if seconds:
+            if time.monotonic() - self._told < 5:
+                return
+            self._told = time.monotonic()
+        end = f"{ENDS}{time.time() + seconds:.0f}" if seconds else ""
+        text = f"process {os.getpid()} on {socket.gethostname()}{end}"
+        with contextlib.suppress(OSError):
+            os.pwrite(self._file, text.encode(), 0)
+            os.ftruncate(self._file, len(text.encode()))

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from megagpt.cluster.process import long_work
 from megagpt.cluster.ranks import Ranks
 from megagpt.cluster.stop import StopRequest
 from megagpt.cluster.watchdog import Watchdog
@@ -103,11 +104,12 @@ class Trainer:
         self.watchdog.begin("start")
         if self.config.data.verify:
             loaders = [self.loader, *self.validation]
-            check_data(loaders, self.folder, self.engine, self.watchdog.alive)
+            check_data(loaders, self.folder, self.engine, long_work(self.watchdog.alive))
         run, self.spikes.history, self.spikes.skipped = self.checkpoints.resume(allow_changes)
         # Not before: a run that is refused leaves the folder as it is.
         self.open_log(run)
         self.meter.recall(self.log.records("noise_trace"))
+        self.checkpoints.recall(self.log.records("save_s"))
         return run
 
     def train_step(self, run: RunState, step: Step) -> StepResult:
@@ -140,7 +142,7 @@ class Trainer:
         measured = self.meter.end(result, step.batch_tokens, step.lr)
         if self.log.displaced():
             self.log.close()
-            make_run_folder(self.config)
+            self.watchdog.keeps = make_run_folder(self.config)
             log.error(
                 "%s, or the record in it, was moved, replaced or removed under the run, which goes "
                 "on with what is there now; what is missing of its record is told next",

@@ -15,7 +15,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megagpt.cluster.process import first_to_fail, join, leave, prepare_environment
+from megagpt.cluster.process import (
+    first_to_fail,
+    join,
+    leave,
+    prepare_environment,
+    share_folder,
+)
 from megagpt.cluster.ranks import Ranks, discover, told_rank
 from megagpt.cluster.stop import StopRequest
 from megagpt.cluster.watchdog import Watchdog
@@ -142,7 +148,8 @@ def train(run: str, overrides: Sequence[str], allow_changes: bool = False) -> in
         trainer = None
         try:
             if ranks.rank == 0:
-                make_run_folder(config)
+                watchdog.keeps = make_run_folder(config, watchdog.alive)
+            share_folder(folder)
             trainer = Trainer(config, layout, ranks, ds_config, watchdog)
             trainer.run(stop, allow_changes)
             if ranks.rank == 0:

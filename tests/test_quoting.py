@@ -20,7 +20,6 @@ import pytest
 from rich.console import Console
 
 from megagpt.cli import main
-from megagpt.cluster.job import directive, pattern, script, sweep_of, toml
 from megagpt.config import parse_run
 from megagpt.errors import UsageError, visible
 from megagpt.log.markdown import cell
@@ -28,6 +27,7 @@ from megagpt.report.dashboard import frame
 from megagpt.report.page import script_data, write_page
 from megagpt.report.picture import draw_runs
 from megagpt.report.series import Run, read_run
+from megagpt.submit.job import directive, pattern, script, sweep_of, toml
 from tests.lib.corpus import run_file, write_corpus
 from tests.report.test_report import CONFIG, make_run
 

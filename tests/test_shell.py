@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -243,6 +244,15 @@ def test_a_step_that_is_not_made_yet_is_told_once_it_is(job, tmp_path):
     job.start(training + "; done 2> /dev/null; exit 75")
     assert job.told("scancel")[:3] == ["--signal=TERM 7.0"] * 3
     assert job.told() == ["requeue 7"]
+
+
+def test_a_save_that_lasts_beyond_the_end_of_the_job_queues_it_again(job, tmp_path):
+    training = f"kill -USR1 $PPID; until test -e {tmp_path}/scontrol; do sleep 0.1; done; exit 1"
+    end = str(int(time.time()) + 22)
+    job.start(training, SLURM_JOB_END_TIME=end, RETRIES="2")
+    # By the watch before the end, and by the start that it ended here.
+    assert job.told()[0] == "requeue 7"
+    assert (job.folder / ".retries").read_text() == "7 1\n"
 
 
 def test_scripts_of_jobs_trap_the_signal_before_anything_else():

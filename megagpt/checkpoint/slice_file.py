@@ -1,18 +1,20 @@
 """A rank's file in a checkpoint: slices of fp32 tensors in the safetensors format (L2).
 
 The writer streams, so that saving needs no second copy of the tensors, and hashes what it writes;
-the reader opens all ranks' files at once and assembles any stretch of any parameter, reading no
-more than it needs.
+the reader assembles any stretch of any parameter of all ranks, whose files it opens when they are
+needed, and reads no more of them than it needs.
 
 Files are read here, not mapped as safetensors' own get_slice does: that took 192 MB of address
 space for a checkpoint of 153 MB, so that a process with a limit of its own could not open one that
 is larger, and a file that was cut short while it was open ended the process (SIGBUS) unnamed.
 """
 
+import errno
 import io
 import json
 import math
 import re
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,6 +32,8 @@ from megagpt.errors import DamageError, UsageError
 
 PADDED = ("wte.weight", "head.weight")
 """Parameters whose rows are tokens: their padding depends on the layout, is zero and stays zero."""
+MOST_OPEN = 32
+"""Files of a checkpoint that are open at once."""
 MOST_PROBLEMS = 5
 """Parameters that are named when slices are not those of the model."""
 
@@ -39,6 +43,8 @@ def file_name(rank: int) -> str:
     return f"rank_{rank:05d}.safetensors"
 
 
+NO_DAMAGE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""Errors that say nothing about a file."""
 SLICES = re.compile(r"rank_[0-9]+\.safetensors")
 """Names of such files."""
 
@@ -69,11 +75,30 @@ def write_slices(path: Path, slices: Iterable[Slice]) -> FileRecord:
 # --- reading ------------------------------------------------------------------------------------
 
 
+class _Files:
+    """Files that are open for reading, few of them at a time: a checkpoint of a thousand ranks has
+    as many files as a process may open."""
+
+    def __init__(self) -> None:
+        self._open: OrderedDict[Path, io.BufferedReader] = OrderedDict()
+
+    def opened(self, path: Path) -> io.BufferedReader:
+        """The file, which may be closed when another one is asked for. Raises OSError."""
+        if path in self._open:
+            self._open.move_to_end(path)
+        else:
+            while len(self._open) >= MOST_OPEN:
+                self._open.popitem(last=False)[1].close()
+            self._open[path] = path.open("rb")
+        return self._open[path]
+
+
 @dataclass(frozen=True, slots=True)
 class _Stretch:
     """Elements [start, end) of one tensor-parallel part of a parameter, in a file."""
 
-    file: io.BufferedReader
+    path: Path
+    files: "_Files"
     offsets: dict[str, int]
     """Where each key's first element lies, in bytes from the beginning of the file."""
     part: int
@@ -82,11 +107,12 @@ class _Stretch:
 
     def read(self, key: str, first: int, out: Tensor) -> None:
         """Fills `out`, contiguous fp32, with the elements from `first` on."""
-        self.file.seek(self.offsets[key] + 4 * (first - self.start))
+        file = self.files.opened(self.path)
+        file.seek(self.offsets[key] + 4 * (first - self.start))
         target = out.numpy().data.cast("B")
-        if self.file.readinto(target) < len(target):
+        if file.readinto(target) < len(target):
             raise DamageError(
-                f"{self.file.name}: has become shorter since it was opened; use another checkpoint"
+                f"{self.path}: has become shorter since it was opened; use another checkpoint"
             )
 
 
@@ -137,12 +163,15 @@ class SliceReader:
         """names: the files to read; None: those of the manifest, whatever else lies there."""
         self.folder = folder
         self._parameters: dict[str, _Parameter] = {}
+        self._files = _Files()
         if names is None:
             names = [file.name for file in read_record(folder).files if SLICES.fullmatch(file.name)]
         for path in (folder / name for name in names):
             try:
                 self._open(path)
             except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+                if isinstance(error, OSError) and error.errno in NO_DAMAGE:
+                    raise
                 raise DamageError(
                     f"{path}: not a readable file of slices ({error}); run megagpt checkpoint "
                     "verify, and use another checkpoint"
@@ -155,7 +184,7 @@ class SliceReader:
     def _open(self, path: Path) -> None:
         """Takes in a rank's header. Raises OSError, KeyError and the like when it is not ours."""
         size = path.stat().st_size
-        file = path.open("rb")
+        file = self._files.opened(path)
         length = int.from_bytes(file.read(8), "little")
         if 8 + length > size:
             raise ValueError("its header is longer than the file")
@@ -176,7 +205,7 @@ class SliceReader:
             known = self._parameters.setdefault(name, _Parameter(*layout))
             if known.layout != layout:
                 raise ValueError(f"{name} has another shape or split than in another rank's file")
-            known.stretches.append(_Stretch(file, offsets, facts["part"], start, last))
+            known.stretches.append(_Stretch(path, self._files, offsets, facts["part"], start, last))
 
     @property
     def names(self) -> list[str]:

@@ -6,15 +6,24 @@ word, and what gloo or NCCL fail at can still be told. Values are what JSON can 
 
 import json
 import os
+import secrets
 import socket
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from megagpt.cluster.agreement import disagreements
 from megagpt.cluster.interface import outward
 from megagpt.cluster.ranks import Ranks
 from megagpt.errors import EXIT_FAILURE, EXIT_USAGE, MegagptError, UsageError
+from megagpt.files import write_file
+
+TELL_S = 10.0
+"""Seconds between two signs that a rank's work goes on."""
+POLL_S = 0.5
+"""Seconds between two looks at the others'."""
 
 
 class Meeting:
@@ -34,7 +43,10 @@ class Meeting:
         """Host name of every rank, by rank; empty before they agreed."""
         self.addresses: list[str] = []
         """Address of every rank's host on its way to rank 0, by rank; "" where none is known."""
-        self._store = PrefixStore(f"megagpt/{run}", _store(ranks, minutes))
+        store = _store(ranks, minutes)
+        _check_run(store, ranks, run, minutes)
+        self._store = PrefixStore(f"megagpt/{run}", store)
+        self._works = 0
 
     def agree(self, facts: Mapping[str, str], minutes: float) -> None:
         """Waits for all ranks, and compares the facts of their hosts. All ranks call it.
@@ -111,6 +123,112 @@ class Meeting:
         except RuntimeError:
             return False
         return True
+
+    def begin_work(self) -> str:
+        """A name for work that all ranks begin together."""
+        self._works += 1
+        return f"work {self._works}"
+
+    def count(self, name: str, more: int = 0) -> int:
+        """A number of all ranks, with `more` added. Raises MegagptError without rank 0."""
+        try:
+            return int(self._store.add(name, more))
+        except RuntimeError:
+            raise MegagptError(f"rank {self.ranks.rank}: rank 0 has ended") from None
+
+    def share_folder(self, folder: Path, wait_s: float = 30.0) -> None:
+        """Returns when every host has seen what rank 0 has just written into `folder`. All ranks
+        call it, rank 0 once the folder is there.
+
+        wait_s: for a network file system to show what is new. Raises UsageError that names hosts
+        which do not see it.
+        """
+        rank, leaders = self.ranks.rank, [self.hosts.index(h) for h in dict.fromkeys(self.hosts)]
+        if len(leaders) < 2:
+            return
+        path = folder / ".meeting"
+        if rank == 0:
+            token = secrets.token_hex(16)
+            write_file(path, token)
+            self.put("folder", token)
+        # Rank 0 may wait for an earlier run to end, as long as that may take.
+        token = self.get("folder", 86400.0)
+        if rank in leaders:
+            self.put(f"folder/{rank}", _unseen(path, token, wait_s))
+        if rank == 0:
+            seen = {self.hosts[r]: self.get(f"folder/{r}", 2 * wait_s + 60) for r in leaders}
+            path.unlink(missing_ok=True)
+            self.put("folder seen", [f"{host} ({why})" for host, why in seen.items() if why])
+        if blind := self.get("folder seen", 2 * wait_s + 120):
+            raise UsageError(
+                f"output = {str(folder)!r}: what rank 0 on {self.hosts[0]} has written there is "
+                f"not seen on {', '.join(blind[:4])}; all hosts must share the run folder: mount "
+                "the same file system there, or give another place"
+            )
+
+
+class LongWork:
+    """Work that may take some ranks hours longer than others. They wait outside of the collectives,
+    whose time is limited, for as long as some rank says that it goes on. All ranks make one."""
+
+    def __init__(self, meeting: Meeting, alive: Callable[[], None]) -> None:
+        self._meeting, self._alive, self._name = meeting, alive, meeting.begin_work()
+        self._told = time.monotonic()
+
+    def alive(self) -> None:
+        """This rank goes on; called as often as one likes."""
+        self._alive()
+        if time.monotonic() - self._told > TELL_S:
+            self._told = time.monotonic()
+            self._meeting.count(f"{self._name} goes on", 1)
+
+    def wait(self) -> None:
+        """Returns when all ranks have come here. Raises MegagptError without rank 0."""
+        self._meeting.count(self._name, 1)
+        seen = (0, 0)
+        while seen[0] < self._meeting.ranks.world:
+            now = (self._meeting.count(self._name), self._meeting.count(f"{self._name} goes on"))
+            if now != seen:
+                self._alive()
+            if (seen := now)[0] < self._meeting.ranks.world:
+                time.sleep(POLL_S)
+
+
+def _unseen(path: Path, token: str, wait_s: float) -> str:
+    """Why a file does not have the content that another host gave it; "" when it has."""
+    until = time.monotonic() + wait_s
+    while True:
+        try:
+            # Network file systems may show a new name only once the folder was listed anew.
+            os.listdir(path.parent)
+            why = "" if path.read_text() == token else "another file"
+        except OSError as error:
+            why = error.strerror or str(error)
+        if not why or time.monotonic() > until:
+            return why
+        time.sleep(0.2)
+
+
+def _check_run(store: Any, ranks: Ranks, run: str, minutes: float) -> None:
+    """Raises MegagptError where another run meets at this store, which may hold the port."""
+    key = "megagpt meets"
+    if ranks.rank == 0:
+        store.set(key, run)
+        return
+    try:
+        store.wait([key], timedelta(minutes=minutes))
+        other = store.get(key).decode()
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise MegagptError(
+            f"rank {ranks.rank}: rank 0 did not come to {os.environ['MASTER_ADDR']}:"
+            f"{os.environ['MASTER_PORT']} within {minutes:g} minutes ({reason})"
+        ) from None
+    if other != run:
+        raise MegagptError(
+            f"MASTER_PORT = {os.environ['MASTER_PORT']}: the run {other!r} meets there, not "
+            f"{run!r}; choose another port"
+        )
 
 
 def _store(ranks: Ranks, minutes: float) -> Any:

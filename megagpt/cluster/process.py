@@ -22,14 +22,15 @@ import signal
 import socket
 import time
 import warnings
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from datetime import timedelta
+from pathlib import Path
 
 import psutil
 
 from megagpt.cluster.agreement import facts_of_run
 from megagpt.cluster.interface import choose_interface
-from megagpt.cluster.meeting import Meeting
+from megagpt.cluster.meeting import LongWork, Meeting
 from megagpt.cluster.mpi import mpi_address
 from megagpt.cluster.ranks import MASTER, Ranks, cores, slurm_address, told_rank
 from megagpt.config import RunConfig
@@ -160,6 +161,16 @@ def meet(ranks: Ranks, facts: Mapping[str, str], minutes: float, run: str = "") 
     master = os.environ["MASTER_ADDR"]
     choose_interface(ranks.rank, meeting.hosts, meeting.addresses, master, os.environ)
     return meeting
+
+
+def share_folder(folder: Path) -> None:
+    """See Meeting.share_folder; for ranks that have met."""
+    _meetings[-1].share_folder(folder)
+
+
+def long_work(alive: Callable[[], None]) -> LongWork:
+    """Work that all ranks that have met begin together; `alive` is called as it goes on."""
+    return LongWork(_meetings[-1], alive)
 
 
 def _adopted(parent: int) -> bool:

@@ -20,6 +20,7 @@ import psutil
 
 from megagpt.cluster.ranks import Ranks
 from megagpt.errors import EXIT_FAILURE
+from megagpt.files import Lock
 
 FACTORS = {"start": 4.0, "first step": 4.0, "step": 1.0, "evaluation": 4.0, "saving": 4.0}
 """Phase -> its limit as a multiple of log.watchdog_minutes. The start reads checksums and a
@@ -27,7 +28,9 @@ checkpoint, the first step compiles."""
 GRACE_S = 5.0
 """Seconds between the stacks and the end, so that the other ranks can write theirs."""
 ORPHAN_S = 20.0
-"""Seconds that a rank without its launcher has for a save; hung beside dead ranks it has none."""
+"""Seconds that a rank without its launcher has for a step; hung beside dead ranks it has no end."""
+LONG_S = 600.0
+"""Seconds that it has for any other phase, such as the evaluation that it is in, and for a save."""
 LOOK_S = 0.5
 """Seconds between two looks."""
 FOLDER = "stacks"
@@ -44,7 +47,11 @@ class Watchdog:
         self.rank = ranks.rank
         self.limit_s = 60 * minutes
         self.launchers = launchers(ranks.launcher)
+        self.keeps: Lock | None = None
+        """What keeps the run folder for this process, where it does."""
         self._stepped = False
+        self._step_s = 0.0
+        """The longest step so far."""
         self._phase: tuple[str, float, float] = ("start", time.monotonic(), 0.0)
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="megagpt-watchdog", daemon=True)
@@ -61,6 +68,9 @@ class Watchdog:
 
     def begin(self, phase: str) -> None:
         """A phase of FACTORS begins, and with it its time; beginning it again is a sign of life."""
+        before, since, _ = self._phase
+        if before == "step":
+            self._step_s = max(self._step_s, time.monotonic() - since)
         if phase == "step" and not self._stepped:
             self._stepped, phase = True, "first step"
         limit_s = FACTORS[phase] * self.limit_s
@@ -69,6 +79,8 @@ class Watchdog:
         if limit_s > 0:
             # Should the thread not run because something holds Python's lock, this still does.
             faulthandler.dump_traceback_later(limit_s + 3 * GRACE_S, exit=True)
+            if self.keeps is not None:
+                self.keeps.ends_within(limit_s + 4 * GRACE_S)
 
     def alive(self) -> None:
         """A sign of life within a phase, as often as one likes."""
@@ -76,18 +88,19 @@ class Watchdog:
             self.begin(self._phase[0])
 
     def _watch(self) -> None:
-        end = float("inf")
+        gone = float("inf")
         while not self._over.wait(LOOK_S):
             phase, since, limit_s = self._phase
             if 0 < limit_s < time.monotonic() - since:
                 self._tell(phase, limit_s)
                 time.sleep(GRACE_S)
                 os._exit(EXIT_FAILURE)
-            if time.monotonic() > end:
-                _say(f"rank {self.rank}: no save within {ORPHAN_S:g} s; ending without")
+            patience_s = max(ORPHAN_S, 2 * self._step_s) if phase == "step" else LONG_S
+            if time.monotonic() - max(gone, since) > patience_s:
+                _say(f"rank {self.rank}: no end of this {phase} in {patience_s:.1f} s; not saved")
                 os._exit(EXIT_FAILURE)
-            if end == float("inf") and orphaned(self.launchers):
-                end = time.monotonic() + ORPHAN_S
+            if gone == float("inf") and orphaned(self.launchers):
+                gone = time.monotonic()
                 _say(f"rank {self.rank}: the launcher is gone; saving and ending")
                 os.kill(os.getpid(), signal.SIGTERM)
 

@@ -204,6 +204,12 @@ class Engine(ABC):
         dist.all_gather_object(values, value)
         return values
 
+    def first(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+
     def barrier(self) -> None:
         """Waits for all ranks."""
         dist.barrier()

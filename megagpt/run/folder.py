@@ -5,12 +5,13 @@ import json
 import shlex
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from megagpt.checkpoint.record import list_checkpoints, read_record
 from megagpt.config import RunConfig, dump_run
 from megagpt.errors import MegagptError, UsageError
-from megagpt.files import lock, write_file
+from megagpt.files import Lock, write_file
 from megagpt.log import RunLog, read_metrics
 from megagpt.log.boards import check_wandb
 from megagpt.log.environment import versions
@@ -18,9 +19,9 @@ from megagpt.plan.layout import Layout
 from megagpt.run.state import RunState
 
 
-def make_run_folder(config: RunConfig) -> None:
-    """The run folder, kept for this process. Raises UsageError where it cannot be, or where the
-    run file wants a writer that is not installed."""
+def make_run_folder(config: RunConfig, alive: Callable[[], None] = lambda: None) -> Lock:
+    """The run folder, kept for this process; `alive` is called while an earlier one ends. Raises
+    UsageError where it cannot be, or where the run file wants a writer that is not installed."""
     check_wandb(config.log.wandb)
     try:
         Path(config.output).mkdir(parents=True, exist_ok=True)
@@ -29,7 +30,7 @@ def make_run_folder(config: RunConfig) -> None:
             f"output = {config.output!r}: cannot make the run folder ({error.strerror}); give "
             "another place"
         ) from None
-    lock(Path(config.output))
+    return Lock(Path(config.output), alive=alive)
 
 
 def write_run_files(

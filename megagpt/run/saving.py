@@ -2,8 +2,9 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from megagpt.checkpoint import CheckpointRecord, Saver, list_checkpoints, resume, start_from
 from megagpt.checkpoint.journal import Journal, read_journal
@@ -18,6 +19,8 @@ from megagpt.run.state import RunState, crossed
 
 log = logging.getLogger("megagpt.train")
 
+RECENT = 5
+"""Saves that tell how long the next one takes."""
 History = list[tuple[float, float]]
 """(loss, gradient norm) of the latest steps, by which spikes are judged."""
 
@@ -40,7 +43,7 @@ class Checkpoints:
         vocabulary = b"" if engine.ranks.rank else loader.vocabulary()  # one rank writes it
         self.saver = Saver(self.folder, config, engine, vocabulary)
         self.save_s = self.saving_since = 0.0
-        """Seconds of the slowest checkpoint; when the last one began."""
+        """Seconds of the slowest checkpoint, from its begin to its end; when the last one began."""
         self.begun = self.saved = 0
         """Tokens consumed at the newest checkpoint that was begun; at the newest that is valid."""
         self.init_from: dict[str, object] | None = None
@@ -177,5 +180,12 @@ class Checkpoints:
         if folder is None:
             return {}
         self.saved = self.begun
-        self.save_s = max(self.save_s, time.monotonic() - self.saving_since)
-        return {"folder": str(folder), "stall_s": round(self.saver.stall_s, 3)}
+        save_s = time.monotonic() - self.saving_since
+        self.save_s = max(self.save_s, save_s)
+        facts: dict[str, object] = {"folder": str(folder), "stall_s": round(self.saver.stall_s, 3)}
+        return facts | {"save_s": round(save_s, 3)}
+
+    def recall(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Takes up how long a save of this run takes, by the latest of them before this start."""
+        latest = [float(record["save_s"]) for record in records][-RECENT:]
+        self.save_s = max([self.save_s, *latest])

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -224,3 +225,22 @@ def test_only_the_embeddings_padding_may_differ(tmp_path):
         fit_rows(values["fp32"], (6, 2), "wpe.weight")
     with pytest.raises(UsageError, match="opens only with the .model. it was trained with"):
         fit_rows(values["fp32"], (5, 3), "wte.weight")
+
+
+def test_a_checkpoint_of_more_files_than_a_process_may_open(tmp_path):
+    whole = tensors({"a": (400, 3)})
+    write(tmp_path, [[piece(whole["a"], "a", 3 * i, 3 * i + 3, TensorShare())] for i in range(400)])
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    there = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (there + 50, limits[1]))
+    try:
+        reader = opened(tmp_path)
+        assert reader.problems({"a": (400, 3)}) == []
+        for key in STATES:
+            assert torch.equal(reader.full("a", key), whole["a"][key])
+        # A file that cannot be opened for want of descriptors is not called damaged.
+        resource.setrlimit(resource.RLIMIT_NOFILE, (there, limits[1]))
+        with pytest.raises(OSError, match="Too many open files"):
+            opened(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)

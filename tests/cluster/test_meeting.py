@@ -106,7 +106,79 @@ def test_ranks_of_another_run_at_the_same_port_are_not_met():
     ]
     said = [json.loads(process.communicate(timeout=90)[0])[1] for process in ends]
     assert said[0].startswith("rank 1 of 2 did not come within 0.1 minutes")
-    assert said[1] == "rank 1: rank 0 ended before all ranks had come"
+    port = environ["MASTER_PORT"]
+    assert said[1] == (
+        f"MASTER_PORT = {port}: the run 'runs/a' meets there, not 'runs/b'; choose another port"
+    )
+
+
+WORK = """
+import sys, time
+from pathlib import Path
+from megagpt.cluster import meeting, process as group
+from megagpt.cluster.ranks import Ranks
+meeting.TELL_S = meeting.POLL_S = 0.1
+rank = int(sys.argv[1])
+group.meet(Ranks(rank=rank, world=2), {}, 1.0)
+signs = []
+for turn in range(2):
+    work = group.long_work(lambda: signs.append(time.monotonic()))
+    until = time.monotonic() + (rank == turn) * 2
+    while time.monotonic() < until:
+        time.sleep(0.05)
+        work.alive()
+    work.wait()
+assert len(signs) > 20 and max(b - a for a, b in zip(signs, signs[1:])) < 1.5, signs
+group.leave(clean=False, wait_s=2)
+"""
+
+
+def test_ranks_that_wait_for_long_work_know_that_it_goes_on():
+    environ = environment() | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    line = [sys.executable, "-c", WORK]
+    processes = [subprocess.Popen([*line, str(rank)], env=environ) for rank in range(2)]
+    assert [process.wait(timeout=90) for process in processes] == [0, 0]
+
+
+SHARE = """
+import socket, sys
+from pathlib import Path
+from megagpt.cluster import process as group
+from megagpt.cluster.ranks import Ranks
+from megagpt.errors import UsageError
+rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+socket.gethostname = lambda: f"host-{rank}"
+group.meet(Ranks(rank=rank, world=2), {}, 1.0)
+try:
+    group._meetings[-1].share_folder(folder, wait_s=1.0)
+    print("shared", end="")
+except UsageError as error:
+    print(error, end="")
+group.leave(clean=False, wait_s=2)
+"""
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_run_folder_that_hosts_do_not_share_is_told_as_they_meet(tmp_path, shared):
+    environ = environment() | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    folders = [tmp_path / "a", tmp_path / ("a" if shared else "b")]
+    for folder in folders:
+        folder.mkdir(exist_ok=True)
+    line = [sys.executable, "-c", SHARE]
+    processes = [
+        subprocess.Popen(
+            [*line, str(rank), str(folder)], env=environ, stdout=subprocess.PIPE, text=True
+        )
+        for rank, folder in enumerate(folders)
+    ]
+    said = [process.communicate(timeout=90)[0] for process in processes]
+    assert not list((tmp_path / "a").iterdir())
+    if shared:
+        assert said == ["shared", "shared"]
+    else:
+        assert said[0].startswith(f"output = '{tmp_path}/a': what rank 0 on host-0 has written")
+        assert said[1].startswith(f"output = '{tmp_path}/b': what rank 0 on host-0 has written")
+        assert "is not seen on host-1 (No such file or directory); all hosts must share" in said[0]
 
 
 def test_what_is_never_said_is_not_waited_for_in_silence(monkeypatch):

@@ -265,6 +265,45 @@ def test_a_hang_that_holds_pythons_lock_ends_too(tmp_path):
     assert "Timeout" in done.stderr and "in stuck" in done.stderr
 
 
+ORPHAN = """
+import os, signal, sys, time
+from pathlib import Path
+from megagpt.cluster import watchdog
+from megagpt.cluster.ranks import Ranks
+watchdog.LOOK_S, watchdog.ORPHAN_S, watchdog.LONG_S = 0.05, 0.5, 30
+asked = []
+signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
+with watchdog.Watchdog(Path(sys.argv[1]), Ranks(), 1) as dog:
+    dog.begin("step")
+    for step_s in (1.0, 0.1):
+        dog.begin("step")
+        time.sleep(step_s)
+    dog.begin(sys.argv[2])
+    dog.launchers = {os.getpid(): 999_999_999}
+    time.sleep(float(sys.argv[3]))
+    dog.begin("saving")
+    time.sleep(1)
+print("saved", len(asked))
+"""
+
+
+@pytest.mark.parametrize(
+    ("phase", "seconds", "said"),
+    [
+        # An evaluation goes on to its end, and so does a step as long as those before it.
+        ("evaluation", 2.0, "saved 1\n"),
+        ("step", 1.4, "saved 1\n"),
+        ("step", 30.0, ""),
+    ],
+)
+def test_without_a_launcher_what_is_under_way_may_end(tmp_path, phase, seconds, said):
+    line = [sys.executable, "-c", ORPHAN, str(tmp_path), phase, str(seconds)]
+    done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.returncode) == (said, 0 if said else 1), done.stderr
+    assert "rank 0: the launcher is gone; saving and ending" in done.stderr
+    assert said or "rank 0: no end of this step in 2." in done.stderr
+
+
 # --- configuration ------------------------------------------------------------------------------
 
 

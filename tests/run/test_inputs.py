@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,7 +15,9 @@ from megagpt.errors import DamageError, UsageError
 from megagpt.order.loader import TokenLoader, check_vocabulary
 from megagpt.plan.ds_config import read_ds_config, resolve
 from megagpt.plan.layout import Layout
-from megagpt.run.inputs import MEMORY, check_data, evaluation_samples
+from megagpt.run import volume
+from megagpt.run.inputs import MEMORY, OWN, _share, check_data, evaluation_samples
+from megagpt.run.volume import volume_of
 from tests.lib.corpus import edit_manifest, run_file
 from tests.lib.distributed import group_of_one
 
@@ -37,6 +40,11 @@ def config(tmp_path: Path) -> RunConfig:
 class Reading:
     """check_data over the corpora of a run file; counts the calls of `alive`."""
 
+    @property
+    def memory(self) -> Path:
+        """What this host remembers of its own disks."""
+        return self.root / "run" / OWN / f"{os.uname().nodename}.json"
+
     def __init__(self, root: Path, engine: Engine) -> None:
         self.root, self.engine, self.calls = root, engine, 0
         (root / "run").mkdir(exist_ok=True)
@@ -44,12 +52,15 @@ class Reading:
     def alive(self) -> None:
         self.calls += 1
 
+    def wait(self) -> None:
+        """Nobody else works."""
+
     def check(self) -> int:
         """How often the reading said that it goes on: 0 when nothing was read."""
         self.calls = 0
         loaders = [TokenLoader([(self.root / n, 1.0)], 32, 1) for n in ("train", "validation")]
         try:
-            check_data(loaders, self.root / "run", self.engine, self.alive)
+            check_data(loaders, self.root / "run", self.engine, self)
         finally:
             for loader in loaders:
                 loader.close()
@@ -71,12 +82,14 @@ def test_each_shard_is_read_once_and_remembered(reading, tmp_path):
     shards = len(list(tmp_path.glob("*/*.bin")))
     assert shards > 2
     assert reading.check() >= 2 * shards
-    assert len(json.loads((tmp_path / "run" / MEMORY).read_text())) == shards
+    assert len(json.loads(reading.memory.read_text())) == shards
     assert reading.check() == 0
 
 
 @pytest.mark.parametrize("text", ["", "{", "3", "null", '[["x"]]', '{"a": 1}'])
 def test_a_memory_that_cannot_be_read_only_costs_time(reading, tmp_path, text):
+    reading.memory.parent.mkdir()
+    reading.memory.write_text(text)
     (tmp_path / "run" / MEMORY).write_text(text)
     assert reading.check() > 0
     assert reading.check() == 0
@@ -103,7 +116,57 @@ def test_every_damaged_shard_is_named_and_none_remembered(reading, tmp_path, end
     for path, line in zip([*paths, other], lines[1:4], strict=True):
         assert str(path) in line and "damaged" in line
     assert "prepare the corpus again, or restore the files from a copy" in lines[4]
-    assert not (tmp_path / "run" / MEMORY).exists()
+    assert not reading.memory.exists()
+
+
+def test_a_copy_with_the_times_of_its_original_is_read(reading, tmp_path):
+    reading.check()
+    path = sorted(tmp_path.glob("train/*.bin"))[0]
+    times = path.stat()
+    flip(path)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(DamageError, match=path.name):
+        reading.check()
+
+
+def shares(*volumes: str) -> list[list[int]]:
+    """Numbers of the shards that each rank reads; two ranks a host, all shards in one folder."""
+    manifest = SimpleNamespace(folder=Path("corpus"))
+    shards = [(manifest, number) for number in range(8)]
+    everywhere = [(f"host{rank // 2}", [volume]) for rank, volume in enumerate(volumes)]
+    ranks = range(len(volumes))
+    return [[n for _, n in _share(r, shards, [manifest.folder], everywhere)] for r in ranks]
+
+
+def test_every_host_reads_its_own_copy_and_all_together_what_they_share():
+    assert shares("nfs a", "nfs a", "nfs a", "nfs a") == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    even, odd = [0, 2, 4, 6], [1, 3, 5, 7]
+    assert shares("host0 1", "host0 1", "host1 1", "host1 1") == [even, odd, even, odd]
+    # One host has a copy, the others do not.
+    assert shares("nfs a", "nfs a", "host1 1", "host1 1") == [even, odd, even, odd]
+
+
+MOUNTS = """\
+21 1 8:1 / / rw - ext4 /dev/sda1 rw
+30 21 0:50 / /data rw - nfs4 server:/export/my\\040data rw
+31 30 0:51 / {data} rw master:1 - lustre 10.0.0.1@o2ib:/fs rw
+nonsense
+32 21 7:0 /sub {image} ro - squashfs /dev/loop0 ro
+"""
+
+
+def test_only_network_file_systems_have_one_name_on_all_hosts(tmp_path, monkeypatch):
+    data, image = tmp_path / "my data", tmp_path / "image"
+    for folder in (data / "web", image):
+        folder.mkdir(parents=True)
+    text = MOUNTS.format(data=str(data).replace(" ", "\\040"), image=image)
+    (tmp_path / "mounts").write_text(text)
+    monkeypatch.setattr(volume, "MOUNTS", tmp_path / "mounts")
+    assert volume_of(data / "web") == "lustre 10.0.0.1@o2ib:/fs /"
+    host = os.uname().nodename
+    assert volume_of(image).startswith(f"{host} ") and volume_of(tmp_path).startswith(f"{host} ")
+    monkeypatch.setattr(volume, "MOUNTS", tmp_path / "none")
+    assert volume_of(data).startswith(f"{host} ")
 
 
 def test_damage_after_the_first_start_is_found_at_the_next(reading, tmp_path):

@@ -1,23 +1,25 @@
-"""A run folder belongs to one process; the system gives it back when that process dies."""
+"""A run folder belongs to one process; a start outwaits an earlier one that ends, and no other."""
 
+import logging
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from megagpt.errors import UsageError
-from megagpt.files import lock
-from tests.lib.distributed import ROOT
+from megagpt.errors import MegagptError, UsageError
+from megagpt.files import ENDS, Lock
+from tests.lib.distributed import ROOT, environment
 
-HOLD = "import sys,time;from pathlib import Path;from megagpt.files import lock;"
-HOLD += "lock(Path(sys.argv[1]));print('held',flush=True);time.sleep(60)"
+HOLD_STILL = "import sys,time;from pathlib import Path;from megagpt.files import Lock;"
+HOLD_STILL += "lock=Lock(Path(sys.argv[1]));print('held',flush=True);time.sleep(60)"
 
 
 def holder(folder: Path) -> subprocess.Popen[str]:
-    line = [sys.executable, "-c", HOLD, str(folder)]
+    line = [sys.executable, "-c", HOLD_STILL, str(folder)]
     made = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert made.stdout is not None and made.stdout.readline() == "held\n"
     return made
@@ -27,12 +29,12 @@ def test_a_second_training_is_refused_and_names_the_first(tmp_path):
     other = holder(tmp_path)
     try:
         with pytest.raises(UsageError, match=f"is being trained by process {other.pid} on "):
-            lock(tmp_path, wait_s=0.3)
+            Lock(tmp_path, wait_s=0.3)
     finally:
         other.kill()
         other.wait()
     # kill -9 leaves nothing behind that would have to be removed.
-    lock(tmp_path, wait_s=0)
+    Lock(tmp_path, wait_s=0)
     assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
 
 
@@ -40,11 +42,87 @@ def test_a_run_that_is_still_saving_is_waited_for(tmp_path, caplog):
     other = holder(tmp_path)
     command = ["sh", "-c", f"sleep 1; kill -{signal.SIGKILL} {other.pid}"]
     with subprocess.Popen(command):
-        lock(tmp_path, wait_s=20)
+        Lock(tmp_path, wait_s=20)
     other.wait()
     assert f"waiting for process {other.pid} on" in caplog.text
 
 
 def test_the_same_process_may_come_back(tmp_path):
-    lock(tmp_path, wait_s=0)
-    lock(tmp_path, wait_s=0)
+    Lock(tmp_path, wait_s=0)
+    Lock(tmp_path, wait_s=0)
+
+
+# --- holders that end by themselves ---
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from megagpt import files
+lock = files.Lock(Path(sys.argv[1]))
+seconds, every = float(sys.argv[2]), float(sys.argv[3])
+lock.ends_within(5.0)
+print("holds", flush=True)
+until = time.monotonic() + seconds
+while time.monotonic() < until:
+    time.sleep(0.2)
+    if every:
+        lock._told = float("-inf")
+        lock.ends_within(100 + time.monotonic() % 50)
+"""
+
+
+@pytest.fixture
+def held(tmp_path):
+    """Starts a process that keeps the folder for some seconds, and may say that it gets on."""
+    started = []
+
+    def hold(seconds: float, gets_on: bool = False) -> subprocess.Popen[str]:
+        line = [sys.executable, "-c", HOLD, str(tmp_path), str(seconds), str(int(gets_on))]
+        process = subprocess.Popen(line, env=environment(), stdout=subprocess.PIPE, text=True)
+        started.append(process)
+        assert process.stdout.readline() == "holds\n"
+        return process
+
+    yield hold
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_a_holder_that_is_cut_off_is_outwaited(held, tmp_path, caplog):
+    """It holds longer than a start waits for one that says nothing, and ends by itself."""
+    process, signs = held(3), []
+    with caplog.at_level(logging.WARNING):
+        Lock(tmp_path, wait_s=0.5, alive=lambda: signs.append(1))
+    assert process.wait(timeout=30) == 0 and signs
+    assert f"waiting for process {process.pid} on " in caplog.text
+    assert "which still trains there, 0 minutes at most" in caplog.text
+
+
+def test_a_holder_that_gets_on_is_named(held, tmp_path):
+    process = held(60, gets_on=True)
+    with pytest.raises(UsageError, match=f"is being trained by process {process.pid} on "):
+        Lock(tmp_path, wait_s=0.5)
+
+
+def test_a_holder_that_should_have_ended_is_named(held, tmp_path):
+    process = held(60)
+    with pytest.raises(MegagptError, match=f"still kept by process {process.pid} on .* should hav"):
+        Lock(tmp_path, wait_s=0.5)
+
+
+def test_a_holder_of_an_earlier_version_is_waited_for_as_ever(held, tmp_path):
+    process = held(60)
+    (tmp_path / ".lock").write_text("process 7 on host-a")
+    t0 = time.monotonic()
+    with pytest.raises(UsageError, match="is being trained by process 7 on host-a; stop it first"):
+        Lock(tmp_path, wait_s=0.5)
+    assert time.monotonic() - t0 < 5 and process.poll() is None
+
+
+def test_a_lock_tells_when_its_process_ends(tmp_path):
+    lock = Lock(tmp_path)
+    lock.ends_within(60)
+    lock.ends_within(99)  # a moment later
+    text = (tmp_path / ".lock").read_text()
+    assert abs(float(text.partition(ENDS)[2]) - time.time() - 60) < 30

@@ -146,6 +146,28 @@ def test_a_shard_that_one_host_lacks(cluster, slurm, file, hostfile, tmp_path):
     assert f"; {shard} cannot be read (No such file or directory) on host-b\n" in said
 
 
+def test_a_damaged_copy_on_the_disk_of_one_host(cluster, slurm, file, tmp_path):
+    # A shard that the rank of the other host would read, if the two shared them out.
+    shard = sorted((tmp_path / "train").glob("*.bin"))[0]
+    with another(cluster["host-b"], tmp_path / "train", tmp_path / "copy") as copy:
+        data = bytearray((copy / shard.name).read_bytes())
+        data[len(data) // 2] ^= 1
+        (copy / shard.name).write_bytes(data)
+        words = ("srun", *TWO_HOSTS, "python", "-m", "megagpt.train", str(file))
+        code, said = cluster["login"].run(*words)
+    assert code == 3, said
+    assert re.search(rf"megagpt: damaged shards:\n  - {shard}: .* \(on host-b\)\n", said), said
+
+
+def test_a_run_folder_that_a_host_has_for_itself(cluster, slurm, file, tmp_path):
+    (tmp_path / "out").mkdir()
+    with another(cluster["host-b"], tmp_path / "out", tmp_path / "copy"):
+        words = ("srun", *TWO_HOSTS, "python", "-m", "megagpt.train", str(file))
+        code, said = cluster["login"].run(*words, f"output={tmp_path}/out/run")
+    assert code == 2, said
+    assert "is not seen on host-b (No such file or directory); all hosts must share" in said, said
+
+
 def refused(cluster: Cluster, file: Path) -> str:
     """What a training on both hosts says that ends with exit code 2 and one message."""
     words = ("srun", *TWO_HOSTS, "python", "-m", "megagpt.train", str(file))

@@ -14,16 +14,18 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from megagpt.cluster.job import lead_s, pattern, script, seconds_of, sweep_of
 from megagpt.config import RunConfig, load_run
 from megagpt.corpus.manifest import MANIFEST
 from megagpt.errors import EXIT_OK, UsageError
 from megagpt.plan.corpora import mismatches
 from megagpt.plan.ds_config import read_ds_config, resolve
 from megagpt.plan.layout import layout_of, spans_hosts
+from megagpt.submit.job import lead_s, pattern, script, seconds_of, sweep_of
 
 RECENT = 100
 """Steps that tell a run's speed."""
+RECENT_SAVES = 5
+"""Saves that tell how long the next one takes."""
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -85,7 +87,8 @@ def run(args: argparse.Namespace) -> int:
         resolve(task, layout, read_ds_config(task.parallel.ds_config))
         check_corpora(task, args.submit)
     steps = recent_steps(Path(config.output))
-    lead = lead_s(config, args.nodes, args.time, max((s["step_s"] for s in steps), default=0.0))
+    step_s = max((s["step_s"] for s in steps), default=0.0)
+    lead = lead_s(config, args.nodes, args.time, step_s, longest_save_s(Path(config.output)))
     starts = starts_needed(config, steps, seconds_of(args.time) - lead)
     count = 1 if args.chain is None else args.chain or starts
     if count < 1:
@@ -179,6 +182,16 @@ def recent_steps(folder: Path) -> list[dict[str, Any]]:
     if not (folder / "metrics.jsonl").exists():
         return []
     return [record for record in read_metrics(folder) if "loss" in record][-RECENT:]
+
+
+def longest_save_s(folder: Path) -> float:
+    """Seconds of the longest of a run's latest saves; 0 before the first."""
+    from megagpt.log import read_metrics
+
+    if not (folder / "metrics.jsonl").exists():
+        return 0.0
+    saves = [record["save_s"] for record in read_metrics(folder) if "save_s" in record]
+    return max(saves[-RECENT_SAVES:], default=0.0)
 
 
 def starts_needed(config: RunConfig, steps: list[dict[str, Any]], seconds: float) -> int:

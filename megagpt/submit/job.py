@@ -46,13 +46,15 @@ def seconds_of(text: str) -> int:
     return seconds
 
 
-def lead_s(config: RunConfig, nodes: int, time: str, step_s: float = 0.0) -> int:
+def lead_s(
+    config: RunConfig, nodes: int, time: str, step_s: float = 0.0, save_s: float = 0.0
+) -> int:
     """Seconds before the limit `time` at which a job must be told to stop: twice a step and a save.
 
-    step_s: the longest step that was measured; 0: none was. Raises UsageError where that leaves
-    less than half of the limit for training.
+    step_s, save_s: the longest step and save that were measured; 0: none was. Raises UsageError
+    where that leaves less than half of the limit for training.
     """
-    save_s = checkpoint_bytes(config.model) / (nodes * WRITE_BYTES_PER_S)
+    save_s = save_s or checkpoint_bytes(config.model) / (nodes * WRITE_BYTES_PER_S)
     lead = 2 * ((step_s or STEP_S) + save_s)
     # Whole minutes: SLURM is not more exact.
     lead = 60 * -(-max(LEAST_LEAD_S, lead) // 60)

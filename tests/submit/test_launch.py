@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from megagpt.cli import main
-from megagpt.cluster.command import recent_steps, starts_needed
-from megagpt.cluster.job import LAUNCH, lead_s, seconds_of, sweep_of
 from megagpt.config import load_run
 from megagpt.errors import UsageError
 from megagpt.plan.memory import checkpoint_bytes
+from megagpt.submit.command import longest_save_s, recent_steps, starts_needed
+from megagpt.submit.job import LAUNCH, lead_s, seconds_of, sweep_of
 from tests.lib.corpus import run_file
 from tests.lib.distributed import ROOT, undisturbed
 
@@ -204,6 +204,26 @@ def test_a_large_model_is_told_earlier(tmp_path):
     assert lead_s(large, 16, "1-0", step_s=600) - lead_s(large, 16, "1-0") in (1080, 1020, 1140)
     with pytest.raises(UsageError, match=r"told \d+ s before its end .* more than half of it"):
         lead_s(large, 1, "60")
+
+
+def test_a_measured_save_counts_instead_of_a_guess(tmp_path, capsys):
+    path = run_file(tmp_path)
+    shutil.copytree(undisturbed() / "run", tmp_path / "run")
+    saves = recorded_saves(tmp_path / "run")
+    assert saves and all(save["save_s"] >= save["stall_s"] / 2 > 0 for save in saves)
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        for save_s in (9000.0, 400.0, 500.0, 300.0, 300.0, 300.0):
+            file.write(json.dumps(saves[-1] | {"save_s": save_s}) + "\n")
+    assert longest_save_s(tmp_path / "run") == 500
+    longer = f"schedule.total_tokens={300 * 512}"
+    assert main(["launch", "slurm", str(path), longer, *SIZE]) == 0
+    # Twice 500 s and two short steps, in whole minutes.
+    assert "told to save and stop 1020 s before its end" in capsys.readouterr().out
+
+
+def recorded_saves(run):
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line.get("event") == "checkpoint"]
 
 
 def test_starts_that_a_run_needs():
