@@ -30,7 +30,7 @@ setup(
     package_dir={name: name.removeprefix("megagpt.") for name in SHIPPED},
     package_data={
         "megagpt.ds_configs": ["*.json"],
-        "megagpt.launch": ["*.sh", "*.sbatch", "runs/*.toml"],
+        "megagpt.launch": ["*.sh", "*.sbatch", "runs/*.toml", "sites/*.sh"],
         "megagpt.plan": ["*.json"],
         "megagpt.report": ["*.css", "*.html", "*.js", "uplot/*"],
         "megagpt.tokenizer": ["*.bpe", "LICENSE*"],

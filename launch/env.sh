@@ -1,10 +1,10 @@
 # shellcheck shell=bash
 # What every launch needs and people forget. Sourced by the scripts beside it, after their
-# parameters; it reads PYTHON, INTERFACE and RETRIES.
+# parameters; it reads PYTHON, INTERFACE and RETRIES, and the site's own file: see launch/sites.
 
 RETRIES=${RETRIES:-5}                         # starts in a row that may end without a new checkpoint
 
-die() { echo "${0##*/}: $*" >&2; exit 2; }
+die() { echo "${0##*/}: $*" >&2; exit "${DIE:-2}"; }
 
 # The shell that called or submitted may have left these of another run; the site's file may set an
 # address for this one, such as the name of rank 0's host in the fast network.
@@ -16,8 +16,9 @@ for site in "${MEGAGPT_SITE:-launch/site.sh}" ~/.config/megagpt/site.sh; do
   break
 done
 
+WITHIN=${WITHIN:-}                            # a container: words in front of the interpreter
 PYTHON=${PYTHON:-$PWD/.venv/bin/python}       # the same path on every host
-[ -x "$PYTHON" ] || PYTHON=$(command -v python3) || die "no python3; set PYTHON to the interpreter"
+[ -n "$WITHIN${SRUN:-}" ] || [ -x "$PYTHON" ] || PYTHON=$(command -v python3) || die "no python3; set PYTHON to the interpreter"
 BIN=$(dirname "$PYTHON")
 # A job that was submitted with --export=NONE has no PATH, and srun would pass its tasks nothing.
 export PATH="$BIN:${PATH:-/usr/local/bin:/usr/bin:/bin}" PYTHONUNBUFFERED=1 SLURM_EXPORT_ENV=ALL
@@ -30,7 +31,8 @@ ulimit -l unlimited 2>/dev/null || true       # InfiniBand pins memory
 
 # run_folder RUN.toml [section.key=value ...]: the run's folder; a run file that is wrong ends here.
 run_folder() {
-  "$PYTHON" - "$@" <<'PY'
+  # shellcheck disable=SC2086  # several words
+  ${READER:-$WITHIN} "$PYTHON" - "$@" <<'PY'
 import sys
 from megagpt.config import load_run
 from megagpt.errors import MegagptError
@@ -81,7 +83,7 @@ slurm_port() { echo $((20000 + SLURM_JOB_ID % 12000)); }
 
 # Only "step_" and digits are a checkpoint of ours, the highest number the newest.
 newest_checkpoint() {
-  find "$1/checkpoints" -maxdepth 1 -name 'step_[0-9]*' ! -name 'step_*[!0-9]*' 2>/dev/null \
+  { find "$1/checkpoints" -maxdepth 1 -name 'step_[0-9]*' ! -name 'step_*[!0-9]*' 2>/dev/null || true; } \
     | sort -V | tail -n 1
 }
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Several hosts, no batch system:  HOSTFILE=hosts launch/multinode.sh RUN.toml [section.key=value ...]
 # Needs pdsh, ssh without a password, and this folder at the same path on all hosts. Ctrl-C or TERM
-# saves and stops.
+# saves and stops. With --until-done before RUN.toml it starts again until the run is done.
 set -euo pipefail
 
 HOSTFILE=${HOSTFILE:-hostfile}      # a line for each host: name slots=GPUS; rank 0 is on the first
@@ -11,6 +11,28 @@ INTERFACE=${INTERFACE:-}            # network between the hosts; empty: each ran
 [ $# -ge 1 ] || { sed -n 's/^# \(.*:  \)/\1/p' "$0"; exit 2; }
 # shellcheck source=launch/env.sh
 . "$(dirname "$0")/env.sh"
+
+if [ "$1" = --until-done ]; then
+  shift
+  folder=$(run_folder "$@") || exit 2
+  trap 'asked=1 told=1; kill -TERM "$start"' TERM INT HUP USR1 USR2 XCPU
+  export UNREACHED=1                # a host that is not there may come back
+  asked=
+  while :; do
+    before=$(newest_checkpoint "$folder")
+    "$0" "$@" &
+    start=$!
+    while :; do
+      told='' code=0
+      wait "$start" || code=$?
+      [ -n "$told" ] || break
+    done
+    echo "$(date "+%F %T") a start ended with code $code"
+    [ -z "$asked" ] || exit "$code"
+    gets_on "$code" "$folder" "$before" "$$" || exit "$code"
+    sleep "${PAUSE:-30}"            # seconds in which hosts may come back
+  done
+fi
 
 folder=$(run_folder "$@") || exit 2
 # deepspeed's command on the other hosts is not quoted.
@@ -28,7 +50,7 @@ missing=$(for host in "${hosts[@]}"; do
   ssh -n -o BatchMode=yes -o ConnectTimeout=10 "$host" "cd '$PWD' && test -x '$PYTHON'" 2> /dev/null \
     || printf '%s ' "$host" &
 done; wait)
-[ -z "$missing" ] || die "${missing}of $HOSTFILE: ssh does not reach it, or $PWD or $PYTHON is not" \
+[ -z "$missing" ] || DIE=${UNREACHED:-2} die "${missing}of $HOSTFILE: ssh does not reach it, or $PWD or $PYTHON is not" \
   "there; take it out of the hostfile, or repair it"
 
 deepspeed_env > "$scratch/env"

@@ -22,7 +22,10 @@ COMMANDS = {
         "will training work here: versions, GPUs, network, disks, hosts, shards",
     ),
     "plan": ("megagpt.plan.command", "what a run will do: layout, batch ramp, steps"),
-    "launch": ("megagpt.submit.command", "write and submit a job of SLURM that is made for a run"),
+    "launch": (
+        "megagpt.submit.command",
+        "a job for SLURM, PBS, LSF or Kubernetes that is made for a run",
+    ),
     "data": (
         "megagpt.order.command",
         "what is in the shards; are they whole; one step's documents",

@@ -1,6 +1,7 @@
-"""`megagpt launch slurm RUN.toml`: a job of SLURM made for one run, checked before it is queued.
+"""`megagpt launch SYSTEM RUN.toml`: a job made for one run, checked before it is queued.
 
     megagpt launch slurm RUN.toml --nodes 2 --gpus-per-node 8 --time 24:00:00 --submit
+    megagpt launch pbs | lsf | kubernetes RUN.toml --nodes 2 --gpus-per-node 8 --time 24:00:00
 
 The script lies in the run folder: RUN_DIR/job.sbatch, with its log beside it in RUN_DIR/job.log.
 A sweep is an array whose tasks train in folders of their own below RUN_DIR.
@@ -8,6 +9,8 @@ A sweep is an array whose tasks train in folders of their own below RUN_DIR.
 
 import argparse
 import math
+import re
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -21,9 +24,18 @@ from megagpt.plan.corpora import mismatches
 from megagpt.plan.ds_config import read_ds_config, resolve
 from megagpt.plan.layout import layout_of, spans_hosts
 from megagpt.submit.job import lead_s, pattern, script, seconds_of, sweep_of
+from megagpt.submit.systems import Facts, lsf, pbs, pytorch_job
 
 RECENT = 100
 """Steps that tell a run's speed."""
+OTHERS = {
+    "pbs": ("RUN_DIR/job.pbs, a job of PBS", "qsub JOB"),
+    "lsf": ("RUN_DIR/job.lsf, a job of LSF", "bsub < JOB"),
+    "kubernetes": ("RUN_DIR/job.json, a PyTorchJob of Kubeflow", "kubectl apply -f JOB"),
+}
+"""System -> what is written, how it is submitted."""
+FURTHER = ("gres", "constraint", "exclude", "reservation", "mem", "container")
+"""Options of sbatch that a job takes as they are."""
 RECENT_SAVES = 5
 """Saves that tell how long the next one takes."""
 
@@ -32,7 +44,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     """Adds the command to the command line."""
     made = commands.add_parser(
         "launch",
-        help="write and submit a job of SLURM that is made for a run",
+        help="write and submit a job that is made for a run: SLURM, PBS, LSF, Kubernetes",
         description="Writes job scripts. Without a batch system see launch/multinode.sh.",
     )
     systems = made.add_subparsers(metavar="SYSTEM", required=True)
@@ -42,19 +54,56 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         description="Checks a run file against nodes x GPUs and writes RUN_DIR/job.sbatch. The job "
         "saves before its end and when it is preempted, and is queued again until the run is done.",
     )
-    slurm.add_argument("file", metavar="RUN.toml", help="run file")
-    slurm.add_argument(
+    add_facts(slurm)
+    add_slurm(slurm)
+    slurm.set_defaults(run=run)
+    for name, (text, submitted) in OTHERS.items():
+        other = systems.add_parser(name, help=text, description=f"Checks a run file against nodes "
+            f"x GPUs and writes {text}. Submit it with {submitted}.")  # fmt: skip
+        add_facts(other)
+        other.add_argument("--option", action="append", default=[], metavar="LINE",
+            help="a further line of options, as the system reads it")  # fmt: skip
+        other.set_defaults(run=run_other, system=name)
+        if name == "kubernetes":
+            other.add_argument("--image", required=True, help="with Python and the packages")
+            other.add_argument("--claim", required=True, help="volume claim that all pods share")
+            other.add_argument("--mount", required=True, metavar="DIR",
+                help="where the volume is, with the checkout and the run's folders")  # fmt: skip
+
+
+def add_facts(parser: argparse.ArgumentParser) -> None:
+    """The options of a job on any system."""
+    parser.add_argument("file", metavar="RUN.toml", help="run file")
+    parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="override of a key"
     )
-    slurm.add_argument("--nodes", type=int, required=True, metavar="N")
-    slurm.add_argument("--gpus-per-node", type=int, required=True, metavar="N")
-    slurm.add_argument(
+    parser.add_argument("--nodes", type=int, required=True, metavar="N")
+    parser.add_argument("--gpus-per-node", type=int, required=True, metavar="N")
+    parser.add_argument(
         "--time", required=True, metavar="T", help="limit of each start, as SLURM reads it"
     )
-    slurm.add_argument("--cpus-per-task", type=int, default=8, metavar="N", help="cores of a rank")
-    for name in ("partition", "account", "qos"):
-        slurm.add_argument(f"--{name}", default="", metavar="NAME")
-    slurm.add_argument("--name", default="", help="of the job (default: the run folder's)")
+    parser.add_argument("--cpus-per-task", type=int, default=8, metavar="N", help="cores of a rank")
+    for name in ("partition", "account"):
+        also = ["--queue"] * (name == "partition")
+        parser.add_argument(f"--{name}", *also, default="", metavar="NAME")
+    parser.add_argument("--name", default="", help="of the job (default: the run folder's)")
+
+
+def add_slurm(slurm: argparse.ArgumentParser) -> None:
+    """The options of a job of SLURM alone."""
+    for name in ("qos", *FURTHER):
+        slurm.add_argument(f"--{name}", default="", metavar=name.upper())
+    slurm.add_argument("--exclusive", action="store_true", help="whole nodes")
+    slurm.add_argument(
+        "--no-gres", action="store_true", help="ask for no GPUs, where nodes have none to give out"
+    )
+    slurm.add_argument(
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="OPTION[=VALUE]",
+        help="any other long option of sbatch, such as --sbatch comment=mine; several options",
+    )
     slurm.add_argument(
         "--chain",
         type=int,
@@ -72,7 +121,41 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="an array with a run for each value; several options: for each combination",
     )
     slurm.add_argument("--submit", action="store_true", help="submit it, too")
-    slurm.set_defaults(run=run)
+
+
+def run_other(args: argparse.Namespace) -> int:
+    """Writes the job of another system. Raises UsageError for a run that cannot go so."""
+    check_options(args)
+    config = load_run(args.file, args.overrides)
+    layout = layout_of(config, args.nodes * args.gpus_per_node)
+    resolve(config, layout, read_ds_config(config.parallel.ds_config))
+    folder = Path(config.output).resolve()
+    step_s = max((s["step_s"] for s in recent_steps(folder)), default=0.0)
+    lead = lead_s(config, args.nodes, args.time, step_s, longest_save_s(folder))
+    facts = Facts(
+        name=args.name or folder.name,
+        nodes=args.nodes,
+        gpus=args.gpus_per_node,
+        cores=args.cpus_per_task,
+        seconds=seconds_of(args.time),
+        lead=lead,
+        folder=folder,
+        arguments=[args.file, *args.overrides],
+        queue=args.partition,
+        account=args.account,
+        options=args.option,
+    )
+    name, text = "job.json", ""
+    if args.system == "kubernetes":
+        text = pytorch_job(facts, args.image, args.claim, args.mount)
+    else:
+        name, text = f"job.{args.system}", {"pbs": pbs, "lsf": lsf}[args.system](facts)
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8", errors="surrogateescape")
+    print(f"{path}: {layout}, {args.nodes} x {args.gpus_per_node} GPUs, {args.time}")
+    print(f"submit it: {OTHERS[args.system][1]}".replace("JOB", shlex.quote(str(path))))
+    return EXIT_OK
 
 
 def run(args: argparse.Namespace) -> int:
@@ -142,7 +225,7 @@ def check_options(args: argparse.Namespace) -> None:
         if getattr(args, name) < 1:
             option = name.replace("_", "-")
             raise UsageError(f"--{option} {getattr(args, name)}: must be 1 or more")
-    if args.chain is not None and args.sweep:
+    if getattr(args, "chain", None) is not None and args.sweep:
         raise UsageError(
             "--chain with --sweep: the tasks of a sweep are queued again by themselves; leave one "
             "of the two out"
@@ -169,10 +252,20 @@ def sbatch_options(
         "open-mode": "append",
         "output": log,
     }
-    more = {key: getattr(args, key) for key in ("partition", "account", "qos")}
+    if args.gres or args.no_gres:
+        del options["gpus-per-node"]
+    if args.exclusive:
+        options["exclusive"] = ""
+    more = {key: getattr(args, key) for key in ("partition", "account", "qos", *FURTHER)}
     if tasks:
         more["array"] = f"0-{tasks - 1}"
-    return options | {key: value for key, value in more.items() if value}
+    options |= {key: value for key, value in more.items() if value}
+    for option in args.sbatch:
+        key, _, value = option.removeprefix("--").partition("=")
+        if not re.fullmatch(r"[a-z][a-z0-9-]*", key):
+            raise UsageError(f"--sbatch {option}: must be a long option of sbatch, OPTION[=VALUE]")
+        options[key] = value
+    return options
 
 
 def recent_steps(folder: Path) -> list[dict[str, Any]]:

@@ -79,6 +79,20 @@ def test_a_job_for_a_run(tmp_path, capsys):
     assert "told to save and stop 180 s before its end" in told
 
 
+def test_any_option_of_sbatch(tmp_path, capsys):
+    path = run_file(tmp_path)
+    more = ("--gres", "gpu:a100:2", "--constraint", "nvme", "--exclude", "n[1-2]", "--mem", "0")
+    text = launched(path, *SIZE, *more, "--exclusive", "--sbatch", "comment=my run", "--sbatch=x")
+    found = options(text)
+    assert "gpus-per-node" not in found
+    assert (found["gres"], found["constraint"], found["mem"]) == ("gpu:a100:2", "nvme", "0")
+    assert '#SBATCH --exclude="n[1-2]"\n' in text and "#SBATCH --exclusive\n" in text
+    assert '#SBATCH --comment="my run"\n' in text and "#SBATCH --x\n" in text
+    assert "gpus-per-node" not in options(launched(path, *SIZE, "--no-gres"))
+    assert main(["launch", "slurm", str(path), *SIZE, "--sbatch", "-n 3"]) == 2
+    assert "--sbatch -n 3: must be a long option of sbatch" in capsys.readouterr().err
+
+
 def test_all_that_a_job_does_stands_in_the_template(tmp_path):
     text = launched(run_file(tmp_path), *SIZE)
     commands = [line for line in text.splitlines() if line and not line.startswith("#")]

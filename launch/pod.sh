@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Inside a pod of a PyTorchJob, from the manifest of `megagpt launch kubernetes`:  launch/pod.sh RUN.toml [section.key=value ...]
+# The operator starts a pod again that ends with a code of 128 or more, and no other.
+set -uo pipefail
+
+NODES=${NODES:-1}                   # pods
+GPUS=${GPUS:-1}                     # ranks of each
+node=${RANK:-0} address=${MASTER_ADDR:-127.0.0.1} port=${MASTER_PORT:-29500}
+
+[ $# -ge 1 ] || { sed -n 's/^# \(.*:  \)/\1/p' "$0"; exit 2; }
+# shellcheck source=launch/env.sh
+. "$(dirname "$0")/env.sh"
+folder=$(run_folder "$@") || exit 2
+before=$(newest_checkpoint "$folder")
+hosts=$(mktemp)
+for ((i = 0; i < NODES; i++)); do echo "pod-$i slots=$GPUS"; done > "$hosts"
+# To the ranks alone: deepspeed's launcher gives a save 30 seconds.
+trap 'told=1; pkill -TERM -f -- "-m megagpt.train"' TERM INT
+deepspeed --hostfile "$hosts" --no_ssh --node_rank "$node" --master_addr "$address" \
+  --master_port "$port" --force_multi --module megagpt.train "$@" &
+while :; do
+  told=
+  wait $!
+  code=$?
+  [ -n "$told" ] || break           # otherwise only the wait was over
+done
+case $code in 0 | 2 | 3) exit "$code" ;; esac
+# The first pod counts starts that save nothing, for all; what it ends with ends the job.
+[ "$node" != 0 ] || gets_on "$code" "$folder" "$before" "${HOSTNAME:-pod}" || exit "$((code % 128))"
+exit 138

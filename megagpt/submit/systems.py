@@ -1,0 +1,175 @@
+"""Jobs for PBS, LSF and Kubernetes, as pure functions of the same facts (stdlib only).
+
+How a job trains, saves, stops and is queued again stands in launch/batch.sh and launch/pod.sh; what
+is written here holds the system's options and the run's arguments.
+"""
+
+import json
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megagpt.errors import UsageError
+from megagpt.submit.job import LAUNCH
+
+START_S = 180
+"""Seconds of a job's time that pass before its ranks count theirs."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Facts:
+    """What a job is, whatever the system."""
+
+    name: str
+    nodes: int
+    gpus: int
+    """Of a node, and so its ranks."""
+    cores: int
+    """Of a rank."""
+    seconds: int
+    """Limit of each start."""
+    lead: int
+    """Seconds before the limit at which a job must be told to stop."""
+    folder: Path
+    """The run folder, absolute."""
+    arguments: Sequence[str]
+    """Run file and overrides."""
+    queue: str = ""
+    account: str = ""
+    options: Sequence[str] = ()
+    """Further lines of options, as the system reads them."""
+
+    @property
+    def words(self) -> list[str]:
+        """The run's arguments, with the time after which the ranks save and stop by themselves."""
+        minutes = max(1, (self.seconds - START_S) // 60)
+        return [*self.arguments, f"checkpoint.stop_after_minutes={minutes}"]
+
+    @property
+    def clock(self) -> str:
+        """The limit as H:MM:SS."""
+        minutes, seconds = divmod(self.seconds, 60)
+        return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
+def plain(text: str) -> str:
+    """A value in a line of options, which PBS and LSF split at blanks. Raises UsageError."""
+    if not re.fullmatch(r"[\w./:@%+,=-]+", text, re.ASCII):
+        raise UsageError(
+            f"{text!r}: a name or path in a job of this system must be of letters, digits and "
+            "._/+-; choose another"
+        )
+    return text
+
+
+def pbs(facts: Facts) -> str:
+    """The script of a job of PBS."""
+    cpus = facts.gpus * facts.cores
+    chunk = f"ncpus={cpus}:ngpus={facts.gpus}:mpiprocs={facts.gpus}"
+    lines = [
+        f"-N {plain(facts.name)}",
+        f"-l select={facts.nodes}:{chunk}",
+        f"-l walltime={facts.clock}",
+        "-j oe",
+        f"-o {plain(str(facts.folder / 'job.log'))}",
+        *([f"-q {plain(facts.queue)}"] if facts.queue else []),
+        *([f"-A {plain(facts.account)}"] if facts.account else []),
+        *facts.options,
+    ]
+    return _script("PBS", "pbs", lines, facts)
+
+
+def lsf(facts: Facts) -> str:
+    """The script of a job of LSF, which queues again what ends with code 75."""
+    lines = [
+        f"-J {plain(facts.name)}",
+        f"-n {facts.nodes * facts.gpus}",
+        f'-R "span[ptile={facts.gpus}] affinity[core({facts.cores})]"',
+        f'-gpu "num={facts.gpus}"',
+        f"-W {facts.seconds // 3600}:{facts.seconds // 60 % 60:02d}",
+        f"-o {plain(str(facts.folder / 'job.log'))}",
+        "-r",
+        '-Q "75"',
+        "-wa USR2",
+        f"-wt {facts.lead // 60}",
+        *([f"-q {plain(facts.queue)}"] if facts.queue else []),
+        *([f"-P {plain(facts.account)}"] if facts.account else []),
+        *facts.options,
+    ]
+    return _script("BSUB", "lsf", lines, facts)
+
+
+def _script(mark: str, system: str, lines: Sequence[str], facts: Facts) -> str:
+    for line in lines:
+        if not line.isprintable():
+            raise UsageError(f"{line!r}: an option must be one line without control characters")
+    job = shlex.quote(str(facts.folder / f"job.{system}"))
+    python, launch = shlex.quote(sys.executable), shlex.quote(str(LAUNCH))
+    return "\n".join(
+        [
+            "#!/usr/bin/env bash",
+            *(f"#{mark} {line}" for line in lines),
+            f"# Written by `megagpt launch {system}`; submit it in the same folder.",
+            f"set -- {shlex.join(facts.words)}",
+            f"export RANKS={facts.nodes * facts.gpus} PER_HOST={facts.gpus} CORES={facts.cores}",
+            f"export JOB={job} PYTHON=${{PYTHON:-{python}}} MEGAGPT_LAUNCH={launch}",
+            "# shellcheck source=/dev/null",
+            '. "$MEGAGPT_LAUNCH/batch.sh"',
+            "",
+        ]
+    )
+
+
+def pytorch_job(facts: Facts, image: str, claim: str, mount: str) -> str:
+    """The manifest of a PyTorchJob, in JSON, which kubectl takes as well as YAML.
+
+    image: has megagpt at the folder `mount`, or `claim`, a volume that all pods share, has. The
+    run file and its folders must lie there too. The operator starts a pod again that ends with a
+    code of 128 or more, as launch/pod.sh does where another start may get on.
+    """
+    name = re.sub(r"[^a-z0-9-]+", "-", facts.name.lower()).strip("-")[:50]
+    resources = {"nvidia.com/gpu": str(facts.gpus), "cpu": str(facts.gpus * facts.cores)}
+    values = {"NODES": str(facts.nodes), "GPUS": str(facts.gpus), "PYTHON": "python3"}
+    container: dict[str, Any] = {
+        "name": "pytorch",
+        "image": image,
+        "workingDir": mount,
+        "command": ["bash", "launch/pod.sh", *facts.arguments],
+        "env": [{"name": key, "value": value} for key, value in values.items()],
+        "resources": {"limits": resources, "requests": resources},
+        "volumeMounts": [
+            {"name": "shared", "mountPath": mount},
+            {"name": "memory", "mountPath": "/dev/shm"},
+        ],
+    }
+    pod = {
+        "terminationGracePeriodSeconds": facts.lead,
+        "containers": [container],
+        "volumes": [
+            {"name": "shared", "persistentVolumeClaim": {"claimName": claim}},
+            {"name": "memory", "emptyDir": {"medium": "Memory"}},
+        ],
+    }
+    replicas = {"Master": 1, "Worker": facts.nodes - 1}
+    tree = {
+        "apiVersion": "kubeflow.org/v1",
+        "kind": "PyTorchJob",
+        "metadata": {"name": name or "megagpt"},
+        "spec": {
+            "runPolicy": {"cleanPodPolicy": "Running"},
+            "pytorchReplicaSpecs": {
+                kind: {
+                    "replicas": count,
+                    "restartPolicy": "ExitCode",
+                    "template": {"spec": pod},
+                }
+                for kind, count in replicas.items()
+                if count
+            },
+        },
+    }
+    return json.dumps(tree, indent=2) + "\n"

@@ -1,0 +1,197 @@
+"""Jobs of PBS, LSF and Kubernetes: what they say, and that they are queued again as SLURM's are."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megagpt.cli import main
+from megagpt.errors import UsageError
+from megagpt.submit.systems import plain
+from tests.lib.corpus import run_file
+from tests.lib.distributed import ROOT
+
+SIZE = ("--nodes", "2", "--gpus-per-node", "2", "--time", "24:00:00", "--cpus-per-task", "4")
+POD = ("--image", "megagpt:1", "--claim", "shared", "--mount", "/work")
+
+
+@pytest.fixture(autouse=True)
+def in_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def written(system: str, root: Path, *more: str) -> str:
+    """The job of a run below `root`."""
+    assert main(["launch", system, str(run_file(root)), *SIZE, *more]) == 0
+    ending = {"kubernetes": "json"}.get(system, system)
+    return (root / "run" / f"job.{ending}").read_text()
+
+
+def lines(text: str, mark: str) -> list[str]:
+    return re.findall(rf"(?m)^#{mark} (.*)$", text)
+
+
+def shell_words(text: str) -> list[str]:
+    """The arguments that a job hands on, said by the shell itself."""
+    (line,) = re.findall(r"(?m)^set -- .*$", text)
+    said = subprocess.run(["bash", "-c", line + '\nprintf "%s\\n" "$@"'], capture_output=True)
+    return said.stdout.decode().splitlines()
+
+
+def test_a_job_of_pbs(tmp_path, capsys):
+    more = ("--queue", "prod", "--account", "us", "--option=-l filesystems=home", "seed=3")
+    text = written("pbs", tmp_path, *more, "--name", "mine")
+    assert lines(text, "PBS") == [
+        "-N mine",
+        "-l select=2:ncpus=8:ngpus=2:mpiprocs=2",
+        "-l walltime=24:00:00",
+        "-j oe",
+        f"-o {tmp_path}/run/job.log",
+        "-q prod",
+        "-A us",
+        "-l filesystems=home",
+    ]
+    # The ranks' own clock, which starts after the job's.
+    stop = "checkpoint.stop_after_minutes=1437"
+    assert shell_words(text) == [f"{tmp_path}/run.toml", "seed=3", stop]
+    assert "export RANKS=4 PER_HOST=2 CORES=4\n" in text
+    assert f"submit it: qsub {tmp_path}/run/job.pbs\n" in capsys.readouterr().out
+
+
+def test_a_job_of_lsf(tmp_path, capsys):
+    text = written("lsf", tmp_path)
+    assert lines(text, "BSUB")[:5] == [
+        "-J run",
+        "-n 4",
+        '-R "span[ptile=2] affinity[core(4)]"',
+        '-gpu "num=2"',
+        "-W 24:00",
+    ]
+    assert '-Q "75"' in lines(text, "BSUB") and "-wt 3" in lines(text, "BSUB")
+    assert f"submit it: bsub < {tmp_path}/run/job.lsf\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("system", ["pbs", "lsf"])
+def test_jobs_are_clean_to_shellcheck(tmp_path, system):
+    written(system, tmp_path)
+    check = [Path(sys.executable).with_name("shellcheck"), tmp_path / "run" / f"job.{system}"]
+    done = subprocess.run(check, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_a_pytorch_job(tmp_path):
+    tree = json.loads(written("kubernetes", tmp_path, *POD, "--name", "My run_1", "seed=3"))
+    assert (tree["apiVersion"], tree["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
+    assert tree["metadata"]["name"] == "my-run-1"
+    parts = tree["spec"]["pytorchReplicaSpecs"]
+    assert {kind: part["replicas"] for kind, part in parts.items()} == {"Master": 1, "Worker": 1}
+    for part in parts.values():
+        assert part["restartPolicy"] == "ExitCode"
+        (container,) = part["template"]["spec"]["containers"]
+        assert container["command"] == ["bash", "launch/pod.sh", f"{tmp_path}/run.toml", "seed=3"]
+        assert container["resources"]["limits"] == {"nvidia.com/gpu": "2", "cpu": "8"}
+        assert {"name": "NODES", "value": "2"} in container["env"]
+
+
+@pytest.mark.parametrize("text", ["a b", "a\nb", "", "x;y", "$HOME", "é"])
+def test_names_that_these_systems_cannot_carry(text):
+    with pytest.raises(UsageError, match="must be of letters, digits and"):
+        plain(text)
+
+
+def test_an_option_of_two_lines_is_refused(tmp_path, capsys):
+    path = run_file(tmp_path)
+    assert main(["launch", "pbs", str(path), *SIZE, "--option", "-N x\necho PWNED"]) == 2
+    assert "an option must be one line without control characters" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+# --- what the jobs do ---------------------------------------------------------------------------
+
+
+class Site:
+    """A host with commands that stand in for those of a site."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.bin = root, root / "bin"
+        self.bin.mkdir()
+        self.file = run_file(root)
+        # The interpreter's own folder comes first on the path.
+        self.stands_in("python", f'exec {sys.executable} "$@"')
+
+    def stands_in(self, name: str, line: str) -> str:
+        path = self.bin / name
+        path.write_text(f"#!/bin/bash\n{line}\n")
+        path.chmod(0o755)
+        return str(path)
+
+    def run(self, *words: object, **environ: str) -> subprocess.CompletedProcess[str]:
+        path = f"{self.bin}:{os.environ['PATH']}"
+        more = {"PYTHON": f"{self.bin}/python", "PATH": path, "PYTHONPATH": str(ROOT), **environ}
+        line = [str(word) for word in words]
+        return subprocess.run(
+            line, env=os.environ | more, capture_output=True, text=True, cwd=ROOT, timeout=120
+        )
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    return Site(tmp_path)
+
+
+@pytest.mark.parametrize(("code", "queued"), [(0, False), (2, False), (75, True), (1, True)])
+def test_jobs_of_pbs_and_lsf_are_queued_again(site, code, queued):
+    site.stands_in("qsub", f'echo "$@" > {site.root}/qsub')
+    ranks = site.stands_in("ranks", f'echo "$@" > {site.root}/ranks; exit {code}')
+    job = ("launch/batch.sh", site.file, "seed=3")
+    done = site.run(*job, LAUNCH=ranks, PBS_JOBID="7.head", JOB="job.pbs")
+    words = (site.root / "ranks").read_text()
+    assert words == f"{site.bin}/python -m megagpt.train {site.file} seed=3\n"
+    asked = site.root / "qsub"
+    assert (asked.read_text() if queued else "") == "-v MEGAGPT_JOB=7.head job.pbs\n" * queued
+    assert asked.exists() == queued and done.returncode == (0 if queued else code), done.stderr
+    by_lsf = site.run(*job, LAUNCH=ranks, LSB_JOBID="7")
+    assert by_lsf.returncode == (75 if queued else code)
+
+
+def test_a_signal_reaches_the_ranks_as_one_that_mpi_passes_on(site):
+    ranks = site.stands_in(
+        "ranks", "trap 'exit 75' USR1; kill -USR2 $PPID; while :; do sleep 0.1; done"
+    )
+    done = site.run("launch/batch.sh", site.file, LAUNCH=ranks, LSB_JOBID="7")
+    assert done.returncode == 75 and "ended with code 75" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("code", "node", "ends"),
+    [(0, 0, 0), (2, 1, 2), (3, 0, 3), (75, 0, 138), (75, 1, 138), (1, 1, 138), (1, 0, 138)],
+)
+def test_a_pod_ends_with_what_its_operator_starts_again(site, code, node, ends):
+    site.stands_in("deepspeed", f'cat "$2" > {site.root}/hosts; echo "$@" >&2; exit {code}')
+    place = {"RANK": str(node), "MASTER_ADDR": "mine-master-0", "MASTER_PORT": "23456"}
+    done = site.run("launch/pod.sh", site.file, NODES="2", GPUS="4", **place)
+    assert done.returncode == ends, done.stderr
+    assert (site.root / "hosts").read_text() == "pod-0 slots=4\npod-1 slots=4\n"
+    assert f"--node_rank {node} --master_addr mine-master-0 --master_port 23456" in done.stderr
+
+
+def test_a_pod_gives_up_as_a_job_does(site):
+    site.stands_in("deepspeed", "exit 137")
+    ends = [site.run("launch/pod.sh", site.file, RETRIES="1").returncode for _ in range(2)]
+    assert ends == [138, 9]
+
+
+def test_several_hosts_until_the_run_is_done(site):
+    (site.root / "hosts").write_text("host-a slots=1\n")
+    count = f"echo . >> {site.root}/starts; n=$(wc -l < {site.root}/starts)"
+    site.stands_in("ssh", "exit 0")
+    site.stands_in("deepspeed", f"{count}; [ $n != 1 ] || exit 1; [ $n != 2 ] || exit 75; exit 0")
+    words = ("launch/multinode.sh", "--until-done", site.file)
+    done = site.run(*words, HOSTFILE=str(site.root / "hosts"), PAUSE="0")
+    assert done.returncode == 0, done.stderr
+    codes = re.findall(r"a start ended with code (\d+)", done.stdout)
+    assert codes == ["1", "75", "0"]
