@@ -1,9 +1,9 @@
 """Constants of one cluster, from runs that trained on it (L0: numpy, no torch).
 
-A run records the time of every step and its memory anyway (metrics.jsonl). Four constants are
-fitted to them, drawn towards what the planner takes without: speed of computations, cost of a
-micro-step that does not shrink with it, exposed traffic of gradients, and memory beside what is
-counted.
+A run records the time of every step, of its parts, and its memory anyway (metrics.jsonl). A few
+constants are fitted to them, drawn towards what the planner takes without: speed of computations,
+cost of a micro-step that does not shrink with it, of a step, exposed traffic of gradients, and
+memory beside what is counted.
 """
 
 import json
@@ -19,7 +19,7 @@ from megagpt.errors import UsageError
 from megagpt.files import write_file
 from megagpt.plan.candidates import Candidate, Cluster, candidate, jobs_of
 from megagpt.plan.constants import CONSTANTS, profile_path
-from megagpt.plan.cost import step_time
+from megagpt.plan.cost import ITEMS, step_items
 from megagpt.plan.jobs import Column
 from megagpt.plan.judge import judge
 from megagpt.plan.layout import world_in
@@ -32,31 +32,41 @@ FITTED = {
     "step.megagpt": 1.0,
 }
 """Constant -> how far it may move, as a logarithm's standard deviation."""
-NOISE = 0.02
+PARTS = {
+    "step_s": ITEMS,
+    "passes_s": ("compute", "tensor"),
+    "optimizer_s": ("optimizer",),
+}
+"""What a record holds -> the items of the cost model that it is; passes are forward and backward,
+which hold a tensor split's collectives."""
+NOISE = {"step_s": 0.02, "passes_s": 0.02, "optimizer_s": 0.1}
+"""Relative error of each that is taken for noise."""
+Measured = Mapping[str, float]
+"""Seconds by name of PARTS, those that a record has."""
 
 
 def calibrate(folders: Sequence[str], cluster: Cluster) -> Path:
     """Fits the profile of the cluster's devices to these runs, writes it and returns its path."""
     pairs: list[tuple[Candidate, int]] = []
-    seconds: list[float] = []
+    measured: list[Measured] = []
     clusters: list[Cluster] = []
     spare: list[float] = []
     for folder in folders:
         config, world, records = _read(Path(folder))
         one, where = candidate(config, world), replace(cluster, gpus=world)
-        for tokens, step_s in _steps(records, folder):
+        for tokens, seconds in _steps(records, folder):
             pairs.append((one, tokens))
-            seconds.append(step_s)
+            measured.append(seconds)
             clusters.append(where)
         # Rank 0 records, and is on the first stage.
         first = sum(judge(one, where, CONSTANTS).stages[0].values())
         predicted = first - 1e9 * CONSTANTS["overhead.megagpt"]
         names = ("memory_peak_bytes", "host_memory_bytes")
-        measured = [r[n] for r in records for n in names[:1] if n in r] or [
+        memory = [r[n] for r in records for n in names[:1] if n in r] or [
             r[names[1]] for r in records if names[1] in r
         ]
-        spare += [max(measured) - predicted] if measured else []
-    own = _fit(pairs, clusters, np.array(seconds))
+        spare += [max(memory) - predicted] if memory else []
+    own = _fit(pairs, clusters, measured)
     if spare:
         own["overhead.megagpt"] = max(0.0, statistics.median(spare) / 1e9)
     path = profile_path(cluster.gpu)
@@ -67,15 +77,19 @@ def calibrate(folders: Sequence[str], cluster: Cluster) -> Path:
 
 
 def _fit(
-    pairs: Sequence[tuple[Candidate, int]], clusters: Sequence[Cluster], seconds: Column
+    pairs: Sequence[tuple[Candidate, int]], clusters: Sequence[Cluster], measured: list[Measured]
 ) -> dict[str, float]:
     """Gauss-Newton on logarithms, drawn towards today's values."""
     jobs = [jobs_of([pair], where) for pair, where in zip(pairs, clusters, strict=True)]
     start = {k: CONSTANTS.get(k, CONSTANTS[k.partition(".")[0]]) for k in FITTED}
+    known = [(i, part) for i, one in enumerate(measured) for part in one]
+    seconds = np.array([measured[i][part] for i, part in known])
+    noise = np.array([NOISE[part] for _, part in known])
 
     def told(x: Column) -> Column:
         own = {k: v * np.exp(m) for (k, v), m in zip(start.items(), x, strict=True)}
-        return np.log([float(step_time(job, CONSTANTS | own)[0]) for job in jobs])
+        items = [step_items(job, CONSTANTS | own) for job in jobs]
+        return np.log([sum(float(items[i][k][0]) for k in PARTS[part]) for i, part in known])
 
     x, prior = np.zeros(len(start)), 1 / np.array(list(FITTED.values()))
     # Devices that the table does not know at all may be far off: then first the speed alone.
@@ -85,8 +99,8 @@ def _fit(
     for _ in range(20):
         base = told(x)
         slope = np.stack([(told(x + 0.01 * e) - base) / 0.01 for e in np.eye(len(x))], axis=1)
-        left = np.concatenate([slope / NOISE, np.diag(prior)])
-        right = np.concatenate([(np.log(seconds) - base) / NOISE, (middle - x) * prior])
+        left = np.concatenate([slope / noise[:, None], np.diag(prior)])
+        right = np.concatenate([(np.log(seconds) - base) / noise, (middle - x) * prior])
         change = np.clip(np.linalg.lstsq(left, right, rcond=None)[0], -1, 1)
         x = x + change
         if np.abs(change).max() < 1e-4:
@@ -114,13 +128,20 @@ def _read(folder: Path) -> tuple[RunConfig, int, list[dict[str, float]]]:
     return config, world_in(str(facts.get("layout", ""))), records
 
 
-def _steps(records: Sequence[Mapping[str, float]], folder: str) -> list[tuple[int, float]]:
+def _steps(records: Sequence[Mapping[str, float]], folder: str) -> list[tuple[int, Measured]]:
     """Median seconds of the steps of each batch size; the first two of each pay for starts."""
-    found: dict[int, list[float]] = {}
+    found: dict[int, list[Measured]] = {}
     for record in records:
         if "step_s" in record and "batch_tokens" in record and "details_s" not in record:
-            found.setdefault(int(record["batch_tokens"]), []).append(float(record["step_s"]))
-    steps = [(n, statistics.median(values[2:])) for n, values in found.items() if len(values) > 4]
+            one = {k: float(record[k]) for k in ("step_s", "optimizer_s") if record.get(k)}
+            if "forward_s" in record and "backward_s" in record:
+                one["passes_s"] = float(record["forward_s"]) + float(record["backward_s"])
+            found.setdefault(int(record["batch_tokens"]), []).append(one)
+    steps: list[tuple[int, Measured]] = [
+        (n, {k: statistics.median(v[k] for v in values[2:] if k in v) for k in values[-1]})
+        for n, values in found.items()
+        if len(values) > 4
+    ]
     if not steps:
         raise UsageError(
             f"--calibrate {folder}: needs more than four recorded steps of one batch size"

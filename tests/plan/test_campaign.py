@@ -175,6 +175,24 @@ def test_what_a_cluster_is_like_is_learnt_from_one_run_for_others(tmp_path, caps
         assert one.peak == pytest.approx(truth.peak, rel=0.05)
 
 
+def test_parts_of_a_step_tell_what_the_step_alone_does_not(tmp_path):
+    machine = CONSTANTS | {"framework.megagpt": 2.5, "step.megagpt": 0.3}
+    cluster = Cluster(gpu="h100", gpus=1)
+    folder, config, truth = recorded(tmp_path, "125m", 1, machine)
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    full = [json.loads(line) for line in lines[-7:-1]]
+    passes, last = truth.items["compute"], {"optimizer_s": truth.items["optimizer"]}
+    parts = {"forward_s": passes / 3, "backward_s": passes * 2 / 3} | last
+    found = []
+    for more in ({}, parts):
+        text = "\n".join(json.dumps(record | more) for record in full)
+        (folder / "metrics.jsonl").write_text(text + "\n")
+        calibrate([str(folder)], cluster)
+        found.append(constants_for("h100")["step.megagpt"])
+    assert found[1] == pytest.approx(0.3, rel=0.05) and abs(found[0] / 0.3 - 1) > 0.1
+    assert judge(candidate(config, 1), cluster).step == pytest.approx(truth.step, rel=0.02)
+
+
 def test_runs_that_nothing_can_be_learnt_from(tmp_path):
     cluster = Cluster(gpu="h100", gpus=1)
     folder, _, _ = recorded(tmp_path, "125m", 1, dict(CONSTANTS))

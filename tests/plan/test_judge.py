@@ -75,6 +75,26 @@ def test_refusals_lead_to_a_plan_that_is_accepted(run_file, capsys, size, gpus):
     assert "whole run: " in out
 
 
+@pytest.mark.slow
+def test_every_refusal_of_the_run_files_leads_to_a_plan_that_is_accepted(capsys):
+    refused = 0
+    for file in sorted((PUBLISHED.parents[2] / "launch" / "runs").glob("gpt3-*.toml")):
+        for gpus in (1, 3, 8, 24, 100, 512, 1000, 4096):
+            code, _, err = planned(capsys, str(file), "--gpus", str(gpus))
+            if code == 0:
+                continue
+            refused += 1
+            lines = [line for line in err.splitlines() if "parallel.ds_config=" in line]
+            assert lines, (file, gpus, err)
+            for line in lines:
+                head = line.split(" can do it")[0].replace("and ", "; ").split("; ")[-1]
+                count = head.replace(",", "") if " can do it" in line else str(gpus)
+                keys = shlex.split(line[line.index("parallel.ds_config=") :])
+                code, _, err = planned(capsys, str(file), *keys, "--gpus", count)
+                assert code == 0, (file, gpus, line, err)
+    assert refused > 20
+
+
 def test_what_is_printed_adds_up(run_file, capsys):
     words = [run_file("6.7b"), "--gpus", "32", "parallel.recompute=full", "--price", "2"]
     code, out, _ = planned(capsys, *words, "--json")
