@@ -13,6 +13,8 @@ PINS = [
     for line in (HERE / "requirements.txt").read_text().split("# tests and linters")[0].splitlines()
     if line.strip() and not line.startswith("#")
 ]
+EXTRAS = {"harness": ["lm_eval==0.4.13"]}
+"""EleutherAI's evaluation harness, for megagpt evaluate --harness."""
 SHIPPED = ["megagpt.ds_configs", "megagpt.launch", "megagpt.data_prep"]
 
 setup(
@@ -36,5 +38,6 @@ setup(
         "megagpt.tokenizer": ["*.bpe", "LICENSE*"],
     },
     install_requires=PINS,
+    extras_require=EXTRAS,
     entry_points={"console_scripts": ["megagpt=megagpt.cli:main"]},
 )

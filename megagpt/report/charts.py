@@ -61,6 +61,7 @@ def charts(runs: Sequence[Run]) -> list[Chart]:
     candidates = [
         _loss(runs),
         _compute(runs),
+        *_tasks(runs),
         _validation_sets(runs),
         *figures.values(),
         _family(runs, "time of a step by part", "s", "_s"),
@@ -199,6 +200,27 @@ def _validation_sets(runs: Sequence[Run]) -> Chart:
             colour = colour_of(len(chart["lines"]))
             chart["lines"].append(_line(shown, colour, run.validation[0], losses, "dots"))
     return chart
+
+
+def _tasks(runs: Sequence[Run]) -> list[Chart]:
+    """What the checkpoints reached on tasks: all accuracies, and each other figure, in a chart."""
+    kinds: dict[str, Chart] = {}
+    for run in runs:
+        names = dict.fromkeys((line["task"], line["figure"]) for line in run.tasks)
+        for task, figure in names:
+            lines = [one for one in run.tasks if (one["task"], one["figure"]) == (task, figure)]
+            share = "acc" in figure or figure == "exact_match"
+            title, scale = (
+                ("accuracy on tasks", 100.0) if share else (figure.replace("_", " "), 1.0)
+            )
+            chart = kinds.setdefault(title, _chart(title, unit="%" if share else ""))
+            shown = f"{run.name}, {task}" if len(runs) > 1 else task
+            colour, x = colour_of(len(chart["lines"])), column(lines, "tokens")
+            values, chance = column(lines, "value"), column(lines, "chance")
+            chart["lines"].append(_line(shown, colour, x, scale * values, "dots"))
+            if share:
+                chart["lines"].append(_line(f"{shown}, a guess", colour, x, scale * chance, "dash"))
+    return list(kinds.values())
 
 
 def _figure(

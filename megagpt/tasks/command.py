@@ -27,7 +27,18 @@ log = logging.getLogger("megagpt.tasks")
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Adds the command to the command line."""
     parser = corpora.add_parser(subparsers)
-    tasks = parser.add_argument_group("tasks")
+    _add_tasks(parser.add_argument_group("tasks"))
+    harness = parser.add_argument_group("EleutherAI's harness, with pip install 'megagpt[harness]'")
+    harness.add_argument(
+        "--harness", metavar="TASKS", default="", help="names of its tasks, with commas between"
+    )
+    harness.add_argument(
+        "--include-path", metavar="DIR", type=Path, help="folder with further tasks' files"
+    )
+    parser.set_defaults(run=run)
+
+
+def _add_tasks(tasks: "argparse._ArgumentGroup") -> None:
     tasks.add_argument(
         "--task",
         metavar="NAME[=SOURCE]",
@@ -73,14 +84,21 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="prepared corpus in which the 13-grams of each question are looked for; accuracy is "
         "told for clean and dirty questions apart; repeatable",
     )
-    parser.set_defaults(run=run)
+    tasks.add_argument(
+        "--all-checkpoints",
+        action="store_true",
+        help="every checkpoint of the run, oldest first: the learning curve of the tasks, in "
+        "tasks.jsonl and report.html of the run folder",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the figures of each task, or of each corpus."""
-    asked = [name for name in ("data", "task") if getattr(args, name)]
+    asked = [f"--{name}" for name in ("data", "task", "harness") if getattr(args, name)]
     if len(asked) > 1:
-        raise UsageError("--data and --task: give one of them at a time")
+        raise UsageError(f"{' and '.join(asked)}: give one of them at a time")
+    if args.harness:
+        return _harness(args)
     return _tasks(args) if args.task else corpora.run(args)
 
 
@@ -90,22 +108,62 @@ def _tasks(args: argparse.Namespace) -> int:
     if args.by_document:
         raise UsageError("--by-document: is for --data; leave it out")
     found = wanted(args.task, args.seed, bool(args.shots))
-    _print(args, found, _evaluated(args, found))
+    if args.all_checkpoints:
+        _print_curve(args, found)
+    else:
+        folder = corpora.checkpoint_of(args.folder, args.checkpoint)
+        _print(args, found, evaluated(args, found, folder))
     return 0
 
 
-def _evaluated(args: argparse.Namespace, found: "Wanted") -> "tuple[list[TaskResult], dict]":
-    """(results, facts of the model)."""
+def _harness(args: argparse.Namespace) -> int:
+    try:
+        from megagpt.tasks.harness import harness_lines, run_harness
+    except ImportError as error:
+        raise UsageError(
+            f"--harness: lm_eval cannot be imported ({error}); pip install 'megagpt[harness]'"
+        ) from None
+    from megagpt.log.metrics import encode
     from megagpt.use.likelihood import Scorer
 
     folder = corpora.checkpoint_of(args.folder, args.checkpoint)
+    model, encoding, _ = load_placed(folder, args.dtype, args.device)
+    scorer = Scorer(model, encoding, args.batch_size)
+    names = args.harness.split(",")
+    found = run_harness(scorer, names, args.include_path, args.shots, args.limit)
+    if args.json:
+        kept = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better")
+        told = {key: found[key] for key in kept if key in found}
+        print(encode({"checkpoint": str(folder), **told}).decode(), end="")
+    else:
+        print(harness_lines(found))
+    return 0
+
+
+def _print_curve(args: argparse.Namespace, found: "Wanted") -> None:
+    from megagpt.tasks.curve import draw, learned
+
+    if args.checkpoint is not None:
+        raise UsageError("--all-checkpoints and --checkpoint: give one of them")
+    for made in learned(args.folder, lambda folder: evaluated(args, found, folder)):
+        _print(args, found, made)
+    page = draw(args.folder)
+    log.info("%s", page)
+
+
+def evaluated(
+    args: argparse.Namespace, found: "Wanted", folder: Path
+) -> "tuple[list[TaskResult], dict[str, Any]]":
+    """(results, facts) of the model in `folder`."""
+    from megagpt.use.likelihood import Scorer
+
     model, encoding, facts = load_placed(folder, args.dtype, args.device)
     scorer = Scorer(model, encoding, args.batch_size)
-    results = score_all(scorer, found, args)
+    results = _scored(scorer, found, args)
     return results, facts | {"n_ctx": scorer.n_ctx, "pf_days": _compute(scorer, facts["tokens"])}
 
 
-def score_all(scorer: "Scorer", found: "Wanted", args: argparse.Namespace) -> "list[TaskResult]":
+def _scored(scorer: "Scorer", found: "Wanted", args: argparse.Namespace) -> "list[TaskResult]":
     """The results of all tasks of one model."""
     from megagpt.tasks.catalogue import GPT3
     from megagpt.tasks.scoring import TaskOptions, score_task
@@ -154,7 +212,7 @@ def _compute(scorer: "Scorer", tokens: int) -> float:
 
 
 def _print(
-    args: argparse.Namespace, found: "Wanted", made: "tuple[list[TaskResult], dict]"
+    args: argparse.Namespace, found: "Wanted", made: "tuple[list[TaskResult], dict[str, Any]]"
 ) -> None:
     from megagpt.log.metrics import encode
     from megagpt.tasks.catalogue import GPT3

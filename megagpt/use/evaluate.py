@@ -133,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
     from megagpt.use.score import ScoreOptions, evaluate
 
     if not args.data:
-        raise UsageError("nothing to evaluate: give --data DIR, or --task NAME")
+        raise UsageError("nothing to evaluate: give --data DIR, --task NAME or --harness TASKS")
     if args.by_document and (args.stride or args.max_tokens):
         raise UsageError(
             "--by-document: scores every document whole; leave out --stride and --max-tokens"

@@ -79,7 +79,7 @@ def test_the_comparison_with_the_paper(capsys, folder):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "nothing to evaluate: give --data DIR, or --task NAME"),
+        ([], "nothing to evaluate: give --data DIR, --task NAME or --harness TASKS"),
         (["--data", "x", "--task", "2D+"], "--data and --task: give one of them at a time"),
         (["--task", "2D+", "--by-document"], "--by-document: is for --data; leave it out"),
         (["--data", "x", "--by-document", "--stride", "8"], "scores every document whole"),
