@@ -253,10 +253,19 @@ def result_lines(result: "TaskResult") -> Iterator[str]:
     yield f"{result.task} ({result.source}): {result.examples:,} examples{cut}, K = {shots}"
     yield f"  {result.scoring}"
     for name, one in result.figures.items():
-        mark = "  <- the paper's" if name == result.headline and len(result.figures) > 2 else ""
+        mark = _quoted_by(name, result)
         yield f"  {name:<20}{_figure(name, one)}{_chance(name, result)}{mark}"
     for kind, (n, one) in result.parts.items():
         yield f"  {kind:<20}{_figure('acc', one)}   {n:,} examples" if n else f"  {kind}: none"
+
+
+def _quoted_by(name: str, result: "TaskResult") -> str:
+    """Who gives this one of several figures."""
+    whose = {result.quoted: "EleutherAI's tables", result.headline: "the GPT-3 paper"}
+    if result.quoted == result.headline:
+        whose = {result.headline: "the GPT-3 paper, EleutherAI's tables"}
+    several = len(result.figures) > 2
+    return f"   <- {whose[name]}" if several and name in whose else ""
 
 
 def is_share(name: str) -> bool:

@@ -72,6 +72,8 @@ class Task:
     """The context that GPT-3 weighs a choice against."""
     headline: str = "accuracy"
     """The figure that the GPT-3 paper gives."""
+    quoted: str = ""
+    """The figure that others give."""
     paper_shots: int = 0
     """K of the paper."""
 

@@ -53,6 +53,8 @@ class TaskResult:
     """Questions whose beginning the model does not see."""
     headline: str
     """The figure that the GPT-3 paper gives."""
+    quoted: str = ""
+    """The figure that others give, as EleutherAI's tables."""
     chance: float
     """Accuracy of the best guess without reading the question."""
     figures: dict[str, Estimate]
@@ -87,6 +89,7 @@ def score_task(scorer: Scorer, task: Task, options: TaskOptions) -> TaskResult:
         shots=(min(made.shots), max(made.shots)),
         cut=made.cut,
         headline=headline,
+        quoted=task.quoted,
         chance=best_guess(task.asked),
         figures=figures,
         correct=correct,
@@ -234,6 +237,7 @@ def as_record(result: TaskResult) -> dict[str, Any]:
         "shots": list(result.shots),
         "cut": result.cut,
         "headline": result.headline,
+        "quoted": result.quoted,
         "chance": result.chance,
         "figures": {name: told(one) for name, one in result.figures.items()},
         "parts": {name: {"examples": n, **told(one)} for name, (n, one) in result.parts.items()},

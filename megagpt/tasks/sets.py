@@ -249,6 +249,7 @@ def task_of(name: str, source: str = "", gapped: bool = False, form: str = "") -
         source=source,
         separator=_separator(kind, gapped),
         headline=entry.headline if kind == entry.kind else "acc",
+        quoted=entry.quoted if kind == entry.kind else "acc",
     )
 
 
