@@ -16,6 +16,7 @@ import numpy as np
 
 from megagpt.config.flops import pf_days
 from megagpt.report.series import Floats, Run, column, table, thin
+from megagpt.use.learned import curves
 
 INK, FAINT, GRID, GREY = "#1f2933", "#66727f", "#e6e9ed", "#8a94a0"
 TRAIN, VALIDATION, RATE, BATCH, ALARM = "#2b6cb0", "#dd6b20", "#2f855a", "#6b46c1", "#c53030"
@@ -206,20 +207,12 @@ def _tasks(runs: Sequence[Run]) -> list[Chart]:
     """What the checkpoints reached on tasks: all accuracies, and each other figure, in a chart."""
     kinds: dict[str, Chart] = {}
     for run in runs:
-        names = dict.fromkeys((line["task"], line["figure"]) for line in run.tasks)
-        for task, figure in names:
-            lines = [one for one in run.tasks if (one["task"], one["figure"]) == (task, figure)]
-            share = "acc" in figure or figure == "exact_match"
-            title, scale = (
-                ("accuracy on tasks", 100.0) if share else (figure.replace("_", " "), 1.0)
-            )
-            chart = kinds.setdefault(title, _chart(title, unit="%" if share else ""))
-            shown = f"{run.name}, {task}" if len(runs) > 1 else task
-            colour, x = colour_of(len(chart["lines"])), column(lines, "tokens")
-            values, chance = column(lines, "value"), column(lines, "chance")
-            chart["lines"].append(_line(shown, colour, x, scale * values, "dots"))
-            if share:
-                chart["lines"].append(_line(f"{shown}, a guess", colour, x, scale * chance, "dash"))
+        for curve in curves(run.folder):
+            chart = kinds.setdefault(curve.title, _chart(curve.title, unit=curve.unit))
+            name = f"{run.name}, {curve.task}" if len(runs) > 1 else curve.task
+            colour, x = colour_of(len(chart["lines"]) // 2), np.array(curve.tokens)
+            guess = _line(f"{name}, a guess", colour, x, np.array(curve.chance), "dash")
+            chart["lines"] += [_line(name, colour, x, np.array(curve.values), "dots"), guess]
     return list(kinds.values())
 
 

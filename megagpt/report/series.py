@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,9 @@ from numpy.typing import NDArray
 from megagpt.config import RunConfig, load_run
 from megagpt.config.flops import parameters_by_kind, pf_days
 from megagpt.errors import UsageError
-from megagpt.log.metrics import decode, read_metrics
+from megagpt.log.metrics import read_metrics
 
 Floats = NDArray[np.float64]
-TASKS = "tasks.jsonl"
-"""What the run's checkpoints reached on tasks, a line each: `megagpt evaluate --all-checkpoints`
-writes it into the run folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +42,6 @@ class Run:
     """None where the folder has no readable config.toml."""
     facts: dict[str, Any]
     """run.json, or nothing."""
-    tasks: list[dict[str, Any]] = field(default_factory=list)
-    """Lines of TASKS in the order of training: step, tokens, task, figure, value, low, high,
-    chance."""
 
     def column(self, key: str) -> Floats:
         """A figure of every step, NaN where a step has none."""
@@ -196,7 +190,6 @@ def read_facts(folder: Path, lines: Sequence[dict[str, Any]], name: str = "") ->
         events=[line for line in lines if "event" in line],
         config=_config(folder),
         facts=_facts(folder),
-        tasks=read_tasks(folder),
     )
 
 
@@ -233,23 +226,6 @@ def _facts(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return facts if isinstance(facts, dict) else {}
-
-
-def read_tasks(folder: Path) -> list[dict[str, Any]]:
-    """The lines of TASKS, without those that are none, in the order of training."""
-    try:
-        content = (folder / TASKS).read_bytes()
-    except OSError:
-        return []
-    lines = []
-    for text in content.splitlines():
-        try:
-            line = decode(text)
-        except ValueError:
-            continue
-        if _placed(line) and all(type(line.get(key)) is str for key in ("task", "figure")):
-            lines.append(line)
-    return sorted(lines, key=lambda line: line["tokens"])
 
 
 def smooth(values: Floats, span_steps: int) -> Floats:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from megagpt.errors import UsageError
 from megagpt.use import evaluate as corpora
+from megagpt.use.learned import is_share
 from megagpt.use.loading import load_placed
 
 if TYPE_CHECKING:
@@ -266,11 +267,6 @@ def _quoted_by(name: str, result: "TaskResult") -> str:
         whose = {result.headline: "the GPT-3 paper, EleutherAI's tables"}
     several = len(result.figures) > 2
     return f"   <- {whose[name]}" if several and name in whose else ""
-
-
-def is_share(name: str) -> bool:
-    """Whether a figure is an accuracy, 0 to 1."""
-    return name.startswith("acc") or name == "exact_match"
 
 
 def _figure(name: str, one: corpora.Estimate) -> str:

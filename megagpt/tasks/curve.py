@@ -10,8 +10,9 @@ from megagpt.files import write_durably
 from megagpt.log.metrics import encode
 from megagpt.report import PAGE
 from megagpt.report.page import write_page
-from megagpt.report.series import TASKS, read_run, read_tasks
+from megagpt.report.series import read_run
 from megagpt.tasks.scoring import TaskResult
+from megagpt.use.learned import TASKS, read_tasks
 
 Made = tuple[list[TaskResult], dict[str, Any]]
 """(results, facts of the model)."""

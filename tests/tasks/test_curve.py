@@ -9,7 +9,8 @@ import pytest
 from megagpt.checkpoint import list_checkpoints
 from megagpt.cli import main
 from megagpt.report.charts import charts
-from megagpt.report.series import read_run, read_tasks
+from megagpt.report.series import read_run
+from megagpt.use.learned import read_tasks
 from tests.lib.corpus import run_file
 from tests.lib.distributed import group_of_one
 from tests.lib.here import train_here
