@@ -19,7 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from megagpt.config import Dtype, RunConfig, dump_run, load_run
-from megagpt.errors import EXIT_FAILURE, EXIT_OK, EXIT_STOPPED, MegagptError, UsageError
+from megagpt.errors import (
+    EXIT_FAILURE,
+    EXIT_OK,
+    EXIT_STOPPED,
+    DamageError,
+    MegagptError,
+    UnsoundError,
+    UsageError,
+)
 from megagpt.log.metrics import read_metrics
 
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 2e-2}
@@ -174,7 +182,8 @@ def train(
 
 
 def launch(command: Sequence[str], ranks: int, stops: bool = False) -> None:
-    """Runs python with `command` on `ranks` processes of this machine; raises when it fails.
+    """Runs python with `command` on `ranks` processes of this machine; raises the error of its exit
+    code when it fails.
 
     stops: it should end early with exit code 75, of which torchrun makes a 1 and says so.
     """
@@ -192,7 +201,9 @@ def launch(command: Sequence[str], ranks: int, stops: bool = False) -> None:
     stopped = done.returncode == EXIT_STOPPED or f"exitcode  : {EXIT_STOPPED}" in done.stderr
     if not stopped if stops else done.returncode:
         tail = "\n".join(done.stderr.splitlines()[-30:])
-        raise MegagptError(f"training on {ranks} ranks ended with {done.returncode}:\n{tail}")
+        kind = {one.exit_code: one for one in (UsageError, DamageError, UnsoundError)}
+        error = kind.get(done.returncode, MegagptError)
+        raise error(f"training on {ranks} ranks ended with {done.returncode}:\n{tail}")
 
 
 def differences(

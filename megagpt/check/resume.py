@@ -31,7 +31,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "verify-resume",
         help="train a run file with and without a restart and compare every bit",
         description=__doc__.split("\n\n")[1],
-        epilog="Exit codes: 0 the same; 1 different; 2 wrong usage or configuration.",
+        epilog="Exit codes: 0 the same; 1 different; 2 wrong usage or configuration; "
+        "3 damaged input.",
     )
     made.add_argument("file", metavar="RUN.toml", help="run file; its shards must be prepared")
     made.add_argument("overrides", nargs="*", metavar="section.key=value", help="override of a key")

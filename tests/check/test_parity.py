@@ -10,7 +10,7 @@ import pytest
 
 from megagpt.check.parity import differences, launch, names
 from megagpt.cli import main
-from megagpt.errors import MegagptError
+from megagpt.errors import DamageError, MegagptError
 from tests.lib.corpus import run_file
 
 
@@ -45,6 +45,8 @@ def test_wrong_usage_and_failures(file, capsys):
     assert "--only 'ZeRO-9': must be one of ZeRO-0 x2" in capsys.readouterr().err
     with pytest.raises(MegagptError, match="training on 1 ranks ended with 7"):
         launch(["-c", "import sys; sys.exit(7)"], 1)
+    with pytest.raises(DamageError, match="training on 1 ranks ended with 3:\n.*what is damaged"):
+        launch(["-c", "import sys; print('what is damaged', file=sys.stderr); sys.exit(3)"], 1)
     step = {"step": 1, "tokens": 2, "lr": 0.1, "digest": "a", "loss": 1.0, "grad_norm": 1.0}
     with pytest.raises(MegagptError, match="did not take the same steps over the same samples"):
         differences([step], [{**step, "digest": "b"}])
