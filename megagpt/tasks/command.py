@@ -180,7 +180,7 @@ def _scored(scorer: "Scorer", found: "Wanted", args: argparse.Namespace) -> "lis
     results = [score_task(scorer, task.limited(args.limit), options) for task in found.tasks]
     if args.training_data:
         results = _apart(found, results, args)
-    most = args.max_tokens // (args.stride or scorer.n_ctx)
+    most = max(1, args.max_tokens // (args.stride or scorer.n_ctx)) if args.max_tokens else 0
     return results + [stream(scorer, name, path, args.stride, most) for name, path in found.streams]
 
 

@@ -1,4 +1,4 @@
-"""Prepared corpora as text: the words in them, and the 13-grams that questions share with them."""
+"""Prepared corpora as text: the words in them, and what questions share with them."""
 
 import re
 from collections import Counter
@@ -18,6 +18,9 @@ from megagpt.tokenizer import load_tokenizer
 CLEAN, DIRTY, SHORT = "clean", "dirty", "short"
 """No 13-gram of the question is in the training data; one is; it has no 13 words."""
 _WORD = re.compile(r"[a-z]+")
+_QUESTION = re.compile(r"What is (\d+) (plus|minus) (\d+)\?")
+_SUM = re.compile(r"(?<!\d)(\d+) (?:([+-]) (\d+) =|(plus|minus) (\d+)(?!\d))")
+"""What the paper looks for in place of 13-grams: "<a> + <b> =" and "<a> plus <b>" (its 3.9.1)."""
 
 
 def documents_of(folder: Path, label: str) -> Iterator[str]:
@@ -44,23 +47,36 @@ def cleanness(questions: Sequence[Sequence[Example]], folders: Sequence[Path]) -
     """CLEAN, DIRTY or SHORT for each example of each task, by the corpora in `folders`.
 
     As the GPT-3 paper's appendix C, a question is dirty when any 13 words of it, in lower case and
-    without punctuation, stand in the training data. Unlike there, no shorter overlap counts.
+    without punctuation, stand in the training data. Unlike there, no shorter overlap counts, but
+    for sums and differences, which are dirty when the data hold them in one of two forms.
     """
     of_each = [[_grams(example) for example in examples] for examples in questions]
     every = [grams for task in of_each for grams in task]
     known = np.unique(np.concatenate([np.zeros(0, np.uint64), *every]))
-    seen = np.zeros(len(known), np.bool_)
-    if len(known):
-        for folder in folders:
-            for text in documents_of(folder, "looking for questions in"):
+    seen, sums = np.zeros(len(known), np.bool_), set[tuple[str, ...]]()
+    for folder in folders:
+        for text in documents_of(folder, "looking for questions in"):
+            if len(known):
                 seen[shared_grams(text, known)] = True
+            sums.update(_sums(text))
 
-    def judged(grams: NDArray[np.uint64]) -> str:
+    def judged(example: Example, grams: NDArray[np.uint64]) -> str:
+        if found := _QUESTION.search(example.contexts[0]):
+            return DIRTY if found.groups() in sums else CLEAN
         if not len(grams):
             return SHORT
         return DIRTY if seen[np.searchsorted(known, grams)].any() else CLEAN
 
-    return [[judged(grams) for grams in task] for task in of_each]
+    return [
+        [judged(*pair) for pair in zip(examples, task, strict=True)]
+        for examples, task in zip(questions, of_each, strict=True)
+    ]
+
+
+def _sums(text: str) -> Iterator[tuple[str, ...]]:
+    """(a, plus or minus, b) of every sum or difference in a text."""
+    for a, sign, b, word, other in _SUM.findall(text):
+        yield a, word or {"+": "plus", "-": "minus"}[sign], b or other
 
 
 def _grams(example: Example) -> NDArray[np.uint64]:

@@ -90,7 +90,8 @@ def score_task(scorer: Scorer, task: Task, options: TaskOptions) -> TaskResult:
         cut=made.cut,
         headline=headline,
         quoted=task.quoted,
-        chance=best_guess(task.asked),
+        # Of all questions: of three any answer would be frequent.
+        chance=best_guess(task.examples),
         figures=figures,
         correct=correct,
     )
@@ -200,7 +201,8 @@ def _choice(
         "acc_unconditional": logprob - anyway,
     }
     right = {name: _best_is_gold(made.examples, score) for name, score in scores.items()}
-    return {name: proportion(hits) for name, hits in right.items()}, right[task.headline]
+    headline = right.get(task.headline, right["acc"])
+    return {name: proportion(hits) for name, hits in right.items()}, headline
 
 
 def _partial(

@@ -310,6 +310,18 @@ def test_clean_and_dirty_questions(tmp_path):
     assert cleanness([examples[2:3]], [corpus]) == [[SHORT]]
 
 
+def test_sums_that_the_training_data_hold(tmp_path):
+    text = "So 12 plus 34 is 46. 98 - 45 = 53, 112 + 7 = 119; 5 + 6 is none, nor 77 plus 123."
+    corpus = write_corpus(tmp_path / "text", [text, "12 minus 34"])
+    asked = "12 plus 34|98 minus 45|112 plus 7|98 plus 45|12 minus 34|5 plus 6|77 plus 12|2 plus 34"
+    examples = [
+        Example(contexts=(f"\n\nQ: What is {sum_}?\n\nA:",), choices=(" 1",))
+        for sum_ in asked.split("|")
+    ]
+    expected = [DIRTY, DIRTY, DIRTY, CLEAN, DIRTY, CLEAN, CLEAN, CLEAN]
+    assert cleanness([examples], [corpus]) == [expected]
+
+
 def test_the_paper_at_our_compute(scorer):
     values = (42.7, 54.3, 60.4, 63.6, 67.1, 70.3, 72.5, 76.2)
     for days, value in zip(PF_DAYS, values, strict=True):

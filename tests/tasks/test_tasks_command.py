@@ -43,6 +43,8 @@ def test_what_programs_are_told(capsys, folder):
     assert list(own["figures"]) == names
     assert all(one["low"] <= one["value"] <= one["high"] for one in own["figures"].values())
     assert sums["source"] == "made here, seed 0" and sums["shots"] == [2, 2]
+    # Of all 2,000 sums, not of the three.
+    assert 0.005 < sums["chance"] < 0.02 and sums["examples"] == 3
     assert set(sums["figures"]) == {"exact_match", "acc", "perplexity"}
     assert text8["headline"] == "bits_per_character" and text8["parts"] == {}
     again = json.loads(said(capsys, folder, *words, "--json"))
