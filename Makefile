@@ -22,16 +22,20 @@ GPU_OUT ?= .gpu/out
 NANOGPT ?= $(wildcard .gpu/pack/nanogpt)
 GPU_VENV := $(if $(filter cpu,$(DEVICE)),$(VENV),.gpu/venv)
 
-.PHONY: quickstart test lint test-slow test-cluster gpu-pack gpu-check clean
+.PHONY: install quickstart test lint test-slow test-cluster gpu-pack gpu-check clean
 
 # DeepSpeed's own build reads torch, so torch comes first and isolation is off for it.
 $(STAMP): requirements.txt setup.py
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "megagpt needs Python 3.11 or newer: make PYTHON=python3.12")'
+	@echo "Installing into $(VENV), once: PyTorch, then DeepSpeed and the rest. Some minutes, mostly silent."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' requirements.txt)"
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $(STAMP)
+
+install: $(STAMP)
+	@echo "Installed. In every new shell: source $(VENV)/bin/activate"
 
 # Raw text -> tokenizer -> shards -> training on two ranks -> curves -> generated text.
 quickstart: $(STAMP) $(TOKENIZER)

@@ -13,8 +13,8 @@ PINS = [
     for line in (HERE / "requirements.txt").read_text().split("# tests and linters")[0].splitlines()
     if line.strip() and not line.startswith("#")
 ]
-EXTRAS = {"harness": ["lm_eval==0.4.13"]}
-"""EleutherAI's evaluation harness, for megagpt evaluate --harness."""
+EXTRAS = {"harness": ["lm_eval==0.4.13"], "completion": ["argcomplete==3.7.2"]}
+"""EleutherAI's evaluation harness, for megagpt evaluate --harness; completion of a shell."""
 SHIPPED = ["megagpt.ds_configs", "megagpt.launch", "megagpt.data_prep"]
 
 setup(
@@ -31,6 +31,7 @@ setup(
     packages=[*find_packages(include=["megagpt", "megagpt.*"]), *SHIPPED],
     package_dir={name: name.removeprefix("megagpt.") for name in SHIPPED},
     package_data={
+        "megagpt": ["py.typed"],
         "megagpt.ds_configs": ["*.json"],
         "megagpt.launch": ["*.sh", "*.sbatch", "runs/*.toml", "sites/*.sh"],
         "megagpt.plan": ["*.json"],

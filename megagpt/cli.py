@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """The `megagpt` command: one table of subcommands, each in its own room (L3).
 
 A room is imported only when its command is called, so that `megagpt --help` is instant. A room's
@@ -7,6 +8,7 @@ A room is imported only when its command is called, so that `megagpt --help` is 
 import argparse
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,7 +75,17 @@ def parser(command: str | None) -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code. Errors go to stderr as one message."""
+    if "_ARGCOMPLETE" in os.environ:
+        _complete()
     return ended(lambda: _run(sys.argv[1:] if argv is None else argv))
+
+
+def _complete() -> None:
+    """Answers the shell's Tab, where argcomplete is installed, and ends."""
+    import argcomplete
+
+    words = os.environ.get("COMP_LINE", "").split()
+    argcomplete.autocomplete(parser(words[1] if len(words) > 1 else None))
 
 
 def _run(argv: Sequence[str]) -> int:

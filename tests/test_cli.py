@@ -1,5 +1,7 @@
 """The megagpt command: help for every room, codes for every end."""
 
+import argparse
+import os
 import subprocess
 import sys
 
@@ -76,3 +78,50 @@ def test_a_pipe_that_closes_early_is_no_failure(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
     assert done.stdout.count("\n") == 1
+
+
+def parsers(name):
+    """A command's parser and those of its subcommands."""
+    [chosen] = [a for a in parser(name)._actions if isinstance(a, argparse._SubParsersAction)]
+    found = [chosen.choices[name]]
+    for one in found:
+        for action in one._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                told = {choice.dest for choice in action._choices_actions if choice.help}
+                assert told == set(action.choices), f"{one.prog}: a subcommand without help"
+                found += action.choices.values()
+    return found
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_has_a_help_text(name):
+    for one in parsers(name):
+        silent = [
+            action.option_strings or [action.dest]
+            for action in one._actions
+            if not action.help and not isinstance(action, argparse._SubParsersAction)
+        ]
+        assert not silent, f"{one.prog}: {silent}"
+
+
+def completions(line, tmp_path):
+    """What the shell offers behind a line."""
+    answer = tmp_path / "answer"
+    variables = {
+        "_ARGCOMPLETE": "1",
+        "_ARGCOMPLETE_IFS": "\n",
+        "_ARGCOMPLETE_STDOUT_FILENAME": str(answer),
+        "COMP_LINE": line,
+        "COMP_POINT": str(len(line)),
+    }
+    environ = os.environ | variables
+    done = subprocess.run(
+        [sys.executable, "-m", "megagpt"], cwd=ROOT, env=environ, capture_output=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    return {word.strip() for word in answer.read_text().split("\n")}
+
+
+def test_a_shell_completes_commands_and_options(tmp_path):
+    assert completions("megagpt in", tmp_path) == {"init"}
+    assert {"--ranks", "--launcher"} <= completions("megagpt train --", tmp_path)

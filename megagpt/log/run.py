@@ -159,7 +159,7 @@ class RunLog:
         self._metrics.write(record)
         self._console.event(record)
         if "stall_s" in facts:
-            self._figures({"time/checkpoint_stall_s": float(facts["stall_s"])}, self._tokens, now)
+            self._figures({"x_time/checkpoint_stall_s": float(facts["stall_s"])}, self._tokens, now)
 
     def sync(self) -> None:
         """Returns once all that was recorded is on the disk."""

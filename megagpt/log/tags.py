@@ -3,6 +3,9 @@
 The last part of a tag is the name in metrics.jsonl; the part before it is the group under which
 TensorBoard folds it. Names that are not listed here go to the group "more", so a new figure of
 the trainer shows up without a change of this file.
+
+TensorBoard sorts groups by their names and opens the first ones. Losses are to be seen first: other
+groups than train and validation begin with x_, those with a chart for every layer with y_.
 """
 
 import math
@@ -31,6 +34,8 @@ _PERPLEXITIES = {
     "validation_loss": "validation/validation_perplexity",
 }
 AXIS = "tokens"
+_FIRST, _LAYERS = ("train", "validation"), ("norms", "activations")
+"""Groups by where they stand, see above."""
 
 FIRST_SCREEN: dict[str, dict[str, list[str]]] = {
     "Is it learning?": {
@@ -40,29 +45,31 @@ FIRST_SCREEN: dict[str, dict[str, list[str]]] = {
         "gradient norm": [r"^train/grad_norm$"],
     },
     "Is it healthy?": {
-        "gradient norm of each layer": [r"^norms/gradient/"],
-        "update / weights of each layer": [r"^norms/ratio/"],
-        "weights of each layer": [r"^norms/parameter/"],
-        "activations of each layer (RMS)": [r"^activations/rms/"],
-        "loss scale and skipped steps": [r"^precision/"],
+        "gradient norm of each layer": [r"^y_norms/gradient/"],
+        "update / weights of each layer": [r"^y_norms/ratio/"],
+        "weights of each layer": [r"^y_norms/parameter/"],
+        "activations of each layer (RMS)": [r"^y_activations/rms/"],
+        "loss scale and skipped steps": [r"^x_precision/"],
     },
     "Is it on schedule?": {
         "learning rate": [r"^train/lr$"],
         "batch and gradient noise scale (tokens)": [
             r"^train/batch_tokens$",
-            r"^noise/noise_scale_tokens$",
+            r"^x_noise/noise_scale_tokens$",
         ],
     },
     "Is it fast?": {
-        "tokens per second": [r"^speed/tokens_per_s$"],
-        "share of the hardware's FLOPs (MFU, HFU)": [r"^speed/(mfu|hfu)$"],
-        "step time by part (s)": [r"^time/(step|data|forward|backward|communication|optimizer)_s$"],
-        "beside the steps (s)": [r"^time/(evaluate|checkpoint_stall|details)_s$"],
-        "memory (bytes)": [r"^memory/"],
+        "tokens per second": [r"^x_speed/tokens_per_s$"],
+        "share of the hardware's FLOPs (MFU, HFU)": [r"^x_speed/(mfu|hfu)$"],
+        "step time by part (s)": [
+            r"^x_time/(step|data|forward|backward|communication|optimizer)_s$"
+        ],
+        "beside the steps (s)": [r"^x_time/(evaluate|checkpoint_stall|details)_s$"],
+        "memory (bytes)": [r"^x_memory/"],
     },
     "What has it read?": {
-        "tokens of each source": [r"^sources/.*/tokens$"],
-        "epochs of each source": [r"^sources/.*/epochs$"],
+        "tokens of each source": [r"^x_sources/.*/tokens$"],
+        "epochs of each source": [r"^x_sources/.*/epochs$"],
     },
 }
 """TensorBoard's custom scalars: category -> chart -> regular expressions of the tags in it."""
@@ -79,7 +86,13 @@ def tags(record: Mapping[str, Any]) -> dict[str, float]:
             values |= _nested(_FOLDED.get(name, name), value)
         elif isinstance(value, int | float) and name not in (AXIS, "time"):
             values[f"{_GROUP.get(name, 'more')}/{name}"] = float(value)
-    return values
+    return {placed(tag): value for tag, value in values.items()}
+
+
+def placed(tag: str) -> str:
+    """The tag with the mark of where its group stands."""
+    group = tag.partition("/")[0]
+    return tag if group in _FIRST else f"{'y' if group in _LAYERS else 'x'}_{tag}"
 
 
 def _nested(path: str, record: Mapping[str, Any]) -> dict[str, float]:
@@ -99,7 +112,9 @@ def record_of(values: Mapping[str, float]) -> dict[str, Any]:
     """
     record: dict[str, Any] = {}
     for tag, value in values.items():
+        # Events of November 2026 or before have no marks.
         group, _, name = tag.partition("/")
+        group = group.removeprefix("x_").removeprefix("y_")
         figure: float | int = value
         if name.rpartition("/")[2] in _WHOLE:
             if abs(value) >= 2**24:

@@ -22,6 +22,13 @@ INK, FAINT, GRID, GREY = "#1f2933", "#66727f", "#e6e9ed", "#8a94a0"
 TRAIN, VALIDATION, RATE, BATCH, ALARM = "#2b6cb0", "#dd6b20", "#2f855a", "#6b46c1", "#c53030"
 COLOURS = (TRAIN, VALIDATION, RATE, BATCH, ALARM, "#0bb5c9", "#b7791f", "#d53f8c")
 
+LEAST_PF_DAYS, LEAST_VOCABULARY = 1e-6, 32_000
+"""Where the published laws begin to apply: Kaplan et al. 2020, figure 1, and their tokenizers."""
+LAWLESS = (
+    "Compute is 6 N a token, N without the embeddings. The published laws are not drawn: they were "
+    f"fitted to runs of {LEAST_PF_DAYS:g} PF-days or more with vocabularies of "
+    f"{LEAST_VOCABULARY:,} tokens or more."
+)
 Chart = dict[str, Any]
 Number = TypeVar("Number", float, Floats)
 _FIGURES: tuple[tuple[str, str, str, str, dict[str, Any]], ...] = (
@@ -152,12 +159,16 @@ def _compute(runs: Sequence[Run]) -> Chart:
         "levels do not.",
     )
     reach: list[float] = []
+    lawful = [run for run in runs if _lawful(run)]
+    if not lawful:
+        chart["note"] = LAWLESS
     several = len(runs) > 1
     for index, run in enumerate(runs):
         compute = run.pf_days(run.tokens)
         if compute is None:
             continue
-        reach += [compute[0], compute[-1]]
+        if run in lawful:
+            reach += [compute[0], compute[-1]]
         colour = colour_of(index)
         name = run.name if several else "training"
         chart["lines"].append(_line(name, colour, compute, run.smoothed("loss")))
@@ -168,12 +179,21 @@ def _compute(runs: Sequence[Run]) -> Chart:
             name = f"{run.name}, validation" if several else "validation"
             shade = colour if several else VALIDATION
             chart["lines"].append(_line(name, shade, x, losses[tokens > 0], "dots"))
-        if not several:
+        if not several and run in lawful:
             chart["lines"] += _laws(run)
     if reach:
         x = np.geomspace(min(reach), max(reach) * 2, 40)
         chart["lines"].append(_line("GPT-3 frontier 2.57 C^-0.048", GREY, x, frontier(x), "dash"))
     return chart
+
+
+def _lawful(run: Run) -> bool:
+    """Whether the published laws say anything of a run: they were fitted to more compute, and to
+    vocabularies of some ten thousand tokens, whose losses are nats of a longer piece of text."""
+    compute = run.pf_days(run.tokens)
+    if compute is None or run.config is None:
+        return False
+    return compute[-1] >= LEAST_PF_DAYS and run.config.model.vocab_size >= LEAST_VOCABULARY
 
 
 def _laws(run: Run) -> list[dict[str, Any]]:
@@ -239,33 +259,36 @@ def _figure(
     return chart
 
 
-def _of_first(title: str, runs: Sequence[Run]) -> str:
-    """The title of a chart that shows the first run only."""
-    return f"{title} ({runs[0].name})" if len(runs) > 1 else title
+def _shade(chart: Chart, index: int, several: bool) -> str:
+    """The colour of a chart's next line: that of the run where there are several."""
+    return colour_of(index if several else len(chart["lines"]))
 
 
 def _family(runs: Sequence[Run], title: str, unit: str, ending: str) -> Chart:
-    """Every figure whose name ends so, smoothed; of the first run only."""
-    run = runs[0]
-    chart = _chart(_of_first(title, runs), unit=unit)
-    # Some figures are measured every hundred steps.
-    names = {name for step in run.steps[:200] for name in step if name.endswith(ending)}
-    for name in sorted(names):
-        if not name.endswith("_per_s") and np.isfinite(run.column(name)).any():
+    """Every figure of every run whose name ends so, smoothed."""
+    chart, several = _chart(title, unit=unit), len(runs) > 1
+    for index, run in enumerate(runs):
+        # Some figures are measured every hundred steps.
+        names = {name for step in run.steps[:200] for name in step if name.endswith(ending)}
+        for name in sorted(names):
+            if name.endswith("_per_s") or not np.isfinite(run.column(name)).any():
+                continue
             shown = name.removesuffix(ending).replace("_", " ")
-            colour = colour_of(len(chart["lines"]))
+            shown = f"{run.name}, {shown}" if several else shown
+            colour = _shade(chart, index, several)
             chart["lines"].append(_line(shown, colour, run.tokens, run.smoothed(name)))
     return chart
 
 
 def _sources(runs: Sequence[Run]) -> Chart:
-    """Epochs of each source of data; of the first run only."""
-    run = runs[0]
-    chart = _chart(_of_first("epochs of each source", runs))
-    for name in table(run.steps[-1].get("sources")):
-        of_each = (table(table(step.get("sources")).get(name)) for step in run.steps)
-        epochs = column(list(of_each), "epochs")
-        if np.isfinite(epochs).any():
-            colour = colour_of(len(chart["lines"]))
-            chart["lines"].append(_line(name, colour, run.tokens, epochs))
+    """Epochs of each source of data of every run."""
+    chart, several = _chart("epochs of each source"), len(runs) > 1
+    for index, run in enumerate(runs):
+        for name in table(run.steps[-1].get("sources")):
+            of_each = (table(table(step.get("sources")).get(name)) for step in run.steps)
+            epochs = column(list(of_each), "epochs")
+            if np.isfinite(epochs).any():
+                shown = f"{run.name}, {name}" if several else name
+                colour = _shade(chart, index, several)
+                chart["lines"].append(_line(shown, colour, run.tokens, epochs))
     return chart

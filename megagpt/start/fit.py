@@ -28,17 +28,15 @@ from megagpt.plan.layout import busy_start_tokens, layout_of
 from megagpt.plan.sanity import MOST_EPOCHS
 
 SIZES = {
-    #       layers, heads, width, peak learning rate
-    "nano": (4, 4, 128, 3e-3),
-    "mini": (6, 4, 256, 1.5e-3),
-    "small": (8, 8, 512, 1e-3),
+    #       layers, heads, width, context, peak learning rate
+    "nano": (4, 4, 128, 128, 3e-3),
+    "mini": (6, 4, 256, 256, 1.5e-3),
+    "small": (8, 8, 512, 256, 1e-3),
 }
 """Shapes for a CPU or a quick try, beside the presets; the learning rates are ours."""
-CONTEXT = 256
-"""Tokens of their context."""
 SEQUENCES = 16
 """Of their full batch."""
-CORE_FLOPS = 10e9
+CORE_FLOPS = 20e9
 """FLOP/s that a CPU core is taken to reach on a whole training step in fp32."""
 MINUTES = 10.0
 """Of training on a CPU, where no tokens are asked for."""
@@ -48,6 +46,7 @@ SMALL_EPOCHS = 10
 """Of SIZES: a small text is read more often, and the validation loss tells when it is enough."""
 NEAR = 1.1
 """Times the fastest step that is as good."""
+LEAST_SEQUENCES = 4
 LEAST_STEPS = 400
 LEAST_CONTEXT = 32
 LEAST_WINDOWS = (64, 8)
@@ -109,7 +108,9 @@ def fit(
         parallel=ParallelConfig(dtype="fp32" if isinstance(machine, int) else "bf16"),
     )
     if isinstance(machine, int):
-        parallel = dataclasses.replace(config.parallel, micro_batch=_micro_batch(config, machine))
+        # Several ranks take smaller ones by themselves, a half each for two.
+        micro = min(SEQUENCES, config.schedule.batch_tokens // config.model.n_ctx)
+        parallel = dataclasses.replace(config.parallel, micro_batch=micro)
         config, judged = dataclasses.replace(config, parallel=parallel), None
     else:
         config, judged = _laid_out(config, machine)
@@ -139,11 +140,11 @@ def _row(size: str, vocabulary: int) -> tuple[ModelConfig, Schedule, OptimizerCo
         return model, Schedule(**row.schedule), OptimizerConfig(**row.optimizer)  # type: ignore[arg-type]
     if size not in SIZES:
         raise UsageError(f"--size {size}: must be one of {', '.join([*SIZES, *PRESETS])}")
-    layers, heads, width, rate = SIZES[size]
+    layers, heads, width, n_ctx, rate = SIZES[size]
     model = ModelConfig(
-        n_layer=layers, n_head=heads, d_model=width, n_ctx=CONTEXT, vocab_size=vocabulary
+        n_layer=layers, n_head=heads, d_model=width, n_ctx=n_ctx, vocab_size=vocabulary
     )
-    batch = SEQUENCES * CONTEXT
+    batch = SEQUENCES * n_ctx
     return model, Schedule(total_tokens=1, peak_lr=rate, batch_tokens=batch), OptimizerConfig()
 
 
@@ -192,7 +193,8 @@ def _schedule(row: Schedule, n_ctx: int, tokens: int, ranks: int) -> Schedule:
     """The row's schedule on so many tokens."""
     share, unit = tokens / row.total_tokens if row.warmup_tokens else 0.0, n_ctx * ranks
     batch = row.batch_tokens // n_ctx * n_ctx
-    while batch > unit and batch % (2 * n_ctx) == 0 and tokens < LEAST_STEPS * batch:
+    least = max(unit, LEAST_SEQUENCES * n_ctx)
+    while batch > least and batch % (2 * n_ctx) == 0 and tokens < LEAST_STEPS * batch:
         batch //= 2
     # Every data rank has a sequence of each step.
     batch = -(-batch // unit) * unit
@@ -209,12 +211,6 @@ def _schedule(row: Schedule, n_ctx: int, tokens: int, ranks: int) -> Schedule:
         ramp_start_tokens=start if ramps else 0,
         ramp_tokens=ramp if ramps else 0,
     )
-
-
-def _micro_batch(config: RunConfig, cores: int) -> int:
-    """Sequences of a pass on a CPU: all of a core's share of the batch, up to 8."""
-    share = max(1, config.schedule.batch_tokens // config.model.n_ctx // cores)
-    return max(n for n in range(1, min(8, share) + 1) if share % n == 0)
 
 
 def _laid_out(config: RunConfig, cluster: Cluster) -> tuple[RunConfig, Judgement]:

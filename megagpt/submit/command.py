@@ -77,22 +77,26 @@ def add_facts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="override of a key"
     )
-    parser.add_argument("--nodes", type=int, required=True, metavar="N")
-    parser.add_argument("--gpus-per-node", type=int, required=True, metavar="N")
+    parser.add_argument("--nodes", type=int, required=True, metavar="N", help="hosts of the job")
+    parser.add_argument(
+        "--gpus-per-node", type=int, required=True, metavar="N", help="GPUs of each, a rank for one"
+    )
     parser.add_argument(
         "--time", required=True, metavar="T", help="limit of each start, as SLURM reads it"
     )
     parser.add_argument("--cpus-per-task", type=int, default=8, metavar="N", help="cores of a rank")
     for name in ("partition", "account"):
         also = ["--queue"] * (name == "partition")
-        parser.add_argument(f"--{name}", *also, default="", metavar="NAME")
+        parser.add_argument(
+            f"--{name}", *also, default="", metavar="NAME", help=f"{name} of the batch system"
+        )
     parser.add_argument("--name", default="", help="of the job (default: the run folder's)")
 
 
 def add_slurm(slurm: argparse.ArgumentParser) -> None:
     """The options of a job of SLURM alone."""
     for name in ("qos", *FURTHER):
-        slurm.add_argument(f"--{name}", default="", metavar=name.upper())
+        slurm.add_argument(f"--{name}", default="", metavar=name.upper(), help=f"sbatch's --{name}")
     slurm.add_argument("--exclusive", action="store_true", help="whole nodes")
     slurm.add_argument(
         "--no-gres", action="store_true", help="ask for no GPUs, where nodes have none to give out"

@@ -100,10 +100,10 @@ def test_tensorboard_has_what_metrics_have(watched):
     }
     for tag, points in expected.items():
         assert found[tag] == [(tokens, pytest.approx(value)) for tokens, value in points], tag
-    for tag in ("norms/gradient/h.1", "activations/rms/ln_f", "noise/noise_scale_tokens"):
+    for tag in ("y_norms/gradient/h.1", "y_activations/rms/ln_f", "x_noise/noise_scale_tokens"):
         assert tag in expected
     bits = "validation/validation_bits_per_byte"
-    assert bits in expected and "time/checkpoint_stall_s" in found
+    assert bits in expected and "x_time/checkpoint_stall_s" in found
     assert "more" not in {tag.split("/")[0] for tag in found}
     shown = events.Tensors("samples/1")
     written = sorted((run / "samples").iterdir())

@@ -120,9 +120,10 @@ def test_texts_and_the_first_screen_are_in_tensorboard(tmp_path):
 
 def test_groups_of_tags():
     values = tags({"step": 3, "tokens": 7, "time": 1.0, "loss": 2.0, "new": 1, "name": "x"})
-    assert values == {"progress/step": 3.0, "train/loss": 2.0, "more/new": 1.0}
+    assert values == {"x_progress/step": 3.0, "train/loss": 2.0, "x_more/new": 1.0}
     assert tags({"validation_losses": {"web": 2.0}}) == {"validation/web": 2.0}
-    assert tags({"layers": {"h.0": {"grad_norm": 2.0}}}) == {"layers/h.0/grad_norm": 2.0}
+    assert tags({"norms": {"update": {"h.0": 2.0}}}) == {"y_norms/update/h.0": 2.0}
+    assert tags({"layers": {"h.0": {"grad_norm": 2.0}}}) == {"x_layers/h.0/grad_norm": 2.0}
 
 
 def test_perplexity_by_hand():

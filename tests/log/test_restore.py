@@ -94,7 +94,7 @@ def test_a_damaged_event_file_gives_what_is_sound(tmp_path):
     written(tmp_path)
     (file,) = event_files(tmp_path / "tensorboard")
     data = bytearray(file.read_bytes())
-    data[data.index(b"sources/data/web/tokens") + 3] ^= 1
+    data[data.index(b"x_sources/data/web/tokens") + 3] ^= 1
     file.write_bytes(data)
     (tmp_path / "metrics.jsonl").unlink()
     open_log(tmp_path, 10).close()

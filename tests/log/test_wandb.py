@@ -76,7 +76,7 @@ def test_the_same_figures_with_tokens_as_the_steps(tmp_path, monkeypatch):
     read = points(tmp_path)
     losses = [(p["_step"], p["train/loss"]) for p in read if "train/loss" in p]
     assert losses == [(1000, 5.0), (2000, 2.5), (3000, 5 / 3), (3000, 5 / 3)]
-    assert any(p.get("sources/web/epochs") == 0.1 for p in read)
+    assert any(p.get("x_sources/web/epochs") == 0.1 for p in read)
     assert any(p.get("validation/validation_loss") == 2.0 for p in read)
     texts = [path.read_text() for path in tmp_path.glob("wandb/*/files/media/html/samples/*.html")]
     assert any("once &lt; upon" in text for text in texts)
