@@ -41,7 +41,8 @@ ACCELERATORS = {
     "h200": Accelerator("H100", 989.0, 67.0, 4.8, 141.0, 450.0, 3200.0, 700.0, 3.3),
     "b200": Accelerator("B200", 2250.0, 80.0, 8.0, 180.0, 900.0, 3200.0, 1000.0, 5.0),
     # Processors of one host: only --calibrate makes anything of it.
-    "cpu": Accelerator("V100", 0.1, 0.1, 0.02, 64.0, 5.0, 10.0, 200.0, 0.05),
+    # The link is gloo's through the loopback device, which the ranks' own cores drive.
+    "cpu": Accelerator("V100", 0.1, 0.1, 0.02, 64.0, 0.25, 10.0, 200.0, 0.05),
     "gb200": Accelerator("B200", 2500.0, 80.0, 8.0, 186.0, 900.0, 3200.0, 1200.0, 6.0),
 }
 

@@ -36,10 +36,11 @@ PARTS = {
     "step_s": ITEMS,
     "passes_s": ("compute", "tensor"),
     "optimizer_s": ("optimizer",),
+    "communication_s": ("bubble", "pipeline", "data"),
 }
 """What a record holds -> the items of the cost model that it is; passes are forward and backward,
 which hold a tensor split's collectives."""
-NOISE = {"step_s": 0.02, "passes_s": 0.02, "optimizer_s": 0.1}
+NOISE = {"step_s": 0.02, "passes_s": 0.02, "optimizer_s": 0.1, "communication_s": 0.1}
 """Relative error of each that is taken for noise."""
 Measured = Mapping[str, float]
 """Seconds by name of PARTS, those that a record has."""
@@ -82,7 +83,13 @@ def _fit(
     """Gauss-Newton on logarithms, drawn towards today's values."""
     jobs = [jobs_of([pair], where) for pair, where in zip(pairs, clusters, strict=True)]
     start = {k: CONSTANTS.get(k, CONSTANTS[k.partition(".")[0]]) for k in FITTED}
-    known = [(i, part) for i, one in enumerate(measured) for part in one]
+    # One rank has something to say to nobody, though it waits a moment for itself.
+    known = [
+        (i, part)
+        for i, one in enumerate(measured)
+        for part in one
+        if part != "communication_s" or clusters[i].gpus > 1
+    ]
     seconds = np.array([measured[i][part] for i, part in known])
     noise = np.array([NOISE[part] for _, part in known])
 
@@ -133,7 +140,7 @@ def _steps(records: Sequence[Mapping[str, float]], folder: str) -> list[tuple[in
     found: dict[int, list[Measured]] = {}
     for record in records:
         if "step_s" in record and "batch_tokens" in record and "details_s" not in record:
-            one = {k: float(record[k]) for k in ("step_s", "optimizer_s") if record.get(k)}
+            one = {k: float(record[k]) for k in PARTS if record.get(k)}
             if "forward_s" in record and "backward_s" in record:
                 one["passes_s"] = float(record["forward_s"]) + float(record["backward_s"])
             found.setdefault(int(record["batch_tokens"]), []).append(one)

@@ -234,7 +234,8 @@ def data_wait(jobs: Jobs, c: Constants) -> Column:
     held = stage_parameters_of(jobs)
     ours = (jobs.framework == MEGAGPT) | (jobs.framework == MEGAGPT_EAGER)
     times = np.where(ours & (jobs.zero == 2), jobs.micro_batches, 1.0)
-    volume = (times * jobs.grad_bytes + np.where(jobs.zero > 0, 2.0, jobs.grad_bytes)) * held
+    back = np.where(jobs.zero > 0, jobs.weight_bytes, jobs.grad_bytes)
+    volume = (times * jobs.grad_bytes + back) * held
     ring = (
         volume * (jobs.dp - 1) / jobs.dp / group_rate(jobs, c)
         + by_system(c, "ring_latency", jobs) * jobs.dp
