@@ -13,8 +13,13 @@ PINS = [
     for line in (HERE / "requirements.txt").read_text().split("# tests and linters")[0].splitlines()
     if line.strip() and not line.startswith("#")
 ]
-EXTRAS = {"harness": ["lm_eval==0.4.13"], "completion": ["argcomplete==3.7.2"]}
-"""EleutherAI's evaluation harness, for megagpt evaluate --harness; completion of a shell."""
+EXTRAS = {
+    "harness": ["lm_eval==0.4.13"],
+    "completion": ["argcomplete==3.7.2"],
+    "serve": ["fastapi==0.165.0", "uvicorn==0.54.0"],
+}
+"""EleutherAI's evaluation harness, for megagpt evaluate --harness; completion of a shell; a web
+server, for megagpt serve."""
 SHIPPED = ["megagpt.ds_configs", "megagpt.launch", "megagpt.data_prep"]
 
 setup(
@@ -36,6 +41,7 @@ setup(
         "megagpt.launch": ["*.sh", "*.sbatch", "runs/*.toml", "sites/*.sh"],
         "megagpt.plan": ["*.json"],
         "megagpt.report": ["*.css", "*.html", "*.js", "uplot/*"],
+        "megagpt.serve": ["*.html"],
         "megagpt.tokenizer": ["*.bpe", "LICENSE*"],
     },
     install_requires=PINS,

@@ -39,6 +39,8 @@ COMMANDS = {
     "import": ("megagpt.hub.importing", "weights that others trained, as a folder of ours"),
     "export": ("megagpt.hub.exporting", "a trained model as a folder that transformers opens"),
     "generate": ("megagpt.use.generate", "text from a trained model"),
+    "chat": ("megagpt.use.chat", "a dialogue with a trained model"),
+    "serve": ("megagpt.serve.command", "a trained model behind OpenAI's API, and a page to try it"),
     "evaluate": (
         "megagpt.tasks.command",
         "loss and bits per byte of a trained model on a corpus; tasks",

@@ -23,6 +23,7 @@ LEVELS = (
         "submit",
         "use",
         "tasks",
+        "serve",
         "loop",
         "train",
         "doctor",

@@ -1,0 +1,1 @@
+"""A small server with OpenAI's API for one trained model (L3)."""

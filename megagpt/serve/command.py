@@ -1,0 +1,204 @@
+"""`megagpt serve RUN_DIR`: a trained model behind OpenAI's API, and a page to try it (L3)."""
+
+import argparse
+import ipaddress
+import logging
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from megagpt.errors import UsageError
+from megagpt.serve.limits import Limits
+from megagpt.use.loading import add_placing, load_placed
+
+if TYPE_CHECKING:
+    from megagpt.model import GPT
+    from megagpt.serve.answering import Served
+
+log = logging.getLogger("megagpt.serve")
+
+KEY = "MEGAGPT_API_KEY"
+"""Variable with the key, which other users of a host do not see."""
+CONNECTIONS = 900
+"""Open at a time; a process commonly has 1,024 descriptors."""
+KEEP_ALIVE_S = 60
+"""Seconds that an idle connection is kept for its next request."""
+DEFAULTS = Limits()
+LIMITS = {
+    "max-concurrent": ("concurrent", "texts that are made at a time"),
+    "max-queue": ("queue", "texts that wait; more are refused with 429"),
+    "max-texts": ("texts", "texts of one request, prompts times n"),
+    "max-prompt-tokens": ("prompt_tokens", "tokens of one prompt; 0: what the context holds"),
+    "max-new-tokens": ("new_tokens", "tokens of one text; 0: what the context holds"),
+    "timeout-s": ("timeout_s", "seconds that a request may take"),
+    "max-body-bytes": ("body_bytes", "bytes of a request's body"),
+    "receive-s": ("receive_s", "seconds in which a request must have come"),
+    "drain-s": ("drain_s", "seconds for unfinished requests when told to stop"),
+}
+"""Option -> (field of Limits, help)."""
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Adds the command to the command line."""
+    parser = subparsers.add_parser(
+        "serve",
+        help="a trained model behind OpenAI's API, and a page to try it",
+        description="Serves /v1/completions, /v1/chat/completions (where the tokenizer has tokens "
+        "for turns), /v1/models, /tokenize, /detokenize, /health, /metrics, and a page at /. "
+        "Needs FastAPI and uvicorn: pip install 'megagpt[serve]'.",
+        epilog="SIGTERM and Ctrl-C take no more requests, finish those that are there and exit "
+        "with 0.",
+    )
+    parser.add_argument(
+        "folder", metavar="RUN_DIR", type=Path, help="run folder, checkpoint or folder of weights"
+    )
+    option = parser.add_argument
+    option("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1)")
+    option("--port", type=int, default=8000, help="port; 0: any that is free (default: 8000)")
+    option("--name", help="the model's name for clients (default: the folder's)")
+    option(
+        "--api-key",
+        metavar="KEY",
+        default=os.environ.get(KEY, ""),
+        help=f"what clients must send; needed off this machine (default: ${KEY})",
+    )
+    option(
+        "--allow-origin",
+        metavar="URL",
+        action="append",
+        default=[],
+        help="web pages of this origin may ask, too; repeatable (default: none)",
+    )
+    for name, (field, text) in LIMITS.items():
+        default = getattr(DEFAULTS, field)
+        unit = "SECONDS" if name.endswith("-s") else "N"
+        text = f"{text} (default: {default:,})"
+        option(
+            f"--{name}", metavar=unit, type=type(default), default=default, help=text, dest=field
+        )
+    option(
+        "--batch-invariant",
+        action="store_true",
+        help="multiply texts one by one: each is bit for bit what it would be alone, and a batch "
+        "takes as long as its texts one after another",
+    )
+    add_placing(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serves until a signal."""
+    limits = Limits(**{field: getattr(args, field) for field, _ in LIMITS.values()})
+    limits.check()
+    if not args.api_key and not _is_loopback(args.host):
+        raise UsageError(
+            f"--host {args.host}: other machines could use the model; give --api-key or the "
+            f"variable {KEY}, or listen at 127.0.0.1"
+        )
+    if not args.api_key.isascii():
+        raise UsageError("--api-key: must be ASCII, since it travels in a header")
+    try:
+        import fastapi  # noqa: F401
+        import uvicorn
+    except ImportError as error:
+        raise UsageError(
+            f"megagpt serve needs FastAPI and uvicorn ({error}); pip install 'megagpt[serve]'"
+        ) from None
+    # A port that is taken is told before the model is loaded.
+    listener = _bound(args.host, args.port)
+    from megagpt.serve.app import build_app
+    from megagpt.serve.gate import punctual
+
+    served = _served(args, limits)
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    config = uvicorn.Config(
+        build_app(served, args.api_key, args.allow_origin),
+        http=punctual(limits.receive_s),
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        limit_concurrency=CONNECTIONS,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=int(limits.drain_s) + 1,
+    )
+    host, port = listener.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    log.info("serving %s at http://%s:%d (API: /v1)", served.name, shown, port)
+    # uvicorn passes on the signal that ended it, when all is done: that is the end as wished.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _ended)
+    uvicorn.Server(config).run(sockets=[listener])
+    log.info("stopped")
+    return 0
+
+
+def _ended(number: int, frame: FrameType | None) -> None:
+    """Nothing is left to do."""
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """A socket at the address. Raises UsageError for one that cannot be had."""
+    if not 0 <= port < 1 << 16:
+        raise UsageError(f"--port {port}: must be 0 to 65535")
+    listener = None
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        # Taken by another only now, where both may bind.
+        listener.listen(1)
+    except (OSError, UnicodeError) as error:
+        if listener is not None:
+            listener.close()
+        raise UsageError(
+            f"--host {host} --port {port}: cannot listen there ({error}); choose another"
+        ) from None
+    return listener
+
+
+def _served(args: argparse.Namespace, limits: Limits) -> "Served":
+    from megagpt.serve.answering import Served
+    from megagpt.serve.scheduler import Scheduler
+    from megagpt.use.generator import Generator
+
+    model, encoding, facts = load_placed(args.folder, args.dtype, args.device)
+
+    def make() -> Generator:
+        return Generator(model, encoding, limits.concurrent, args.batch_invariant)
+
+    log.info("{checkpoint}: step {step}, trained on {tokens:,} tokens".format(**facts))
+    log.info(
+        "keys and values: %s at most for %d texts of %d tokens",
+        _gigabytes(model, limits.concurrent),
+        limits.concurrent,
+        model.config.n_ctx,
+    )
+    name = args.name or args.folder.absolute().name
+    scheduler = Scheduler(make(), make, limits)
+    return Served(
+        name=name, facts=facts, scheduler=scheduler, limits=limits, created=int(time.time())
+    )
+
+
+def _gigabytes(model: "GPT", rows: int) -> str:
+    from megagpt.model import cache_bytes
+
+    itemsize: Any = next(model.parameters()).dtype.itemsize
+    size = cache_bytes(model.config, [model.config.n_ctx] * rows, itemsize)
+    return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.2f} MB"

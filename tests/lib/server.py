@@ -1,0 +1,94 @@
+"""A real server in a process of its own, with a model that has tokens for turns."""
+
+import atexit
+import contextlib
+import functools
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import tiktoken
+
+from megagpt.config.presets import ModelConfig
+from megagpt.tokenizer import load_tokenizer
+from megagpt.tokenizer.portable import described
+from tests.lib.distributed import ROOT, environment
+from tests.lib.weights import weights_folder
+
+CONFIG = ModelConfig(
+    n_layer=2,
+    n_head=2,
+    d_model=32,
+    n_ctx=4096,
+    vocab_size=261,
+    attention=("dense", "banded"),
+    band_width=16,
+)
+TURNS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+
+
+@dataclass(frozen=True)
+class RunningServer:
+    """Where it listens, and its process."""
+
+    port: int
+    process: subprocess.Popen[str]
+    log: Path
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+
+def chat_folder(folder: Path) -> Path:
+    """Random weights whose tokenizer has the bytes, END-OF-DOCUMENT and the tokens for turns."""
+    plain = load_tokenizer("bytes")
+    special = dict(plain._special_tokens)
+    special |= {word: number for number, word in enumerate(TURNS, plain.n_vocab)}
+    made = tiktoken.Encoding(
+        "turns",
+        pat_str=plain._pat_str,
+        mergeable_ranks=plain._mergeable_ranks,
+        special_tokens=special,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "turns.json").write_text(described(made), encoding="utf-8")
+    weights_folder(folder / "weights", CONFIG, str(folder / "turns.json"))
+    return folder / "weights"
+
+
+@contextlib.contextmanager
+def serving(folder: Path, log: Path, *options: str) -> Iterator[RunningServer]:
+    """Starts `megagpt serve` and ends it."""
+    line = [sys.executable, "-m", "megagpt", "serve", str(folder), "--port", "0", *options]
+    with log.open("w") as file:
+        process = subprocess.Popen(line, cwd=ROOT, env=environment(), stderr=file, text=True)
+    try:
+        found, deadline = None, time.monotonic() + 120
+        while found is None:
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            found = re.search(r"serving \S+ at http://[0-9.]+:(\d+)", log.read_text())
+            time.sleep(0.1)
+        yield RunningServer(int(found[1]), process, log)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(timeout=60)
+        finally:
+            process.kill()
+
+
+@functools.cache
+def shared_server() -> RunningServer:
+    """One server for all tests of a process; its queue holds 120 texts."""
+    stack = contextlib.ExitStack()
+    atexit.register(stack.close)
+    root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="server-")))
+    options = ("--name", "tiny", "--max-queue", "120", "--receive-s", "3", "--max-concurrent", "8")
+    return stack.enter_context(serving(chat_folder(root), root / "log", *options))

@@ -1,0 +1,204 @@
+"""How the server starts and ends: keys, addresses, ports, signals; what it does when all fails."""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import signal
+import socket
+import sys
+import threading
+import time
+
+import httpx2
+import pytest
+
+from megagpt.cli import main
+from megagpt.errors import UsageError
+from megagpt.serve import command
+from megagpt.serve.app import build_app
+from megagpt.serve.limits import Limits
+from megagpt.tokenizer import load_tokenizer
+from megagpt.use.generator import Continuation, Generator
+from megagpt.use.options import TextOptions
+from tests.lib.server import chat_folder, serving
+from tests.lib.weights import weights_folder
+from tests.serve.test_attacks import BASE
+from tests.use.test_generator import CONFIG
+
+
+def parse(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    command.add_parser(parser.add_subparsers())
+    return parser.parse_args(["serve", *words])
+
+
+def test_what_cannot_be_served_is_told_before_the_model_is_loaded(monkeypatch):
+    monkeypatch.delenv("MEGAGPT_API_KEY", raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        for words, message in (
+            (("--host", "0.0.0.0"), "--host 0.0.0.0: other machines could use the model; give"),
+            (("--host", "example.org"), "other machines could use the model"),
+            (("--api-key", "\N{EURO SIGN}"), "--api-key: must be ASCII"),
+            (("--port", "70000"), "--port 70000: must be 0 to 65535"),
+            (("--port", port), f"--port {port}: cannot listen there .*; choose another"),
+            (("--max-concurrent", "0"), "concurrent = 0: must be greater than 0"),
+            (("--timeout-s", "-1"), "timeout_s = -1.0: must be greater than 0"),
+        ):
+            with pytest.raises(UsageError, match=message):
+                command.run(parse("nowhere", *words))
+
+
+def test_the_extra_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    with pytest.raises(
+        UsageError, match=r"needs FastAPI and uvicorn .*pip install 'megagpt\[serve\]'"
+    ):
+        command.run(parse("nowhere"))
+
+
+def test_a_key_guards_and_a_signal_drains(tmp_path):
+    """Off loopback with a key; a stream that has begun is finished after SIGTERM."""
+    folder = chat_folder(tmp_path)
+    options = ("--host", "0.0.0.0", "--api-key", "secret", "--allow-origin", "http://a.example")
+    with serving(folder, tmp_path / "log", *options) as server:
+        ask = f"{server.url}/v1/completions"
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
+            answer = httpx2.post(ask, json=BASE, headers=headers)
+            assert answer.status_code == 401
+            assert answer.json()["error"]["code"] == "invalid_api_key"
+            assert httpx2.get(server.url + "/metrics", headers=headers).status_code == 401
+        assert httpx2.get(server.url + "/health").status_code == 200
+        key = {"Authorization": "Bearer secret", "Origin": "http://a.example"}
+        body = {**BASE, "model": "weights", "max_tokens": 1500, "stream": True, "ignore_eos": True}
+        with httpx2.stream("POST", ask, json=body, headers=key, timeout=60) as answer:
+            assert answer.headers["access-control-allow-origin"] == "http://a.example"
+            lines = answer.iter_lines()
+            next(lines)
+            server.process.send_signal(signal.SIGTERM)
+            time.sleep(0.5)
+            with pytest.raises(httpx2.TransportError):
+                httpx2.get(server.url + "/health")
+            rest = [line for line in lines if line]
+        assert rest[-1] == "data: [DONE]"
+        last = json.loads(rest[-2].removeprefix("data: "))["choices"][0]
+        assert last["finish_reason"] == "length"
+        assert server.process.wait(timeout=20) == 0
+        assert server.log.read_text().rstrip().endswith("stopped")
+
+
+@pytest.fixture
+def served(tmp_path):
+    """(the app's facts, the app) of a model without tokens for turns, in this process."""
+    weights_folder(tmp_path / "plain", CONFIG, load_tokenizer("bytes").name)
+    args = parse(str(tmp_path / "plain"))
+    made = command._served(args, Limits(timeout_s=2.0))
+    yield made, build_app(made, "", [])
+    made.scheduler.close()
+
+
+@contextlib.contextmanager
+def client_of(app):
+    """A client of an app in this process."""
+
+    async def call(method: str, path: str, **more):
+        transport = httpx2.ASGITransport(app)
+        async with httpx2.AsyncClient(transport=transport, base_url="http://here") as client:
+            return await client.request(method, path, **more)
+
+    yield lambda *words, **more: asyncio.run(call(*words, **more))
+
+
+def test_no_chat_without_tokens_for_turns(served):
+    with client_of(served[1]) as ask:
+        body = {"model": "plain", "messages": [{"role": "user", "content": "Hi"}]}
+        answer = ask("POST", "/v1/chat/completions", json=body)
+        assert answer.status_code == 400
+        assert answer.json()["error"]["code"] == "no_chat_format"
+        assert ask("GET", "/v1/models").json()["data"][0]["chat"] is False
+
+
+def test_a_model_that_fails_fails_its_requests_and_no_others(served, monkeypatch, caplog):
+    made, app = served
+    with client_of(app) as ask:
+        body = {"model": "plain", "prompt": "a", "max_tokens": 3}
+        scheduler = made.scheduler
+        monkeypatch.setattr(scheduler.generator, "_decode", lambda: 1 / 0)
+        for stream in (False, True):
+            answer = ask("POST", "/v1/completions", json={**body, "stream": stream})
+            told = answer.text if stream else json.dumps(answer.json())
+            assert "the server's log says how" in told
+            assert answer.status_code == (200 if stream else 500)
+            monkeypatch.setattr(scheduler.generator, "_decode", lambda: 1 / 0)
+        monkeypatch.undo()
+        scheduler._begin_anew()
+        assert ask("POST", "/v1/completions", json=body).status_code == 200
+    assert "ZeroDivisionError" in caplog.text and scheduler.failed == 3
+    assert scheduler.load == 0
+
+
+def test_what_takes_too_long_is_503(served, monkeypatch):
+    made, app = served
+    go_on = threading.Event()
+    monkeypatch.setattr(made.scheduler.generator, "_read", lambda: go_on.wait(30))
+    with client_of(app) as ask:
+        body = {"model": "plain", "prompt": "a", "max_tokens": 3}
+        answer = ask("POST", "/v1/completions", json=body)
+        assert answer.status_code == 503 and "within 2 s" in answer.json()["error"]["message"]
+        assert made.scheduler.load == 0
+    go_on.set()
+
+
+def test_numbers_that_are_none_are_500(served):
+    made, app = served
+    import torch
+
+    with torch.no_grad():
+        made.scheduler.generator.model.wte.weight.fill_(torch.nan)
+    with client_of(app) as ask:
+        body = {"model": "plain", "prompt": "a", "max_tokens": 3}
+        answer = ask("POST", "/v1/completions", json=body)
+        assert answer.status_code == 500 and "numbers" in answer.json()["error"]["message"]
+
+
+def test_limits_of_tokens(tmp_path):
+    weights_folder(tmp_path / "plain", CONFIG, "bytes")
+    made = command._served(parse(str(tmp_path / "plain")), Limits(prompt_tokens=9, new_tokens=5))
+    with client_of(build_app(made, "", [])) as ask:
+        for change, message in (
+            ({"prompt": "a" * 9}, "prompt: 10 tokens; 9 at most here"),
+            ({"max_tokens": 6}, "max_tokens = 6: 5 at most here"),
+        ):
+            body = {"model": "plain", "prompt": "a", "max_tokens": 2} | change
+            answer = ask("POST", "/v1/completions", json=body)
+            assert answer.status_code == 400
+            assert answer.json()["error"]["message"] == message
+    made.scheduler.close()
+
+
+def test_the_command_line_takes_every_limit(capsys):
+    with pytest.raises(SystemExit):
+        main(["serve", "--help"])
+    text = capsys.readouterr().out
+    assert all(f"--{name}" in text for name in command.LIMITS)
+    options = [f"--{name}" for name in command.LIMITS]
+    words = [word for name in options for word in (name, "7")]
+    args = parse("x", *words)
+    assert {getattr(args, field) for field, _ in command.LIMITS.values()} == {7}
+    # Every field of the limits has an option.
+    assert {field for field, _ in command.LIMITS.values()} == set(Limits.__slots__)
+
+
+def test_a_cancelled_request_never_begins(served):
+    made, _ = served
+
+    async def both() -> None:
+        text = Continuation([256], TextOptions(max_tokens=5))
+        with made.scheduler.made([text]):
+            pass
+        await asyncio.sleep(0.2)
+        assert made.scheduler.load == 0 and isinstance(made.scheduler.generator, Generator)
+
+    asyncio.run(both())
+    assert not made.scheduler.generator.busy
