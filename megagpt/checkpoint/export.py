@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megagpt.checkpoint import record
-from megagpt.checkpoint.load import shapes_of, slice_problems, tell_strangers, vocabulary_of
+from megagpt.checkpoint.load import slice_problems, tell_strangers, vocabulary_of
 from megagpt.checkpoint.record import CONFIG, FileRecord, read_sealed
 from megagpt.checkpoint.slice_file import SliceReader, file_name, fit_rows, write_slices
 from megagpt.checkpoint.weights import SHARD_BYTES, PlannedTensor, write_tensors
@@ -31,7 +31,7 @@ from megagpt.config import RunConfig, dump_run, load_run
 from megagpt.engine.slices import Slice
 from megagpt.errors import DamageError, MegagptError, UsageError
 from megagpt.files import file_sha256, sealed_json, temporary_of, write_durably, write_file
-from megagpt.model import GPT
+from megagpt.model import GPT, LayerClasses
 from megagpt.tokenizer import fingerprint
 from megagpt.tokenizer.portable import FILE, described
 
@@ -104,11 +104,16 @@ class Weights:
             )
         return vocabulary_of(self.folder, self.facts)
 
-    def model(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> GPT:
+    def model(
+        self,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        classes: LayerClasses = LayerClasses(),  # noqa: B008 (frozen)
+    ) -> GPT:
         """The model in eval mode. Weights are rounded to `dtype` one by one on their way to the
         device, so that a host needs the memory of the largest alone."""
         with torch.device("meta"):
-            model = GPT(self.config.model)
+            model = GPT(self.config.model, classes)
         model = model.to(dtype).to_empty(device=device)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -144,7 +149,10 @@ def open_weights(run: Path, compare: bool = True) -> Weights:
 
 
 def load_model(
-    run: Path, device: str = "cpu", dtype: torch.dtype = torch.float32
+    run: Path,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    classes: LayerClasses = LayerClasses(),  # noqa: B008 (frozen)
 ) -> tuple[GPT, tiktoken.Encoding, dict[str, Any]]:
     """(model in eval mode, its tokenizer, facts: checkpoint, step, tokens, tokenizer).
 
@@ -152,7 +160,7 @@ def load_model(
     """
     weights = open_weights(run)
     encoding = weights.tokenizer()
-    return weights.model(device, dtype), encoding, weights.told()
+    return weights.model(device, dtype, classes), encoding, weights.told()
 
 
 def _consolidated(folder: Path, compare: bool) -> tuple[Callable[[str], Tensor], dict[str, Any]]:
@@ -221,7 +229,8 @@ def consolidate(run: Path, output: Path, shard_bytes: int = SHARD_BYTES) -> list
     folder = new_folder(output)
     source = newest(run)
     reader, config, facts = SliceReader(source), load_run(source / CONFIG), _facts(source)
-    shapes = shapes_of(config.model)
+    with torch.device("meta"):
+        shapes = {name: tuple(p.shape) for name, p in GPT(config.model).named_parameters()}
     tensors = [
         PlannedTensor(name, shape, partial(_unpadded, reader, name, shape))
         for name, shape in sorted(shapes.items())

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from megagpt.errors import UsageError
 from megagpt.serve.limits import Limits
-from megagpt.use.loading import add_placing, load_placed
+from megagpt.use.loading import add_placing, load_reader
 
 if TYPE_CHECKING:
     from megagpt.model import GPT
@@ -177,7 +177,7 @@ def _served(args: argparse.Namespace, limits: Limits) -> "Served":
     from megagpt.serve.scheduler import Scheduler
     from megagpt.use.generator import Generator
 
-    model, encoding, facts = load_placed(args.folder, args.dtype, args.device)
+    model, encoding, facts = load_reader(args.folder, args.dtype, args.device)
 
     def make() -> Generator:
         return Generator(model, encoding, limits.concurrent, args.batch_invariant)

@@ -7,7 +7,7 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from megagpt.errors import MegagptError, UsageError, print_exactly
 from megagpt.files import write_file
 from megagpt.use.generate import add_drawing, drawing
-from megagpt.use.loading import add_placing, load_placed
+from megagpt.use.loading import add_placing, load_reader
 from megagpt.use.options import TextOptions
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     from megagpt.use.dialogue import PlainTurns, special_tokens
     from megagpt.use.generator import Generator
 
-    model, encoding, _ = load_placed(args.folder, args.dtype, args.device)
+    model, encoding, _ = load_reader(args.folder, args.dtype, args.device)
     form = special_tokens(encoding)
     if form is None:
         log.info("the tokenizer has no tokens for turns: they are written as lines of text")
@@ -71,30 +71,57 @@ def run(args: argparse.Namespace) -> int:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives the line its history and editing)
     log.info("context: %d tokens; /help names the commands", generator.n_ctx)
-    for line in _lines():
-        try:
-            if line == "/exit":
-                break
-            if line.startswith("/"):
-                print(dialogue.command(line))
-            elif line.strip():
-                dialogue.answer(line)
-        except (MegagptError, OSError) as error:
-            print(f"megagpt: {error}")
+    with _Interrupt() as interrupt:
+        for line in interrupt.lines():
+            try:
+                if line == "/exit":
+                    break
+                if line.startswith("/"):
+                    print(dialogue.command(line))
+                elif line.strip():
+                    interrupt.pressed = False
+                    dialogue.answer(line, lambda: interrupt.pressed)
+            except (MegagptError, OSError) as error:
+                print(f"megagpt: {error}")
     return 0
 
 
-def _lines() -> Iterator[str]:
-    """What the user types; Ctrl-C gives up a line, Ctrl-D ends."""
-    asked = "> " if sys.stdin.isatty() else ""
-    while True:
-        try:
-            yield input(asked)
-        except KeyboardInterrupt:
-            print("\n(/exit or Ctrl-D leaves)")
-        except EOFError:
-            print()
-            return
+class _Interrupt:
+    """Ctrl-C: gives up the line that is typed, ends an answer between two tokens, and nothing
+    else."""
+
+    def __init__(self) -> None:
+        self.pressed = False
+        self._asking = False
+
+    def __enter__(self) -> "_Interrupt":
+        self._before = signal.signal(signal.SIGINT, self._press)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _press(self, number: int, frame: FrameType | None) -> None:
+        self.pressed = True
+        if self._asking:
+            self._asking = False
+            raise KeyboardInterrupt
+
+    def lines(self) -> Iterator[str]:
+        """What the user types, up to Ctrl-D."""
+        asked = "> " if sys.stdin.isatty() else ""
+        while True:
+            try:
+                self._asking = True
+                line = input(asked)
+                self._asking = False
+            except KeyboardInterrupt:
+                print("\n(/exit or Ctrl-D leaves)")
+                continue
+            except EOFError:
+                print()
+                return
+            yield line
 
 
 class Dialogue:
@@ -111,7 +138,6 @@ class Dialogue:
         """Tokens of each turn that is still in the context, without the system's."""
         self._said: list[Turn] = []
         self._answers = 0
-        self._stopped = False
 
     # --- commands --------------------------------------------------------------------------------
 
@@ -150,9 +176,9 @@ class Dialogue:
 
     # --- answers ---------------------------------------------------------------------------------
 
-    def answer(self, text: str) -> None:
-        """Prints the answer to a turn of the user, as it is made. Raises UsageError for a turn
-        that the context does not hold."""
+    def answer(self, text: str, stopped: Callable[[], bool] = lambda: False) -> None:
+        """Prints the answer to a turn of the user, as it is made, until it is `stopped`. Raises
+        UsageError for a turn that the context does not hold."""
         from megagpt.use.generator import Continuation, pieces_of
 
         turn = self._form.turn("user", text)
@@ -165,15 +191,14 @@ class Dialogue:
         asked = replace(self._options, max_tokens=most)
         made = Continuation(ids, asked, self._answers)
         words, t0 = "", time.perf_counter()
-        with self._interruptible():
-            for piece in pieces_of(self._generator, made):
-                piece = piece if words else piece.lstrip()
-                words += piece
-                print_exactly(piece)
-                if self._stopped:
-                    break
-            if not made.finish:
-                self._generator.cancel(made)
+        for piece in pieces_of(self._generator, made):
+            piece = piece if words else piece.lstrip()
+            words += piece
+            print_exactly(piece)
+            if stopped():
+                break
+        if not made.finish:
+            self._generator.cancel(made)
         print(flush=True)
         elapsed_s = time.perf_counter() - t0
         told = {"": "; stopped", "length": "; cut at its longest"}.get(made.finish, "")
@@ -198,17 +223,3 @@ class Dialogue:
             f"{len(ids)} tokens with this turn alone, but {room} of the context's {n_ctx} are for "
             "reading; say it in fewer words, or give a smaller --max-tokens"
         )
-
-    @contextlib.contextmanager
-    def _interruptible(self) -> Iterator[None]:
-        """Ctrl-C ends the answer between two tokens, so that nothing is left half done."""
-        self._stopped = False
-
-        def stop(number: int, frame: FrameType | None) -> None:
-            self._stopped = True
-
-        before = signal.signal(signal.SIGINT, stop)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)

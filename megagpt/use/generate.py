@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megagpt.errors import UsageError, print_exactly
-from megagpt.use.loading import add_placing, load_placed
+from megagpt.use.loading import add_placing, load_reader
 from megagpt.use.options import TextOptions
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def run(args: argparse.Namespace) -> int:
 
     from megagpt.use.generator import Continuation, Generator, write_texts
 
-    model, encoding, _ = load_placed(args.folder, args.dtype, args.device)
+    model, encoding, _ = load_reader(args.folder, args.dtype, args.device)
     rows = min(args.batch_size, len(prompts) * args.samples)
     generator = Generator(model, encoding, rows, args.batch_invariant)
     texts = [

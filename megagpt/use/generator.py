@@ -2,8 +2,8 @@
 
 Letters: B texts of one call, T positions, D width, V vocabulary.
 
-The life of a text: it waits for a free row of the cache; its prompt is read alone, a piece at a
-step; then every step gives one token to each text whose prompt is read, in one batch. Texts come
+The life of a text: it waits for a free row of the cache; its prompt is read alone, piece by
+piece; then every step gives one token to each text whose prompt is read, in one batch. Texts come
 and go at any step. Nothing but the rounding of the batch's matrix products shows in a text of what
 else is made: a draw is decided by seed, sample and position, and a prompt is always read in the
 same pieces. With `alone` rows are multiplied one by one, and not even that shows.
@@ -27,7 +27,8 @@ from megagpt.use.pieces import Piece, TextStream, TokenRecord
 from megagpt.use.sampling import adjusted, sample
 
 PIECE = 256
-"""Tokens of a prompt that are read in one step: other texts wait so long for their next token."""
+"""Tokens of a prompt that are read at a time, and in one step of all prompts about as many: other
+texts wait so long for their next token."""
 SCORED = 64
 """Positions of a prompt whose log probabilities are made at a time."""
 
@@ -153,7 +154,9 @@ class Generator:
 
     def step(self) -> list[tuple[Continuation, Piece]]:
         """Reads a piece of a prompt, makes a token of every text that is read; what has grown."""
-        self._read()
+        read = 0
+        while read < PIECE and (self._reading or self._waiting) and len(self._writing) < self.rows:
+            read += self._read()
         grown = []
         ended = []
         for index, row in enumerate(self._writing):
@@ -171,13 +174,11 @@ class Generator:
 
     # --- prompts ---------------------------------------------------------------------------------
 
-    def _read(self) -> None:
-        """Reads the next piece of the prompt that is being read; a text that is read may write."""
-        if self._reading is None and self._waiting and len(self._writing) < self.rows:
-            self._reading = self._waiting.popleft()
-        row, place = self._reading, len(self._writing)
-        if row is None:
-            return
+    def _read(self) -> int:
+        """Reads the next piece of the prompt whose turn it is; a text that is read may write.
+        Returns the tokens read."""
+        row, place = self._reading or self._waiting.popleft(), len(self._writing)
+        self._reading = row
         ids, row.unread = row.unread[:PIECE], row.unread[PIECE:]
         self.read_tokens += len(ids)
         tokens = torch.tensor([ids], device=self._device)
@@ -185,12 +186,13 @@ class Generator:
         if row.text.options.score_prompt and not row.text.tokens:
             self._score(row.text, hidden)
         if row.unread:
-            return
+            return len(ids)
         row.logits = self.model.scores(hidden[-1]).float().cpu()
         self._writing.append(row)
         self._reading = None
         if not row.text.tokens:
             self._share(row, place)
+        return len(ids)
 
     def _share(self, read: _Row, place: int) -> None:
         """Other samples of the same prompt take what was read, as far as there are rows."""

@@ -41,6 +41,24 @@ def load_placed(
     return load_model(folder, device_named(device), getattr(torch, DTYPES[dtype]))
 
 
+def load_reader(
+    folder: Path, dtype: str, device: str | None
+) -> tuple["GPT", "tiktoken.Encoding", dict[str, Any]]:
+    """What load_placed gives, made for reading and writing texts: on a CPU in fp32 with the
+    products of megagpt.model.reading."""
+    import torch
+
+    from megagpt.checkpoint import load_model
+    from megagpt.model.reading import READING, store_by_columns
+
+    place = device_named(device)
+    if place != "cpu" or dtype != "fp32":
+        return load_placed(folder, dtype, place)
+    loaded = load_model(folder, place, torch.float32, READING)
+    store_by_columns(loaded[0])
+    return loaded
+
+
 def device_named(name: str | None) -> str:
     """The device to compute on; None: a GPU if there is one. Raises UsageError for one that this
     machine lacks."""
