@@ -66,6 +66,8 @@ def parser(command: str | None) -> argparse.ArgumentParser:
         "with a checkpoint saved; 1 anything else.",
     )
     made.add_argument("--version", action="version", version=f"megagpt {__version__}")
+    # deepspeed's launcher puts it before everything else; ranks read the environment.
+    made.add_argument("--local_rank", help=argparse.SUPPRESS)
     commands = made.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (module, text) in COMMANDS.items():
         if name == command:

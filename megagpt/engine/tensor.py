@@ -175,6 +175,16 @@ def vocabulary_loss(module: nn.Module, hidden: Tensor, targets: Tensor) -> Tenso
     return (loss * scored).sum() / scored.sum().clamp(min=1)
 
 
+@torch.no_grad()
+def vocabulary_logits(module: nn.Module, hidden: Tensor) -> Tensor:
+    """Logits (..., V) of hidden (..., D) on every rank, padding left out: for generation."""
+    assert isinstance(module, VocabularyEmbedding)
+    own = F.linear(hidden, module.weight).contiguous()  # (..., R)
+    parts = [torch.empty_like(own) for _ in range(module.ranks.size)]
+    dist.all_gather(parts, own, group=module.ranks.group)
+    return torch.cat(parts, -1)[..., : module.vocab_size]
+
+
 def tensor_parts(ranks: TensorGroup) -> LayerClasses:
     """The layer classes for one tensor-parallel group."""
     if ranks.size == 1:
@@ -185,4 +195,5 @@ def tensor_parts(ranks: TensorGroup) -> LayerClasses:
         row=type("RowLinear", (RowLinear,), held),
         embedding=type("VocabularyEmbedding", (VocabularyEmbedding,), held),
         head_loss=vocabulary_loss,
+        head_logits=vocabulary_logits,
     )

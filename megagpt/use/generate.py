@@ -1,6 +1,7 @@
 """`megagpt generate RUN_DIR`: texts from a trained model, streamed to the terminal (L3)."""
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -8,6 +9,7 @@ import secrets
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -83,6 +85,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "long; otherwise rounding differs, and now and then a token",
     )
     add_placing(parser)
+    parser.add_argument(
+        "--split",
+        action="store_true",
+        help="share the model out over the ranks of a launcher, for one that no device holds: "
+        "deepspeed --num_gpus 4 --module megagpt generate RUN_DIR --split",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object a text on stdout")
     parser.set_defaults(run=run)
 
@@ -151,9 +159,42 @@ def run(args: argparse.Namespace) -> int:
     )
     options.check()
 
+    if args.split:
+        return _write_shared(args, prompts, options)
+    model, encoding, _ = load_reader(args.folder, args.dtype, args.device)
+    _write(args, model, encoding, prompts, options)
+    return 0
+
+
+def _write_shared(args: argparse.Namespace, prompts: list[str], options: TextOptions) -> int:
+    """Every rank makes the texts, the first prints them."""
+    import torch
+
+    from megagpt.checkpoint.sharing import leave, load_shared
+    from megagpt.use.loading import DTYPES
+
+    dtype = getattr(torch, DTYPES[args.dtype])
+    model, encoding, _, ranks, seed = load_shared(args.folder, dtype, options.seed)
+    with contextlib.ExitStack() as silent:
+        if ranks.rank:
+            nowhere = silent.enter_context(open(os.devnull, "w"))
+            silent.enter_context(contextlib.redirect_stdout(nowhere))
+            log.setLevel(logging.ERROR)
+        _write(args, model, encoding, prompts, replace(options, seed=seed))
+    leave()
+    return 0
+
+
+def _write(
+    args: argparse.Namespace,
+    model: "GPT",
+    encoding: "tiktoken.Encoding",
+    prompts: list[str],
+    options: TextOptions,
+) -> None:
+    """Makes and prints the texts."""
     from megagpt.use.generator import Continuation, Generator, write_texts
 
-    model, encoding, _ = load_reader(args.folder, args.dtype, args.device)
     rows = min(args.batch_size, len(prompts) * args.samples)
     generator = Generator(model, encoding, rows, args.batch_invariant)
     texts = [
@@ -175,7 +216,6 @@ def run(args: argparse.Namespace) -> int:
     n_tokens = generator.made_tokens
     log.info("%d tokens in %.2f s: %.1f tokens/s", n_tokens, elapsed_s, n_tokens / elapsed_s)
     log.info("seed %d", options.seed)
-    return 0
 
 
 class _InOrder:

@@ -1,0 +1,77 @@
+"""A model that one device cannot hold, shared out over the ranks of a launcher for reading (L2).
+
+    deepspeed --num_gpus 4 --module megagpt generate RUN_DIR --split --prompt "Once"
+
+Every rank holds its part of each matrix, as in training under a tensor split, reads only what it
+needs of the checkpoint one parameter at a time, and does the same as all others: they draw the same
+tokens of the same logits.
+"""
+
+import math
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import tiktoken
+import torch
+import torch.distributed as dist
+
+from megagpt.checkpoint.export import open_weights
+from megagpt.cluster.process import join, leave, prepare_environment
+from megagpt.cluster.ranks import Ranks, discover
+from megagpt.config import ModelConfig
+from megagpt.engine import split
+from megagpt.engine.pipeline import split_kind
+from megagpt.engine.tensor import TensorGroup, tensor_parts
+from megagpt.errors import UsageError
+from megagpt.model import GPT
+
+__all__ = ["leave", "load_shared"]
+
+
+def load_shared(
+    run: Path, dtype: torch.dtype, seed: int
+) -> tuple[GPT, tiktoken.Encoding, dict[str, Any], Ranks, int]:
+    """(this rank's part of the model, its tokenizer, facts, the ranks, the first rank's seed). All
+    ranks call it, and leave() at their end.
+
+    Raises UsageError without a launcher and for a model that so many ranks cannot share.
+    """
+    ranks = discover(os.environ)
+    if ranks.world < 2:
+        raise UsageError(
+            "--split: one process has nobody to share with; start it as deepspeed --num_gpus 4 "
+            "--module megagpt generate RUN_DIR --split"
+        )
+    weights = open_weights(run, compare=ranks.local_rank == 0)
+    config = shared_config(weights.config.model, ranks.world)
+    encoding = weights.tokenizer()
+    prepare_environment(ranks, os.environ)
+    join(ranks)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    group = TensorGroup(dist.group.WORLD, ranks.rank, ranks.world)
+    with torch.device("meta"):
+        model = GPT(config, tensor_parts(group))
+    model = model.to(dtype).to_empty(device=device)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            kind = split_kind(name)
+            parts = 1 if kind == "whole" else ranks.world
+            whole = weights.whole(name, split.whole_shape(parameter.shape, kind, parts))
+            parameter.copy_(split.take(whole, kind, ranks.rank, parts).to(dtype))
+    agreed = [seed]
+    dist.broadcast_object_list(agreed, src=0)
+    told = {key: weights.facts[key] for key in ("step", "tokens", "tokenizer")}
+    return model.eval(), encoding, {"checkpoint": weights.folder, **told}, ranks, agreed[0]
+
+
+def shared_config(config: ModelConfig, ranks: int) -> ModelConfig:
+    """The model with its vocabulary padded for so many ranks. Raises UsageError for one that they
+    cannot share."""
+    if config.family != "gpt2" or config.n_head % ranks:
+        raise UsageError(
+            f"--split: {ranks} ranks cannot share a model of family {config.family!r} with "
+            f"{config.n_head} heads; the family must be gpt2, and the ranks divide the heads"
+        )
+    return replace(config, vocab_multiple=math.lcm(config.vocab_multiple, ranks))
