@@ -113,12 +113,8 @@ class Weights:
         """The model in eval mode. Weights are rounded to `dtype` one by one on their way to the
         device, so that a host needs the memory of the largest alone."""
         with torch.device("meta"):
-            model = GPT(self.config.model, classes)
-        model = model.to(dtype).to_empty(device=device)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(self.whole(name, parameter.shape).to(dtype))
-        return model.eval()
+            model = GPT(self.config.model, classes).to(dtype)
+        return filled(model, device, self.whole)
 
     def told(self) -> dict[str, Any]:
         """Where they lie, and what is told of them: checkpoint, step, tokens, tokenizer."""
@@ -130,6 +126,16 @@ class Weights:
         """sha256 of the file that holds every other file's."""
         index = self.folder / INDEX
         return file_sha256(index if index.exists() else self.folder / record.MANIFEST)
+
+
+@torch.no_grad()
+def filled(model: GPT, device: str, value: Callable[[str, Sequence[int]], Tensor]) -> GPT:
+    """A model of the meta device on another, in eval mode: `value` gives each parameter by its
+    name and shape, in any dtype."""
+    model.to_empty(device=device)
+    for name, parameter in model.named_parameters():
+        parameter.copy_(value(name, parameter.shape).to(parameter.dtype))
+    return model.eval()
 
 
 def open_weights(run: Path, compare: bool = True) -> Weights:

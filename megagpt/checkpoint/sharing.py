@@ -7,8 +7,8 @@ needs of the checkpoint one parameter at a time, and does the same as all others
 tokens of the same logits.
 """
 
-import math
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from typing import Any
 import tiktoken
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from megagpt.checkpoint.export import open_weights
+from megagpt.checkpoint.export import filled, open_weights
 from megagpt.cluster.process import join, leave, prepare_environment
 from megagpt.cluster.ranks import Ranks, discover
 from megagpt.config import ModelConfig
@@ -49,21 +50,19 @@ def load_shared(
     encoding = weights.tokenizer()
     prepare_environment(ranks, os.environ)
     join(ranks)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    group = TensorGroup(dist.group.WORLD, ranks.rank, ranks.world)
     with torch.device("meta"):
-        model = GPT(config, tensor_parts(group))
-    model = model.to(dtype).to_empty(device=device)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            kind = split_kind(name)
-            parts = 1 if kind == "whole" else ranks.world
-            whole = weights.whole(name, split.whole_shape(parameter.shape, kind, parts))
-            parameter.copy_(split.take(whole, kind, ranks.rank, parts).to(dtype))
+        classes = tensor_parts(TensorGroup(dist.group.WORLD, ranks.rank, ranks.world))
+        model = GPT(config, classes).to(dtype)
+
+    def part(name: str, shape: Sequence[int]) -> Tensor:
+        kind = split_kind(name)
+        whole = weights.whole(name, split.whole_shape(shape, kind, ranks.world))
+        return split.take(whole, kind, ranks.rank, ranks.world)
+
+    filled(model, "cuda" if torch.cuda.is_available() else "cpu", part)
     agreed = [seed]
     dist.broadcast_object_list(agreed, src=0)
-    told = {key: weights.facts[key] for key in ("step", "tokens", "tokenizer")}
-    return model.eval(), encoding, {"checkpoint": weights.folder, **told}, ranks, agreed[0]
+    return model, encoding, weights.told(), ranks, agreed[0]
 
 
 def shared_config(config: ModelConfig, ranks: int) -> ModelConfig:
@@ -74,4 +73,4 @@ def shared_config(config: ModelConfig, ranks: int) -> ModelConfig:
             f"--split: {ranks} ranks cannot share a model of family {config.family!r} with "
             f"{config.n_head} heads; the family must be gpt2, and the ranks divide the heads"
         )
-    return replace(config, vocab_multiple=math.lcm(config.vocab_multiple, ranks))
+    return replace(config, vocab_multiple=config.vocab_multiple * ranks)

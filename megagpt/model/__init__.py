@@ -1,6 +1,6 @@
 """The model family: what a GPT computes (L1: torch; knows no rank, group, engine or path)."""
 
-from megagpt.model.cache import Cache, cache_bytes
+from megagpt.model.cache import Cache
 from megagpt.model.gpt import GPT, Layer, LayerClasses, layers
 from megagpt.model.initialise import decays, initial_value, initialise
 from megagpt.model.kernels.loss import head_logits, head_loss
@@ -10,7 +10,6 @@ __all__ = [
     "Cache",
     "Layer",
     "LayerClasses",
-    "cache_bytes",
     "decays",
     "head_logits",
     "head_loss",

@@ -8,14 +8,13 @@ layer keeps a ring of W: position p stands at p mod W, over the one that has jus
 A query does not see the order of its keys, since positions are learned and lie in the embedding.
 """
 
-from collections.abc import Sequence
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megagpt.config.presets import ModelConfig
 from megagpt.errors import UsageError
-from megagpt.model.kernels.attention import attend, attend_masked
+from megagpt.model.kernels.attention import attend
 
 GROWTH = 256
 """Positions that a dense layer's memory is made for at first; it doubles up to n_ctx."""
@@ -62,7 +61,7 @@ class KeyValues:
         else:
             rows = torch.arange(len(starts), device=k.device)
             old_k[rows, :, at], old_v[rows, :, at] = k[:, :, 0], v[:, :, 0]
-        return attend_masked(q, old_k[:, :, :s], old_v[:, :, :s], mask)
+        return F.scaled_dot_product_attention(q, old_k[:, :, :s], old_v[:, :, :s], mask)
 
     def _rows(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of the call's rows, (B, H, positions, E), with room for the new ones."""
@@ -96,11 +95,6 @@ class Cache:
         """Longest of them after it."""
         self._device = torch.device("cpu")
         self._ready: dict[int, tuple[list[int], Tensor, int, Tensor | None]] = {}
-
-    @property
-    def length(self) -> int:
-        """Positions of the longest row."""
-        return max(self.lengths)
 
     def begin(self, first: int, rows: int, t: int, device: torch.device) -> Tensor:
         """Makes rows `first` and on ready for T new positions each: their numbers (B, T) int64.
@@ -150,12 +144,6 @@ class Cache:
             for held in (layer.k, layer.v):
                 if held is not None and n:
                     held[target, :, :n] = 0 if source is None else held[source, :, :n]
-
-
-def cache_bytes(config: ModelConfig, positions: Sequence[int], itemsize: int) -> int:
-    """Bytes of keys and values of rows of so many positions, of all heads."""
-    kept = (min(n, config.band(i) or n) for n in positions for i in range(config.n_layer))
-    return 2 * config.d_model * itemsize * sum(kept)
 
 
 def beyond_context(positions: int, n_ctx: int) -> UsageError:

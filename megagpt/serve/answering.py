@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megagpt.serve.bodies import Wanted, known_tokens
+from megagpt.serve.bodies import Demand, known_tokens
 from megagpt.serve.gate import Receive
 from megagpt.serve.limits import ApiRefusal, Limits
 from megagpt.serve.replies import DONE, PING, Reply, event, logprobs_of, usage_of
@@ -96,7 +96,7 @@ class Delivery:
 
     served: Served
     reply: Reply
-    wanted: Wanted
+    wanted: Demand
     texts: list[Continuation]
     echoed: list[str]
     """What stands before each text: its prompt, or nothing."""

@@ -122,7 +122,7 @@ def read_body(kind: type[AnyBody], content: bytes) -> AnyBody:
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class Demand:
     """What a completion or a chat completion asks for beside its prompt."""
 
     options: TextOptions
@@ -131,7 +131,7 @@ class Wanted:
     include_usage: bool
 
 
-def wanted(body: _Drawn, n_vocab: int, more: dict[str, Any]) -> Wanted:
+def wanted(body: _Drawn, n_vocab: int, more: dict[str, Any]) -> Demand:
     """The options of a request, drawn from `more` where the two kinds differ.
 
     Raises ApiRefusal for what makes no sense, and for tokens outside the vocabulary.
@@ -170,7 +170,7 @@ def wanted(body: _Drawn, n_vocab: int, more: dict[str, Any]) -> Wanted:
         param = {"stop_texts": "stop"}.get(name, name)
         raise ApiRefusal(str(error).splitlines()[0].replace(name, param, 1), param=param) from None
     usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-    return Wanted(options, n, bool(body.stream), usage)
+    return Demand(options, n, bool(body.stream), usage)
 
 
 def _biases(given: Mapping[str, float], n_vocab: int) -> dict[int, float]:

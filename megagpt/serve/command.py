@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from megagpt.errors import UsageError
 from megagpt.serve.limits import Limits
-from megagpt.use.loading import add_placing, load_reader
+from megagpt.use.loading import add_placing, cache_bytes, load_reader
 
 if TYPE_CHECKING:
     from megagpt.model import GPT
@@ -197,8 +197,6 @@ def _served(args: argparse.Namespace, limits: Limits) -> "Served":
 
 
 def _gigabytes(model: "GPT", rows: int) -> str:
-    from megagpt.model import cache_bytes
-
     itemsize: Any = next(model.parameters()).dtype.itemsize
     size = cache_bytes(model.config, [model.config.n_ctx] * rows, itemsize)
     return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.2f} MB"

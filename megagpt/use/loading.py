@@ -1,5 +1,6 @@
 """Where a trained model computes, and in what (L3)."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ if TYPE_CHECKING:
 
     import tiktoken
 
+    from megagpt.config import ModelConfig
     from megagpt.model import GPT
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -45,11 +47,11 @@ def load_reader(
     folder: Path, dtype: str, device: str | None
 ) -> tuple["GPT", "tiktoken.Encoding", dict[str, Any]]:
     """What load_placed gives, made for reading and writing texts: on a CPU in fp32 with the
-    products of megagpt.model.reading."""
+    products of megagpt.use.reading."""
     import torch
 
     from megagpt.checkpoint import load_model
-    from megagpt.model.reading import READING, store_by_columns
+    from megagpt.use.reading import READING, store_by_columns
 
     place = device_named(device)
     if place != "cpu" or dtype != "fp32":
@@ -73,3 +75,9 @@ def device_named(name: str | None) -> str:
         reason = str(error).splitlines()[0]
         raise UsageError(f"--device {name}: not on this machine ({reason}); use cpu") from None
     return name
+
+
+def cache_bytes(config: "ModelConfig", positions: Sequence[int], itemsize: int) -> int:
+    """Bytes of keys and values of rows of so many positions, of all heads."""
+    kept = (min(n, config.band(i) or n) for n in positions for i in range(config.n_layer))
+    return 2 * config.d_model * itemsize * sum(kept)

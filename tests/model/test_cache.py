@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megagpt.errors import UsageError
-from megagpt.model import cache_bytes
+from megagpt.use.loading import cache_bytes
 from tests.model.test_model import BANDED, FAMILIES, batch, build, family
 
 EXACT = {"rtol": 0, "atol": 1e-12}

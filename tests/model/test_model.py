@@ -112,7 +112,7 @@ def test_cache_equals_the_full_forward_pass(config, pieces):
         ours = model.next_logits(x[:, start : start + piece], cache)
         start += piece
         torch.testing.assert_close(ours, logits[:, start - 1], rtol=0, atol=1e-12)
-    assert cache.length == 24
+    assert cache.lengths == [24, 24]
 
 
 def test_a_banded_layers_cache_does_not_grow_with_the_text():

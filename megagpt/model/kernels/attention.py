@@ -91,12 +91,6 @@ def attend(
     return _blocked(q, k, v, band, dropout)
 
 
-def attend_masked(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
-    """Attention of q (B, H, T, E) to the keys k, v (B, H, S, E) that are seen, (B, 1, T, S) bool;
-    None: to all."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
-
-
 def _flex(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
     """CUDA: one fused kernel that skips the blocks outside the band."""
     from torch.nn.attention.flex_attention import flex_attention

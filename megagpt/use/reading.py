@@ -1,4 +1,4 @@
-"""Layers of a model that only reads, on a CPU in fp32: generation (L1).
+"""Layers of a model that only reads, on a CPU in fp32: generation (L3).
 
 torch multiplies a few rows in fp32 by MKL. Measured for the matrices of 125M on one thread of an
 AMD EPYC: one row takes 26 ms where they are stored by columns, 37 ms by rows; eight rows take 54 ms

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megagpt.model import GPT
-from megagpt.model.reading import ONEDNN, READING, product, store_by_columns
+from megagpt.use.reading import ONEDNN, READING, product, store_by_columns
 from tests.model.test_model import BANDED, FAMILIES, batch, build, family
 
 
