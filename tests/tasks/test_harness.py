@@ -20,6 +20,7 @@ from megagpt.tasks.sets import task_of
 from megagpt.use.apart import evaluate_apart
 from megagpt.use.likelihood import Scorer
 from megagpt.use.loading import load_placed
+from megagpt.use.options import TextOptions
 from tests.lib.corpus import sentences, write_corpus
 from tests.lib.distributed import environment
 from tests.lib.weights import weights_folder
@@ -35,7 +36,7 @@ FILES = {
     "doc_to_choice: '{{choices}}'\ndoc_to_target: '{{gold}}'\n",
     "text": "output_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{text}}'\n",
     "answer": "output_type: generate_until\ndoc_to_text: '{{context}}'\n"
-    "doc_to_target: '{{completion}}'\ngeneration_kwargs: {until: [' '], max_gen_toks: 6}\n",
+    "doc_to_target: '{{completion}}'\ngeneration_kwargs: {until: [' '], max_gen_toks: 1}\n",
 }
 METRICS = {
     "words": ("acc", "perplexity"),
@@ -50,18 +51,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights, their export, and four tasks of files that lie here."""
     root = tmp_path_factory.mktemp("harness")
     config = ModelConfig(n_layer=2, n_head=2, d_model=32, n_ctx=N_CTX, vocab_size=257)
-    weights_folder(root / "model", config, "bytes")
+    # Of this seed, the likeliest next byte depends on the context, and often is a letter.
+    weights_folder(root / "model", config, "bytes", seed=6)
     export_model(root / "model", root / "export")
     texts = sentences(40, 1)
     rows = [
         {
-            "context": f"\n{texts[4 * n][:30].strip()} =",
-            "completion": f" {texts[4 * n + 1][:5].strip()}",
+            "context": context,
+            # Every other answer is what the model says.
+            "completion": letter if n % 2 else "q",
             "choices": [texts[4 * n + 2][:18], texts[4 * n + 3][:40].strip(), f"\u00e9{n}"],
             "gold": n % 3,
             "text": " ".join(texts[4 * n : 4 * n + 2 + n % 3]),
         }
-        for n in range(10)
+        for n, (context, letter) in enumerate(said(root / "model")[:10])
     ]
     (root / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     for name, lines in FILES.items():
@@ -73,6 +76,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             f"test_split: null\n{lines}metric_list:\n{metrics}metadata: {{version: 1.0}}\n"
         )
     return root
+
+
+def said(model: Path) -> list[tuple[str, str]]:
+    """Contexts, and the letter that the model says after each."""
+    scorer = Scorer(*load_placed(model, "fp32", "cpu")[:2], 8)
+    contexts = [f"\n{text[:30].strip()} {n} =" for n, text in enumerate(sentences(40, 1))]
+    one = [TextOptions(temperature=0.0, max_tokens=1)] * len(contexts)
+    letters = scorer.texts([scorer.encode(c) for c in contexts], one, lambda n, text: False)
+    found = zip(contexts, letters, strict=True)
+    return [(context, letter) for context, letter in found if letter.isalpha() and letter.isascii()]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -123,6 +136,7 @@ def theirs(folder: Path) -> dict[str, float]:
 def test_both_ways_give_the_figures_of_transformers(folder, theirs, capsys):
     expected = theirs
     assert len(expected) == 9, expected
+    assert expected["local_words acc,none"] == expected["local_answer exact_match,none"] == 0.5
     words = ["--harness", ",".join(TASKS), "--include-path", str(folder / "tasks"), "--json"]
     assert main(["evaluate", str(folder / "model"), *words]) == 0
     told = json.loads(capsys.readouterr().out)
