@@ -1,4 +1,4 @@
-"""The third step of a worker's pipe: texts to tokens. Nothing else writes END-OF-DOCUMENT.
+"""The third step of a worker's pipe: texts to tokens. Nothing else ends texts with END-OF-DOCUMENT.
 
 read -> clean -> encode (here) -> write
 """
