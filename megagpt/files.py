@@ -45,6 +45,18 @@ def file_sha256(path: Path, progress: Callable[[int], None] | None = None) -> st
     return digest.hexdigest()
 
 
+def copy_hashed(source: Path, target: Path, block: int = BLOCK) -> str:
+    """Copies a file's content, flushed to the disk, and returns the sha256 of it in hex."""
+    digest = hashlib.sha256()
+    with source.open("rb", buffering=0) as file, target.open("wb") as copy:
+        while content := file.read(block):
+            digest.update(content)
+            copy.write(content)
+        copy.flush()
+        os.fsync(copy.fileno())
+    return digest.hexdigest()
+
+
 def temporary_of(path: Path) -> Path:
     """Where a file or folder is written before it is whole: a name that no user gives."""
     return path.with_name(f".{path.name}.megagpt.tmp")

@@ -16,12 +16,11 @@ import os
 import re
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Marks:
+class Marks(NamedTuple):
     """The names of the variables of a launcher; local ones may be missing."""
 
     name: str
@@ -31,48 +30,18 @@ class Marks:
     local_size: str = ""
 
 
+def _alike(name: str, prefix: str) -> Marks:
+    words = ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
+    return Marks(name, *(prefix + word for word in words))
+
+
 LAUNCHERS = (
-    Marks(
-        name="Open MPI",
-        rank="OMPI_COMM_WORLD_RANK",
-        size="OMPI_COMM_WORLD_SIZE",
-        local_rank="OMPI_COMM_WORLD_LOCAL_RANK",
-        local_size="OMPI_COMM_WORLD_LOCAL_SIZE",
-    ),
-    Marks(
-        name="jsrun",
-        rank="JSM_NAMESPACE_RANK",
-        size="JSM_NAMESPACE_SIZE",
-        local_rank="JSM_NAMESPACE_LOCAL_RANK",
-        local_size="JSM_NAMESPACE_LOCAL_SIZE",
-    ),
-    Marks(
-        name="MVAPICH",
-        rank="MV2_COMM_WORLD_RANK",
-        size="MV2_COMM_WORLD_SIZE",
-        local_rank="MV2_COMM_WORLD_LOCAL_RANK",
-        local_size="MV2_COMM_WORLD_LOCAL_SIZE",
-    ),
-    Marks(
-        name="PALS",
-        rank="PALS_RANKID",
-        size="PMI_SIZE",
-        local_rank="PALS_LOCAL_RANKID",
-        local_size="PMI_LOCAL_SIZE",
-    ),
-    Marks(
-        name="Flux",
-        rank="FLUX_TASK_RANK",
-        size="FLUX_JOB_SIZE",
-        local_rank="FLUX_TASK_LOCAL_ID",
-    ),
-    Marks(
-        name="Hydra",
-        rank="PMI_RANK",
-        size="PMI_SIZE",
-        local_rank="MPI_LOCALRANKID",
-        local_size="MPI_LOCALNRANKS",
-    ),
+    _alike("Open MPI", "OMPI_COMM_WORLD_"),
+    _alike("jsrun", "JSM_NAMESPACE_"),
+    _alike("MVAPICH", "MV2_COMM_WORLD_"),
+    Marks("PALS", "PALS_RANKID", "PMI_SIZE", "PALS_LOCAL_RANKID", "PMI_LOCAL_SIZE"),
+    Marks("Flux", "FLUX_TASK_RANK", "FLUX_JOB_SIZE", "FLUX_TASK_LOCAL_ID"),
+    Marks("Hydra", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
 )
 """The first whose rank is there counts: a Cray has PMI's variables too."""
 JOBS = (

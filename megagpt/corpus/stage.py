@@ -1,0 +1,83 @@
+"""A corpus on a host's own disk: copied once by one process of the host, each file against its
+checksum (L1).
+
+    srun --ntasks-per-node=1 megagpt data stage data/web /local/scratch
+"""
+
+import fcntl
+import json
+import shutil
+from pathlib import Path
+
+from megagpt.corpus.manifest import MANIFEST, read_manifest
+from megagpt.errors import DamageError, UsageError
+from megagpt.files import copy_hashed, temporary_of, write_file
+
+STATE = ".staged.json"
+"""In the copy: what its files were when they were found whole."""
+
+
+def stage(folder: Path, scratch: Path) -> tuple[Path, int]:
+    """(the copy of a corpus below `scratch`, bytes that were copied); all processes of a host may
+    call it, and one of them copies.
+
+    Files that are there already and whole are kept. Raises UsageError where the disk has no room,
+    DamageError for a file that is not what the manifest says; neither leaves such a file behind.
+    """
+    manifest, target = read_manifest(folder), scratch / folder.resolve().name
+    if target.resolve() == folder.resolve():
+        raise UsageError(f"{scratch}: {folder} lies there already; give another folder")
+    digests = {MANIFEST: ""}
+    for shard in manifest.shards:
+        digests[f"{shard.name}.bin"] = shard.sha256
+        digests[f"{shard.name}.idx"] = shard.index_sha256
+    if manifest.tokenizer_name.endswith(".json"):
+        digests[manifest.tokenizer_name] = manifest.tokenizer_sha256
+    target.mkdir(parents=True, exist_ok=True)
+    with (target / ".staging").open("w") as lock:
+        # The processes that wait find the copy made.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        known = _recall(target / STATE)
+        wanted = [n for n in digests if known.get(n) != _state(target / n, digests[n])]
+        needed = sum((folder / name).stat().st_size for name in wanted)
+        if needed > (free := shutil.disk_usage(target).free):
+            raise UsageError(
+                f"{target}: {needed:,} bytes are needed and {free:,} are free; give another place"
+            )
+        # The manifest last: a folder with one is whole.
+        for name in sorted(wanted, key=lambda name: name == MANIFEST):
+            _copy(folder / name, target / name, digests[name])
+        states = {name: _state(target / name, digest) for name, digest in digests.items()}
+        if wanted:
+            write_file(target / STATE, json.dumps(states, indent=1) + "\n")
+    return target, needed
+
+
+def _copy(source: Path, target: Path, digest: str) -> None:
+    """Copies a file so that it is whole or not there. digest: its sha256, "" for any."""
+    found = copy_hashed(source, temporary_of(target))
+    if digest and found != digest:
+        temporary_of(target).unlink()
+        raise DamageError(
+            f"{source}: sha256 {found[:12]}..., the manifest says {digest[:12]}...; restore the "
+            "file from a copy, or prepare the corpus again"
+        )
+    temporary_of(target).replace(target)
+
+
+def _recall(path: Path) -> dict[str, str]:
+    """What was found whole; a state that cannot be read only costs time."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _state(path: Path, digest: str) -> str:
+    """Changes whenever the file or what is expected of it changes."""
+    try:
+        found = path.stat()
+    except OSError:
+        return "missing"
+    return f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns} {found.st_ino} {digest}"

@@ -1,0 +1,85 @@
+"""Corpora on a host's own disk: copied once, by one process, and nothing damaged."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from megagpt.cli import main
+from megagpt.corpus.stage import stage
+from megagpt.corpus.verify import verify_shards
+from megagpt.errors import DamageError, UsageError
+from tests.lib.corpus import sentences, write_corpus
+from tests.lib.distributed import environment
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    return write_corpus(tmp_path / "web", sentences(400, 1))
+
+
+def size(folder):
+    return sum(path.stat().st_size for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def test_a_copy_is_whole_and_made_once(corpus, tmp_path, capsys):
+    copy, copied = stage(corpus, tmp_path / "scratch")
+    assert copy == tmp_path / "scratch" / "web" and copied == size(corpus) == size(copy)
+    assert verify_shards(copy) == []
+    assert main(["data", "stage", str(corpus), str(tmp_path / "scratch")]) == 0
+    assert capsys.readouterr().out == f"{copy}: 0 bytes copied\n"
+    # What is missing, or was changed since, is copied again.
+    first, second = sorted(copy.glob("*.bin"))[:2]
+    first.unlink()
+    second.write_bytes(second.read_bytes()[::-1])
+    again = first.name, second.name
+    assert stage(corpus, tmp_path / "scratch")[1] == sum((corpus / n).stat().st_size for n in again)
+    assert verify_shards(copy) == []
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{"])
+def test_a_state_that_cannot_be_read_only_costs_time(corpus, tmp_path, text):
+    copy, copied = stage(corpus, tmp_path / "scratch")
+    (copy / ".staged.json").write_text(text)
+    assert stage(corpus, tmp_path / "scratch")[1] == copied
+
+
+def test_a_damaged_original_is_named_and_not_copied(corpus, tmp_path):
+    shard = sorted(corpus.glob("*.bin"))[1]
+    data = bytearray(shard.read_bytes())
+    data[7] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(DamageError, match=f"{shard}: sha256 .*, the manifest says "):
+        stage(corpus, tmp_path / "scratch")
+    copy = tmp_path / "scratch" / "web"
+    # Without its manifest no training would take it.
+    assert not (copy / shard.name).exists() and not (copy / "manifest.json").exists()
+    assert not list(copy.glob("*.tmp")) and not list(copy.glob(".*.tmp"))
+
+
+def test_processes_of_a_host_copy_once(corpus, tmp_path):
+    line = [
+        sys.executable,
+        "-m",
+        "megagpt",
+        "data",
+        "stage",
+        str(corpus),
+        str(tmp_path / "scratch"),
+    ]
+    processes = [
+        subprocess.Popen(line, env=environment(), stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    said = sorted(process.communicate(timeout=120)[0].split(": ")[1] for process in processes)
+    assert said == ["0 bytes copied\n", "0 bytes copied\n", f"{size(corpus):,} bytes copied\n"]
+
+
+def test_what_cannot_be_staged(corpus, tmp_path, monkeypatch):
+    with pytest.raises(UsageError, match="lies there already; give another folder"):
+        stage(corpus, tmp_path)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10))
+    with pytest.raises(UsageError, match=r"web: [\d,]+ bytes are needed and 10 are free"):
+        stage(corpus, tmp_path / "scratch")
