@@ -29,8 +29,7 @@ def stage(folder: Path, scratch: Path) -> tuple[Path, int]:
         raise UsageError(f"{scratch}: {folder} lies there already; give another folder")
     digests = {MANIFEST: ""}
     for shard in manifest.shards:
-        digests[f"{shard.name}.bin"] = shard.sha256
-        digests[f"{shard.name}.idx"] = shard.index_sha256
+        digests |= {path.name: digest for path, _, digest in manifest.files(shard)}
     if manifest.tokenizer_name.endswith(".json"):
         digests[manifest.tokenizer_name] = manifest.tokenizer_sha256
     target.mkdir(parents=True, exist_ok=True)
