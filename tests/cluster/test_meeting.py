@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from megagpt.cluster import process as group
-from megagpt.cluster.meeting import _spans
+from megagpt.cluster.meeting import Meeting, _spans
 from megagpt.cluster.ranks import Ranks
 from megagpt.errors import MegagptError
 from tests.lib.distributed import environment, free_port
@@ -191,3 +191,22 @@ def test_what_is_never_said_is_not_waited_for_in_silence(monkeypatch):
     assert meeting.has("word") and meeting.get("word") == [1, "a"]
     with pytest.raises(MegagptError, match="rank 0 on .* waited for news: "):
         meeting.get("news", wait_s=0.1)
+
+
+def test_a_store_that_another_keeps_and_one_that_is_gone(monkeypatch):
+    """The store of a program that is no run of ours; then it ends."""
+    from torch.distributed import TCPStore
+
+    port = free_port()
+    store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    told = f"rank 1: rank 0 did not come to 127.0.0.1:{port} within 0.01 minutes"
+    with pytest.raises(MegagptError, match=told):
+        Meeting(Ranks(rank=1, world=2), 0.01)
+    store.set("megagpt meets", "")
+    meeting = Meeting(Ranks(rank=1, world=2), 0.1)
+    assert meeting.count("work", 2) == 2 and meeting.begin_work() != meeting.begin_work()
+    del store
+    with pytest.raises(MegagptError, match="rank 1: rank 0 has ended"):
+        meeting.count("work")
