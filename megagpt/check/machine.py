@@ -1,5 +1,6 @@
 """Is this host fit to train: versions, GPUs, cores, limits (torch only where there are GPUs)."""
 
+import contextlib
 import os
 import re
 import resource
@@ -107,12 +108,33 @@ def parse_gpus(text: str) -> list[Gpu]:
     return cards
 
 
+def amd_gpus(nodes: Path = Path("/sys/class/kfd/kfd/topology/nodes")) -> int:
+    """GPUs that AMD's driver lists; a node of its topology that is a CPU has the number 0."""
+    count = 0
+    for path in nodes.glob("*/gpu_id"):
+        # Nodes of other users' containers cannot be read.
+        with contextlib.suppress(OSError):
+            count += path.read_text().strip() not in ("", "0")
+    return count
+
+
 def check_gpus(cards: list[Gpu], ranks_here: int, wanted: int = 0) -> Check:
     """One GPU a rank, without memory errors, usable by this torch; `wanted` by a job to come."""
     if len(cards) < wanted:
         detail = f"{len(cards) or 'none'} on this host, the job wants {wanted} on each of its hosts"
         remedy = "examine those too, within the job: srun python -m megagpt.doctor RUN.toml"
         return Check("GPUs", WARN, detail, remedy)
+    if not cards and (count := amd_gpus()):
+        import torch
+
+        visible = torch.cuda.device_count() if torch.version.hip else 0
+        if visible:
+            detail = (
+                f"{visible} of AMD, by torch {torch.__version__}; their errors are not looked at"
+            )
+            return Check("GPUs", WARN, detail, "read rocm-smi --showrasinfo")
+        detail = f"{count} of AMD, but torch {torch.__version__} is a build without ROCm"
+        return Check("GPUs", FAIL, detail, "install the torch build for this ROCm version")
     if not cards:
         return Check("GPUs", OK, "none: ranks train on the CPU")
     bad = [str(i) for i, card in enumerate(cards) if card.errors]

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from megagpt.check import machine, network
 from megagpt.check.examine import shared_file
@@ -206,6 +207,20 @@ def test_open_files_as_the_shell_limits_them():
     )
     assert done.returncode == 2
     assert rows(done.stdout)["open files"] == (FAIL, "ulimit -n is 512, 1024 are needed")
+
+
+def test_gpus_of_amd_are_not_called_a_cpu(tmp_path, monkeypatch):
+    for node, number in enumerate(("0", "4711", "4712")):
+        (tmp_path / str(node)).mkdir()
+        (tmp_path / str(node) / "gpu_id").write_text(f"{number}\n")
+    assert machine.amd_gpus(tmp_path) == 2 and machine.amd_gpus(tmp_path / "none") == 0
+    monkeypatch.setattr(machine, "amd_gpus", lambda: 2)
+    found = machine.check_gpus([], 2)
+    assert found.status == FAIL and found.detail.startswith("2 of AMD, but torch ")
+    monkeypatch.setattr(torch.version, "hip", "6.2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    found = machine.check_gpus([], 2)
+    assert found.status == WARN and found.detail.startswith("2 of AMD, by torch ")
 
 
 # --- network ------------------------------------------------------------------------------------
