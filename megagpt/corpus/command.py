@@ -1,5 +1,5 @@
 """The command lines of this package: the scripts of data_prep, and `megagpt data inspect | verify |
-stage | import`, to which megagpt.order.command adds `batch`."""
+import`, to which megagpt.order.command adds `stage` and `batch`."""
 
 from __future__ import annotations
 
@@ -159,22 +159,6 @@ def add_parsers(subparsers: Any) -> None:
     )
     verify.set_defaults(run=run_verify)
 
-    staged = subparsers.add_parser(
-        "stage",
-        help="copy corpora to a host's own disk, once, each file against its checksum",
-        description="Copies folders of shards below SCRATCH; of several processes on a host one "
-        "copies and the others wait. Files that are there already and whole are kept. Prints where "
-        "each copy is, for data.train and data.validation.",
-        epilog="Exit codes: 0 done; 2 no corpus, or no room; 3 a damaged file, named.",
-    )
-    staged.add_argument(
-        "folders", type=Path, nargs="+", metavar="DIR", help="folder with a manifest.json"
-    )
-    staged.add_argument(
-        "scratch", type=Path, metavar="SCRATCH", help="a folder of this host's disk"
-    )
-    staged.set_defaults(run=run_stage)
-
     adopt = subparsers.add_parser(
         "import",
         help="take Megatron pairs, nanoGPT's uint16 .bin, llm.c shards or .npy",
@@ -209,16 +193,6 @@ def run_inspect(args: argparse.Namespace) -> int:
         if getattr(args, name) < 0:
             raise UsageError(f"--{name} {getattr(args, name)}: must be 0 or more")
     print(describe(args.folder, args.documents, args.characters))
-    return EXIT_OK
-
-
-def run_stage(args: argparse.Namespace) -> int:
-    """Copies corpora and prints where they are."""
-    from megagpt.corpus.stage import stage
-
-    for folder in args.folders:
-        copy, size = stage(folder, args.scratch)
-        print(f"{copy}: {size:,} bytes copied")
     return EXIT_OK
 
 

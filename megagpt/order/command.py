@@ -1,4 +1,4 @@
-"""`megagpt data inspect | verify | import | batch`: what the corpora hold, and a step's documents.
+"""`megagpt data inspect | verify | import | stage | batch`: what the corpora hold, and a step's documents.
 
 The commands about shards come from megagpt.corpus.command; `batch` follows from the run file and
 the corpora alone. Where the run folder has recorded the step, its digest must agree.
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megagpt.corpus.command import add_parsers
+from megagpt.corpus.stage import add_stage
 from megagpt.errors import DamageError, UsageError
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def add_parser(commands: Any) -> None:
     )
     actions = made.add_subparsers(metavar="ACTION", required=True)
     add_parsers(actions)
+    add_stage(actions)
     add_batch(actions)
 
 
