@@ -1,4 +1,4 @@
-"""`megagpt data inspect | verify | import | stage | batch`: what corpora hold, and a step's documents.
+"""`megagpt data inspect | verify | import | stage | batch`: corpora, and a step's documents.
 
 The commands about shards come from megagpt.corpus.command; `batch` follows from the run file and
 the corpora alone. Where the run folder has recorded the step, its digest must agree.
