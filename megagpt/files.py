@@ -45,11 +45,11 @@ def file_sha256(path: Path, progress: Callable[[int], None] | None = None) -> st
     return digest.hexdigest()
 
 
-def copy_hashed(source: Path, target: Path, block: int = BLOCK) -> str:
+def copy_hashed(source: Path, target: Path) -> str:
     """Copies a file's content, flushed to the disk, and returns the sha256 of it in hex."""
     digest = hashlib.sha256()
     with source.open("rb", buffering=0) as file, target.open("wb") as copy:
-        while content := file.read(block):
+        while content := file.read(BLOCK):
             digest.update(content)
             copy.write(content)
         copy.flush()

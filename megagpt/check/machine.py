@@ -1,6 +1,5 @@
 """Is this host fit to train: versions, GPUs, cores, limits (torch only where there are GPUs)."""
 
-import contextlib
 import os
 import re
 import resource
@@ -110,12 +109,7 @@ def parse_gpus(text: str) -> list[Gpu]:
 
 def amd_gpus(nodes: Path = Path("/sys/class/kfd/kfd/topology/nodes")) -> int:
     """GPUs that AMD's driver lists; a node of its topology that is a CPU has the number 0."""
-    count = 0
-    for path in nodes.glob("*/gpu_id"):
-        # Nodes of other users' containers cannot be read.
-        with contextlib.suppress(OSError):
-            count += path.read_text().strip() not in ("", "0")
-    return count
+    return sum(path.read_text().strip() != "0" for path in nodes.glob("*/gpu_id"))
 
 
 def check_gpus(cards: list[Gpu], ranks_here: int, wanted: int = 0) -> Check:

@@ -83,14 +83,15 @@ def stage(folder: Path, scratch: Path) -> tuple[Path, int]:
 
 def _copy(source: Path, target: Path, digest: str) -> None:
     """Copies a file so that it is whole or not there. digest: its sha256, "" for any."""
-    found = copy_hashed(source, temporary_of(target))
+    temporary = temporary_of(target)
+    found = copy_hashed(source, temporary)
     if digest and found != digest:
-        temporary_of(target).unlink()
+        temporary.unlink()
         raise DamageError(
             f"{source}: sha256 {found[:12]}..., the manifest says {digest[:12]}...; restore the "
             "file from a copy, or prepare the corpus again"
         )
-    temporary_of(target).replace(target)
+    temporary.replace(target)
 
 
 def _recall(path: Path) -> dict[str, str]:
