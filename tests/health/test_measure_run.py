@@ -55,8 +55,12 @@ def test_measuring_changes_no_bit(watched):
 def test_stdout_has_results_alone(watched):
     _, (first, second) = watched
     assert first == ""
-    assert [line.split(":")[0] for line in second.splitlines()] == [
+    said, following = second.split("next: ")
+    assert [line.split(":")[0] for line in said.splitlines()] == [
         "run complete", "validation loss", "checkpoints", "curves",
+    ]  # fmt: skip
+    assert [line.split()[1] for line in following.splitlines()[:3]] == [
+        "generate", "report", "export",
     ]  # fmt: skip
 
 
