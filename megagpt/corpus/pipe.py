@@ -139,7 +139,9 @@ class _Pipe:
         self._folders = [options.output]
         if options.validation_fraction:
             self._folders.append(validation_folder(options.output))
-        self._workers = options.workers or len(os.sched_getaffinity(0))
+        # macOS does not tell which cores a process may use.
+        here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        self._workers = options.workers or here or 1
         self._summary = Summary(
             folders=tuple(self._folders),
             strict=options.strict,
