@@ -102,8 +102,7 @@ def check_reading(config: RunConfig) -> Iterator[Check]:
     """How often each corpus is read; whether training and validation share documents."""
     for path, epochs in epochs_of(config):
         often = epochs > MOST_EPOCHS
-        remedy = f"more than about {MOST_EPOCHS} teach little more: lower schedule.total_tokens, or"
-        remedy += " prepare more text"
+        remedy = "the last ones teach little: lower schedule.total_tokens, or prepare more text"
         detail = f"{path} is read {epochs:.2f} times"
         yield Check("epochs", WARN if often else OK, detail, remedy if often else "")
     # A wrong vocabulary has failed with the shards.
