@@ -24,11 +24,21 @@ def _onednn() -> Any:
 ONEDNN = _onednn()
 
 
+ROWS = 32
+"""More rows than these are filled up to a multiple of them: oneDNN keeps code for every shape that
+it has met, some 300 kB each, and prompts have any length."""
+
+
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., D) times weight (R, D) transposed, plus bias (R,): (..., R)."""
-    if ONEDNN is None or x.dtype != torch.float32 or x.numel() == x.shape[-1]:
+    n = x.numel() // x.shape[-1]
+    if ONEDNN is None or x.dtype != torch.float32 or n == 1:
         return F.linear(x, weight, bias)
-    return ONEDNN(x, weight, bias, "none", [], "")
+    flat = x.reshape(n, -1)
+    if n > ROWS and n % ROWS:
+        flat = F.pad(flat, (0, 0, 0, -n % ROWS))
+    y = ONEDNN(flat, weight, bias, "none", [], "")
+    return y[:n].view(*x.shape[:-1], -1)
 
 
 class ReadingLinear(Linear):

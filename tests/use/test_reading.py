@@ -10,7 +10,7 @@ from megagpt.use.reading import ONEDNN, READING, product, store_by_columns
 from tests.model.test_model import BANDED, FAMILIES, batch, build, family
 
 
-@pytest.mark.parametrize("shape", [(1, 32), (1, 1, 32), (7, 32), (2, 5, 32)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 32), (1, 1, 32), (7, 32), (2, 5, 32), (3, 15, 32)], ids=str)
 @pytest.mark.parametrize("columns", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_a_product_is_torchs(shape, columns, dtype):
