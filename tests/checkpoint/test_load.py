@@ -391,12 +391,13 @@ def test_another_run_is_refused_and_may_be_allowed(run, config, engine, caplog):
         resume(run, other, engine, str)
     lines = str(caught.value).splitlines()
     assert "was saved by another run (saved -> asked):" in lines[0]
-    assert lines[1:4] == [
+    assert lines[1:5] == [
         "  - seed: 1 -> 2",
         "  - schedule.peak_lr: 0.003 -> 0.001",
+        "  - learning rate at 15,360 tokens: 0.0003 -> 0.0001",
         "  - data: other shards or weights than the checkpoint was trained on",
     ]
-    assert "--allow-changes" in lines[4]
+    assert "--allow-changes" in lines[5]
     assert resume(run, other, engine, str, allow_changes=True) is not None
     assert "the run goes on changed" in caplog.text
 
