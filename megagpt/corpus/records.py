@@ -33,7 +33,7 @@ from megagpt.corpus.manifest import (
 from megagpt.corpus.shards import SHARD_TOKENS, Shard, ShardWriter
 from megagpt.corpus.state import FOLDER, State
 from megagpt.errors import UsageError
-from megagpt.tokenizer import end_of_document, load_tokenizer, token_dtype
+from megagpt.tokenizer import end_of_document, fingerprint, load_tokenizer, token_dtype
 
 log = logging.getLogger("megagpt.data")
 
@@ -86,7 +86,7 @@ def prepare(
     end = end_of_document(encoding) if encoding else -1
     samples = _Samples(folder, size, end if records is None else None)
     if (folder / MANIFEST).exists():
-        return _there(folder, samples, given)
+        return _there(folder, samples, given, (split, fingerprint(encoding) if encoding else ""))
     plan = {"samples": str(vocabulary), "split": split, "shard_tokens": shard_tokens}
     with State([folder], plan) as state:
         for stale in [p for e in ("bin", "idx", "mask") for p in folder.glob(f"*.{e}*")]:
@@ -97,7 +97,11 @@ def prepare(
         shards = writer.close()
         if not shards:
             state.remove()
-            raise UsageError(f"{folder}: no sample is left to write ({samples.left_out or 'none'})")
+            reasons = [f"{count} left out: {why}" for why, count in samples.left_out.items()]
+            told = ", ".join(reasons) or "none was given"
+            raise UsageError(
+                f"{folder}: no sample is left to write ({told}); give one that scores a target"
+            )
         more = samples.told(shards) | {"split": Subset(split, rule="the samples that were given")}
         if encoding is None:
             manifest = _of_ids(folder, size, shards, more)
@@ -126,9 +130,18 @@ def _of_ids(
     )
 
 
-def _there(folder: Path, samples: _Samples, given: Iterable[Ids | Masked]) -> CorpusManifest:
-    """The corpus that is there. Raises UsageError unless it is of these samples."""
+def _there(
+    folder: Path, samples: _Samples, given: Iterable[Ids | Masked], wanted: tuple[str, str]
+) -> CorpusManifest:
+    """The corpus that is there. Raises UsageError unless it is of these samples, of the split and
+    the tokenizer's fingerprint that are `wanted`."""
     manifest = read_manifest(folder)
+    if (manifest.split.name, manifest.fingerprint) != wanted:
+        raise UsageError(
+            f"{folder} already holds a corpus of the {manifest.split.name} split in the vocabulary "
+            f"{manifest.tokenizer_name or manifest.vocab_size}; choose another folder, or remove "
+            "it first"
+        )
     for _ in samples.batches(given):
         pass
     if manifest.preparation.get("samples") != samples.digest.hexdigest():
@@ -197,12 +210,13 @@ class _Samples:
         masked = isinstance(sample, Masked)
         ids = self._ids(number, sample.ids if isinstance(sample, Masked) else sample)
         if self.masked not in (None, masked):
-            raise self._wrong(number, "has a mask and others have none", "give all of them one")
+            what = "a mask and others have none" if masked else "no mask and others have one"
+            raise self._wrong(number, f"has {what}", "give all of them one, or none")
         self.masked = masked
         if not isinstance(sample, Masked):
             mask = np.ones(len(ids), np.uint8)
         else:
-            mask = np.asarray(sample.scored)
+            mask = _array(sample.scored)
             if mask.shape != ids.shape or not np.isin(mask, (0, 1)).all():
                 rule = f"its mask must be {len(ids)} of 0 and 1, one for each id"
                 raise self._wrong(number, "has a mask that does not fit", rule)
@@ -218,7 +232,7 @@ class _Samples:
 
     def _ids(self, number: int, given: Ids) -> npt.NDArray[np.int64]:
         """The ids (R,). Raises UsageError for what is no sample."""
-        ids = np.asarray(given)
+        ids = _array(given)
         if ids.ndim != 1 or not len(ids) or ids.dtype.kind not in "iu":
             raise self._wrong(number, f"is {ids.dtype} {ids.shape}", "give integers, one row each")
         if int(ids.min()) < 0 or int(ids.max()) >= self._size:
@@ -237,3 +251,11 @@ class _Samples:
 
     def _wrong(self, number: int, what: str, rule: str) -> UsageError:
         return UsageError(f"{self._folder}: sample {number} {what}; {rule}")
+
+
+def _array(given: Ids) -> npt.NDArray:
+    """As numpy takes it; what makes no array, such as rows of unlike lengths, as one object."""
+    try:
+        return np.asarray(given)
+    except ValueError:
+        return np.array(None)

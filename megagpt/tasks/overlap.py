@@ -12,6 +12,7 @@ from megagpt.corpus.contamination import shared_grams, text_grams
 from megagpt.corpus.inspect import first_documents
 from megagpt.corpus.manifest import read_manifest
 from megagpt.corpus.progress import Progress
+from megagpt.errors import UsageError
 from megagpt.tasks.examples import Example
 from megagpt.tokenizer import load_tokenizer
 
@@ -24,14 +25,19 @@ _SUM = re.compile(r"(?<!\d)(\d+) (?:([+-]) (\d+) =|(plus|minus) (\d+)(?!\d))")
 
 
 def documents_of(folder: Path, label: str) -> Iterator[str]:
-    """The text of every document of a prepared corpus. Raises what reading it raises."""
+    """The text of every document or record of a prepared corpus. Raises UsageError for ids that
+    stand for no text, and what reading it raises."""
     manifest = read_manifest(folder)
+    if not manifest.tokenizer_name:
+        raise UsageError(
+            f"{folder}: its ids stand for no text; give a corpus that was made of text"
+        )
     encoding = load_tokenizer(manifest.tokenizer, manifest.fingerprint)
     total = sum(shard.bytes for shard in manifest.shards)
     with Progress(f"{label} {folder}", total) as progress:
         for tokens in first_documents(manifest, manifest.documents):
-            # Without END-OF-DOCUMENT.
-            yield encoding.decode(tokens[:-1].tolist(), errors="replace")
+            kept = tokens[tokens != manifest.end_of_document]
+            yield encoding.decode(kept.tolist(), errors="replace")
             progress.add(tokens.nbytes)
 
 

@@ -43,7 +43,7 @@ def rows_of(source: str) -> Iterator[tuple[str, Row]]:
                     if not isinstance(row, dict):
                         raise ValueError(f"expected an object, found {type(row).__name__}")
                     yield f"{path}, line {number}", row
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise UsageError(
             f"{path}, line {number}: not readable ({reason}); give a UTF-8 file with a JSON object "
@@ -60,6 +60,8 @@ def _texts(value: Any) -> tuple[str, ...]:
         raise ValueError("expected a list of texts")
     if not all(isinstance(text, str) and text for text in value):
         raise ValueError("expected texts that are not empty")
+    for text in value:
+        text.encode()  # half of a pair of surrogates is no text
     return tuple(value)
 
 
@@ -134,10 +136,12 @@ def arc(row: Row) -> Example:
     if isinstance(question, dict):
         choices = {key: [one[key] for one in question["choices"]] for key in ("text", "label")}
         question = question["stem"]
-    assert choices is not None
-    gold = list(choices["label"]).index(row["answerKey"])
+    if choices is None:
+        raise KeyError("choices")
+    texts = _texts(choices["text"])
+    gold = _place(list(choices["label"]).index(row["answerKey"]), texts)
     context = f"Question: {question}\nAnswer:"
-    return Example(contexts=(context,), choices=_texts(choices["text"]), gold=gold, between=" ")
+    return Example(contexts=(context,), choices=texts, gold=gold, between=" ")
 
 
 def openbookqa(row: Row) -> Example:
@@ -233,14 +237,19 @@ def task_of(name: str, source: str = "", gapped: bool = False, form: str = "") -
     for where, row in rows_of(source):
         try:
             examples.append(read(row))
-        except (KeyError, ValueError, TypeError, AttributeError, AssertionError) as error:
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else str(error)
             rule = (entry.read.__doc__ or "").split("\n")[0].rstrip(".")
             raise UsageError(f"{where}: no row of {name} ({reason}); expected {rule}") from None
     if not examples:
         raise UsageError(f"{source}: no row in it; give a file with a JSON object a line")
-    kind = entry.kind
-    if kind == "choice" and all(len(example.contexts) > 1 for example in examples):
+    kind, several = entry.kind, [len(example.contexts) > 1 for example in examples]
+    if any(several) and not all(several) and kind == "choice":
+        raise UsageError(
+            f"{source}: some rows have several contexts and others have one, and are scored in "
+            "different ways; give each kind a file of its own"
+        )
+    if kind == "choice" and all(several):
         kind = "partial"
     return Task(
         name=name,

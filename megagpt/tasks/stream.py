@@ -82,7 +82,7 @@ def _encoded(scorer: Scorer, content: bytes, path: Path) -> list[int]:
     """All ids of the test part, which may begin and end within a character."""
     if scorer.encoding.name == "bytes":
         return list(content)
-    start = next((i for i in range(4) if content[i] & 0xC0 != 0x80), 0)
+    start = next((i for i, byte in enumerate(content[:4]) if byte & 0xC0 != 0x80), 0)
     try:
         text = content[start:].decode("utf-8")
     except UnicodeDecodeError as error:

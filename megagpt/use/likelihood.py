@@ -62,10 +62,16 @@ class Scorer:
     def pair(self, context: str, continuation: str) -> Pair:
         """The ids of both, as EleutherAI's harness cuts them: spaces at the end of the context
         belong to the continuation, and its ids are those of the whole text that the context's do
-        not account for. A context without a word is END-OF-DOCUMENT."""
+        not account for. A context without a word is END-OF-DOCUMENT. Raises UsageError for a
+        continuation that has no ids of its own."""
         bare = context.rstrip()
         ids = self.encode(bare)
         whole = self.encode(context + continuation)
+        if len(whole) <= len(ids):
+            raise UsageError(
+                f"{continuation!r:.80} after {context[-40:]!r}: has no token of its own, for the "
+                "tokenizer joins it with the text before it; put a space between them"
+            )
         return ids or [self.end], whole[len(ids) :]
 
     # --- given texts ----------------------------------------------------------------------------

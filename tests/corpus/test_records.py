@@ -203,9 +203,12 @@ def test_a_manifest_that_contradicts_itself(masked: Path, changes: dict, message
         ({"records": [[0.5, 1.0]]}, r"sample 0 is float64 \(2,\); give integers"),
         ({"records": [[]]}, "sample 0 is"),
         ({"records": [[1, 2], Masked([1, 2], [0, 1])]}, "sample 1 has a mask and others have none"),
+        ({"records": [Masked([1, 2], [0, 1]), [1, 2]]}, "sample 1 has no mask and others have one"),
+        ({"records": [[1, [2]]]}, r"sample 0 is object \(\); give integers, one row each"),
+        ({"records": [Masked([1, 2], [0, [1]])]}, "its mask must be 2 of 0 and 1"),
         ({"records": [Masked([1, 2], [0, 2])]}, "its mask must be 2 of 0 and 1, one for each id"),
-        ({"records": [Masked([1, 2], [1, 0])]}, "no sample is left to write .*scored': 1"),
-        ({"records": []}, "no sample is left to write"),
+        ({"records": [Masked([1, 2], [1, 0])]}, r"write \(1 left out: no token of it"),
+        ({"records": []}, r"no sample is left to write \(none was given\); give one"),
         ({"records": [[1, 2]], "documents": [[1]]}, "give either records or documents"),
         ({}, "give either records or documents"),
         ({"documents": [[1, 2]]}, "documents end with END-OF-DOCUMENT, which a tokenizer names"),
@@ -227,6 +230,17 @@ def test_the_same_samples_again_do_nothing_and_others_are_refused(masked: Path) 
     assert {path.name: path.stat().st_mtime_ns for path in masked.iterdir()} == before
     with pytest.raises(UsageError, match="already holds another corpus"):
         prepare(masked, records=samples[:-1], vocabulary=10, shard_tokens=3 * R)
+    with pytest.raises(
+        UsageError, match="a corpus of the train split in the vocabulary 10; choose"
+    ):
+        prepare(masked, records=samples, vocabulary=10, split="validation")
+
+
+def test_ids_of_no_text_are_not_those_of_a_tokenizer_as_large(tmp_path: Path) -> None:
+    ids, _ = random_records(3)
+    prepare(tmp_path / "c", records=ids, vocabulary=257)
+    with pytest.raises(UsageError, match="already holds .* in the vocabulary 257; choose another"):
+        prepare(tmp_path / "c", records=ids, vocabulary="bytes")
 
 
 def test_a_preparation_that_was_killed_starts_over(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import torch
 from scipy.stats import binomtest
 
 from megagpt.config.presets import ModelConfig
+from megagpt.corpus.records import prepare
 from megagpt.errors import UsageError
 from megagpt.model import GPT
 from megagpt.tasks.arithmetic import arithmetic
@@ -291,6 +292,13 @@ def test_characters_of_another_tokenizer(tmp_path):
     path.write_bytes(b"\xff\xfe\x00\xfa" * 400)
     with pytest.raises(UsageError, match="not UTF-8 .*only a model of the tokenizer `bytes`"):
         stream(scorer, "enwik8", path)
+    path.write_bytes(b"\x80" * 30)  # a test part of one byte
+    with pytest.raises(UsageError, match="not UTF-8"):
+        stream(scorer, "enwik8", path)
+    # A continuation without a token of its own, as the harness would cut it: hell|o is one token.
+    assert scorer.pair("He said hell", " ish")[1] == scorer.encode(" ish")
+    with pytest.raises(UsageError, match="'o' after 'He said hell': has no token of its own"):
+        scorer.pair("He said hell", "o")
 
 
 def test_clean_and_dirty_questions(tmp_path):
@@ -308,6 +316,13 @@ def test_clean_and_dirty_questions(tmp_path):
     ]
     assert cleanness([examples, examples[:1]], [corpus]) == [[DIRTY, CLEAN, SHORT, DIRTY], [DIRTY]]
     assert cleanness([examples[2:3]], [corpus]) == [[SHORT]]
+    # The last token of a record is text, and no END-OF-DOCUMENT.
+    prepare(tmp_path / "records", records=[[*seen.encode()]], vocabulary="bytes")
+    [[dirty]] = cleanness([[Example(contexts=(seen[4:],), choices=("!",))]], [tmp_path / "records"])
+    assert dirty == DIRTY
+    prepare(tmp_path / "ids", records=[[1, 2]], vocabulary=3)
+    with pytest.raises(UsageError, match="ids: its ids stand for no text; give a corpus that was"):
+        cleanness([examples], [tmp_path / "ids"])
 
 
 def test_sums_that_the_training_data_hold(tmp_path):

@@ -116,6 +116,13 @@ def test_the_papers_tasks_of_a_folder(tmp_path):
         ("winogrande", WINOGRANDE | {"sentence": "no gap"}, "text behind a gap _"),
         ("hellaswag", HELLASWAG | {"endings": []}, "expected a list of texts"),
         ("arc_easy", ARC | {"answerKey": "D"}, "no row of arc_easy ('D' is not in list)"),
+        ("arc_easy", {"question": "a", "answerKey": "A"}, "no row of arc_easy (no 'choices')"),
+        (
+            "arc_easy",
+            ARC | {"answerKey": "C", "choices": {"text": ["a", "b"], "label": ["A", "B", "C"]}},
+            "the right answer is none of the choices",
+        ),
+        ("choice", {"context": "a", "choices": ["\ud800"], "gold": 0}, "surrogates not allowed"),
         ("choice", {"context": "a", "choices": ["b"], "gold": 1}, "`gold` must be the place of"),
         ("choice", {"context": "a", "choices": ["b", ""], "gold": 0}, "texts that are not empty"),
         (
@@ -142,6 +149,16 @@ def test_rows_that_are_none(tmp_path, name, row, message):
 def test_sources_that_are_none(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match=r"absent.jsonl, line 0: not readable \(No such file"):
         sets.task_of("piqa", str(tmp_path / "absent.jsonl"))
+    (tmp_path / "deep.jsonl").write_text("[" * 200_000)
+    with pytest.raises(UsageError, match=r"deep.jsonl, line 1: not readable \(maximum recursion"):
+        sets.task_of("piqa", str(tmp_path / "deep.jsonl"))
+    rows = [
+        {"context_options": ["a", "b"], "choices": ["x"], "gold": 0},
+        {"context": "a", "choices": ["x", "y"], "gold": 0},
+    ]
+    (tmp_path / "two.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(UsageError, match="some rows have several contexts and others have one"):
+        sets.task_of("choice", str(tmp_path / "two.jsonl"))
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(UsageError, match="empty.jsonl: no row in it"):
         sets.task_of("piqa", str(tmp_path / "empty.jsonl"))
