@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megagpt.config import Dtype, RunConfig, dump_run, load_run
+from megagpt.corpus.manifest import read_manifest
 from megagpt.errors import (
     EXIT_FAILURE,
     EXIT_OK,
@@ -121,10 +122,15 @@ def run(args: argparse.Namespace) -> int:
 
 def miniature(config: RunConfig, steps: int, dtype: Dtype, full_shape: bool = False) -> RunConfig:
     """The run cut down to a size that every layout trains in seconds, about `steps` steps."""
+    # The mixture with which the run begins: its changes lie beyond the miniature's end.
+    train = tuple(source for source in config.data.train if source.weight)
     model = config.model
     if not full_shape:
+        # A record is one window, and cannot be cut.
+        records = any(read_manifest(source.path).record_length for source in train)
+        n_ctx = model.n_ctx if records else min(64, model.n_ctx)
         model = dataclasses.replace(
-            model, n_layer=4, n_head=4, d_model=64, n_ctx=min(64, model.n_ctx), band_width=16
+            model, n_layer=4, n_head=4, d_model=64, n_ctx=n_ctx, band_width=16
         )
     start = SEQUENCES * model.n_ctx
     # Batches of 1, 2, 3 and then 4 starts: ramp steps, then the rest at the full batch.
@@ -140,8 +146,6 @@ def miniature(config: RunConfig, steps: int, dtype: Dtype, full_shape: bool = Fa
         ramp_tokens=total // 2,
         peak_lr=min(PEAK_LR, config.schedule.peak_lr),
     )
-    # The mixture with which the run begins: its changes lie beyond the miniature's end.
-    train = tuple(source for source in config.data.train if source.weight)
     return dataclasses.replace(
         config,
         model=model,

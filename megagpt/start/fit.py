@@ -89,7 +89,10 @@ def fit(
     size = wish.size or _size(there, machine)
     model, schedule, optimizer = _row(size, corpora[0].vocab_size)
     held_out = validation.tokens if validation else 0
-    model = dataclasses.replace(model, n_ctx=_context(model.n_ctx, there, held_out, corpora))
+    held_in = (validation,) if validation else ()
+    n_ctx = _of_records((*corpora, *held_in)) or _context(model.n_ctx, there, held_out)
+    _check_enough(corpora[0], there, n_ctx)
+    model = dataclasses.replace(model, n_ctx=n_ctx)
     tokens, why = _tokens(size, model, there, machine, wish)
     source = tuple(
         DataSource(path=str(corpus.folder), weight=round(corpus.tokens / there, 4))
@@ -148,18 +151,31 @@ def _row(size: str, vocabulary: int) -> tuple[ModelConfig, Schedule, OptimizerCo
     return model, Schedule(total_tokens=1, peak_lr=rate, batch_tokens=batch), OptimizerConfig()
 
 
-def _context(most: int, there: int, held_out: int, corpora: Sequence[CorpusManifest]) -> int:
+def _of_records(corpora: Sequence[CorpusManifest]) -> int:
+    """The context of which a record is one window; 0 where there are documents alone."""
+    lengths = {corpus.record_length: corpus.folder for corpus in corpora if corpus.record_length}
+    if len(lengths) > 1:
+        told = ", ".join(f"{folder} of {length} tokens" for length, folder in lengths.items())
+        raise UsageError(f"--data: {told}: records of a run have one length; prepare some again")
+    return next(iter(lengths), 1) - 1
+
+
+def _context(most: int, there: int, held_out: int) -> int:
     """The largest halving of the size's context of which the corpora hold enough windows."""
     n_ctx = most
     train, validation = LEAST_WINDOWS
     while n_ctx > LEAST_CONTEXT and (there < train * n_ctx or 0 < held_out < validation * n_ctx):
         n_ctx //= 2
-    if there < train * n_ctx:
-        raise UsageError(
-            f"{corpora[0].folder}: {there:,} tokens are too few to train on; prepare a corpus of "
-            f"{train * n_ctx:,} at least"
-        )
     return n_ctx
+
+
+def _check_enough(corpus: CorpusManifest, there: int, n_ctx: int) -> None:
+    """Raises UsageError for too few windows to train on."""
+    if there < (least := LEAST_WINDOWS[0] * n_ctx):
+        raise UsageError(
+            f"{corpus.folder}: {there:,} tokens are too few to train on; prepare a corpus of "
+            f"{least:,} at least"
+        )
 
 
 def _tokens(
@@ -192,7 +208,7 @@ def _ranks(machine: Cluster | int) -> int:
 def _schedule(row: Schedule, n_ctx: int, tokens: int, ranks: int) -> Schedule:
     """The row's schedule on so many tokens."""
     share, unit = tokens / row.total_tokens if row.warmup_tokens else 0.0, n_ctx * ranks
-    batch = row.batch_tokens // n_ctx * n_ctx
+    batch = max(row.batch_tokens // n_ctx, LEAST_SEQUENCES) * n_ctx
     least = max(unit, LEAST_SEQUENCES * n_ctx)
     while batch > least and batch % (2 * n_ctx) == 0 and tokens < LEAST_STEPS * batch:
         batch //= 2

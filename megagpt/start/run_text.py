@@ -59,7 +59,7 @@ def _model(fitted: Fitted, corpus: CorpusManifest, preset: bool) -> list[tuple[s
     model = fitted.config.model
     vocabulary = (
         f"vocab_size = {model.vocab_size}",
-        f"as the corpus has: {corpus.tokenizer_name}",
+        f"as the corpus has: {corpus.tokenizer_name or 'ids of no text'}",
     )
     context = (f"n_ctx = {model.n_ctx}", "tokens that it sees at once")
     if preset:

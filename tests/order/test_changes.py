@@ -193,6 +193,14 @@ def test_a_miniature_has_the_mixture_of_the_start(root: Path) -> None:
     assert parse_run(dump_run(small)) == small
 
 
+def test_a_miniature_reads_whole_records(tmp_path: Path) -> None:
+    prepare(tmp_path / "a", records=np.ones((9, 101), int), vocabulary=257)
+    text = RUN.format(root=tmp_path, changes="").replace("n_ctx = 8", "n_ctx = 100")
+    text = text.replace(f', {{ path = "{tmp_path}/b", weight = 0 }}', "").replace("= 128", "= 100")
+    small = miniature(parse_run(text), 4, "fp32")
+    assert small.model.n_ctx == 100 and training_loader(small).n_windows == 9
+
+
 def test_training_goes_on_across_a_change(tmp_path: Path) -> None:
     """Stopped behind one change, it refuses another past, and takes a new change to come.
 

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import re
 
+import numpy as np
 import pytest
 
 from megagpt.check.machine import Gpu
@@ -13,7 +14,9 @@ from megagpt.config import load_run
 from megagpt.config.flops import flops_per_token, parameters
 from megagpt.config.presets import PRESETS
 from megagpt.corpus.manifest import read_manifest
+from megagpt.corpus.records import prepare
 from megagpt.errors import UsageError
+from megagpt.order.loader import training_loader
 from megagpt.plan.candidates import Cluster
 from megagpt.plan.layout import idle_share, layout_of
 from megagpt.plan.sanity import MOST_EPOCHS
@@ -136,6 +139,20 @@ def test_several_corpora_are_mixed_by_their_sizes(corpora, capsys):
     weights = [source.weight for source in load_run("two.toml").data.train]
     sizes = [read_manifest(f"data/{name}").tokens for name in ("mine", "other")]
     assert weights == pytest.approx([size / sum(sizes) for size in sizes], abs=1e-4)
+
+
+def test_records_decide_the_context(corpora, capsys):
+    for name, count, length in (("r", 300, 101), ("r-validation", 9, 101), ("long", 80, 3001)):
+        ids = np.arange(count * length).reshape(count, length) % 10
+        prepare(corpora / name, records=ids, vocabulary=10)
+    for name, n_ctx in (("r", 100), ("long", 3000)):
+        assert main(["init", name, "--data", name]) == 0
+        text, config = (corpora / f"{name}.toml").read_text(), load_run(f"{name}.toml")
+        assert config.model.n_ctx == n_ctx and config.schedule.batch_tokens >= 4 * n_ctx
+        assert "as the corpus has: ids of no text" in text
+        assert training_loader(config).n_windows > 0
+    assert main(["init", "both", "--data", "r", "long"]) == 2
+    assert "of 101 tokens, long of 3001 tokens: records of a run" in capsys.readouterr().err
 
 
 def test_the_machine_is_what_is_named_or_found(monkeypatch):
