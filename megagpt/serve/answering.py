@@ -83,9 +83,11 @@ class Served:
 
     def check_texts(self, count: int) -> None:
         """Raises ApiRefusal for more texts than one request may have."""
-        if count > self.limits.texts:
+        # More than it ever holds would be told for ever to try again.
+        most = min(self.limits.texts, self.limits.concurrent + self.limits.queue)
+        if count > most:
             raise ApiRefusal(
-                f"n: {count} texts (n times prompts); {self.limits.texts} at most in a request",
+                f"n: {count} texts (n times prompts); {most} at most in a request",
                 param="n",
             )
 

@@ -140,20 +140,29 @@ def _add_model_routes(app: FastAPI, served: Served) -> None:
 
     @app.post("/tokenize")
     async def tokenize(request: Request) -> Response:
-        body = read_body(TokenizeBody, await request.body())
-        served.check_model(body.model)
         # A body has a megabyte at most; still the loop must not wait for it.
-        ids = await asyncio.to_thread(generator.encoding.encode_ordinary, body.prompt)
-        ids = [generator.end] * bool(body.add_special_tokens) + ids
-        told = {"count": len(ids), "max_model_len": generator.n_ctx, "tokens": ids}
-        return _json({**told, "token_strs": [served.named(one) for one in ids]})
+        return await asyncio.to_thread(_tokenized, served, await request.body())
 
     @app.post("/detokenize")
     async def detokenize(request: Request) -> Response:
-        body = read_body(DetokenizeBody, await request.body())
-        served.check_model(body.model)
-        known_tokens(body.tokens, generator.encoding.n_vocab, "tokens")
-        return _json({"prompt": served.text_of(body.tokens)})
+        return await asyncio.to_thread(_detokenized, served, await request.body())
+
+
+def _tokenized(served: Served, content: bytes) -> Response:
+    body = read_body(TokenizeBody, content)
+    served.check_model(body.model)
+    generator = served.scheduler.generator
+    ids = generator.encoding.encode_ordinary(body.prompt)
+    ids = [generator.end] * bool(body.add_special_tokens) + ids
+    told = {"count": len(ids), "max_model_len": generator.n_ctx, "tokens": ids}
+    return _json({**told, "token_strs": [served.named(one) for one in ids]})
+
+
+def _detokenized(served: Served, content: bytes) -> Response:
+    body = read_body(DetokenizeBody, content)
+    served.check_model(body.model)
+    known_tokens(body.tokens, served.scheduler.generator.encoding.n_vocab, "tokens")
+    return _json({"prompt": served.text_of(body.tokens)})
 
 
 def _add_text_routes(app: FastAPI, served: Served) -> None:
@@ -191,7 +200,8 @@ def _completion(served: Served, content: bytes) -> Delivery:
         "logprobs": -1 if body.logprobs is None else body.logprobs,
         "score_prompt": echo and body.logprobs is not None,
     }
-    asked = wanted(body, served.scheduler.generator.n_vocab, more)
+    generator = served.scheduler.generator
+    asked = wanted(body, generator.n_vocab, generator.end, more)
     prompts = prompts_of(body.prompt)
     served.check_texts(len(prompts) * asked.n)
     texts, echoed = [], []
@@ -224,7 +234,8 @@ def _chat(served: Served, content: bytes) -> Delivery:
     room = served.limits.new_tokens or served.scheduler.generator.n_ctx
     free = min(room, max(1, served.scheduler.generator.n_ctx - len(ids)))
     more = {"max_tokens": free if most is None else most, "stop_tokens": chat.stop_tokens}
-    asked = wanted(body, served.scheduler.generator.n_vocab, more)
+    generator = served.scheduler.generator
+    asked = wanted(body, generator.n_vocab, generator.end, more)
     served.check_texts(asked.n)
     served.check_length(ids, asked.options.max_tokens)
     texts = [Continuation(ids, asked.options, number) for number in range(asked.n)]

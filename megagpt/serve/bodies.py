@@ -4,21 +4,22 @@ JSON is read by orjson, which takes neither NaN nor halves of surrogate pairs no
 """
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import orjson
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
+from pydantic_core import PydanticCustomError
 
 from megagpt.errors import UsageError
 from megagpt.serve.limits import ApiRefusal
-from megagpt.use.options import TextOptions
+from megagpt.use.options import BIAS, TextOptions
 
 MOST_STOPS = 16
 """Stop texts of a request."""
-MOST_BIASES = 1024
-"""Tokens with a bias of a request."""
+MOST_ENTRIES = 1024
+"""Entries of a field that is no prompt: tokens with a bias, tokens that stop."""
 SHOWN = 80
 """Characters of a wrong value that an error repeats."""
 
@@ -56,10 +57,24 @@ class _Drawn(_Body):
     user: str | None = None
 
 
+def _prompt(given: Any) -> Any:
+    # Pydantic would try four types and keep an error of each entry: a gigabyte of them.
+    if isinstance(given, str) or _all_are(given, str) or _all_are(given, int):
+        return given
+    if _all_are(given, list) and all(_all_are(one, int) for one in given):
+        return given
+    rule = "must be a text, a list of texts, of token ids, or of lists of token ids"
+    raise PydanticCustomError("prompt", rule)
+
+
+def _all_are(given: Any, kind: type) -> bool:
+    return isinstance(given, list) and all(type(one) is kind for one in given)
+
+
 class CompletionBody(_Drawn):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Annotated[str | list[str] | list[int] | list[list[int]], PlainValidator(_prompt)]
     best_of: int | None = None
     echo: bool | None = None
     logprobs: int | None = None
@@ -77,7 +92,7 @@ class ChatMessage(_Body):
 class ChatBody(_Drawn):
     """POST /v1/chat/completions."""
 
-    messages: list[ChatMessage]
+    messages: list[ChatMessage] = Field(fail_fast=True)
     max_completion_tokens: int | None = None
 
 
@@ -92,7 +107,7 @@ class TokenizeBody(_Body):
 class DetokenizeBody(_Body):
     """POST /detokenize."""
 
-    tokens: list[int]
+    tokens: list[int] = Field(fail_fast=True)
     model: str | None = None
 
 
@@ -107,6 +122,7 @@ def read_body(kind: type[AnyBody], content: bytes) -> AnyBody:
         raise ApiRefusal(f"the body is no JSON: {error}") from None
     if not isinstance(tree, dict):
         raise ApiRefusal("the body must be a JSON object")
+    _check_entries(tree, kind)
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
@@ -114,11 +130,20 @@ def read_body(kind: type[AnyBody], content: bytes) -> AnyBody:
         field = str(first["loc"][0]) if first["loc"] else None
         value = repr(first["input"])
         value = value if len(value) <= SHOWN else value[:SHOWN] + "..."
-        if first["type"] == "extra_forbidden":
-            raise ApiRefusal(f"unknown field {field}", param=field) from None
         if first["type"] == "missing":
             raise ApiRefusal(f"field {field} is missing", param=field) from None
         raise ApiRefusal(f"field {field} = {value}: {first['msg']}", param=field) from None
+
+
+def _check_entries(tree: Mapping[str, Any], kind: type[_Body]) -> None:
+    """Raises ApiRefusal for an unknown field, and for more entries than are worth a look each."""
+    for field, value in tree.items():
+        if field not in kind.model_fields:
+            raise ApiRefusal(f"unknown field {field:.{SHOWN}}", param=field[:SHOWN])
+        large = isinstance(value, dict | list) and len(value) > MOST_ENTRIES
+        if large and field not in ("prompt", "messages", "tokens"):
+            problem = f"{field}: {len(value)} entries; {MOST_ENTRIES} at most"
+            raise ApiRefusal(problem, param=field)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,10 +156,11 @@ class Demand:
     include_usage: bool
 
 
-def wanted(body: _Drawn, n_vocab: int, more: dict[str, Any]) -> Demand:
+def wanted(body: _Drawn, n_vocab: int, end: int, more: dict[str, Any]) -> Demand:
     """The options of a request, drawn from `more` where the two kinds differ.
 
-    Raises ApiRefusal for what makes no sense, and for tokens outside the vocabulary.
+    Raises ApiRefusal for what makes no sense, for tokens outside the vocabulary, and where none of
+    it may be drawn; end: END-OF-DOCUMENT.
     """
     n = 1 if body.n is None else body.n
     if n < 1:
@@ -169,15 +195,12 @@ def wanted(body: _Drawn, n_vocab: int, more: dict[str, Any]) -> Demand:
         name = str(error).split(" ")[0]
         param = {"stop_texts": "stop"}.get(name, name)
         raise ApiRefusal(str(error).splitlines()[0].replace(name, param, 1), param=param) from None
+    _check_choice(options, n_vocab, end)
     usage = body.stream_options is not None and bool(body.stream_options.include_usage)
     return Demand(options, n, bool(body.stream), usage)
 
 
 def _biases(given: Mapping[str, float], n_vocab: int) -> dict[int, float]:
-    if len(given) > MOST_BIASES:
-        raise ApiRefusal(
-            f"logit_bias: {len(given)} tokens; {MOST_BIASES} at most", 400, "logit_bias"
-        )
     try:
         biases = {int(token): bias for token, bias in given.items()}
     except ValueError:
@@ -186,7 +209,17 @@ def _biases(given: Mapping[str, float], n_vocab: int) -> dict[int, float]:
     return biases
 
 
-def known_tokens(ids: list[int], n_vocab: int, field: str) -> None:
+def _check_choice(options: TextOptions, n_vocab: int, end: int) -> None:
+    forbidden = {token for token, bias in options.logit_bias.items() if bias <= -BIAS}
+    if options.min_tokens:
+        forbidden |= {end, *options.stop_tokens}
+    if len(forbidden.intersection(range(n_vocab))) == n_vocab:
+        raise ApiRefusal(
+            f"logit_bias and min_tokens forbid all {n_vocab} tokens; leave one", param="logit_bias"
+        )
+
+
+def known_tokens(ids: Sequence[int], n_vocab: int, field: str) -> None:
     """Raises ApiRefusal for an id that is no token."""
     strange = next((one for one in ids if not 0 <= one < n_vocab), None)
     if strange is not None:

@@ -99,8 +99,8 @@ def run(args: argparse.Namespace) -> int:
             f"--host {args.host}: other machines could use the model; give --api-key or the "
             f"variable {KEY}, or listen at 127.0.0.1"
         )
-    if not args.api_key.isascii():
-        raise UsageError("--api-key: must be ASCII, since it travels in a header")
+    if not all("!" <= letter <= "~" for letter in args.api_key):
+        raise UsageError("--api-key: must be ASCII without spaces, since it travels in a header")
     try:
         import fastapi  # noqa: F401
         import uvicorn
@@ -127,19 +127,21 @@ def run(args: argparse.Namespace) -> int:
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=int(limits.drain_s) + 1,
     )
+    server = uvicorn.Server(config)
+
+    def end(number: int, frame: FrameType | None) -> None:
+        # Before uvicorn listens for signals; also it passes on the one that ended it, when all is
+        # done, and that is the end as wished.
+        server.should_exit = True
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     log.info("serving %s at http://%s:%d (API: /v1)", served.name, shown, port)
-    # uvicorn passes on the signal that ended it, when all is done: that is the end as wished.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _ended)
-    uvicorn.Server(config).run(sockets=[listener])
+    server.run(sockets=[listener])
     log.info("stopped")
     return 0
-
-
-def _ended(number: int, frame: FrameType | None) -> None:
-    """Nothing is left to do."""
 
 
 def _is_loopback(host: str) -> bool:

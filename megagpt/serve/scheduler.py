@@ -152,12 +152,16 @@ class Scheduler:
     def _begin_anew(self) -> None:
         """Fails every request, and gives the next ones a generator without a past."""
         self.failed += 1
-        tickets = {ticket for ticket, _ in list(self._unfinished.values())}
-        self._unfinished.clear()
-        for ticket in tickets:
-            ticket.put(None)
+        tickets = set()
+        for text in list(self._unfinished):
+            # One by one: a request that comes meanwhile is not forgotten, one that goes is gone.
+            if found := self._unfinished.pop(text, None):
+                tickets.add(found[0])
         self._made, self._read = self.made_tokens, self.read_tokens
         self.generator = self._remake()
+        # Last: who is told may ask again at once.
+        for ticket in tickets:
+            ticket.put(None)
 
     # --- figures ---------------------------------------------------------------------------------
 

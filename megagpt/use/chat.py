@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import io
 import json
 import logging
 import signal
@@ -70,6 +71,9 @@ def run(args: argparse.Namespace) -> int:
     dialogue = Dialogue(generator, form or PlainTurns(encoding), options, args.system)
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives the line its history and editing)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # A byte that is no UTF-8 is no reason to leave, nor for half a surrogate pair in a file.
+        sys.stdin.reconfigure(errors="replace")
     log.info("context: %d tokens; /help names the commands", generator.n_ctx)
     with _Interrupt() as interrupt:
         for line in interrupt.lines():
@@ -84,6 +88,14 @@ def run(args: argparse.Namespace) -> int:
             except (MegagptError, OSError) as error:
                 print(f"megagpt: {error}")
     return 0
+
+
+_ENDS = {
+    "": "; stopped",
+    "length": "; cut at its longest",
+    "error": "; the model's numbers for the next token are none",
+}
+"""What is told of an answer that did not end by itself."""
 
 
 class _Interrupt:
@@ -201,7 +213,7 @@ class Dialogue:
             self._generator.cancel(made)
         print(flush=True)
         elapsed_s = time.perf_counter() - t0
-        told = {"": "; stopped", "length": "; cut at its longest"}.get(made.finish, "")
+        told = _ENDS.get(made.finish, "")
         speed = len(made.tokens) / elapsed_s
         log.info("%d tokens, %.1f tokens/s%s", len(made.tokens), speed, told)
         self._turns.append(self._form.close(made.tokens))

@@ -196,9 +196,9 @@ class Generator:
 
     def _share(self, read: _Row, place: int) -> None:
         """Other samples of the same prompt take what was read, as far as there are rows."""
-        prompt, scored = read.text.prompt, read.text.options.score_prompt
+        prompt, scored = read.text.prompt, read.text.options.scored
         for row in list(self._waiting):
-            same = not row.text.tokens and row.text.options.score_prompt == scored
+            same = not row.text.tokens and row.text.options.scored == scored
             if len(self._writing) < self.rows and same and row.text.prompt == prompt:
                 self.cache.copy(place, len(self._writing))
                 row.logits, row.text.scores = read.logits, list(read.text.scores)

@@ -11,6 +11,8 @@ MOST_LOGPROBS = 20
 """Likeliest tokens that are told of each position at most."""
 PENALTY = 2.0
 """Largest frequency or presence penalty, either way."""
+REPETITION = 1000.0
+"""Largest repetition penalty, and one over the smallest: beyond them logits would overflow."""
 BIAS = 100.0
 """Largest bias of a token's logit, either way: it forbids or forces it."""
 
@@ -83,9 +85,15 @@ class TextOptions:
         yield "top_p", 0 < self.top_p <= 1, "greater than 0 and at most 1"
         for name in ("frequency_penalty", "presence_penalty"):
             yield name, abs(getattr(self, name)) <= PENALTY, f"{-PENALTY} to {PENALTY}"
-        yield "repetition_penalty", 0 < self.repetition_penalty < math.inf, "greater than 0"
+        sound = 1 / REPETITION <= self.repetition_penalty <= REPETITION
+        yield "repetition_penalty", sound, f"{1 / REPETITION} to {REPETITION:.0f}"
         known = all(abs(bias) <= BIAS for bias in self.logit_bias.values())
         yield "logit_bias", known, f"of numbers from {-BIAS:.0f} to {BIAS:.0f}"
+
+    @property
+    def scored(self) -> int:
+        """How many likeliest tokens are told of each of the prompt's; -1: nothing is told."""
+        return self.logprobs if self.score_prompt else -1
 
     @property
     def changes_logits(self) -> bool:

@@ -64,8 +64,8 @@ def chat_folder(folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, log: Path, *options: str) -> Iterator[RunningServer]:
-    """Starts `megagpt serve` and ends it."""
+def serving(folder: Path, log: Path, *options: str, poll_s: float = 0.1) -> Iterator[RunningServer]:
+    """Starts `megagpt serve` and ends it; poll_s: seconds between looks whether it listens."""
     line = [sys.executable, "-m", "megagpt", "serve", str(folder), "--port", "0", *options]
     with log.open("w") as file:
         process = subprocess.Popen(line, cwd=ROOT, env=environment(), stderr=file, text=True)
@@ -74,7 +74,7 @@ def serving(folder: Path, log: Path, *options: str) -> Iterator[RunningServer]:
         while found is None:
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()
             found = re.search(r"serving \S+ at http://[0-9.]+:(\d+)", log.read_text())
-            time.sleep(0.1)
+            time.sleep(poll_s)
         yield RunningServer(int(found[1]), process, log)
     finally:
         process.send_signal(signal.SIGTERM)

@@ -7,6 +7,7 @@ import socket
 import time
 
 import httpx2
+import psutil
 import pytest
 
 from tests.lib.server import shared_server
@@ -40,7 +41,11 @@ BODIES = [
     ({"stop": [""]}, "stop = .*: must be without an empty text"),
     ({"stop": ["a"] * 17}, "stop: 17 texts; 16 at most"),
     ({"stop_token_ids": [261]}, "stop_token_ids: 261 is no token"),
-    ({"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias: 1025 tokens; 1024"),
+    ({"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias: 1025 entries; 1024"),
+    ({"logit_bias": {str(i): -100 for i in range(261)}}, "forbid all 261 tokens; leave one"),
+    ({"stop_token_ids": [*range(256), *range(257, 261)], "min_tokens": 1}, "forbid all 261"),
+    ({"stop_token_ids": [1] * 1025}, "stop_token_ids: 1025 entries; 1024 at most"),
+    ({"repetition_penalty": 1e-300}, "repetition_penalty = 1e-300: must be 0.001 to 1000"),
     ({"logit_bias": {"x": 1}}, "logit_bias: its keys must be token ids"),
     ({"logit_bias": {"999": 1}}, "logit_bias: 999 is no token"),
     ({"logit_bias": {"1": 1e6}}, "logit_bias = .*: must be of numbers from -100 to 100"),
@@ -48,7 +53,9 @@ BODIES = [
     ({"prompt": [-1]}, "prompt: -1 is no token"),
     ({"prompt": []}, "prompt: an empty list"),
     ({"prompt": [[]]}, "prompt: an empty list"),
-    ({"prompt": {"a": 1}}, "field prompt = "),
+    ({"prompt": {"a": 1}}, "field prompt = .*: must be a text, a list of texts, of token ids, or"),
+    ({"prompt": ["a", 1]}, "field prompt = "),
+    ({"prompt": [[1], [True]]}, "field prompt = "),
     ({"prompt": "a" * 5000}, "but 5001 of the prompt and 2 of max_tokens are 5003"),
     ({"seed": 2**70}, "field seed"),
     ({"model": ["tiny"]}, "field model"),
@@ -83,6 +90,24 @@ def test_bodies_that_are_no_requests():
         assert send(content, path).status_code == 400
     chat = {"model": "tiny", "messages": []}
     assert send(json.dumps(chat).encode(), "/v1/chat/completions").status_code == 400
+
+
+def test_half_a_million_wrong_entries_are_one_error():
+    """Not half a million of them, which took a gigabyte and ten seconds."""
+    process = psutil.Process(shared_server().process.pid)
+    before = process.memory_info().rss
+    wrong = [
+        {"prompt": [1] * 450_000 + ["a"]},
+        {"stop_token_ids": ["a"] * 200_000},
+        {"stop": [1] * 400_000},
+        {f"field {number}": 1 for number in range(60_000)},
+    ]
+    for change in wrong:
+        assert send(json.dumps(BASE | change, separators=(",", ":")).encode()).status_code == 400
+    chat = {"model": "tiny", "messages": [{}] * 300_000}
+    body = json.dumps(chat, separators=(",", ":")).encode()
+    assert send(body, "/v1/chat/completions").status_code == 400
+    assert process.memory_info().rss - before < 150e6
 
 
 def test_a_body_that_is_too_large_is_413_and_never_held():

@@ -41,6 +41,7 @@ def test_what_cannot_be_served_is_told_before_the_model_is_loaded(monkeypatch):
             (("--host", "0.0.0.0"), "--host 0.0.0.0: other machines could use the model; give"),
             (("--host", "example.org"), "other machines could use the model"),
             (("--api-key", "\N{EURO SIGN}"), "--api-key: must be ASCII"),
+            (("--api-key", "from a file\n"), "--api-key: must be ASCII without spaces"),
             (("--port", "70000"), "--port 70000: must be 0 to 65535"),
             (("--port", port), f"--port {port}: cannot listen there .*; choose another"),
             (("--max-concurrent", "0"), "concurrent = 0: must be greater than 0"),
@@ -86,6 +87,14 @@ def test_a_key_guards_and_a_signal_drains(tmp_path):
         assert last["finish_reason"] == "length"
         assert server.process.wait(timeout=20) == 0
         assert server.log.read_text().rstrip().endswith("stopped")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_right_at_the_start_ends_it_as_any(tmp_path, number):
+    with serving(chat_folder(tmp_path), tmp_path / "log", poll_s=0.001) as server:
+        server.process.send_signal(number)
+        assert server.process.wait(timeout=20) == 0
+    assert server.log.read_text().rstrip().endswith("stopped")
 
 
 @pytest.fixture
@@ -160,6 +169,18 @@ def test_numbers_that_are_none_are_500(served):
         body = {"model": "plain", "prompt": "a", "max_tokens": 3}
         answer = ask("POST", "/v1/completions", json=body)
         assert answer.status_code == 500 and "numbers" in answer.json()["error"]["message"]
+
+
+def test_texts_that_it_never_holds_are_no_reason_to_try_again(tmp_path):
+    weights_folder(tmp_path / "plain", CONFIG, "bytes")
+    made = command._served(parse(str(tmp_path / "plain")), Limits(concurrent=2, queue=3))
+    with client_of(build_app(made, "", [])) as ask:
+        body = {"model": "plain", "prompt": "a", "max_tokens": 1}
+        assert ask("POST", "/v1/completions", json={**body, "n": 5}).status_code == 200
+        answer = ask("POST", "/v1/completions", json={**body, "n": 6})
+        assert answer.status_code == 400
+        assert answer.json()["error"]["message"].endswith("; 5 at most in a request")
+    made.scheduler.close()
 
 
 def test_limits_of_tokens(tmp_path):

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from megagpt.checkpoint import load_model
 from megagpt.errors import UsageError
@@ -193,6 +194,32 @@ def test_plain_turns_are_lines_that_people_speak():
     ids = form.ids([("system", "A talk."), ("user", "Hi")])
     assert ids == [256, *b"A talk.\nUser: Hi\nAssistant:"]
     assert form.close([*b" Hello \nUser: no", 256]) == [*b"Assistant: Hello\n"]
+
+
+def test_bytes_that_are_no_text_are_replaced(folder, tmp_path):
+    saved = tmp_path / "talk.jsonl"
+    lines = b"a\xffb\n/save " + str(saved).encode() + b"\n"
+    done = subprocess.run(
+        [sys.executable, "-m", "megagpt", "chat", str(folder), "--max-tokens", "2"],
+        cwd=ROOT,
+        env=environment() | {"PYTHONIOENCODING": "utf-8:strict"},
+        input=lines,
+        capture_output=True,
+        timeout=90,
+        check=True,
+    )
+    assert b"2 messages written" in done.stdout
+    assert json.loads(saved.read_text())["messages"][0]["content"] == "a\ufffdb"
+
+
+def test_an_answer_without_numbers_says_so(folder, caplog, capsys):
+    model, encoding, _ = load_model(folder)
+    with torch.no_grad():
+        model.wte.weight.fill_(torch.nan)
+    dialogue = Dialogue(Generator(model, encoding, 1), PlainTurns(encoding), TextOptions())
+    with caplog.at_level("INFO"):
+        dialogue.answer("Hi")
+    assert "the model's numbers for the next token are none" in caplog.text
 
 
 def test_turns_between_tokens_cannot_be_forged(loaded):

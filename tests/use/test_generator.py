@@ -136,6 +136,19 @@ def test_samples_of_one_prompt_read_it_once(model, encoding):
     assert all(text.scores == texts[0].scores for text in texts)
 
 
+def test_prompts_are_shared_only_where_as_much_is_told(model, encoding):
+    """Of one prompt in three requests each gets as many likeliest tokens as it asked for."""
+    asked = [
+        TextOptions(max_tokens=1, temperature=1.0, logprobs=n, score_prompt=score)
+        for n, score in ((1, True), (3, True), (5, False))
+    ]
+    texts = [Continuation(list(range(9)), options) for options in asked]
+    write_texts(Generator(model, encoding, 4), texts)
+    for text, count in zip(texts[:2], (1, 3), strict=True):
+        assert {len(one.top) - count for one in text.scores[1:]} <= {0, 1}
+    assert texts[2].scores == []
+
+
 def test_log_probabilities_are_those_of_the_model(model, encoding):
     ids = [256, *b"abcdefgh"]
     options = TextOptions(
