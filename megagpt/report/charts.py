@@ -77,6 +77,9 @@ def charts(runs: Sequence[Run]) -> list[Chart]:
         _family(runs, "memory of rank 0", "bytes", "_bytes"),
         loss_scale,
     ]
+    for chart in candidates:
+        # Of a line that is finite nowhere there is nothing to draw.
+        chart["lines"] = [line for line in chart["lines"] if line["x"]]
     return [chart for chart in candidates if chart["lines"]]
 
 

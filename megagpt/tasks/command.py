@@ -108,6 +108,8 @@ def _tasks(args: argparse.Namespace) -> int:
 
     if args.by_document:
         raise UsageError("--by-document: is for --data; leave it out")
+    if args.max_tokens < 0:
+        raise UsageError(f"--max-tokens {args.max_tokens}: must be 0 (all) or more")
     found = wanted(args.task, args.seed, bool(args.shots))
     if args.all_checkpoints:
         _print_curve(args, found)

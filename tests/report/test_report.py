@@ -73,6 +73,19 @@ def test_a_run_of_one_step_without_configuration_can_be_drawn(tmp_path):
     assert is_png(report.draw(tmp_path))
 
 
+@pytest.mark.parametrize("absent", ["loss", "validation_loss"])
+def test_losses_that_are_never_finite_are_left_out(tmp_path, absent):
+    """As of masked data of which no target is scored."""
+    lines = [{"step": n, "tokens": 10 * n, "loss": 3.0, "grad_norm": 1.0} for n in (1, 2, 3)]
+    lines.append({"step": 3, "tokens": 30, "validation_loss": 3.0})
+    lines = [line | {absent: "NaN"} if absent in line else line for line in lines]
+    (tmp_path / "metrics.jsonl").write_bytes(b"".join(map(encode, lines)))
+    assert is_png(report.draw(tmp_path))
+    [run] = read_runs([tmp_path])
+    found = {chart["title"]: [line["name"] for line in chart["lines"]] for chart in charts([run])}
+    assert ("validation" in found["loss"]) == (absent == "loss") and facts(run)
+
+
 def test_a_run_without_steps_is_named(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(encode({"event": "start", "step": 0, "tokens": 0}))
     with pytest.raises(UsageError, match="no training step is recorded yet"):

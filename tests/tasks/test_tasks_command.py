@@ -84,6 +84,7 @@ def test_the_comparison_with_the_paper(capsys, folder):
         ([], "nothing to evaluate: give --data DIR, --task NAME or --harness TASKS"),
         (["--data", "x", "--task", "2D+"], "--data and --task: give one of them at a time"),
         (["--task", "2D+", "--by-document"], "--by-document: is for --data; leave it out"),
+        (["--task", "2D+", "--max-tokens", "-5"], "--max-tokens -5: must be 0 (all) or more"),
         (["--data", "x", "--by-document", "--stride", "8"], "scores every document whole"),
         (["--task", "2D+", "--shots", "501"], "--shots 501: must be 0 to 500"),
     ],
