@@ -25,6 +25,20 @@ if TYPE_CHECKING:
 log = logging.getLogger("megagpt.tasks")
 
 
+GOES_WITH = {
+    "by_document": ("--data",),
+    "stride": ("--data", "--task"),
+    "max_tokens": ("--data", "--task"),
+    "shots": ("--task", "--harness"),
+    "limit": ("--task", "--harness"),
+    "begin_document": ("--task",),
+    "training_data": ("--task",),
+    "all_checkpoints": ("--task",),
+    "include_path": ("--harness",),
+}
+"""Options that are for some of what is asked for; with the rest they would do nothing."""
+
+
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Adds the command to the command line."""
     parser = corpora.add_parser(subparsers)
@@ -98,6 +112,10 @@ def run(args: argparse.Namespace) -> int:
     asked = [f"--{name}" for name in ("data", "task", "harness") if getattr(args, name)]
     if len(asked) > 1:
         raise UsageError(f"{' and '.join(asked)}: give one of them at a time")
+    for key, kinds in GOES_WITH.items():
+        if asked and getattr(args, key) not in (None, False, 0, []) and asked[0] not in kinds:
+            option = f"--{key.replace('_', '-')}"
+            raise UsageError(f"{option}: is for {' and '.join(kinds)}; leave it out")
     if args.harness:
         return _harness(args)
     return _tasks(args) if args.task else corpora.run(args)
@@ -106,8 +124,6 @@ def run(args: argparse.Namespace) -> int:
 def _tasks(args: argparse.Namespace) -> int:
     from megagpt.tasks.catalogue import wanted
 
-    if args.by_document:
-        raise UsageError("--by-document: is for --data; leave it out")
     if args.max_tokens < 0:
         raise UsageError(f"--max-tokens {args.max_tokens}: must be 0 (all) or more")
     found = wanted(args.task, args.seed, bool(args.shots))

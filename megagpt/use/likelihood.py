@@ -88,7 +88,7 @@ class Scorer:
             if not 0 < len(continuation) <= self.n_ctx:
                 raise UsageError(
                     f"{len(continuation)} tokens to be scored at once: must be 1 to {self.n_ctx}, "
-                    "the model's context; give a shorter text"
+                    f"the model's context; give a {'shorter' if continuation else 'longer'} text"
                 )
         rows = [[*context, *after][-self.n_ctx - 1 :] for context, after in pairs]
         # The longest first: what does not fit into memory is known at once.

@@ -126,6 +126,8 @@ def test_the_likelihood_of_texts(scorer, exactly):
     assert cut.logprob == pytest.approx(exactly("x" * 100, "abc")[0], rel=1e-5)
     with pytest.raises(UsageError, match="65 tokens to be scored at once: must be 1 to 64"):
         scorer.likelihoods([([1], [2] * 65)])
+    with pytest.raises(UsageError, match="0 tokens to be scored .* give a longer text"):
+        scorer.likelihoods([([1], [])])
     with pytest.raises(UsageError, match="--batch-size 0: must be 1 or more"):
         Scorer(scorer.model, scorer.encoding, 0)
 
