@@ -75,7 +75,7 @@ def build_app(served: Served, api_key: str, allow_origin: list[str]) -> Any:
     _add_open_routes(app, served)
     _add_model_routes(app, served)
     _add_text_routes(app, served)
-    gated = Gate(app, served.limits, api_key)
+    gated = Gate(app, served.limits, api_key, allow_origin)
     if not allow_origin:
         return gated
     return CORSMiddleware(

@@ -2,8 +2,10 @@
 
 import asyncio
 import hmac
-from collections.abc import Awaitable, Callable, MutableMapping
+import ipaddress
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 import h11
 import orjson
@@ -22,11 +24,12 @@ refusal arrives: a connection closed on unread bytes takes it along."""
 
 
 class Gate:
-    """ASGI: refuses requests without the key and bodies that are too large or too slow; hands the
-    body on whole, as one message."""
+    """ASGI: refuses requests without the key, of strange web pages where there is none, and bodies
+    that are too large or too slow; hands the body on whole, as one message."""
 
-    def __init__(self, app: Any, limits: Limits, api_key: str) -> None:
+    def __init__(self, app: Any, limits: Limits, api_key: str, origins: Sequence[str] = ()) -> None:
         self.app, self.limits, self._key = app, limits, api_key.encode()
+        self._origins = origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
@@ -51,14 +54,34 @@ class Gate:
         return await self.app(scope, again, send)
 
     def _check_key(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
-        if not self._key or scope["path"] in OPEN or scope["method"] == "OPTIONS":
+        if scope["path"] in OPEN or scope["method"] == "OPTIONS":
             return
+        if not self._key:
+            return self._check_page(headers)
         given = headers.get(b"authorization", b"")
         if not hmac.compare_digest(given, b"Bearer " + self._key):
             raise ApiRefusal(
                 "wrong or missing API key; send the header Authorization: Bearer KEY",
                 401,
                 code="invalid_api_key",
+            )
+
+    def _check_page(self, headers: dict[bytes, bytes]) -> None:
+        """A browser on this machine reaches the server for any page that it shows: a page may send
+        what it may not read, and read what a name of its own that leads here answers."""
+        host = headers.get(b"host", b"").decode("latin-1")
+        origin = headers.get(b"origin", b"").decode("latin-1")
+        known = not origin or origin in self._origins or "*" in self._origins
+        if not known and origin.partition("://")[2] != host:
+            raise ApiRefusal(
+                f"web pages of {origin:.80} may not ask here; start the server with --allow-origin",
+                403,
+            )
+        if host and not is_this_machine(host):
+            raise ApiRefusal(
+                f"Host: {host:.80} is no name of this machine; ask at 127.0.0.1 or localhost, or "
+                "start the server with --api-key",
+                403,
             )
 
     async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
@@ -79,6 +102,15 @@ class Gate:
                 f"the body has {told} bytes; {most} at most", 413, code="body_too_large"
             )
         return b"".join(parts)
+
+
+def is_this_machine(host: str) -> bool:
+    """Whether nobody else's name stands in a header Host: localhost or a number."""
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+        return name == "localhost" or bool(ipaddress.ip_address(name))
+    except ValueError:
+        return False
 
 
 async def refuse(send: Send, refusal: ApiRefusal) -> None:

@@ -159,7 +159,7 @@ def raw(content: bytes, wait_s: float) -> tuple[bytes, float]:
 
 def test_slow_clients_are_sent_away():
     """Three seconds are the limit of this server."""
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n"
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n"
     for content, status in ((b"", b""), (head, b""), (head + b"\r\n{", b"HTTP/1.1 408")):
         found, seconds = raw(content, 20)
         assert found.startswith(status) and bool(found) == bool(status)
@@ -180,3 +180,20 @@ def test_other_pages_may_not_ask():
     headers = {"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"}
     answer = httpx2.options(shared_server().url + "/v1/completions", headers=headers)
     assert "access-control-allow-origin" not in answer.headers
+    # A page may send plain text without asking first, and give its own name this machine's address.
+    url, own = shared_server().url, f"127.0.0.1:{shared_server().port}"
+    for headers, status in (
+        ({"Origin": "http://evil.example", "Content-Type": "text/plain"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": "http://evil.example:8000", "Host": "evil.example:8000"}, 403),
+        ({"Host": "127.0.0.1.evil.example"}, 403),
+        ({"Host": "[x"}, 403),
+        ({"Origin": f"http://{own}", "Host": own}, 200),
+        ({"Host": "localhost:80"}, 200),
+        ({"Host": "[::1]"}, 200),
+    ):
+        answer = httpx2.post(url + "/v1/completions", json=BASE, headers=headers)
+        assert answer.status_code == status, (headers, answer.text)
+        if status == 403:
+            told = answer.json()["error"]["message"]
+            assert "may not ask here; start" in told or "is no name of this machine" in told

@@ -113,7 +113,7 @@ def client_of(app):
 
     async def call(method: str, path: str, **more):
         transport = httpx2.ASGITransport(app)
-        async with httpx2.AsyncClient(transport=transport, base_url="http://here") as client:
+        async with httpx2.AsyncClient(transport=transport, base_url="http://localhost") as client:
             return await client.request(method, path, **more)
 
     yield lambda *words, **more: asyncio.run(call(*words, **more))
