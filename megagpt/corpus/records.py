@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -89,19 +90,13 @@ def prepare(
         return _there(folder, samples, given, (split, fingerprint(encoding) if encoding else ""))
     plan = {"samples": str(vocabulary), "split": split, "shard_tokens": shard_tokens}
     with State([folder], plan) as state:
-        for stale in [p for e in ("bin", "idx", "mask") for p in folder.glob(f"*.{e}*")]:
-            stale.unlink()  # of a preparation that was killed
-        writer = ShardWriter(folder, size, shard_tokens=shard_tokens)
-        for tokens, sizes, mask in samples.batches(given):
-            writer.add(tokens, sizes, mask)
-        shards = writer.close()
-        if not shards:
+        _remove_started(folder)
+        try:
+            shards = _written(folder, samples, given, shard_tokens)
+        except UsageError:  # nothing that a call with other samples would have to go on with
+            _remove_started(folder)
             state.remove()
-            reasons = [f"{count} left out: {why}" for why, count in samples.left_out.items()]
-            told = ", ".join(reasons) or "none was given"
-            raise UsageError(
-                f"{folder}: no sample is left to write ({told}); give one that scores a target"
-            )
+            raise
         more = samples.told(shards) | {"split": Subset(split, rule="the samples that were given")}
         if encoding is None:
             manifest = _of_ids(folder, size, shards, more)
@@ -112,6 +107,29 @@ def prepare(
     for reason, count in samples.left_out.items():
         log.warning("%s: %d samples left out: %s", folder, count, reason)
     return manifest
+
+
+def _written(
+    folder: Path, samples: _Samples, given: Iterable[Ids | Masked], shard_tokens: int
+) -> list[Shard]:
+    """The shards of all samples. Raises UsageError for samples that make none."""
+    writer = ShardWriter(folder, samples.size, shard_tokens=shard_tokens)
+    for tokens, sizes, mask in samples.batches(given):
+        writer.add(tokens, sizes, mask)
+    if shards := writer.close():
+        return shards
+    reasons = [f"{count} left out: {why}" for why, count in samples.left_out.items()]
+    told = ", ".join(reasons) or "none was given"
+    raise UsageError(
+        f"{folder}: no sample is left to write ({told}); give one that scores a target"
+    )
+
+
+def _remove_started(folder: Path) -> None:
+    """Removes what a preparation that was killed has written, and nothing of others."""
+    own = re.compile(re.escape(folder.resolve().name) + r"_\d{5,}\.(bin|idx|mask)(\.tmp)?")
+    for stale in [path for path in folder.iterdir() if own.fullmatch(path.name)]:
+        stale.unlink()
 
 
 def _of_ids(
@@ -159,7 +177,7 @@ class _Samples:
         """size: of the vocabulary. end: what follows each document; None for records."""
         if size < 1:
             raise UsageError(f"{folder}: vocabulary {size}: must have at least 1 id")
-        self._folder, self._size, self._end = folder, size, end
+        self._folder, self.size, self._end = folder, size, end
         self.length = 0
         """Tokens of each record."""
         self.masked: bool | None = None
@@ -235,9 +253,9 @@ class _Samples:
         ids = _array(given)
         if ids.ndim != 1 or not len(ids) or ids.dtype.kind not in "iu":
             raise self._wrong(number, f"is {ids.dtype} {ids.shape}", "give integers, one row each")
-        if int(ids.min()) < 0 or int(ids.max()) >= self._size:
-            wrong = next(int(i) for i in ids if not 0 <= i < self._size)
-            raise self._wrong(number, f"holds the id {wrong}", f"ids are 0 to {self._size - 1}")
+        if int(ids.min()) < 0 or int(ids.max()) >= self.size:
+            wrong = next(int(i) for i in ids if not 0 <= i < self.size)
+            raise self._wrong(number, f"holds the id {wrong}", f"ids are 0 to {self.size - 1}")
         if self._end is not None:
             if (ids == self._end).any():
                 rule = "each document gets it at its end, and has it nowhere else"
