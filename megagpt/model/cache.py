@@ -140,7 +140,9 @@ class Cache:
 
     def _write(self, target: int, source: int | None) -> None:
         for layer in self.layers:
-            n = min(layer.size, max(self.lengths[row] for row in (target, source or target)))
+            # Row 0 is a source, too.
+            rows = (target,) if source is None else (target, source)
+            n = min(layer.size, max(self.lengths[row] for row in rows))
             for held in (layer.k, layer.v):
                 if held is not None and n:
                     held[target, :, :n] = 0 if source is None else held[source, :, :n]

@@ -136,6 +136,23 @@ def test_samples_of_one_prompt_read_it_once(model, encoding):
     assert all(text.scores == texts[0].scores for text in texts)
 
 
+@pytest.mark.parametrize("rows", [2, 3, 6])
+def test_samples_of_one_prompt_are_what_each_would_be_alone(model, encoding, rows):
+    """Copies of a prompt in the first row and in others, behind a text that goes on."""
+
+    def texts() -> list[Continuation]:
+        options = TextOptions(max_tokens=15, temperature=1.0, stop=False)
+        same = [Continuation(list(range(20)), options, n) for n in range(4)]
+        other = [Continuation([7, 8], options, n) for n in range(3)]
+        return [*same[:2], *other, *same[2:]]
+
+    together = texts()
+    write_texts(Generator(model, encoding, rows), together)
+    for text, alone in zip(together, texts(), strict=True):
+        write_texts(Generator(model, encoding, 1), [alone])
+        assert text.tokens == alone.tokens
+
+
 def test_prompts_are_shared_only_where_as_much_is_told(model, encoding):
     """Of one prompt in three requests each gets as many likeliest tokens as it asked for."""
     asked = [
