@@ -146,6 +146,11 @@ def open_weights(run: Path, compare: bool = True) -> Weights:
     damaged ones.
     """
     folder = Path(run)
+    if (folder / "config.json").exists() and not (folder / CONFIG).exists():
+        raise UsageError(
+            f"{folder}: holds a model as transformers writes it; `megagpt import {folder} OUT` "
+            "makes weights of it that are read here"
+        )
     if (folder / INDEX).exists():
         read, facts = _consolidated(folder, compare)
     else:

@@ -148,10 +148,10 @@ def add_parsers(subparsers: Any) -> None:
 
     verify = subparsers.add_parser(
         "verify",
-        help="check checksums, indexes, END-OF-DOCUMENT and ids; reads every byte",
+        help="check checksums, indexes, END-OF-DOCUMENT, ids and masks; reads every byte",
         description="Reads every byte of the shards and prints what is not as the manifest says: "
         "checksums, the index against the tokens, END-OF-DOCUMENT after every document and nowhere "
-        "else, ids outside the vocabulary.",
+        "else, or records of one length, ids outside the vocabulary, masks of 0 and 1.",
         epilog="Exit codes: 0 all are whole; 2 no corpus; 3 damage, each named.",
     )
     verify.add_argument(
@@ -212,9 +212,10 @@ def run_verify(args: argparse.Namespace) -> int:
         for problem in problems:
             print(problem)
         if not problems:
+            what = "records" if manifest.record_length else "documents"
             print(
-                f"{folder}: whole, {len(manifest.shards)} shards, {manifest.documents:,} "
-                f"documents, {manifest.tokens:,} tokens{'' if manifest.sealed else UNSEALED}"
+                f"{folder}: whole, {len(manifest.shards)} shards, {manifest.documents:,} {what}, "
+                f"{manifest.tokens:,} tokens{'' if manifest.sealed else UNSEALED}"
             )
     if damaged:
         print("damaged shards: prepare or copy them again", file=sys.stderr)

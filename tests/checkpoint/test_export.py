@@ -193,6 +193,14 @@ def test_consolidated_weights_open_as_the_model(run, tmp_path):
         load_model(tmp_path / "weights")
 
 
+def test_a_folder_of_transformers_is_to_be_imported(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    for name in (INDEX, "model.safetensors"):
+        (tmp_path / name).write_text("{}")
+        with pytest.raises(UsageError, match="as transformers writes it; `megagpt import .* OUT`"):
+            load_model(tmp_path)
+
+
 SHARD = "model-00001-of-00001.safetensors"
 
 

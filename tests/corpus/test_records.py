@@ -148,7 +148,9 @@ def test_the_longest_stretch_without_a_target_is_told(tmp_path: Path) -> None:
 # --- damage -------------------------------------------------------------------------------------
 
 
-def test_every_damage_of_a_mask_is_named(masked: Path) -> None:
+def test_every_damage_of_a_mask_is_named(masked: Path, capsys) -> None:
+    assert main(["data", "verify", str(masked)]) == 0
+    assert "whole, 4 shards, 10 records, 70 tokens" in capsys.readouterr().out
     assert verify_shards(masked) == [] == verify_files(read_manifest(masked))
     path = masked / "c_00001.mask"
     whole = path.read_bytes()
