@@ -61,7 +61,7 @@ def prepare(
     *,
     records: Iterable[Ids | Masked] | None = None,
     documents: Iterable[Ids | Masked] | None = None,
-    vocabulary: str | int = "gpt2",
+    vocabulary: str | Path | int = "gpt2",
     split: str = "train",
     shard_tokens: int = SHARD_TOKENS,
 ) -> CorpusManifest:
@@ -75,7 +75,10 @@ def prepare(
     folder = Path(folder)
     if (records is None) == (documents is None):
         raise UsageError(f"{folder}: give either records or documents")
-    encoding = load_tokenizer(vocabulary) if isinstance(vocabulary, str) else None
+    if split not in ("train", "validation", "test"):
+        raise UsageError(f"{folder}: split {split!r}: must be train, validation or test")
+    named = isinstance(vocabulary, str | Path)
+    encoding = load_tokenizer(str(vocabulary)) if named else None
     if documents is not None and encoding is None:
         raise UsageError(
             f"{folder}: vocabulary {vocabulary}: documents end with END-OF-DOCUMENT, which a "
@@ -83,7 +86,7 @@ def prepare(
         )
     given = records if records is not None else documents
     assert given is not None
-    size = encoding.n_vocab if encoding else int(vocabulary)
+    size = encoding.n_vocab if encoding else int(str(vocabulary))  # also one of numpy's
     end = end_of_document(encoding) if encoding else -1
     samples = _Samples(folder, size, end if records is None else None)
     if (folder / MANIFEST).exists():
