@@ -79,7 +79,7 @@ def test_a_training_that_says_more_than_a_pipe_holds_is_watched(tmp_path, monkey
     monkeypatch.setenv(LIMIT, str(time.time() + 60))
     code = (
         "import sys, time\n"
-        "print('o' * 200_000), print('e' * 200_000, file=sys.stderr)\n"
+        "print('o' * 200_000, flush=True), print('e' * 200_000, file=sys.stderr)\n"
         "open('metrics.jsonl', 'w').write('{\"step\": 1, \"loss\": 5.0}\\n')\n"
         "time.sleep(300)"
     )
