@@ -62,8 +62,9 @@ def parser(command: str | None) -> argparse.ArgumentParser:
         prog="megagpt",
         description="Trains the GPT-3 family with DeepSpeed, from one laptop to a cluster. "
         "To begin: megagpt init, then megagpt train RUN.toml",
-        epilog="Exit codes: 0 done; 2 wrong usage or configuration; 3 damaged input; 75 stopped "
-        "with a checkpoint saved; 1 anything else.",
+        epilog="Exit codes: 0 done; 2 wrong usage or configuration; 3 damaged input or a full "
+        "disk; 4 a run that made nothing sound any more; 75 stopped with a checkpoint saved; 1 "
+        "anything else.",
     )
     made.add_argument("--version", action="version", version=f"megagpt {__version__}")
     # deepspeed's launcher puts it before everything else; ranks read the environment.

@@ -5,6 +5,7 @@ each; the engine knows DeepSpeed, the checkpoints know files. All ranks run ever
 """
 
 import logging
+import math
 import time
 from functools import partial
 from pathlib import Path
@@ -76,6 +77,8 @@ class Trainer:
         self.watchdog = watchdog or Watchdog(self.folder, ranks, minutes=0)
         self.compared = False
         """Whether the copies of the weights were found equal after the latest step."""
+        self.losses: dict[str, float] = {}
+        """What the latest step and the evaluation after it made of the weights, nats a token."""
 
     def run(self, stop: StopRequest, allow_changes: bool) -> None:
         """From wherever the run folder is to the end of the run. Raises Stopped when asked to."""
@@ -152,6 +155,7 @@ class Trainer:
         self.log.step(self._figures(run, step, result) | measured)
         if self.meter.table:
             self.log.profile(self.meter.table)
+        self.losses = {"loss": result.loss}
         spike = self.spikes.add(result.loss, result.grad_norm, result.applied)
         if spike or result.skipped:
             update = "left out" if result.skipped else "made"
@@ -238,13 +242,22 @@ class Trainer:
             self.finish_saving(last=True)
 
     def give_up_if_idle(self, run: RunState) -> None:
-        """Raises UnsoundError for a run that makes no update any more. It saves nothing, so that
-        no checkpoint from before is retired for it; one that was begun is finished."""
+        """Raises UnsoundError for a run that makes no update any more or ends without a loss that
+        is a number. It saves nothing, so that no checkpoint from before is retired for it; one that
+        was begun is finished."""
         limit = self.config.optimizer.max_skipped_steps
         # A run that ends before the limit must have made some update all the same.
         if why := self.spikes.give_up(min(limit, run.step) if self.finished(run) else limit):
             self.finish_saving(last=True)
             raise UnsoundError(f"step {run.step}, not saved: {why}")
+        lost = [name for name, value in self.losses.items() if not math.isfinite(value)]
+        if lost and self.finished(run):
+            self.finish_saving(last=True)
+            raise UnsoundError(
+                f"step {run.step}, the last, not saved: its {' and its '.join(lost)} is not "
+                "finite; lower schedule.peak_lr, or look at the data of the last steps, and run "
+                "again to go on from the checkpoint before"
+            )
 
     def leave_if_asked(self, run: RunState, stop: StopRequest, stopping: bool) -> None:
         """Raises Stopped for a run that was asked to stop before its end; it is saved."""
@@ -279,6 +292,8 @@ class Trainer:
             weights = gather_whole(self.engine.slices())
             texts = write_samples(self.config, weights, self.loader, device)
         if record:
+            if not self.engine.masked:  # of a set whose masks score nothing there is none
+                self.losses["validation loss"] = float(str(record["validation_loss"]))
             record |= {"evaluate_s": time.perf_counter() - t0}
             self.log.evaluation({"step": run.step, "tokens": run.tokens} | record)
         self.log.samples(texts)

@@ -10,6 +10,7 @@ import io
 import json
 import random
 import re
+import shlex
 import shutil
 import subprocess
 from html.parser import HTMLParser
@@ -27,6 +28,7 @@ from megagpt.report.dashboard import frame
 from megagpt.report.page import script_data, write_page
 from megagpt.report.picture import draw_runs
 from megagpt.report.series import Run, read_run
+from megagpt.run.folder import summary
 from megagpt.submit.job import directive, pattern, script, sweep_of, toml
 from tests.lib.corpus import run_file, write_corpus
 from tests.report.test_report import CONFIG, make_run
@@ -178,6 +180,21 @@ def test_a_job_for_the_current_folder_has_its_name(tmp_path, monkeypatch):
     size = ("--nodes", "1", "--gpus-per-node", "2", "--time", "1:00:00")
     assert main(["launch", "slurm", str(file), "output=.", *size]) == 0
     assert "#SBATCH --job-name=here\n" in Path("job.sbatch").read_text()
+
+
+def test_what_is_told_to_be_typed_next_can_be_typed(tmp_path, capsys, monkeypatch):
+    name = "a $(id) 'b"
+    monkeypatch.chdir(tmp_path)
+    size = ("--nodes", "1", "--gpus-per-node", "2", "--time", "1:00:00")
+    assert main(["launch", "slurm", str(run_file(tmp_path)), f"output={toml(name)}", *size]) == 0
+    command = capsys.readouterr().out.split("not submitted: say --submit, or ")[1]
+    assert shlex.split(command) == ["sbatch", f"{name}/job.sbatch"]
+    shutil.rmtree(tmp_path / name)
+    make_run(tmp_path / name)
+    told = summary(parse_run(CONFIG, [f"output={toml(name)}"]))
+    commands = dict(re.findall(r"(tensorboard --logdir|megagpt \w+) (.*)", told))
+    assert shlex.split(commands["tensorboard --logdir"]) == [f"{name}/tensorboard"]
+    assert shlex.split(commands["megagpt report"])[0] == name
 
 
 def test_overrides_hold_a_folder_of_any_name():

@@ -27,8 +27,11 @@ SAMPLE = 1 << 20
 MANY = 1000
 """Tokens that some text of a large vocabulary needs ids above 255 for."""
 SPLITS = {
-    "validation": {"val", "valid", "validation", "dev", "eval"},
-    "test": {"test"},
+    "validation": {
+        *("val", "valid", "validation", "validate", "valset", "dev", "devset", "develop"),
+        *("eval", "evaluation", "evaluate", "evalset", "heldout", "holdout", "held", "hold"),
+    },
+    "test": {"test", "tests", "testing", "testset"},
 }
 """Words in the names of files that hold another split than the one for training."""
 MAGICS = {
@@ -172,6 +175,10 @@ def _numbers(head: bytes, size: int) -> Iterator[str]:
     """Numbers of another kind."""
     if head and not any(head):
         yield "a file that was laid out and never written: zeros alone"
+    numbers = np.frombuffer(head[: len(head) // 2 * 2], ">u2")
+    # Of the ids of real text one in 256 or fewer ends with eight zeros.
+    if len(numbers) >= 16 and np.mean(numbers < 256) > 0.9:
+        yield "big-endian numbers, or UTF-16 text without its first mark"
     halves = np.frombuffer(head[: len(head) // 8 * 8], "<u2").reshape(-1, 4)
     if len(halves) < 4 or size % 4:
         return

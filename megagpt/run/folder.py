@@ -105,7 +105,8 @@ def summary(config: RunConfig) -> str:
         lines.append(f"validation loss: {losses[0]:.4f} before, {losses[-1]:.4f} after")
     lines.append(f"checkpoints: {config.output}/checkpoints")
     if config.log.tensorboard:
-        lines.append(f"curves: tensorboard --logdir {config.output}/tensorboard")
+        boards = shlex.quote(f"{config.output}/tensorboard")
+        lines.append(f"curves: tensorboard --logdir {boards}")
     folder = shlex.quote(config.output)
     lines += [
         f"next: megagpt generate {folder} --prompt TEXT      what it writes",

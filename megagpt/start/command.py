@@ -5,6 +5,7 @@ megagpt init web --data data/fineweb --size gpt3-1.3b --gpus 32 --gpu h100
 """
 
 import argparse
+import shlex
 from pathlib import Path
 
 from megagpt.check.machine import Gpu, gpus
@@ -100,7 +101,7 @@ def _told(fitted: Fitted, path: Path) -> str:
             f"{cluster.device.memory_gb:.0f} GB a GPU, {judged.days * 24:,.3g} hours (80%: "
             f"{low:,.3g} to {high:,.3g})"
         )
-    lines.append(f"next: megagpt train {path}")
+    lines.append(f"next: megagpt train {shlex.quote(str(path))}")
     return "\n".join(lines)
 
 

@@ -200,7 +200,9 @@ def run(args: argparse.Namespace) -> int:
         print("submitted: " + " ".join(submit(path, count)))
     else:
         ask(path)
-        by_hand = f", or sbatch {path}" if count == 1 else f", which queues {count} jobs"
+        by_hand = f", or sbatch {shlex.quote(str(path))}"
+        if count > 1:
+            by_hand = f", which queues {count} jobs"
         print(f"not submitted: say --submit{by_hand}")
     return EXIT_OK
 

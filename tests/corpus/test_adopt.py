@@ -106,6 +106,15 @@ def test_an_import_into_the_current_folder(tmp_path: Path, monkeypatch: pytest.M
     assert decoded(tmp_path / "web") == decoded(tmp_path / "web-validation") == TEXTS
 
 
+@pytest.mark.parametrize("name", ["heldout", "held-out", "holdout_1", "evaluation", "my_valset"])
+def test_a_folder_keeps_what_was_held_out_apart(tmp_path: Path, name: str) -> None:
+    for text, file in zip(TEXTS, ("train", name), strict=False):
+        np.array([*ids(text), END], np.uint16).tofile(tmp_path / f"{file}.bin")
+    import_shards([tmp_path], tmp_path / "out")
+    assert decoded(tmp_path / "out") == TEXTS[:1]
+    assert decoded(tmp_path / "out-validation") == TEXTS[1:2]
+
+
 def test_long_documents_cross_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from megagpt.corpus import adopt as convert
 

@@ -63,6 +63,8 @@ def test_known_formats_are_taken(tmp_path: Path, name: str, content: bytes) -> N
         (np.array(AFTER, "<i4").tobytes(), "32-bit numbers"),
         (np.array(AFTER, "<i8").tobytes(), "64-bit numbers"),
         (np.array(AFTER, ">u4").tobytes(), "big-endian numbers"),
+        (np.arange(99, dtype=">u2").tobytes(), "big-endian numbers, or UTF-16"),
+        ("Without a mark, the other way. ".encode("utf-16-be"), "big-endian numbers, or UTF-16"),
         (np.linspace(-3, 3, 500, dtype="<f4").tobytes(), "floating-point numbers of 4 bytes"),
         (np.linspace(-3, 3, 500, dtype="<f8").tobytes(), "floating-point numbers of 8 bytes"),
         (bytes(4096), "a file that was laid out and never written"),

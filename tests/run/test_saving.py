@@ -143,6 +143,29 @@ def test_a_run_shorter_than_the_limit_is_not_complete_without_an_update(tmp_path
     assert names(tmp_path) == []
 
 
+def test_a_run_that_ends_without_a_loss_is_not_complete(tmp_path):
+    """Weights are wild, but finite; fewer steps are left out for it than end a run."""
+    file = run_file(tmp_path, **SHORT)
+    train_here(file, "schedule.total_tokens=1024")
+    good = digests(tmp_path)
+    wild = ["schedule.total_tokens=1792", "schedule.peak_lr=1e30"]
+    said = "step 7, the last, not saved: its loss and its validation loss is not finite; lower sch"
+    for _ in range(2):
+        with pytest.raises(UnsoundError, match=said) as error:
+            train_here(file, *wild, allow_changes=True)
+        assert error.value.exit_code == 4
+        assert digests(tmp_path) == good and list(good) == [2, 4]
+    train_here(file, "schedule.total_tokens=1792", allow_changes=True)
+    assert names(tmp_path) == [6, 7]
+
+
+def test_nor_is_one_whose_last_update_leaves_no_loss(tmp_path):
+    short = ["schedule.total_tokens=256", "schedule.peak_lr=1e30"]
+    with pytest.raises(UnsoundError, match="step 1, the last, not saved: its validation loss is"):
+        train_here(run_file(tmp_path, **SHORT), *short)
+    assert names(tmp_path) == []
+
+
 def test_a_checkpoint_that_an_earlier_version_saved_unseen_is_passed_over(tmp_path, caplog):
     file = run_file(tmp_path, **SHORT)
     train_here(file)
