@@ -175,8 +175,15 @@ def step_of(folder: Path) -> int | None:
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """Folders of the run's checkpoints, oldest first, without unfinished and damaged ones."""
-    steps = [(step_of(f), f) for f in folder_of(run).glob("step_*") if f.is_dir()]
+    """Folders of the run's checkpoints, oldest first, without unfinished and damaged ones.
+
+    Raises OSError for a folder that is there and cannot be read: a run must not begin anew for it.
+    """
+    try:
+        entries = list(folder_of(run).iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    steps = [(step_of(f), f) for f in entries if f.name.startswith("step_") and f.is_dir()]
     return [folder for _, folder in sorted((s, f) for s, f in steps if s is not None)]
 
 

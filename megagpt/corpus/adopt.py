@@ -8,6 +8,7 @@ of each document in llm.c) comes right on the way. What a file is, foreign.py fi
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from megagpt.corpus.documents import OURS
 from megagpt.corpus.foreign import ForeignFile, recognise
 from megagpt.corpus.manifest import MANIFEST, CorpusManifest, Subset, new_manifest, write_manifest
 from megagpt.corpus.shards import (
@@ -33,6 +35,8 @@ from megagpt.tokenizer import end_of_document, fingerprint, load_tokenizer, toke
 
 if TYPE_CHECKING:
     import tiktoken
+
+log = logging.getLogger("megagpt.data")
 
 BATCH = 1 << 22
 """Tokens converted at a time."""
@@ -91,7 +95,7 @@ def _find(inputs: Sequence[Path | str]) -> list[Path]:
     files: list[Path] = []
     for item in map(Path, inputs):
         if item.is_dir():
-            found = sorted([*item.glob("*.bin"), *item.glob("*.npy")])
+            found = _of_folder(item)
         elif item.is_file():
             found = [item]
         else:
@@ -113,6 +117,27 @@ def _find(inputs: Sequence[Path | str]) -> list[Path]:
             raise UsageError(f"{path} is given twice; give every file once")
         known.add(path.resolve())
     return files
+
+
+def _of_folder(folder: Path) -> list[Path]:
+    """The files of tokens in a folder; what else lies there is told, without hidden names.
+
+    Raises DamageError for an index whose tokens are not there, OSError for an unreadable folder.
+    """
+    entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    found = [path for path in entries if path.suffix in (".bin", ".npy")]
+    known = {*found, *(path.with_suffix(".idx") for path in found)}
+    known |= {folder / name for name in OURS}
+    left = [path for path in entries if path not in known]
+    if alone := [path for path in left if path.suffix == ".idx"]:
+        raise DamageError(f"{alone[0]}: its .bin is not beside it; copy the pair again")
+    if found and left:
+        names = ", ".join(path.name + "/" * path.is_dir() for path in left[:8])
+        more = f" and {len(left) - 8:,} more" if len(left) > 8 else ""
+        log.warning(
+            "%s: only .bin and .npy files are taken, passed over: %s%s", folder, names, more
+        )
+    return found
 
 
 def _folders(files: list[ForeignFile], output: Path) -> dict[Path, list[ForeignFile]]:

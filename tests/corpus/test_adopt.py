@@ -115,6 +115,22 @@ def test_a_folder_keeps_what_was_held_out_apart(tmp_path: Path, name: str) -> No
     assert decoded(tmp_path / "out-validation") == TEXTS[1:2]
 
 
+def test_what_a_folder_holds_beside_tokens_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = megatron(tmp_path / "in", [[*ids(text), END] for text in TEXTS], [0, 1, 2, 3]).parent
+    import_shards([folder], tmp_path / "one")
+    assert caplog.text == ""
+    (folder / "more").mkdir()
+    (folder / "b.txt").touch()
+    import_shards([folder], tmp_path / "two")
+    said = f"{folder}: only .bin and .npy files are taken, passed over: b.txt, more/"
+    assert said in caplog.text
+    (folder / "half.idx").touch()
+    with pytest.raises(DamageError, match=r"half.idx: its .bin is not beside it; copy the pair"):
+        import_shards([folder], tmp_path / "three")
+
+
 def test_long_documents_cross_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from megagpt.corpus import adopt as convert
 

@@ -53,6 +53,21 @@ def spoil(trainer: Trainer, key: str = "fp32", value: float = math.nan) -> None:
     piece.write(key, values)
 
 
+def test_checkpoints_that_cannot_be_listed_are_not_none(tmp_path, capsys):
+    """A run would begin anew, and write its record from step 0."""
+    file = run_file(tmp_path, **SHORT)
+    train_here(file)
+    there = tmp_path / "run" / "checkpoints"
+    lines = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    there.rename(tmp_path / "aside")
+    there.symlink_to("checkpoints")  # unreadable for root, too
+    with pytest.raises(OSError, match="levels of symbolic links: .*run/checkpoints"):
+        train_here(file)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == lines
+    assert main(["checkpoint", "list", str(tmp_path / "run")]) == 1
+    assert "run/checkpoints: Too many levels" in capsys.readouterr().err
+
+
 # --- what is not sound --------------------------------------------------------------------------
 
 
