@@ -62,7 +62,7 @@ def alone(file: Path) -> Path:
     [
         pytest.param(("zero3", 1, 1), id="zero3", marks=pytest.mark.slow),
         pytest.param(("pipeline", 2, 1), id="pp2"),
-        pytest.param(("pipeline", 1, 2), id="tp2"),
+        pytest.param(("pipeline", 1, 2), id="tp2", marks=pytest.mark.slow),
     ],
 )
 def test_spikes_end_the_same_under_any_split(file: Path, alone: Path, tmp_path: Path, layout):

@@ -56,7 +56,12 @@ def test_the_time_limit_saves_within_it(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "parallel", [{"ds_config": "zero1"}, {"ds_config": "pipeline", "pipeline": 2}], ids=str
+    "parallel",
+    [
+        {"ds_config": "zero1"},
+        pytest.param({"ds_config": "pipeline", "pipeline": 2}, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_a_hung_rank_ends_the_job_with_stacks(tmp_path: Path, parallel: dict[str, object]):
     file = run_file(tmp_path, schedule=ENDLESS, parallel=parallel)
