@@ -54,6 +54,11 @@ def other_encoding(head: bytes) -> str:
     return f"it is {name}; convert it: iconv -f {name} -t UTF-8"
 
 
+def archive(head: bytes) -> str:
+    """A tar archive in words, when the first 262 bytes of a file say so; else nothing."""
+    return "it is a tar archive; unpack it first" if head[257:262] == b"ustar" else ""
+
+
 class _Members(io.RawIOBase):
     """What all members of a compressed file hold, one after another.
 

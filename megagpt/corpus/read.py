@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from megagpt.corpus.array import Broken
-from megagpt.corpus.open import BOM, TRUNCATED, opened, other_encoding, why_unreadable
+from megagpt.corpus.open import BOM, TRUNCATED, archive, opened, other_encoding, why_unreadable
 from megagpt.corpus.unit import Unit
 
 PIECE_BYTES = 1 << 22
@@ -178,6 +178,9 @@ def _file(item: int, path: str, compression: str) -> Iterator[Item]:
             last = len(block) < PIECE_BYTES
             if encoding := other_encoding(block[:4096]):
                 yield Problem(item, "invalid UTF-8", encoding, path)
+                return
+            if packed := archive(block):
+                yield Problem(item, "no text", packed, path)
                 return
             block = block.removeprefix(BOM)
             if last and not block:

@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import socket
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -186,6 +187,18 @@ def test_other_encodings_are_named(here: Path, encoding: str) -> None:
     name = encoding[:6].upper()
     assert [problem.reason for problem in problems] == ["invalid UTF-8"] * 3
     assert all(f"it is {name}; convert it: iconv -f {name}" in p.detail for p in problems)
+
+
+@pytest.mark.parametrize("compression", ["", "gz"])
+def test_an_archive_is_no_text(here: Path, compression: str) -> None:
+    Path("a.md").write_text("one document")
+    with tarfile.open("all.txt", f"w:{compression}") as archive:
+        archive.add("a.md")
+    if compression:
+        Path("all.txt").rename("all.txt.gz")
+    texts, [problem] = everything(find_sources(["."]))
+    assert texts == ["one document"]
+    assert problem.reason == "no text" and problem.detail == "it is a tar archive; unpack it first"
 
 
 def test_a_disk_that_fails_leaves_out_what_it_held(here: Path) -> None:

@@ -165,10 +165,10 @@ def ended_within(process: subprocess.Popen[str], seconds: float) -> bool:
     return True
 
 
-def steps_of(path: Path) -> list[int]:
-    """The steps in a metrics.jsonl that is being written."""
+def steps_of(path: Path, whole: bool = False) -> list[int]:
+    """The steps in a metrics.jsonl that is being written: its last ones, or all."""
     found = []
-    for line in path.read_bytes()[-4000:].split(b"\n"):
+    for line in path.read_bytes()[0 if whole else -4000 :].split(b"\n"):
         try:
             record = json.loads(line)
         except ValueError:

@@ -253,6 +253,20 @@ def test_twenty_kills(tmp_path):
     assert figures["kills"] == 20 and figures["same_steps"] and figures["same_weights"]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_power_cuts(tmp_path):
+    if os.geteuid() != 0 or not shutil.which("mkfs.ext4"):
+        pytest.skip("needs root and mkfs.ext4")
+    words = ["--cuts", "4", "--total-tokens", "150000", "--output", str(tmp_path / "campaign")]
+    done = run_together([sys.executable, "-m", "tests.lib.power_cuts", *words], timeout_s=1700)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    assert figures["cuts"] >= 3 and figures["damaged"] == 0
+    # What was not flushed was lost, or nothing was tried.
+    assert figures["lines_lost"] > 0
+
+
 # --- a full disk --------------------------------------------------------------------------------
 
 
