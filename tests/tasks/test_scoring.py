@@ -352,7 +352,10 @@ def test_the_paper_at_our_compute(scorer):
     assert (own.ours, own.paper["13B"], list(own.paper)) == (0.0, 55.5, list(SIZES))
     assert math.isnan(rows["lambada"].ours) and 54.3 < rows["lambada"].same_compute < 60.4
     assert rows["reversed_words"].paper == {"175B": 0.44}
-    assert "our compute: 10 PF-days" in paper_lines(list(rows.values()), 10.0)
+    lines = paper_lines(list(rows.values()), 10.0)
+    assert "our compute: 10 PF-days" in lines
+    assert rows["five_digit_addition"].paper == {}
+    assert "five_digit_addition" + " -" * 11 in [" ".join(line.split()) for line in lines]
     assert "is below the paper's 2.6 to 3640" in paper_lines([], 0.1)[1]
     assert "is beyond the paper's" in paper_lines([], 1e5)[1]
     assert "our compute is not known" in paper_lines([], math.nan)[1]
