@@ -20,9 +20,14 @@ import markdown
 import pytest
 from rich.console import Console
 
+from megagpt.checkpoint.export import open_weights
 from megagpt.cli import main
 from megagpt.config import parse_run
+from megagpt.config.presets import ModelConfig
+from megagpt.config.sections import DataSource
 from megagpt.errors import UsageError, visible
+from megagpt.hub.card import model_card
+from megagpt.hub.compare import Comparison
 from megagpt.log.markdown import cell
 from megagpt.report.dashboard import frame
 from megagpt.report.page import script_data, write_page
@@ -31,6 +36,7 @@ from megagpt.report.series import Run, read_run
 from megagpt.run.folder import summary
 from megagpt.submit.job import directive, pattern, script, sweep_of, toml
 from tests.lib.corpus import run_file, write_corpus
+from tests.lib.weights import weights_folder
 from tests.report.test_report import CONFIG, make_run
 
 PIECES = [
@@ -312,6 +318,31 @@ def test_a_cell_of_a_table_holds_any_text():
         text = " ".join(visible(name).split())
         made = Cells(convert(f"| | |\n|---|---|\n| {cell(name)} | end |\n")).cells
         assert [one.strip() for one in made] == [text, "end"], name
+
+
+def test_the_card_of_a_model_holds_any_name(tmp_path):
+    shape = ModelConfig(n_layer=1, n_head=2, d_model=16, n_ctx=8, vocab_size=257)
+    weights_folder(tmp_path / "made", shape, "bytes")
+    made = open_weights(tmp_path / "made")
+    found = Comparison(
+        difference=0.0, largest=1.0, tokens=1, other_tokens=0, other_texts=0, tolerance=1e-5
+    )
+    convert = markdown.Markdown(extensions=["tables"]).convert
+    for name in TEXTS:
+        text, folder = " ".join(visible(name).split()), name.replace("/", "") or "x"
+        data = dataclasses.replace(made.config.data, train=(DataSource(path=name),))
+        weights = dataclasses.replace(
+            made,
+            config=dataclasses.replace(made.config, data=data),
+            facts=made.facts | {"tokens": 1, "tokenizer": f"x/{folder}"},
+        )
+        card = model_card(weights, tmp_path / folder, found, "fp32", name)
+        rows = [line for line in card.splitlines() if line.startswith("|")]
+        cells = [one.strip() for one in Cells(convert("\n".join(rows))).cells]
+        assert f"{text} (weight 1)" in cells, name
+        short = " ".join(visible(folder).split())
+        assert any(one.endswith(f"tokenizer {short}".strip()) for one in cells), name
+        assert f"\n# {cell(folder)}\n" in card and f" Over {cell(name)} the" in card
 
 
 # --- the terminal -------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from megagpt.checkpoint.export import Weights
 from megagpt.hub.compare import Comparison
 from megagpt.hub.shapes import ARCHITECTURES, model_type
 from megagpt.log import read_metrics
+from megagpt.log.markdown import cell
 
 _CARD = """---
 library_name: transformers
@@ -68,7 +69,7 @@ def model_card(weights: Weights, source: Path, found: Comparison, dtype: str, co
     loss = "not known"
     if losses:
         loss = f"{losses[-1]['validation_loss']:.4f} nats at {losses[-1]['tokens']:,} tokens"
-    sources = ", ".join(f"{s.path} (weight {s.weight:g})" for s in config.data.train)
+    sources = ", ".join(f"{cell(str(s.path))} (weight {s.weight:g})" for s in config.data.train)
     notes = [*_NOTES.get(kind, ())]
     if weights.facts["tokenizer"]:
         notes += _NOTES["all"]
@@ -79,16 +80,16 @@ def model_card(weights: Weights, source: Path, found: Comparison, dtype: str, co
         )
     return _CARD.format(
         task="unconditional-image-generation" if kind == "imagegpt" else "text-generation",
-        name=source.resolve().name,
+        name=cell(source.resolve().name),
         cls=ARCHITECTURES[kind],
         version=__version__,
         model=config.model,
         facts=weights.facts,
-        tokenizer=Path(weights.facts["tokenizer"]).name or "not known",
+        tokenizer=cell(Path(weights.facts["tokenizer"]).name) or "not known",
         data=sources if weights.facts["tokens"] else "not known (imported weights)",
         loss=loss,
         dtype=dtype,
-        compared=compared,
+        compared=cell(compared),
         found=found,
         cache="which this class computes without a cache" if kind == "openai-gpt" else "cached",
         notes="\n".join(f"- {note}" for note in notes) or "- nothing",
