@@ -155,8 +155,7 @@ class Trainer:
         self.log.step(self._figures(run, step, result) | measured)
         if self.meter.table:
             self.log.profile(self.meter.table)
-        # A step whose masks score nothing has none by right.
-        self.losses = {} if self.engine.masked else {"loss": result.loss}
+        self.losses = {"loss": result.loss} if result.scored else {}
         spike = self.spikes.add(result.loss, result.grad_norm, result.applied)
         if spike or result.skipped:
             update = "left out" if result.skipped else "made"
@@ -293,7 +292,7 @@ class Trainer:
             weights = gather_whole(self.engine.slices())
             texts = write_samples(self.config, weights, self.loader, device)
         if record:
-            if not self.engine.masked:
+            if self.evaluation.scored:
                 self.losses["validation loss"] = float(str(record["validation_loss"]))
             record |= {"evaluate_s": time.perf_counter() - t0}
             self.log.evaluation({"step": run.step, "tokens": run.tokens} | record)

@@ -48,6 +48,8 @@ class StepResult:
     applied: bool
     """False: loss or gradients were not finite, or the update was asked to be skipped, so the
     weights, the moments and their count stay as they are."""
+    scored: bool = True
+    """False: masks leave the step no target, so that by right it has no loss."""
 
     @property
     def skipped(self) -> bool:
@@ -80,6 +82,8 @@ class Engine(ABC):
         """DeepSpeed's engine."""
         self.masked = False
         """Whether there are targets that are not scored: the ranks then count those that are."""
+        self.scored = True
+        """Whether the latest step or evaluation had a target that is scored."""
         self._skip: SkipUpdate | None = None
         self._skips: bool | None = None
         """Whether the update of the step in progress is skipped; None: not decided yet."""
@@ -134,6 +138,7 @@ class Engine(ABC):
         ]
         # Ranks that share a micro-batch, by a pipeline or tensor split, count it as often.
         total = int(self.total([sum(scored)])[0]) * data // self.layout.world
+        self.scored = total > 0
         return [places * n / total if total else math.nan for n in scored]
 
     def _prepare_step(
@@ -176,7 +181,8 @@ class Engine(ABC):
         return self._skips
 
     def _result(self, loss: float, norm: float) -> StepResult:
-        return StepResult(loss, norm, math.isfinite(norm) and not self._skips)
+        applied = math.isfinite(norm) and not self._skips
+        return StepResult(loss, norm, applied, self.scored)
 
     # --- agreement ------------------------------------------------------------------------------
 

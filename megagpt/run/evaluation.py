@@ -21,6 +21,8 @@ class Evaluation:
         loaders: Sequence[TokenLoader],
     ) -> None:
         self.config, self.layout, self.engine, self.loaders = config, layout, engine, loaders
+        self.scored = True
+        """Whether each set had a target that is scored, the latest time; else there is no loss."""
 
     def losses(self) -> dict[str, object]:
         """What is to be recorded of the weights as they are; nothing without validation data.
@@ -30,6 +32,7 @@ class Evaluation:
         sources = self.config.data.validation
         if not sources:
             return {}
+        self.scored = True
         losses = [self._loss(loader) for loader in self.loaders]
         found: dict[str, object] = {
             "validation_loss": self._mean(losses),
@@ -52,7 +55,9 @@ class Evaluation:
         rank = self.layout.data_rank(self.engine.ranks.rank)
         micro_batch = micro_batch_of(self.config, self.layout, count * self.config.model.n_ctx)
         batches = loader.micro_batches(0, count, rank, self.layout.data, micro_batch)
-        return self.engine.evaluate(list(batches), count)
+        loss = self.engine.evaluate(list(batches), count)
+        self.scored = self.scored and self.engine.scored
+        return loss
 
 
 def bytes_per_token(loader: TokenLoader) -> float:

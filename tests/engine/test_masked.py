@@ -9,11 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from megagpt.checkpoint import list_checkpoints
 from megagpt.checkpoint.export import open_weights
 from megagpt.cli import main
 from megagpt.cluster.ranks import Ranks
 from megagpt.config import RunConfig, load_run
 from megagpt.corpus.records import Masked, prepare
+from megagpt.errors import UnsoundError
 from megagpt.log import read_metrics
 from megagpt.model import GPT, decays, initialise
 from megagpt.order.loader import TokenLoader, training_loader
@@ -21,6 +23,7 @@ from megagpt.run.state import RunState
 from tests.engine.test_layouts import Layout, name
 from tests.lib.corpus import run_file, sentences
 from tests.lib.distributed import free_port, group_of_one, launch, run_together, steps
+from tests.lib.here import train_here
 from tests.lib.reshape import train
 
 N_CTX = 32
@@ -178,6 +181,17 @@ def test_a_step_that_scores_nothing_is_left_out(tmp_path: Path) -> None:
     records = steps(tmp_path / "run")
     found = [np.isfinite(record["loss"]) for record in records]
     assert found.count(True) == 1 and records[-1]["skipped_steps"] == 7
+    # The last has no loss by right, and the run is complete.
+    assert not found[-1]
+
+
+def test_a_loss_of_scored_targets_that_is_lost_is_no_end(tmp_path: Path) -> None:
+    """Masks excuse a step without a target, and no other."""
+    file = masked_run(tmp_path)
+    said = "the last, not saved: its loss and its validation loss is not finite"
+    with group_of_one(), pytest.raises(UnsoundError, match=said):
+        train_here(file, "schedule.peak_lr=1e30")
+    assert list_checkpoints(tmp_path / "run") == []
 
 
 def test_evaluate_scores_what_the_mask_names(tmp_path: Path, capsys) -> None:
