@@ -73,13 +73,16 @@ def test_missing_short_and_strange_files(manifest: CorpusManifest) -> None:
     manifest.index_path(first).unlink()
     manifest.bin_path(second).write_bytes(b"\0\0")
     (manifest.folder / "web_00009.bin").touch()
+    # The one of a shard without a mask is as strange as that of no shard.
+    for name in ("web_00000.mask", "web_00009.mask"):
+        (manifest.folder / name).touch()
     problems = verify_shards(manifest.folder)
     assert [Path(problem.split(": ")[0]).name for problem in problems] == [
-        "web_00009.bin", "web_00000.idx", "web_00001.bin",
+        "web_00000.mask", "web_00009.bin", "web_00009.mask", "web_00000.idx", "web_00001.bin",
     ]  # fmt: skip
-    assert "not in the manifest" in problems[0]
-    assert "missing, though the manifest beside it lists it" in problems[1]
-    assert "has 2 bytes, the manifest beside it says 42" in problems[2]
+    assert all("not in the manifest" in problem for problem in problems[:3])
+    assert "missing, though the manifest beside it lists it" in problems[3]
+    assert "has 2 bytes, the manifest beside it says 42" in problems[4]
 
 
 def test_content_that_its_checksums_approve(manifest: CorpusManifest) -> None:
