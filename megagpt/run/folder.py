@@ -92,17 +92,21 @@ def summary(config: RunConfig) -> str:
     """What a finished run reached and where everything is, from its own record."""
     records = read_metrics(Path(config.output))
     steps = [r for r in records if "loss" in r]
-    losses = [r["validation_loss"] for r in records if "validation_loss" in r]
     if not steps:
         return f"run complete; {config.output} has no record of its steps any more"
+    # A record may have lost lines; of evaluations only what is there is told.
+    saved = list_checkpoints(Path(config.output))
+    end = read_record(saved[-1]) if saved else None
+    step, tokens = (end.step, end.tokens) if end else (steps[-1]["step"], steps[-1]["tokens"])
     # The first step of each session pays for its start.
     speed = statistics.median(r["tokens_per_s"] for r in steps)
     lines = [
-        f"run complete: {steps[-1]['tokens']:,} tokens in {steps[-1]['step']} steps, "
-        f"{speed:,.0f} tokens/s (median step)"
+        f"run complete: {tokens:,} tokens in {step} steps, {speed:,.0f} tokens/s (median step)"
     ]
-    if losses:
-        lines.append(f"validation loss: {losses[0]:.4f} before, {losses[-1]:.4f} after")
+    known = {r["step"]: r["validation_loss"] for r in records if "validation_loss" in r}
+    ends = {"before": 0, "after": step}
+    if told := [f"{known[at]:.4f} {word}" for word, at in ends.items() if at in known]:
+        lines.append(f"validation loss: {', '.join(told)}")
     lines.append(f"checkpoints: {config.output}/checkpoints")
     if config.log.tensorboard:
         boards = shlex.quote(f"{config.output}/tensorboard")
