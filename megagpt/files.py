@@ -45,15 +45,13 @@ def file_sha256(path: Path, progress: Callable[[int], None] | None = None) -> st
     return digest.hexdigest()
 
 
-def copy_hashed(source: Path, target: Path) -> str:
-    """Copies a file's content, flushed to the disk, and returns the sha256 of it in hex."""
+def copy_hashed(source: Path, target: BinaryIO) -> str:
+    """Copies a file's content into an open one, and returns the sha256 of it in hex."""
     digest = hashlib.sha256()
-    with source.open("rb", buffering=0) as file, target.open("wb") as copy:
+    with source.open("rb", buffering=0) as file:
         while content := file.read(BLOCK):
             digest.update(content)
-            copy.write(content)
-        copy.flush()
-        os.fsync(copy.fileno())
+            target.write(content)
     return digest.hexdigest()
 
 

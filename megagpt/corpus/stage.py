@@ -13,7 +13,7 @@ from typing import Any
 
 from megagpt.corpus.manifest import MANIFEST, read_manifest
 from megagpt.errors import EXIT_OK, DamageError, UsageError
-from megagpt.files import copy_hashed, temporary_of, write_file
+from megagpt.files import copy_hashed, whole_file, write_file
 
 STATE = ".staged.json"
 """In the copy: what its files were when they were found whole."""
@@ -83,15 +83,13 @@ def stage(folder: Path, scratch: Path) -> tuple[Path, int]:
 
 def _copy(source: Path, target: Path, digest: str) -> None:
     """Copies a file so that it is whole or not there. digest: its sha256, "" for any."""
-    temporary = temporary_of(target)
-    found = copy_hashed(source, temporary)
-    if digest and found != digest:
-        temporary.unlink()
-        raise DamageError(
-            f"{source}: sha256 {found[:12]}..., the manifest says {digest[:12]}...; restore the "
-            "file from a copy, or prepare the corpus again"
-        )
-    temporary.replace(target)
+    with whole_file(target) as copy:
+        found = copy_hashed(source, copy)
+        if digest and found != digest:
+            raise DamageError(
+                f"{source}: sha256 {found[:12]}..., the manifest says {digest[:12]}...; restore "
+                "the file from a copy, or prepare the corpus again"
+            )
 
 
 def _recall(path: Path) -> dict[str, str]:
