@@ -23,7 +23,7 @@ from megagpt.health.meter import Meter
 from megagpt.health.replicas import check_replicas
 from megagpt.health.soundness import Soundness
 from megagpt.health.spikes import SpikeDetector
-from megagpt.order.loader import TokenLoader, check_vocabulary, training_loader
+from megagpt.order.loader import check_vocabulary, training_loader, validation_loaders
 from megagpt.plan.layout import Layout, micro_batch_of
 from megagpt.run.evaluation import Evaluation
 from megagpt.run.folder import make_run_folder, open_log, write_run_files
@@ -61,9 +61,8 @@ class Trainer:
         self.config, self.layout, self.ranks = config, layout, ranks
         self.ds_config = ds_config
         self.folder = Path(config.output)
-        n_ctx, validation = config.model.n_ctx, config.data.validation
         self.loader = training_loader(config)
-        self.validation = [TokenLoader([(Path(s.path), 1.0)], n_ctx, 0) for s in validation]
+        self.validation = validation_loaders(config)
         check_vocabulary(config, [self.loader, *self.validation])
         self.engine = build_engine(config, layout, ranks, ds_config)
         self.engine.masked = any(loader.masked for loader in [self.loader, *self.validation])

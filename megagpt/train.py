@@ -15,13 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megagpt.cluster.process import (
-    first_to_fail,
-    join,
-    leave,
-    prepare_environment,
-    share_folder,
-)
+from megagpt.cluster.process import first_to_fail, join, leave, prepare_environment, share_folder
 from megagpt.cluster.ranks import Ranks, discover, told_rank
 from megagpt.cluster.stop import StopRequest
 from megagpt.cluster.watchdog import Watchdog

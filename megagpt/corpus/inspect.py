@@ -123,13 +123,12 @@ def _targets(manifest: CorpusManifest) -> list[str]:
 
 def _totals(manifest: CorpusManifest) -> list[str]:
     size = sum(shard.bytes for shard in manifest.shards)
+    last = manifest.end_of_document
+    end = f", END-OF-DOCUMENT {last}" if last >= 0 else ""
     lines = [
         f"{manifest.folder}: {manifest.split.name} split, {len(manifest.shards)} shards, "
         f"{size / 1e6:,.1f} MB of {manifest.dtype.name}",
-        f"tokenizer {manifest.tokenizer_name or 'none'}: {manifest.vocab_size:,} tokens"
-        + (
-            f", END-OF-DOCUMENT {manifest.end_of_document}" if manifest.end_of_document >= 0 else ""
-        ),
+        f"tokenizer {manifest.tokenizer_name or 'none'}: {manifest.vocab_size:,} tokens{end}",
     ]
     if length := manifest.record_length:
         lines.append(

@@ -319,6 +319,12 @@ def training_loader(config: RunConfig) -> TokenLoader:
     return TokenLoader(sources, n_ctx, config.seed, changes=changes)
 
 
+def validation_loaders(config: RunConfig) -> list[TokenLoader]:
+    """The samples of each validation set. Raises what TokenLoader raises."""
+    sources = config.data.validation
+    return [TokenLoader([(Path(s.path), 1.0)], config.model.n_ctx, 0) for s in sources]
+
+
 def check_vocabulary(config: RunConfig, loaders: Sequence[TokenLoader]) -> None:
     """Raises UsageError when the data's tokens do not fit the model's vocabulary, or were made by
     another tokenizer than those of the first loader."""

@@ -12,12 +12,12 @@ from typing import Any
 from megagpt.checkpoint import list_checkpoints
 from megagpt.checkpoint.record import step_of
 from megagpt.config import RunConfig
+from megagpt.corpus.manifest import MANIFEST
 from megagpt.engine.rehearsal import Rehearsed, rehearse
 from megagpt.errors import UsageError
-from megagpt.order.loader import TokenLoader, check_vocabulary, training_loader
+from megagpt.order.loader import check_vocabulary, training_loader, validation_loaders
 from megagpt.plan.layout import Layout, accumulation_steps, micro_batch_of
-
-MANIFEST = "manifest.json"
+from megagpt.run.state import RunState
 
 
 def planned_ranks(run_file: str) -> int | None:
@@ -44,11 +44,12 @@ def dry_run(
     for one in rehearse(config, layout, ds_config, ranks):
         yield _told(one, layout)
     yield from _corpora(config)
-    tokens = config.schedule.start_tokens
+    step = RunState().next_step(config)
     yield (
-        f"first step: {tokens // config.model.n_ctx:,} sequences in micro-batches of "
-        f"{micro_batch_of(config, layout, tokens)}, {accumulation_steps(config, layout, tokens)} "
-        f"on each data rank, at a rate of {config.schedule.lr(tokens):.3e}"
+        f"first step: {step.n_samples:,} sequences in micro-batches of "
+        f"{micro_batch_of(config, layout, step.batch_tokens)}, "
+        f"{accumulation_steps(config, layout, step.batch_tokens)} on each data rank, "
+        f"at a rate of {step.lr:.3e}"
     )
     if saved := list_checkpoints(Path(config.output)):
         yield f"{config.output}: a checkpoint of step {step_of(saved[-1])} is there to go on from"
@@ -73,9 +74,7 @@ def _corpora(config: RunConfig) -> Iterator[str]:
         yield f"{folder}: not on this machine, so it is not looked at"
     if missing:
         return
-    loaders = [training_loader(config)]
-    n_ctx = config.model.n_ctx
-    loaders += [TokenLoader([(Path(s.path), 1.0)], n_ctx, 0) for s in config.data.validation]
+    loaders = [training_loader(config), *validation_loaders(config)]
     try:
         check_vocabulary(config, loaders)
     finally:

@@ -3,8 +3,7 @@
 Every host reads what it will train on: the ranks that see the same file share it out, so that files
 on a file system of all hosts are read once, and copies on each host's own disk by each host. What
 was found whole is remembered by path, size, times and checksum, so that the next start reads only
-what is new: RUN/verified.json has what all hosts share,
-RUN/verified/HOST.json what is a host's own.
+what is new: RUN/verified.json has what all hosts share, RUN/verified/HOST.json what one host has.
 """
 
 import json
