@@ -30,12 +30,7 @@ if [ -z "${asked:-}" ]; then
   # shellcheck disable=SC2086  # several words each
   $LAUNCH $WITHIN "$PYTHON" -m megagpt.train "$@" &
   step=$!
-  while :; do
-    told=
-    wait "$step"
-    code=$?
-    [ -n "$told" ] || break         # otherwise only the wait was over
-  done
+  wait_on "$step"
 fi
 echo "$(date "+%F %T") a start ended with code $code"
 gets_on "$code" "$folder" "$before" "$id" "${asked:-}" || exit "$code"

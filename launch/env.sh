@@ -75,11 +75,16 @@ quoted() {
   case $1 in *[!A-Za-z0-9_./:,=+@%-]*) printf '%q' "$1" ;; *) printf '%s' "$1" ;; esac
 }
 
-# Inside a job of SLURM --------------------------------------------------------------------------
+# Starts that end --------------------------------------------------------------------------------
 
-slurm_hosts() { scontrol show hostnames "$SLURM_JOB_NODELIST"; }
-
-slurm_port() { echo $((20000 + SLURM_JOB_ID % 12000)); }
+# wait_on PROCESS: until it has ended, with `code`. A signal ends a wait alone; its trap sets `told`.
+wait_on() {
+  while :; do
+    told='' code=0
+    wait "$1" || code=$?
+    [ -n "$told" ] || break
+  done
+}
 
 # Only "step_" and digits are a checkpoint of ours, the highest number the newest.
 newest_checkpoint() {
@@ -108,6 +113,12 @@ gets_on() {
   fi
   echo "$id $((count + 1))" > "$folder/.retries"
 }
+
+# Inside a job of SLURM --------------------------------------------------------------------------
+
+slurm_hosts() { scontrol show hostnames "$SLURM_JOB_NODELIST"; }
+
+slurm_port() { echo $((20000 + SLURM_JOB_ID % 12000)); }
 
 # tell_step: ranks save and end. SLURM may not have made the step yet, nor may its ranks listen:
 # they are told again until they have ended.
@@ -143,12 +154,7 @@ train_in_job() {
     "$@" &
     step=$!
     [ -z "${asked:-}" ] || { tell_step; back_in_time; }
-    while :; do
-      told=
-      wait "$step"
-      code=$?
-      [ -n "$told" ] || break                 # otherwise only the wait was over
-    done
+    wait_on "$step"
   fi
   echo "$(date "+%F %T") start $((${SLURM_RESTART_COUNT:-0} + 1)) ended with code $code"
   gets_on "$code" "$folder" "$before" "$id" "${asked:-}" || exit "$code"

@@ -22,11 +22,7 @@ if [ "$1" = --until-done ]; then
     before=$(newest_checkpoint "$folder")
     "$0" "$@" &
     start=$!
-    while :; do
-      told='' code=0
-      wait "$start" || code=$?
-      [ -n "$told" ] || break
-    done
+    wait_on "$start"
     echo "$(date "+%F %T") a start ended with code $code"
     [ -z "$asked" ] || exit "$code"
     gets_on "$code" "$folder" "$before" "$$" || exit "$code"
@@ -78,12 +74,8 @@ stop() {
     kill -TERM -- "-$runner" || true
   fi
 }
-trap 'signalled=1; stop' TERM INT HUP USR1 USR2 XCPU
-while :; do
-  signalled='' code=0
-  wait "$runner" || code=$?
-  [ -n "$signalled" ] || break      # otherwise only the wait was over
-done
+trap 'told=1; stop' TERM INT HUP USR1 USR2 XCPU
+wait_on "$runner"
 # Should deepspeed or pdsh have been killed: ranks save and end once their connection is gone.
 if pkill -f -- "$mark"; then
   kill -TERM -- "-$runner" 2> /dev/null

@@ -18,12 +18,7 @@ for ((i = 0; i < NODES; i++)); do echo "pod-$i slots=$GPUS"; done > "$hosts"
 trap 'told=1; pkill -TERM -f -- "-m megagpt.train"' TERM INT
 deepspeed --hostfile "$hosts" --no_ssh --node_rank "$node" --master_addr "$address" \
   --master_port "$port" --force_multi --module megagpt.train "$@" &
-while :; do
-  told=
-  wait $!
-  code=$?
-  [ -n "$told" ] || break           # otherwise only the wait was over
-done
+wait_on $!
 case $code in 0 | 2 | 3) exit "$code" ;; esac
 # The first pod counts starts that save nothing, for all; what it ends with ends the job.
 [ "$node" != 0 ] || gets_on "$code" "$folder" "$before" "${HOSTNAME:-pod}" || exit "$((code % 128))"
