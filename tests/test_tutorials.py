@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.lib.corpus import sentences
-from tests.lib.distributed import ROOT, environment
+from tests.lib.distributed import ROOT, environment, python
 from tests.start.test_run_files import archive
 from tests.test_docs import commands
 
@@ -68,14 +68,7 @@ def test_the_tutorials_mistakes_get_the_answers_that_it_prints(tutorial):
 def test_the_code_for_python_runs(tutorial):
     folder = tutorial[0]
     code = "\n".join(blocks(ROOT / "docs/python.md", "python"))
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=250,
-    )
+    done = python(code, folder=folder)
     assert done.returncode == 0, done.stderr
     assert "data/again: 1 documents" in done.stdout and "steps, validation" in done.stdout
 

@@ -13,6 +13,8 @@ from pathlib import Path
 from megagpt.check.findings import FAIL, OK, WARN, Check, Order
 from megagpt.cluster.ranks import cores
 
+AMD_NODES = Path("/sys/class/kfd/kfd/topology/nodes")
+"""The topology as AMD's driver shows it."""
 SHARED_MEMORY = 1 << 30
 """Bytes of /dev/shm that NCCL's documentation recommends; containers often have 64 MiB."""
 FILES = 1024
@@ -107,8 +109,8 @@ def parse_gpus(text: str) -> list[Gpu]:
     return cards
 
 
-def amd_gpus(nodes: Path = Path("/sys/class/kfd/kfd/topology/nodes")) -> int:
-    """GPUs that AMD's driver lists; a node of its topology that is a CPU has the number 0."""
+def amd_gpus(nodes: Path) -> int:
+    """GPUs that AMD's driver lists in AMD_NODES; a node that is a CPU has the number 0."""
     return sum(path.read_text().strip() != "0" for path in nodes.glob("*/gpu_id"))
 
 
@@ -118,7 +120,7 @@ def check_gpus(cards: list[Gpu], ranks_here: int, wanted: int = 0) -> Check:
         detail = f"{len(cards) or 'none'} on this host, the job wants {wanted} on each of its hosts"
         remedy = "examine those too, within the job: srun python -m megagpt.doctor RUN.toml"
         return Check("GPUs", WARN, detail, remedy)
-    if not cards and (count := amd_gpus()):
+    if not cards and (count := amd_gpus(AMD_NODES)):
         import torch
 
         visible = torch.cuda.device_count() if torch.version.hip else 0

@@ -29,7 +29,7 @@ from megagpt.check.findings import (
 from megagpt.check.machine import Gpu
 from megagpt.check.network import Network
 from tests.lib.corpus import run_file
-from tests.lib.distributed import ROOT, environment, undisturbed
+from tests.lib.distributed import ROOT, environment, python, undisturbed
 
 H100 = Gpu(name="NVIDIA H100 80GB HBM3", memory_mib=81559, errors=0)
 
@@ -66,14 +66,7 @@ def test_the_machine_alone_without_torch():
         "print([n for n in ('torch', 'deepspeed') if n in sys.modules], file=sys.stderr); "
         "sys.exit(code)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    done = python(script)
     assert done.returncode == 0, done.stdout + done.stderr
     assert {"versions", "GPUs", "cores", "interface", "open files"} <= rows(done.stdout).keys()
     if not shutil.which("nvidia-smi"):
@@ -214,7 +207,7 @@ def test_gpus_of_amd_are_not_called_a_cpu(tmp_path, monkeypatch):
         (tmp_path / str(node)).mkdir()
         (tmp_path / str(node) / "gpu_id").write_text(f"{number}\n")
     assert machine.amd_gpus(tmp_path) == 2 and machine.amd_gpus(tmp_path / "none") == 0
-    monkeypatch.setattr(machine, "amd_gpus", lambda: 2)
+    monkeypatch.setattr(machine, "AMD_NODES", tmp_path)
     found = machine.check_gpus([], 2)
     assert found.status == FAIL and found.detail.startswith("2 of AMD, but torch ")
     monkeypatch.setattr(torch.version, "hip", "6.2")

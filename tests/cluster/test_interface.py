@@ -1,8 +1,10 @@
 """Each rank takes the interface by which it reaches the others."""
 
+import socket
+
+import psutil
 import pytest
 
-from megagpt.cluster import interface
 from megagpt.cluster.interface import CHOICES, choose_interface, interface_of, outward
 
 
@@ -10,9 +12,24 @@ from megagpt.cluster.interface import CHOICES, choose_interface, interface_of, o
 def host(monkeypatch):
     """A host with two networks; `ways` has its address on the way to each other host."""
     ways = {"a-ib": "10.1.0.5", "10.1.0.6": "10.1.0.5", "b": "10.0.0.5"}
-    monkeypatch.setattr(interface, "outward", lambda name: ways.get(name, ""))
+
+    class Way(socket.socket):
+        """A socket that sends nothing and is bound to the address of a way."""
+
+        def connect(self, address):
+            if address[0] not in ways:
+                raise OSError("no way")
+            self.own = ways[address[0]], 40000
+
+        def getsockname(self):
+            return self.own
+
+    monkeypatch.setattr(socket, "socket", Way)
     there = {"lo": "127.0.0.1", "eth0": "10.0.0.5", "ib0": "10.1.0.5"}
-    monkeypatch.setattr(interface, "interfaces", lambda: there)
+    here = [a for group in psutil.net_if_addrs().values() for a in group]
+    card = next(a for a in here if a.family == socket.AF_INET)
+    cards = {name: [card._replace(address=address)] for name, address in there.items()}
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: cards)
 
 
 @pytest.mark.parametrize(

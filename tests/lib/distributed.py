@@ -130,6 +130,20 @@ def exact(records: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
 # --- processes ----------------------------------------------------------------------------------
 
 
+def python(
+    code: str, *words: str, folder: Path = ROOT, timeout_s: float = 250
+) -> subprocess.CompletedProcess[str]:
+    """Runs code in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-c", code, *words],
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+    )
+
+
 def descendants(process: subprocess.Popen[str]) -> list[int]:
     """Ids of the live processes below `process`, found by /proc, the oldest first."""
     parents: dict[int, int] = {}

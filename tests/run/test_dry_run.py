@@ -14,7 +14,7 @@ from megagpt.plan.layout import Layout
 from megagpt.run.dry_run import dry_run
 from megagpt.train import _run, rehearse_run
 from tests.lib.corpus import run_file
-from tests.lib.distributed import LAUNCH_VARIABLES, ROOT, environment
+from tests.lib.distributed import LAUNCH_VARIABLES, ROOT, environment, python
 
 REHEARSE = """
     import sys
@@ -37,14 +37,6 @@ REHEARSE = """
 """
 
 
-def python(script: str, *words: str) -> subprocess.CompletedProcess[str]:
-    """A process of its own: the dry run makes process groups."""
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), *words],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, check=False,
-    )  # fmt: skip
-
-
 def dry(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "megagpt.train", *words, "--dry-run"],
@@ -53,7 +45,9 @@ def dry(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 def proposed(size: str, gpus: int, every: int = 1) -> int:
-    done = python(REHEARSE, size, str(gpus), str(every))
+    # A process of its own: the dry run makes process groups.
+    code = textwrap.dedent(REHEARSE)
+    done = python(code, size, str(gpus), str(every), timeout_s=3000)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout.count("accepted")
 

@@ -215,13 +215,7 @@ def test_in_a_job_ranks_outlive_no_launcher(cluster, slurm, file, word):
 
 
 def test_term_to_the_script_saves(cluster, file, hostfile):
-    script = start(cluster, "launch/multinode.sh", str(file), *ENDLESS, HOSTFILE=str(hostfile))
-    wait_for_step(file.parent / "run", 3)
-    (own,) = cluster["login"].processes("bash launch/multinode.sh")
-    os.kill(own, signal.SIGTERM)
-    ends_saved(cluster, file)
-    script.communicate(timeout=30)
-    assert script.returncode == 75
+    term_saves(cluster, file, hostfile)
 
 
 def test_term_to_the_script_where_rank_0_has_another_name(cluster, file, hostfile, tmp_path):
@@ -230,13 +224,7 @@ def test_term_to_the_script_where_rank_0_has_another_name(cluster, file, hostfil
     (tmp_path / "names").write_text("127.0.0.1 localhost\n")
     cluster["login"].check(f"mount --bind {tmp_path}/names /etc/hosts")
     try:
-        script = start(cluster, "launch/multinode.sh", str(file), *ENDLESS, HOSTFILE=str(hostfile))
-        wait_for_step(file.parent / "run", 3)
-        (own,) = cluster["login"].processes("bash launch/multinode.sh")
-        os.kill(own, signal.SIGTERM)
-        ends_saved(cluster, file)
-        script.communicate(timeout=30)
-        assert script.returncode == 75
+        term_saves(cluster, file, hostfile)
     finally:
         cluster["login"].check("umount /etc/hosts")
 
@@ -247,6 +235,17 @@ def start(cluster, *words: str, **environ: str):
     return cluster["login"].start(
         "bash", "-c", '"$@" > ' + f"{log} 2>&1", "-", *words, environ=environ
     )
+
+
+def term_saves(cluster: Cluster, file: Path, hostfile: Path) -> None:
+    """TERM to launch/multinode.sh, on the login host, lets all ranks save."""
+    script = start(cluster, "launch/multinode.sh", str(file), *ENDLESS, HOSTFILE=str(hostfile))
+    wait_for_step(file.parent / "run", 3)
+    (own,) = cluster["login"].processes("bash launch/multinode.sh")
+    os.kill(own, signal.SIGTERM)
+    ends_saved(cluster, file)
+    script.communicate(timeout=30)
+    assert script.returncode == 75
 
 
 def ranks(cluster: Cluster) -> list[int]:
