@@ -15,6 +15,7 @@ from megagpt.config import parse_run
 from megagpt.config.flops import parameters
 from megagpt.config.presets import PRESETS
 from megagpt.corpus.manifest import MANIFEST, CorpusManifest, read_manifest
+from megagpt.corpus.pipe import validation_folder
 from megagpt.errors import EXIT_OK, UsageError
 from megagpt.files import write_file
 from megagpt.plan.accelerators import ACCELERATORS, accelerator
@@ -145,11 +146,12 @@ def _corpus(path: Path) -> CorpusManifest:
     """A prepared corpus. Raises UsageError for text that is not prepared yet."""
     if path.is_file() or (path.is_dir() and not (path / MANIFEST).exists()):
         raise UsageError(f"--data {path}: is not a prepared corpus; make one of text:\n  {PREPARE}")
-    return read_manifest(path)
+    # `.` and `..` have no name, after which the run is called.
+    return read_manifest(path if path.name not in ("", "..") else path.resolve())
 
 
 def _validation(corpus: CorpusManifest) -> CorpusManifest | None:
     """The corpus's validation split, where there is one with something in it."""
-    folder = corpus.folder.with_name(corpus.folder.name + "-validation")
+    folder = validation_folder(corpus.folder)
     held_out = read_manifest(folder) if (folder / MANIFEST).exists() else None
     return held_out if held_out and held_out.tokens else None

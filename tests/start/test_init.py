@@ -132,6 +132,17 @@ def test_a_corpus_is_found_or_asked_for(corpora, monkeypatch, capsys):
     assert "tokenize_corpus.py TEXT... --output data/NAME" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("path", [".", "../mine/shards/.."])
+def test_a_corpus_at_the_working_folder_has_its_folders_name(corpora, monkeypatch, path):
+    (corpora / "data/mine/shards").mkdir()
+    monkeypatch.chdir(corpora / "data/mine")
+    assert main(["init", "--data", path]) == 0
+    config = load_run("mine.toml")
+    assert config.output == "runs/mine"
+    assert config.data.train[0].path == str(corpora / "data/mine")
+    assert config.data.validation[0].path == str(corpora / "data/mine-validation")
+
+
 def test_several_corpora_are_mixed_by_their_sizes(corpora, capsys):
     write_corpus(corpora / "data/other", sentences(4000, 3))
     edit_manifest(corpora / "data/other", split__name="train")
