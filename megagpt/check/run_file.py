@@ -16,7 +16,7 @@ from megagpt.corpus.verify import verify_shards
 from megagpt.errors import MegagptError, UsageError
 from megagpt.order.loader import TokenLoader, training_loader
 from megagpt.order.windows import TokenWindows
-from megagpt.plan.corpora import mismatches
+from megagpt.plan.corpora import overlaps
 from megagpt.plan.ds_config import read_ds_config, resolve
 from megagpt.plan.layout import layout_of, spans_hosts
 from megagpt.plan.memory import checkpoint_bytes, checkpoints_kept
@@ -105,10 +105,8 @@ def check_reading(config: RunConfig) -> Iterator[Check]:
         remedy = "the last ones teach little: lower schedule.total_tokens, or prepare more text"
         detail = f"{path} is read {epochs:.2f} times"
         yield Check("epochs", WARN if often else OK, detail, remedy if often else "")
-    # A wrong vocabulary has failed with the shards.
-    for text in mismatches(config):
-        if "validated on" in text:
-            yield Check("validation", WARN, *text.split("; ", 1))
+    for detail, remedy in overlaps(config):
+        yield Check("validation", WARN, detail, remedy)
 
 
 # --- precision, disk, memory --------------------------------------------------------------------

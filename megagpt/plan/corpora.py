@@ -26,23 +26,32 @@ def manifest(path: str) -> dict[str, Any]:
 
 def mismatches(config: RunConfig) -> Iterator[str]:
     """A sentence for each corpus that does not fit the run, or is trained and validated on."""
-    data, vocabulary = config.data, config.model.vocab_size
-    train = {source.path: manifest(source.path) for source in data.train}
-    held_out = {source.path: manifest(source.path) for source in data.validation}
-    for path, tree in (train | held_out).items():
-        size = _get(tree, "tokenizer", "vocab_size")
+    vocabulary = config.model.vocab_size
+    paths = [source.path for source in (*config.data.train, *config.data.validation)]
+    for path in dict.fromkeys(paths):
+        size = _get(manifest(path), "tokenizer", "vocab_size")
         if size not in (None, vocabulary):
             yield (
                 f"{path}: {size} tokens in its vocabulary, but model.vocab_size = {vocabulary}: "
                 f"training will refuse it; set model.vocab_size = {size}, or prepare it with the "
                 "model's tokenizer"
             )
-    for path, tree in held_out.items():
+    for shared in overlaps(config):
+        yield "; ".join(shared)
+
+
+def overlaps(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """What is wrong and what helps, for each corpus that is trained and validated on."""
+    train = {source.path: manifest(source.path) for source in config.data.train}
+    for path in dict.fromkeys(source.path for source in config.data.validation):
+        held_out = manifest(path)
         for other, trained in train.items():
-            if why := _overlap(tree, trained, Path(path).resolve() == Path(other).resolve()):
+            same = Path(path).resolve() == Path(other).resolve()
+            if why := _overlap(held_out, trained, same):
                 yield (
                     f"{path} is validated on, but {why}: the validation loss will not tell what is "
-                    "new to the model; prepare the corpus with --validation-fraction"
+                    "new to the model",
+                    "prepare the corpus with --validation-fraction",
                 )
 
 

@@ -4,13 +4,11 @@ import datetime
 from dataclasses import dataclass
 
 from megagpt.plan.judge import Judgement
-from megagpt.plan.memory import checkpoint_bytes
+from megagpt.plan.memory import WRITE_RATE, checkpoint_bytes
 from megagpt.plan.simulate import NeverEnds, Weather, best_interval, simulate, spread_of
 
 COPY_RATE = 5e9
 """Bytes/s at which a rank copies its part of a checkpoint to its host, the others beside it."""
-WRITE_RATE = 0.5e9
-"""Bytes/s at which a host writes to a shared file system, as `megagpt launch` takes it."""
 Middle = tuple[float, float, float]
 """10%, 50% and 90% of the simulated runs are below."""
 

@@ -7,6 +7,8 @@ from megagpt.config.presets import ModelConfig
 
 BYTES_PER_PARAMETER = 12
 """Of a checkpoint: the fp32 weight and Adam's two fp32 moments."""
+WRITE_RATE = 0.5e9
+"""Bytes/s that a host is taken to write to a shared file system; most are faster."""
 
 
 def checkpoint_bytes(model: ModelConfig) -> int:

@@ -1,12 +1,10 @@
 """What is odd about a run though it can go: ramps that never end, epochs, disk (L0)."""
 
-import json
 from collections.abc import Iterator
 from itertools import pairwise
-from pathlib import Path
 
 from megagpt.config import RunConfig
-from megagpt.plan.corpora import mismatches
+from megagpt.plan.corpora import manifest, mismatches
 from megagpt.plan.memory import checkpoint_bytes, checkpoints_kept
 
 MOST_EPOCHS = 4
@@ -55,9 +53,8 @@ def epochs_of(config: RunConfig) -> Iterator[tuple[str, float]]:
     weights = [tuple(source.weight for source in data.train), *(c.weights for c in data.changes)]
     for index, source in enumerate(data.train):
         try:
-            tree = json.loads((Path(source.path) / "manifest.json").read_text(encoding="utf-8"))
-            size = int(tree["totals"]["tokens"])
-        except (OSError, ValueError, KeyError, TypeError):
+            size = int(manifest(source.path)["totals"]["tokens"])
+        except (ValueError, KeyError, TypeError):
             continue
         read = sum(
             max(0, min(end, total) - first) * w[index] / sum(w)

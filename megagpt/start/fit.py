@@ -88,24 +88,23 @@ def fit(
     there = sum(corpus.tokens for corpus in corpora)
     size = wish.size or _size(there, machine)
     model, schedule, optimizer = _row(size, corpora[0].vocab_size)
-    held_out = validation.tokens if validation else 0
-    held_in = (validation,) if validation else ()
-    n_ctx = _of_records((*corpora, *held_in)) or _context(model.n_ctx, there, held_out)
+    held = (validation,) if validation else ()
+    held_out = sum(corpus.tokens for corpus in held)
+    n_ctx = _of_records((*corpora, *held)) or _context(model.n_ctx, there, held_out)
     _check_enough(corpora[0], there, n_ctx)
     model = dataclasses.replace(model, n_ctx=n_ctx)
     tokens, why = _tokens(size, model, there, machine, wish)
     source = tuple(
         DataSource(path=str(corpus.folder), weight=round(corpus.tokens / there, 4))
-        if len(corpora) > 1
-        else DataSource(path=str(corpus.folder))
         for corpus in corpora
     )
-    held = (DataSource(path=str(validation.folder)),) if validation else ()
     config = RunConfig(
         preset=size if size in PRESETS else "",
         output=output,
         model=model,
-        data=DataConfig(train=source, validation=held),
+        data=DataConfig(
+            train=source, validation=tuple(DataSource(path=str(one.folder)) for one in held)
+        ),
         schedule=_schedule(schedule, model.n_ctx, tokens, _ranks(machine)),
         optimizer=optimizer,
         parallel=ParallelConfig(dtype="fp32" if isinstance(machine, int) else "bf16"),

@@ -14,12 +14,10 @@ from collections.abc import Mapping, Sequence
 from megagpt.config import RunConfig
 from megagpt.errors import UsageError
 from megagpt.files import shipped
-from megagpt.plan.memory import checkpoint_bytes
+from megagpt.plan.memory import WRITE_RATE, checkpoint_bytes
 
 LAUNCH = shipped("launch")
 """The folder of slurm.sbatch, which does what a job does."""
-WRITE_BYTES_PER_S = 0.5e9
-"""What each host is taken to write to a shared file system; most are faster."""
 STEP_S = 60.0
 """A step, where none was measured."""
 LEAST_LEAD_S = 120.0
@@ -54,7 +52,7 @@ def lead_s(
     step_s, save_s: the longest step and save that were measured; 0: none was. Raises UsageError
     where that leaves less than half of the limit for training.
     """
-    save_s = save_s or checkpoint_bytes(config.model) / (nodes * WRITE_BYTES_PER_S)
+    save_s = save_s or checkpoint_bytes(config.model) / (nodes * WRITE_RATE)
     lead = 2 * ((step_s or STEP_S) + save_s)
     # Whole minutes: SLURM is not more exact.
     lead = 60 * -(-max(LEAST_LEAD_S, lead) // 60)
