@@ -27,9 +27,9 @@ from megagpt.corpus.documents import find_sources
 from megagpt.corpus.download import fetch
 from megagpt.corpus.huggingface import hub_documents
 from megagpt.corpus.inspect import describe
-from megagpt.corpus.manifest import read_manifest
-from megagpt.corpus.pipe import beside, prepare
+from megagpt.corpus.pipe import prepare
 from megagpt.corpus.recipe import PrepareOptions
+from megagpt.corpus.state import beside
 from megagpt.corpus.unit import plan_units
 from megagpt.errors import DamageError, MegagptError, Stopped, UsageError
 from megagpt.order.command import add_batch
@@ -300,40 +300,6 @@ def test_the_digest_of_what_cannot_be_read(tmp_path: Path, monkeypatch: pytest.M
         for unit in plan_units(sources):
             digests.take(unit)
         assert [bool(entry["sha256"]) for entry in digests.entries()] == [False, True]
-
-
-# --- splits -------------------------------------------------------------------------------------
-
-
-def test_a_split_by_place(tmp_path: Path) -> None:
-    texts = ["0123456789" * 20, "abcdefghij", "x"]
-    path = jsonl(tmp_path / "in.jsonl", [*texts, ""])
-    given = options(tmp_path, validation_fraction=0.1, validation_by_place=True, deduplicate=True)
-    summary = prepare([path], given)
-    assert decoded(tmp_path / "out") == [texts[0][:180], "abcdefghi"]
-    assert decoded(tmp_path / "out-validation") == [texts[0][180:], "j", "x"]
-    assert summary.left_out == {"empty document": 1}
-    split = read_manifest(tmp_path / "out-validation").split
-    assert (split.name, split.validation_fraction) == ("validation", 0.1)
-    assert split.rule.startswith("the last validation_fraction of the characters of each text")
-    assert prepare([path], given).finished_before
-    with pytest.raises(UsageError, match="validation_by_place was True, now it is None"):
-        prepare([path], options(tmp_path, validation_fraction=0.1, deduplicate=True))
-    with pytest.raises(UsageError, match="validation_by_place: needs validation_fraction"):
-        prepare([path], options(tmp_path / "x", validation_by_place=True))
-
-
-def test_asked_and_got_are_told(tmp_path: Path) -> None:
-    (tmp_path / "one.txt").write_text("All the world's a stage. " * 99)
-    text = prepare([tmp_path / "one.txt"], options(tmp_path, validation_fraction=0.1)).text()
-    assert "validation: 0.00% of the documents, 0.00% of the tokens; 10.00% was asked for" in text
-    assert f"note: {tmp_path}/out-validation is empty" in text and "--validation-by-place" in text
-    given = options(tmp_path / "b", validation_fraction=0.1, validation_by_place=True)
-    summary = prepare([tmp_path / "one.txt"], given)
-    share = summary.tokens[1] / sum(summary.tokens)
-    assert 0.08 < share < 0.12
-    assert f"validation: 50.00% of the documents, {share:.2%} of the tokens" in summary.text()
-    assert "is empty" not in summary.text()
 
 
 # --- what comes over the network ----------------------------------------------------------------
