@@ -1,4 +1,4 @@
-"""Folders of weights of any shape with random parameters."""
+"""Models and folders of weights of any shape with random parameters."""
 
 from functools import partial
 from pathlib import Path
@@ -10,6 +10,17 @@ from megagpt.checkpoint.weights import PlannedTensor
 from megagpt.config.presets import ModelConfig
 from megagpt.hub.importing import placeholder_run
 from megagpt.hub.naming import shapes_of
+from megagpt.model import GPT
+
+
+def random_model(n_ctx: int, vocab_size: int = 257) -> GPT:
+    """Weights so large that every position and every token counts."""
+    config = ModelConfig(n_layer=2, n_head=2, d_model=16, n_ctx=n_ctx, vocab_size=vocab_size)
+    model = GPT(config)
+    draw = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, 0.0, 0.3, generator=draw)
+    return model.eval()
 
 
 def random_value(name: str, shape: tuple[int, ...], draw: torch.Generator) -> torch.Tensor:

@@ -7,10 +7,8 @@ import pytest
 import torch
 from scipy.stats import binomtest
 
-from megagpt.config.presets import ModelConfig
 from megagpt.corpus.records import prepare
 from megagpt.errors import UsageError
-from megagpt.model import GPT
 from megagpt.tasks.arithmetic import arithmetic
 from megagpt.tasks.examples import Example, Task
 from megagpt.tasks.overlap import CLEAN, DIRTY, SHORT, cleanness
@@ -22,28 +20,20 @@ from megagpt.tokenizer import load_tokenizer
 from megagpt.use.likelihood import Scorer
 from megagpt.use.options import TextOptions
 from tests.lib.corpus import sentences, write_corpus
+from tests.lib.weights import random_model
 
 N_CTX = 64
 
 
-def random_model(vocab_size: int = 257, n_ctx: int = N_CTX) -> GPT:
-    config = ModelConfig(n_layer=2, n_head=2, d_model=16, n_ctx=n_ctx, vocab_size=vocab_size)
-    model = GPT(config)
-    draw = torch.Generator().manual_seed(1)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, 0.0, 0.3, generator=draw)
-    return model.eval()
-
-
 @pytest.fixture(scope="module")
 def scorer() -> Scorer:
-    return Scorer(random_model(), load_tokenizer("bytes"), batch_size=3)
+    return Scorer(random_model(N_CTX), load_tokenizer("bytes"), batch_size=3)
 
 
 @pytest.fixture(scope="module")
 def exactly():
     """(context, continuation) as texts -> (nats, all greedy), in float64, one at a time."""
-    model = random_model().double()
+    model = random_model(N_CTX).double()
 
     @torch.no_grad()
     def answer(context: str, continuation: str, last: int = 0) -> tuple[float, bool]:
@@ -141,7 +131,7 @@ def test_a_batch_changes_only_the_rounding(scorer):
 
 @pytest.mark.parametrize("kind", ["word", "token", "stopword"])
 def test_three_scorings_of_lambada(kind):
-    model, encoding = random_model(50257), load_tokenizer("gpt2")
+    model, encoding = random_model(N_CTX, 50257), load_tokenizer("gpt2")
     examples = [Example(contexts=(f"text {n} and",), choices=("",), between=" ") for n in range(8)]
     # Last words that the model does and does not find the likeliest.
     banned = stopword_ids(encoding) if kind == "stopword" else []
@@ -160,7 +150,7 @@ def test_three_scorings_of_lambada(kind):
     scorer = Scorer(model, encoding)
     options = TaskOptions(lambada=kind)
     found = score_task(scorer, task("word", tuple(made)), options)
-    exact = random_model(50257).double()
+    exact = random_model(N_CTX, 50257).double()
     nats, hits = [], []
     for example in made:
         ids = encoding.encode_ordinary("".join(example.options[0]))
@@ -189,7 +179,7 @@ def test_stop_words_are_tokens_of_their_own():
 @pytest.fixture(scope="module")
 def talking() -> Scorer:
     """A model that is fond of letters and of ending lines, here and there."""
-    model = random_model()
+    model = random_model(N_CTX)
     with torch.no_grad():
         model.wpe.weight *= 10.0
         model.wte.weight[97:123] *= 2.0
@@ -257,7 +247,7 @@ def test_bits_per_character(scorer, tmp_path):
     text = (" ".join(sentences(600, 4)))[:1601].encode()
     path = tmp_path / "text8"
     path.write_bytes(text)
-    exact = random_model().double()
+    exact = random_model(N_CTX).double()
     row = torch.tensor([256, *text[-80:]])
     for stride in (64, 16):
         nats = []
@@ -285,7 +275,7 @@ def test_bits_per_character(scorer, tmp_path):
 def test_characters_of_another_tokenizer(tmp_path):
     path = tmp_path / "enwik8"
     path.write_bytes("\u00e9t\u00e9 \u4e2d\u6587 ".encode() * 400)
-    scorer = Scorer(random_model(50257), load_tokenizer("gpt2"))
+    scorer = Scorer(random_model(N_CTX, 50257), load_tokenizer("gpt2"))
     found = stream(scorer, "enwik8", path)
     # A character that the cut goes through is left out.
     whole = path.stat().st_size // 20

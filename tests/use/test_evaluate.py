@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 
 from megagpt.checkpoint import load_model
-from megagpt.config.presets import ModelConfig
 from megagpt.corpus.shards import index_bytes
 from megagpt.errors import DamageError, UsageError
 from megagpt.files import file_sha256
@@ -22,25 +21,16 @@ from megagpt.use.evaluate import Estimate, Result
 from megagpt.use.score import ScoreOptions, evaluate, ratio
 from tests.engine.test_layouts import Layout, Reshaping, name
 from tests.lib.corpus import edit_manifest, sentences, write_corpus
+from tests.lib.weights import random_model
 
 N_CTX = 16
 BATCH_TOLERANCE = 1e-6
 """Relative: batches of another size round the model's products otherwise."""
 
 
-def random_model(vocab_size: int = 257) -> GPT:
-    """Weights so large that every position and every token counts."""
-    config = ModelConfig(n_layer=2, n_head=2, d_model=16, n_ctx=N_CTX, vocab_size=vocab_size)
-    model = GPT(config)
-    draw = torch.Generator().manual_seed(1)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, 0.0, 0.3, generator=draw)
-    return model.eval()
-
-
 @pytest.fixture(scope="module")
 def model() -> GPT:
-    return random_model()
+    return random_model(N_CTX)
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +111,7 @@ def test_bytes_are_those_of_the_text(tmp_path):
     text = ["na\u00efve caf\u00e9, \u4e2d\u6587 text. ", "a second one \U0001f600\n", "three"] * 4
     corpus = write_corpus(tmp_path / "text", text, "gpt2")
     encoding = load_tokenizer("gpt2")
-    found = evaluate(random_model(50257), encoding, corpus)
+    found = evaluate(random_model(N_CTX, 50257), encoding, corpus)
     scored = ids_of(corpus)[1 : found.tokens + 1].tolist()
     words = encoding.decode_bytes([token for token in scored if token != encoding.eot_token])
     assert found.bytes == len(words) and len(words) > found.tokens
