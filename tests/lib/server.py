@@ -15,21 +15,12 @@ from pathlib import Path
 
 import tiktoken
 
-from megagpt.config.presets import ModelConfig
 from megagpt.tokenizer import load_tokenizer
 from megagpt.tokenizer.portable import described
 from tests.lib.distributed import ROOT, environment
-from tests.lib.weights import weights_folder
+from tests.lib.weights import banded, weights_folder
 
-CONFIG = ModelConfig(
-    n_layer=2,
-    n_head=2,
-    d_model=32,
-    n_ctx=4096,
-    vocab_size=261,
-    attention=("dense", "banded"),
-    band_width=16,
-)
+CONFIG = banded(n_ctx=4096, vocab_size=261, band_width=16)
 TURNS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 
 

@@ -13,6 +13,12 @@ from megagpt.hub.naming import shapes_of
 from megagpt.model import GPT
 
 
+def banded(**sizes: int) -> ModelConfig:
+    """A small model with both kinds of layers in turns; `sizes` in place of its own."""
+    own = {"n_layer": 2, "n_head": 2, "d_model": 32, "vocab_size": 257}
+    return ModelConfig(**own | sizes, attention=("dense", "banded"))
+
+
 def random_model(n_ctx: int, vocab_size: int = 257) -> GPT:
     """Weights so large that every position and every token counts."""
     config = ModelConfig(n_layer=2, n_head=2, d_model=16, n_ctx=n_ctx, vocab_size=vocab_size)

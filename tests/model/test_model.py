@@ -11,17 +11,9 @@ import torch
 from megagpt.config.presets import ModelConfig
 from megagpt.errors import UsageError
 from megagpt.model import GPT, decays, head_loss, initialise, layers
+from tests.lib.weights import banded
 
-BANDED = ModelConfig(
-    n_layer=3,
-    n_head=4,
-    d_model=32,
-    n_ctx=24,
-    vocab_size=61,
-    vocab_multiple=16,
-    attention=("dense", "banded"),
-    band_width=5,
-)
+BANDED = banded(n_layer=3, n_head=4, n_ctx=24, vocab_size=61, vocab_multiple=16, band_width=5)
 FAMILIES = [dataclasses.replace(BANDED, family=f) for f in ("gpt2", "gpt1", "igpt")]
 
 

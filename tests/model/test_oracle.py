@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from megagpt.config.presets import ModelConfig
 from megagpt.model import GPT, initialise
+from tests.lib.weights import banded
 
 transformers = pytest.importorskip("transformers")
 
@@ -91,15 +92,7 @@ def test_logits_loss_and_gradients_equal_transformers(family, shape, dtype):
 
 def test_banded_layers_equal_gpt_neo():
     """GPT-Neo's local attention, from transformers: the same band in the same layers."""
-    config = ModelConfig(
-        n_layer=4,
-        n_head=2,
-        d_model=16,
-        n_ctx=23,
-        vocab_size=31,
-        attention=("dense", "banded"),
-        band_width=5,
-    )
+    config = banded(n_layer=4, d_model=16, n_ctx=23, vocab_size=31, band_width=5)
     mine = GPT(config).double()
     initialise(mine.named_parameters(), config, seed=2)
     other = transformers.GPTNeoForCausalLM(

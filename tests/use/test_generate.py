@@ -19,14 +19,12 @@ from megagpt.use.generate import generate
 from megagpt.use.generator import Continuation, Generator, write_texts
 from megagpt.use.options import TextOptions
 from megagpt.use.sampling import adjusted, distribution, sample, uniform
+from tests.lib.weights import banded
 
 
 @pytest.fixture(scope="module")
 def model() -> GPT:
-    config = ModelConfig(
-        n_layer=2, n_head=2, d_model=32, n_ctx=16, vocab_size=257,
-        attention=("dense", "banded"), band_width=4,
-    )  # fmt: skip
+    config = banded(n_ctx=16, band_width=4)
     built = GPT(config)
     initialise(built.named_parameters(), config, seed=5)
     # Weights of the usual size say the same token for ever: these make every position count.

@@ -8,19 +8,15 @@ import torch
 
 from megagpt.checkpoint import load_model
 from megagpt.cli import main
-from megagpt.config.presets import ModelConfig
 from megagpt.model import GPT, initialise
 from megagpt.tokenizer import load_tokenizer
 from megagpt.use.generator import Continuation, Generator, pieces_of, write_texts
 from megagpt.use.options import TextOptions
 from megagpt.use.pieces import TextStream, token_text
-from tests.lib.weights import weights_folder
+from tests.lib.weights import banded, weights_folder
 from tests.use.test_generate import speaker
 
-CONFIG = ModelConfig(
-    n_layer=2, n_head=2, d_model=32, n_ctx=64, vocab_size=257,
-    attention=("dense", "banded"), band_width=7,
-)  # fmt: skip
+CONFIG = banded(n_ctx=64, band_width=7)
 
 
 @pytest.fixture(scope="module")
