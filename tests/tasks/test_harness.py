@@ -185,6 +185,8 @@ def test_the_harness_s_own_command_line(folder, theirs):
 
 
 def test_what_the_harness_is_not_told(folder, scorer, capsys):
+    from lm_eval.api.instance import Instance
+
     from megagpt.tasks.harness import HarnessModel
 
     with pytest.raises(UsageError, match=r"--model megagpt: takes folder=RUN_DIR.*found nonsense"):
@@ -194,6 +196,7 @@ def test_what_the_harness_is_not_told(folder, scorer, capsys):
     words = ["--harness", "no_such_task", "--include-path", str(folder / "tasks")]
     assert main(["evaluate", str(folder / "model"), *words]) == 2
     assert "--harness no_such_task: no task of lm_eval 0.4.13" in capsys.readouterr().err
-    long = type("Request", (), {"args": ("a", {"until": [" "], "max_gen_toks": N_CTX})})()
+    asked = ("a", {"until": [" "], "max_gen_toks": N_CTX})
+    long = Instance(request_type="generate_until", doc={}, arguments=asked, idx=0)
     with pytest.raises(UsageError, match=f"max_gen_toks {N_CTX}: must be 1 to {N_CTX - 1}"):
         HarnessModel(scorer=scorer).generate_until([long])

@@ -59,7 +59,7 @@ def test_what_people_are_told(capsys, folder):
     assert lines[1] == "  the choice that the model finds most likely"
     assert lines[2].startswith("  acc ") and "95%: " in lines[2] and "chance 50%" in lines[2]
     assert lines[2].endswith("<- the GPT-3 paper") and lines[3].endswith("<- EleutherAI's tables")
-    assert lines[7:10] == ["  clean: none", "  dirty: none", lines[9]]
+    assert lines[7:9] == ["  clean: none", "  dirty: none"]
     assert lines[9].startswith("  short ") and lines[9].endswith("4 examples")
     assert "last word, every token of it the likeliest" in lines[11]
 
