@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megagpt.use.options import TextOptions
+from megagpt.use.options import BIAS, TextOptions
 
 CANDIDATES = 256
 """Likeliest tokens among which top-p is sought first, before all are sorted."""
@@ -114,7 +114,7 @@ def adjusted(
         logits -= options.frequency_penalty * counts + options.presence_penalty * (counts > 0)
     for token, bias in options.logit_bias.items():
         # The API's words for never; a large logit would outweigh it.
-        logits[token] = -torch.inf if bias <= -100 else logits[token] + bias
+        logits[token] = -torch.inf if bias <= -BIAS else logits[token] + bias
     if len(text) < options.min_tokens:
         logits[list(ends)] = -torch.inf
     return logits
