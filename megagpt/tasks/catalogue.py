@@ -34,6 +34,8 @@ class Wanted:
     """(name, file) of one long text."""
     missing: dict[str, str]
     """Tasks of the paper that are not there, with the reason."""
+    paper: bool
+    """Whether all of the paper's are asked for, and shown beside it."""
 
 
 def wanted(specs: Sequence[str], seed: int, gapped: bool) -> Wanted:
@@ -41,7 +43,7 @@ def wanted(specs: Sequence[str], seed: int, gapped: bool) -> Wanted:
 
     Raises UsageError for an unknown name and a source that cannot be read.
     """
-    found = Wanted([], [], {})
+    found = Wanted([], [], {}, any(spec.partition("=")[0] == GPT3 for spec in specs))
     for spec in specs:
         name, _, source = spec.partition("=")
         if name == GPT3:

@@ -184,13 +184,11 @@ def evaluated(
 
 def _scored(scorer: "Scorer", found: "Wanted", args: argparse.Namespace) -> "list[TaskResult]":
     """The results of all tasks of one model."""
-    from megagpt.tasks.catalogue import GPT3
     from megagpt.tasks.scoring import TaskOptions, score_task
     from megagpt.tasks.stream import stream
 
-    paper = any(spec.partition("=")[0] == GPT3 for spec in args.task)
     options = TaskOptions(
-        shots=args.shots if args.shots is not None or paper else 0,
+        shots=args.shots if args.shots is not None or found.paper else 0,
         seed=args.seed,
         begin=args.begin_document,
         lambada=args.lambada,
@@ -234,13 +232,11 @@ def _print(
     args: argparse.Namespace, found: "Wanted", made: "tuple[list[TaskResult], dict[str, Any]]"
 ) -> None:
     from megagpt.log.metrics import encode
-    from megagpt.tasks.catalogue import GPT3
     from megagpt.tasks.paper import paper_lines, paper_rows
     from megagpt.tasks.scoring import as_record
 
     results, facts = made
-    paper = any(spec.partition("=")[0] == GPT3 for spec in args.task)
-    rows = paper_rows(results, facts["pf_days"]) if paper else []
+    rows = paper_rows(results, facts["pf_days"]) if found.paper else []
     if args.json:
         told: dict[str, Any] = {
             "checkpoint": str(facts["checkpoint"]),
@@ -252,14 +248,14 @@ def _print(
             "confidence": corpora.CONFIDENCE,
             "tasks": [as_record(result) for result in results],
         }
-        if paper:
+        if found.paper:
             told |= {"paper": [asdict(row) for row in rows], "missing": found.missing}
         print(encode(told).decode(), end="")
         return
     log.info("{checkpoint}: step {step}, trained on {tokens:,} tokens".format(**facts))
     for result in results:
         print("\n".join(result_lines(result)))
-    if paper:
+    if found.paper:
         print("\n".join(paper_lines(rows, facts["pf_days"])))
         for name, reason in found.missing.items():
             print(f"without {name}: {reason}")
