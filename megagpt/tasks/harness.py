@@ -9,7 +9,6 @@ requests, and Scorer answers them; the contexts and windows are those of its cla
 
 import contextlib
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -196,8 +195,6 @@ def main() -> int:
     """The harness's own command line, with our model among its own."""
     from lm_eval.__main__ import cli_evaluate
 
-    # No network is asked for what our model does not need.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     cli_evaluate()
     return 0
 
