@@ -116,7 +116,8 @@ def rows(pair: Pair, label: str, args: argparse.Namespace) -> None:
         line(f"{label}, batch {batch}: tokens/s", *speeds, speeds[0] / speeds[1], same)
     ids = pair.prompts(1, 1024)
     times = least(args.rounds, lambda: pair.our_tokens(ids, 1), lambda: pair.their_tokens(ids, 1))
-    line(f"{label}: first token of 1,024, s", *times, times[1] / times[0], True)
+    same = pair.our_tokens(ids, 1) == pair.their_tokens(ids, 1)
+    line(f"{label}: first token of 1,024, s", *times, times[1] / times[0], same)
 
 
 def line(label: str, ours: float, theirs: float, ratio: float, same: bool) -> None:
