@@ -2,14 +2,13 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
 
 from megagpt.config import load_run
-from megagpt.engine import Engine, Ranks
+from megagpt.engine import Engine, Ranks, StepResult
 from megagpt.engine.slices import OptimizerState
 from megagpt.order.loader import training_loader
 from megagpt.plan.ds_config import read_ds_config, resolve
@@ -95,7 +94,7 @@ def saved_by(engine: Engine, steps: int) -> None:
     """Takes steps and saves the engine's state as a run's checkpoint after so many steps."""
     run = RunState()
     for _ in range(steps):
-        run = run.after(run.next_step(engine.config), Applied())
+        run = run.after(run.next_step(engine.config), StepResult(1.0, 1.0, applied=True))
     made = checkpoints_of(engine)
     made.save(run, [], 0)
     assert made.finish(last=True)
@@ -105,13 +104,6 @@ def checkpoints_of(engine: Engine) -> Checkpoints:
     config = engine.config
     Path(config.output).mkdir(exist_ok=True)
     return Checkpoints(config, engine.layout, engine, training_loader(config))
-
-
-class Applied(NamedTuple):
-    """A step that made its update."""
-
-    applied: bool = True
-    skipped: bool = False
 
 
 @pytest.mark.parametrize("name", ["zero1", "zero3", "pipeline"])
