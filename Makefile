@@ -57,7 +57,7 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow --timeout 3600
 
-# Over virtual hosts with ssh and SLURM: docs/clusters.md says what they need.
+# Over virtual hosts with ssh and SLURM: docs/how-to/clusters.md says what they need.
 test-cluster: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster -rs tests/virtual
 

@@ -1,5 +1,5 @@
 """Tutorials and README do what they say: their commands run as printed, from an empty folder, on a
-smaller text and for a shorter time; docs/python.md's code runs on what they made."""
+smaller text and for a shorter time; docs/how-to/python.md's code runs on what they made."""
 
 import re
 import shlex
@@ -67,7 +67,7 @@ def test_the_tutorials_mistakes_get_the_answers_that_it_prints(tutorial):
 
 def test_the_code_for_python_runs(tutorial):
     folder = tutorial[0]
-    code = "\n".join(blocks(ROOT / "docs/python.md", "python"))
+    code = "\n".join(blocks(ROOT / "docs/how-to/python.md", "python"))
     done = python(code, folder=folder)
     assert done.returncode == 0, done.stderr
     assert "data/again: 1 documents" in done.stdout and "steps, validation" in done.stdout

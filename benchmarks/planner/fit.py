@@ -26,7 +26,7 @@ from megagpt.plan.jobs import SYSTEMS, Column, Jobs, jobs_from_rows, read_rows
 
 HERE = Path(__file__).parent
 ERRORS = HERE / "errors.csv"
-DOCS = HERE.parents[1] / "docs" / "planner.md"
+DOCS = HERE.parents[1] / "docs" / "how-to" / "planner.md"
 NOISE = 0.05
 """Relative error of a measurement that is taken for noise; above it a row counts linearly."""
 
@@ -212,7 +212,7 @@ KINDS = ("fit", "cross-validation", "source left out")
 
 
 def main() -> None:
-    """Fits, checks and writes; prints tables for docs/planner.md."""
+    """Fits, checks and writes; prints tables for docs/how-to/planner.md."""
     made = argparse.ArgumentParser(description=__doc__)
     made.add_argument("--check", action="store_true", help="cross-validation, sources left out")
     made.add_argument("--write", action="store_true", help="write constants.json and errors.csv")
@@ -241,7 +241,7 @@ def main() -> None:
 
 
 def report(rows: Measured, errors: Mapping[str, Column]) -> list[str]:
-    """What docs/planner.md tells of one outcome: the table, and coverage and order behind it."""
+    """What planner.md tells of one outcome: the table, and coverage and order behind it."""
     order = {k: pair_order(rows.jobs, rows.value, np.exp(e)) for k, e in errors.items()}
     return [
         table(rows, errors),
@@ -261,7 +261,7 @@ def write_errors(errors: Mapping[str, Mapping[str, Column]]) -> None:
 
 
 def write_docs() -> None:
-    """The two tables of docs/planner.md anew, from errors.csv; prints what stands behind them."""
+    """The two tables of planner.md anew, from errors.csv; prints what stands behind them."""
     made = {name: report(rows_of(OUTCOMES[name]), read_errors(name)) for name in OUTCOMES}
     tables = iter([lines[0] + "\n" for lines in made.values()])
     text = re.sub(r"\| source \| rows \|.*\n(\|.*\n)+", lambda _: next(tables), DOCS.read_text())

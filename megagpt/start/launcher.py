@@ -4,7 +4,7 @@
     megagpt train RUN.toml --ranks 2 schedule.peak_lr=1e-3
 
 What a run file, its layout or its corpora have wrong is said before any rank starts. Several hosts
-need a launcher that reaches them: docs/clusters.md.
+need a launcher that reaches them: docs/how-to/clusters.md.
 """
 
 import argparse

@@ -17,7 +17,7 @@ def run_text(fitted: Fitted, corpus: CorpusManifest, name: str) -> str:
     preset = fitted.size in PRESETS
     lines: list[tuple[str, str]] = []
     if preset:
-        lines.append((f'model = "{fitted.size}"', "shape and recipe: docs/models.md"))
+        lines.append((f'model = "{fitted.size}"', "shape and recipe: docs/reference/models.md"))
     lines += [
         (f"output = {quoted(config.output)}", f"written by: megagpt train {name}"),
         (f"evaluate.every_tokens = {every:_}", "the validation loss"),

@@ -188,7 +188,7 @@ def test_image_gpts_recipe(name):
 
 
 def test_the_pages_table():
-    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "reference" / "models.md").read_text()
     for name, preset in PRESETS.items():
         row = next(line for line in page.splitlines() if line.startswith(f"| `{name}` |"))
         cells = [cell.strip() for cell in row.strip("|").split("|")]

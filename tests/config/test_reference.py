@@ -20,7 +20,7 @@ TEXT = """# Run file: every key
 Written from the code by `python tests/config/test_reference.py`; a test compares the two.
 
 A run file is TOML. A key that is not in it takes the value of its preset (`model = "gpt3-125m"`
-above the first table, see [models.md](../models.md)), and where there is none its default. Any key
+above the first table, see [models.md](models.md)), and where there is none its default. Any key
 can be set on the command line: `schedule.peak_lr=1e-3`. Counts may be written `3e9` or
 `3_000_000_000`. An unknown key is refused, with the key that was probably meant.
 

@@ -63,7 +63,7 @@ def test_transformers_computes_the_same_and_all_comes_back(name, tmp_path):
         )
         row += [other, off, own]
         assert max(off, other) < most
-    # A row of the table in docs/weights.md.
+    # A row of the table in docs/how-to/weights.md.
     (kind,) = json.loads((out / "config.json").read_text())["architectures"]
     figures = " | ".join(f"{x:.1e}".replace("e-0", "e-") for x in (*row[:3], row[4]))
     print(f"\n| {kind} ({config.d_head}, {name}) | {figures} |")

@@ -1,4 +1,4 @@
-"""docs/weights.md: its commands run one after another, as they stand there."""
+"""docs/how-to/weights.md: its commands run one after another, as they stand there."""
 
 import shlex
 
@@ -12,7 +12,7 @@ SHAPE = {"n_layer": 2, "n_head": 2, "d_model": 32, "n_ctx": 64, "vocab_size": 25
 
 
 def test_its_commands_run(tmp_path, monkeypatch, capsys):
-    page = ROOT / "docs" / "weights.md"
+    page = ROOT / "docs" / "how-to" / "weights.md"
     monkeypatch.chdir(tmp_path)
     weights_folder(tmp_path / "runs" / "first", ModelConfig(**SHAPE), "bytes")
     lines = [line for line in commands(page) if line.startswith("megagpt ")]

@@ -133,7 +133,7 @@ def test_the_first_stage_keeps_as_many_micro_batches_as_there_are_stages():
 
 
 def test_published_steps_are_met(measured):
-    """What docs/planner.md says of the fit itself; left-out rows are checked by the script."""
+    """What planner.md says of the fit itself; left-out rows are checked by the script."""
     _, found, seconds = measured
     ratio = step_time(found, CONSTANTS) / seconds
     off = np.abs(ratio - 1)

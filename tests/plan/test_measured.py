@@ -1,7 +1,7 @@
 """Step time and memory of small models on CPU ranks, predicted after --calibrate on one of them.
 
 Another size and other layouts than the one that was calibrated on; one thread a rank, fp32.
-It prints the table of docs/planner.md. Other work on the machine spoils it.
+It prints the table of docs/how-to/planner.md. Other work on the machine spoils it.
 """
 
 import statistics

@@ -1,4 +1,4 @@
-"""docs/planner.md tells what the fit's own record says, and the record is that of the constants."""
+"""planner.md tells what the fit's own record says, and the record is that of the constants."""
 
 import importlib.util
 import re
@@ -11,7 +11,7 @@ from megagpt.plan.constants import CONSTANTS
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "planner" / "fit.py"
-DOCS = (ROOT / "docs" / "planner.md").read_text()
+DOCS = (ROOT / "docs" / "how-to" / "planner.md").read_text()
 
 
 @pytest.fixture(scope="module")

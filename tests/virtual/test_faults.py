@@ -253,7 +253,7 @@ def ranks(cluster: Cluster) -> list[int]:
 
 
 def ends_saved(cluster: Cluster, file: Path) -> None:
-    """All ranks end within the time that docs/clusters.md tells, with a whole checkpoint."""
+    """All ranks end within the time that docs/how-to/clusters.md tells, with a whole checkpoint."""
     t0 = time.monotonic()
     wait_until(lambda: not ranks(cluster), "all ranks end", 40)
     print(f"ended after {time.monotonic() - t0:.1f} s")
