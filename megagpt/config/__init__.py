@@ -12,8 +12,8 @@ TOML allows no key `model` beside a table `[model]`, which is how a run file rea
 also be written so.
 """
 
+from megagpt.config.parse import dump_run, load_run, parse_run
 from megagpt.config.presets import ModelConfig
-from megagpt.config.read import dump_run, load_run, parse_run
 from megagpt.config.sections import (
     CheckpointConfig,
     DataConfig,

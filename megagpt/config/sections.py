@@ -1,7 +1,7 @@
 """The tables of a run file: each key's type, bound, default and meaning, and the rules between
 keys (L0).
 
-read.py holds a run file against the annotations and prints a key's sentence with its problem, so
+parse.py holds a run file against the annotations and prints a key's sentence with its problem, so
 that a new key needs nothing but its lines here. Every number is finite and fits TOML's 64 bits.
 """
 

@@ -28,7 +28,7 @@ from megagpt.corpus.shards import (
     index_problem,
     read_index,
 )
-from megagpt.corpus.state import FOLDER, State, beside
+from megagpt.corpus.unfinished import FOLDER, State, beside
 from megagpt.errors import DamageError, UsageError
 from megagpt.files import file_sha256
 from megagpt.tokenizer import end_of_document, fingerprint, load_tokenizer, token_dtype

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from megagpt.corpus.contamination import clean_pieces
 from megagpt.corpus.duplicates import Hashes, signature, text_hash
-from megagpt.corpus.read import Item, Problem, join, utf8
+from megagpt.corpus.texts import Item, Problem, join, utf8
 from megagpt.tokenizer import END_OF_DOCUMENT
 
 

@@ -104,7 +104,7 @@ def prepare_with(
 def prepare_by_place(args: argparse.Namespace, text: str, percent: dict[str, int]) -> int:
     """Prepare one text that is split by place, as the old corpora are: `percent` of it for each
     split, in order. Each is one document in a folder of its own, OUTPUT and OUTPUT-SPLIT."""
-    from megagpt.corpus.state import beside
+    from megagpt.corpus.unfinished import beside
 
     start = before = 0
     for name, share in percent.items():

@@ -31,8 +31,8 @@ import numpy.typing as npt
 from megagpt.corpus.documents import Source, find_sources
 from megagpt.corpus.duplicates import Hashes, row_hashes, text_hash, word_hashes
 from megagpt.corpus.progress import Progress
-from megagpt.corpus.read import Problem, join, read, texts, utf8
-from megagpt.corpus.state import State, payload_digest, unit_path
+from megagpt.corpus.texts import Problem, join, read, texts, utf8
+from megagpt.corpus.unfinished import State, payload_digest, unit_path
 from megagpt.corpus.unit import Unit, plan_units
 from megagpt.corpus.workers import Workers
 from megagpt.errors import DamageError, UsageError

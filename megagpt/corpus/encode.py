@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megagpt.corpus.clean import Note, Text
-from megagpt.corpus.read import Problem
+from megagpt.corpus.texts import Problem
 from megagpt.tokenizer import end_of_document
 from megagpt.tokenizer.encoder import MARGIN, PIECE, Encoder, pieces
 

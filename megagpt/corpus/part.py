@@ -20,9 +20,9 @@ import numpy.typing as npt
 
 from megagpt.corpus.clean import Rules, clean
 from megagpt.corpus.encode import Encoded, encode
-from megagpt.corpus.read import Problem, read
-from megagpt.corpus.state import payload_digest, unit_path
 from megagpt.corpus.summary import SHOWN
+from megagpt.corpus.texts import Problem, read
+from megagpt.corpus.unfinished import payload_digest, unit_path
 from megagpt.corpus.unit import Unit
 from megagpt.files import whole_file, write_durably
 from megagpt.tokenizer.encoder import Encoder

@@ -3,11 +3,12 @@
     python data_prep/tokenize_corpus.py INPUT... --output DIR
 
 1) Inputs become units of about 8 MB, by the input alone (documents.py, unit.py).
-2) Worker processes make a part of each: read, clean, encode, write (read.py, clean.py, encode.py,
+2) Worker processes make a part of each: read, clean, encode, write (texts.py, clean.py, encode.py,
    part.py); neither text nor tokens of files travel between processes (workers.py).
 3) This process takes the parts in order: it keeps or drops each document (duplicates.py), adds it
-   to the shards (shards.py), flushes them and remembers how far it is (state.py). So the bytes are
-   the same for any number of workers, and a killed run decides the same again from the parts.
+   to the shards (shards.py), flushes them and remembers how far it is (unfinished.py). So the
+   bytes are the same for any number of workers, and a killed run decides the same again from the
+   parts.
 4) The manifest comes last (manifest.py).
 
 A decontamination reads the inputs once before, to know common phrases (contamination.py).
@@ -43,8 +44,8 @@ from megagpt.corpus.part import Part, PartMaker, read_part
 from megagpt.corpus.progress import Progress
 from megagpt.corpus.recipe import PrepareOptions, check_inputs, check_options, recipe_of
 from megagpt.corpus.shards import ShardWriter
-from megagpt.corpus.state import FOLDER, State, beside, plan_difference, source_plan, unit_path
 from megagpt.corpus.summary import Summary
+from megagpt.corpus.unfinished import FOLDER, State, beside, plan_difference, source_plan, unit_path
 from megagpt.corpus.unit import Unit, plan_units
 from megagpt.corpus.workers import Workers
 from megagpt.errors import FULL, DamageError, MegagptError, Stopped, UsageError

@@ -32,7 +32,7 @@ from megagpt.corpus.manifest import (
     write_manifest,
 )
 from megagpt.corpus.shards import SHARD_TOKENS, Shard, ShardWriter
-from megagpt.corpus.state import FOLDER, State
+from megagpt.corpus.unfinished import FOLDER, State
 from megagpt.errors import UsageError
 from megagpt.tokenizer import end_of_document, fingerprint, load_tokenizer, token_dtype
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megagpt.corpus.documents import find_sources
 from megagpt.corpus.huggingface import hub_documents
-from megagpt.corpus.read import Problem, read, utf8
+from megagpt.corpus.texts import Problem, read, utf8
 from megagpt.corpus.unit import plan_units
 from megagpt.errors import DamageError, UsageError
 from megagpt.files import temporary_of

@@ -12,8 +12,8 @@ from megagpt.plan.failures import Outlook, Storm, outlooks
 from megagpt.plan.judge import Judgement, decided_by, ramp_days, with_higher_start
 from megagpt.plan.launch_files import write_plan
 from megagpt.plan.memory import checkpoint_bytes, checkpoints_kept
+from megagpt.plan.ramp import idle_as_text, ramp, ramp_as_text, stage_rows, stages_as_text
 from megagpt.plan.sanity import disk, epochs_of, oddities
-from megagpt.plan.table import idle_as_text, ramp, ramp_as_text, stage_rows, stages_as_text
 from megagpt.plan.told import judgement_as_text, outlooks_as_text, search_as_text
 
 

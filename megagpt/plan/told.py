@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from megagpt.plan.failures import Outlook
 from megagpt.plan.judge import Judgement, decided_by, ramp_days, with_higher_start
-from megagpt.plan.table import aligned
+from megagpt.plan.ramp import aligned
 
 
 def judgement_as_text(one: Judgement) -> str:

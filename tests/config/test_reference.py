@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from megagpt.config import load_run
+from megagpt.config.parse import _adapter
 from megagpt.config.presets import PRESETS
-from megagpt.config.read import _adapter
 
 PAGE = Path(__file__).parents[2] / "docs/reference/run-file.md"
 EXAMPLE = "gpt3-125m"

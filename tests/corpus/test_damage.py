@@ -16,7 +16,7 @@ from backports import zstd
 
 from megagpt.corpus import array as array_module
 from megagpt.corpus import encode as encode_module
-from megagpt.corpus import read as read_module
+from megagpt.corpus import texts as reading
 from megagpt.corpus.array import Broken, array_elements
 from megagpt.corpus.clean import Text
 from megagpt.corpus.encode import Encoded, encode
@@ -329,11 +329,11 @@ def test_large_text_files_are_read_in_pieces(
         (tmp_path / f"{name}.txt{ending}").write_bytes(data)
     (tmp_path / f"c.txt{ending}").write_bytes(data[:-9] if ending else raw + b"\xff")
     inputs = [tmp_path / f"{name}.txt{ending}" for name in "acb"]
-    monkeypatch.setattr(read_module, "PIECE_BYTES", 100)
+    monkeypatch.setattr(reading, "PIECE_BYTES", 100)
     summary = prepare(inputs, options(tmp_path / "large"))
     assert decoded(tmp_path / "large/out") == texts
     assert sum(summary.left_out.values()) == 1
-    monkeypatch.setattr(read_module, "PIECE_BYTES", 1 << 30)
+    monkeypatch.setattr(reading, "PIECE_BYTES", 1 << 30)
     prepare(inputs, options(tmp_path / "whole"))
     assert content(tmp_path / "large/out") == content(tmp_path / "whole/out")
 

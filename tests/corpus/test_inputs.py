@@ -18,8 +18,8 @@ import pytest
 from megagpt.corpus.documents import Inputs, find_sources
 from megagpt.corpus.manifest import read_manifest
 from megagpt.corpus.pipe import prepare
-from megagpt.corpus.read import Item, Problem, join, read
 from megagpt.corpus.recipe import PrepareOptions
+from megagpt.corpus.texts import Item, Problem, join, read
 from megagpt.corpus.unit import Unit, plan_units
 from megagpt.errors import DamageError, UsageError
 from tests.corpus.test_prepare import decoded, jsonl

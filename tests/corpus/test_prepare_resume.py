@@ -134,17 +134,17 @@ def test_two_processes_do_not_share_an_output(
 ) -> None:
     import fcntl
 
-    from megagpt.corpus import state
+    from megagpt.corpus import unfinished
 
     path = jsonl(tmp_path / "in.jsonl", ["x"])
     (tmp_path / "out/.preparation").mkdir(parents=True)
     with (tmp_path / "out/.preparation/lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        monkeypatch.setattr(state, "LOCK_WAIT_S", 0.1)
+        monkeypatch.setattr(unfinished, "LOCK_WAIT_S", 0.1)
         with pytest.raises(UsageError, match="another process is preparing it"):
             prepare([path], options(tmp_path))
         # It ends and removes its state while another waits for the lock.
-        monkeypatch.setattr(state, "LOCK_WAIT_S", 20)
+        monkeypatch.setattr(unfinished, "LOCK_WAIT_S", 20)
         threading.Timer(0.3, lambda: (shutil.rmtree(tmp_path / "out"), lock.close())).start()
         with pytest.raises(UsageError, match="another process has just finished it; run the same"):
             prepare([path], options(tmp_path))

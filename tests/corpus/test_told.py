@@ -20,7 +20,7 @@ from types import ModuleType
 
 import pytest
 
-from megagpt.corpus import huggingface, state
+from megagpt.corpus import huggingface, unfinished
 from megagpt.corpus.command import add_parsers
 from megagpt.corpus.digests import Digests
 from megagpt.corpus.documents import find_sources
@@ -29,7 +29,7 @@ from megagpt.corpus.huggingface import hub_documents
 from megagpt.corpus.inspect import describe
 from megagpt.corpus.pipe import prepare
 from megagpt.corpus.recipe import PrepareOptions
-from megagpt.corpus.state import beside
+from megagpt.corpus.unfinished import beside
 from megagpt.corpus.unit import plan_units
 from megagpt.errors import DamageError, MegagptError, Stopped, UsageError
 from megagpt.order.command import add_batch
@@ -368,4 +368,4 @@ def test_an_address_with_braces(
     for source in ("hf:{x}", "hf:{0}", "hf:{"):
         assert call("wikipedia", "--source", source, "--output", tmp_path / "o") == 2
         assert "cannot be opened" in capsys.readouterr().err
-    assert state.FOLDER == ".preparation"
+    assert unfinished.FOLDER == ".preparation"

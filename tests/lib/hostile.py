@@ -25,7 +25,7 @@ import pyarrow.parquet
 from backports import zstd
 
 from megagpt.corpus.documents import find_sources
-from megagpt.corpus.read import Problem, join, read
+from megagpt.corpus.texts import Problem, join, read
 from megagpt.corpus.unit import plan_units
 
 WORDS = (
