@@ -52,13 +52,18 @@ def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
     return change(value)
 
 
+def _python(leaf: Any) -> Any:
+    return leaf.item() if hasattr(leaf, "item") else leaf
+
+
 def plain(value: Any) -> Any:
     """The value in JSON's own types; scalars of numpy and torch become Python's."""
-    return _mapped(value, lambda leaf: leaf.item() if hasattr(leaf, "item") else leaf)
+    return _mapped(value, _python)
 
 
 def _named(leaf: Any) -> Any:
-    """A float that JSON lacks by its name."""
+    """A leaf in JSON's own types, a float that JSON lacks by its name."""
+    leaf = _python(leaf)
     if isinstance(leaf, float) and not math.isfinite(leaf):
         return "NaN" if math.isnan(leaf) else ("Infinity" if leaf > 0 else "-Infinity")
     return leaf
@@ -66,8 +71,7 @@ def _named(leaf: Any) -> Any:
 
 def encode(record: Mapping[str, Any]) -> bytes:
     """One line, newline included."""
-    named = _mapped(plain(record), _named)
-    return json.dumps(named, allow_nan=False, default=str).encode() + b"\n"
+    return json.dumps(_mapped(record, _named), allow_nan=False, default=str).encode() + b"\n"
 
 
 def decode(line: bytes) -> dict[str, Any]:
