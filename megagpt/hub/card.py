@@ -46,6 +46,11 @@ _NOTES = {
         "to megagpt's; pass `split_special_tokens=True` to have it as text.",
         "megagpt puts END-OF-DOCUMENT before each document; the tokenizer adds none by itself.",
     ),
+    "turns": (
+        "chat_template.jinja writes the turns of a dialogue as megagpt does, by "
+        "`apply_chat_template`; but a message that contains `<|end|>` or another token for turns "
+        "ends its turn there, which is plain text to megagpt.",
+    ),
     "gpt_neo": (
         'Do not pass `attn_implementation="flash_attention_2"`: transformers then ignores the '
         "window of the local layers, and the logits are others.",
@@ -61,8 +66,16 @@ _NOTES = {
 }
 
 
-def model_card(weights: Weights, source: Path, found: Comparison, dtype: str, compared: str) -> str:
-    """The text of README.md. compared: what the windows were that were compared."""
+def model_card(
+    weights: Weights,
+    source: Path,
+    found: Comparison,
+    dtype: str,
+    compared: str,
+    turns: bool = False,
+) -> str:
+    """The text of README.md. compared: what the windows were that were compared. turns: whether
+    the tokenizer has tokens for the turns of a dialogue."""
     config, kind = weights.config, model_type(weights.config.model)
     records = read_metrics(source) if (source / "metrics.jsonl").exists() else []
     losses = [r for r in records if "validation_loss" in r]
@@ -73,6 +86,8 @@ def model_card(weights: Weights, source: Path, found: Comparison, dtype: str, co
     notes = [*_NOTES.get(kind, ())]
     if weights.facts["tokenizer"]:
         notes += _NOTES["all"]
+    if turns:
+        notes += _NOTES["turns"]
     if config.model.dropout:
         notes.append(
             f"config.json has the dropout of training, {config.model.dropout:g}; transformers "

@@ -29,6 +29,7 @@ from megagpt.hub.shapes import write_config
 from megagpt.order.loader import TokenLoader
 from megagpt.tokenizer import END_OF_DOCUMENT
 from megagpt.tokenizer.portable import FILE, described
+from megagpt.use.dialogue import CHAT_TEMPLATE, special_tokens
 
 if TYPE_CHECKING:
     import tiktoken
@@ -91,7 +92,9 @@ def export_model(
                 f"{output}: not written, for transformers computes something else from it: "
                 f"{problem}"
             )
-        write_file(folder / "README.md", model_card(weights, source, found, dtype, data))
+        turns = encoding is not None and special_tokens(encoding) is not None
+        card = model_card(weights, source, found, dtype, data, turns)
+        write_file(folder / "README.md", card)
     return found
 
 
@@ -140,6 +143,8 @@ def write_tokenizer(folder: Path, encoding: "tiktoken.Encoding", n_ctx: int) -> 
     gpt2 = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": n_ctx}
     spaces = {"add_prefix_space": False, "clean_up_tokenization_spaces": False}
     _write_json(folder / "tokenizer_config.json", gpt2 | ends | spaces)
+    if special_tokens(encoding):
+        write_file(folder / "chat_template.jinja", CHAT_TEMPLATE)
 
 
 def _write_json(path: Path, tree: dict[str, Any]) -> None:

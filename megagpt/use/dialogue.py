@@ -18,6 +18,20 @@ TURN_END = "<|end|>"
 """The token that ends a turn; one of each role begins it: <|user|>."""
 Turn = tuple[str, str]
 """(role, content)."""
+CHAT_TEMPLATE = """\
+{{- bos_token -}}
+{%- for message in messages -%}
+{{- '<|' + message['role'] + '|>' -}}
+{%- if message['role'] == 'assistant' -%}
+{%- generation -%}{{- message['content'] + '<|end|>' -}}{%- endgeneration -%}
+{%- else -%}
+{{- message['content'] + '<|end|>' -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}
+"""
+"""What SpecialTokens writes, as transformers' templates say it; `generation` marks what a training
+on answers scores."""
 
 
 class ChatFormat(ABC):
@@ -97,6 +111,24 @@ class PlainTurns(ChatFormat):
         for stop in self.stop_texts:
             text = text.partition(stop)[0]
         return self.encoding.encode_ordinary(f"Assistant: {text.strip()}\n")
+
+
+def with_turns(encoding: "tiktoken.Encoding") -> "tiktoken.Encoding":
+    """The tokenizer with tokens for turns: its own, or four more ids behind its last. Where the
+    embedding is padded (model.vocab_multiple), these are rows that it has already."""
+    import tiktoken
+
+    names = (*(f"<|{role}|>" for role in ROLES), TURN_END)
+    added = [name for name in names if name not in encoding._special_tokens]
+    if not added:
+        return encoding
+    return tiktoken.Encoding(
+        f"{encoding.name}-turns",
+        pat_str=encoding._pat_str,
+        mergeable_ranks=encoding._mergeable_ranks,
+        special_tokens=encoding._special_tokens
+        | {name: id_ for id_, name in enumerate(added, encoding.n_vocab)},
+    )
 
 
 def special_tokens(encoding: "tiktoken.Encoding") -> SpecialTokens | None:

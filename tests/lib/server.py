@@ -13,15 +13,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import tiktoken
-
 from megagpt.tokenizer import load_tokenizer
 from megagpt.tokenizer.portable import described
+from megagpt.use.dialogue import with_turns
 from tests.lib.distributed import ROOT, environment
 from tests.lib.weights import banded, weights_folder
 
 CONFIG = banded(n_ctx=4096, vocab_size=261, band_width=16)
-TURNS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 
 
 @dataclass(frozen=True)
@@ -39,15 +37,7 @@ class RunningServer:
 
 def chat_folder(folder: Path) -> Path:
     """Random weights whose tokenizer has the bytes, END-OF-DOCUMENT and the tokens for turns."""
-    plain = load_tokenizer("bytes")
-    special = dict(plain._special_tokens)
-    special |= {word: number for number, word in enumerate(TURNS, plain.n_vocab)}
-    made = tiktoken.Encoding(
-        "turns",
-        pat_str=plain._pat_str,
-        mergeable_ranks=plain._mergeable_ranks,
-        special_tokens=special,
-    )
+    made = with_turns(load_tokenizer("bytes"))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "turns.json").write_text(described(made), encoding="utf-8")
     weights_folder(folder / "weights", CONFIG, str(folder / "turns.json"))
