@@ -72,7 +72,8 @@ def main() -> None:
     new = write(args, weights)
     data = weights.config.data  # of imported weights: none
     old = [Path(s.path) for s in data.validation if Path(s.path).exists()]
-    kept = [(s.path, args.keep * s.weight) for s in data.train] if args.keep else []
+    share = args.keep / sum(s.weight for s in data.train)
+    kept = [(s.path, share * s.weight) for s in data.train if args.keep]
     sources = {"train": [(args.data, 1 - args.keep), *kept], "validation": [new, *old]}
     before = look(args, weights.folder, [new, *old])
     more = {"init_from": str(args.start), "evaluate": {"batches": 20}}

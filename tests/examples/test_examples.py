@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megagpt.corpus.manifest import read_manifest
 from megagpt.corpus.verify import verify_shards
 from tests.lib.corpus import sentences
 from tests.lib.distributed import ROOT, digest_of_weights, environment, kill_all, steps
@@ -48,15 +49,67 @@ def test_sort_on_two_ranks_by_deepspeed(tmp_path: Path) -> None:
     assert len(losses) == 40 and losses[-1] < 0.6 * losses[0]
 
 
-def test_chargpt_on_a_text_of_ones_own(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def chargpt(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
+    """(folder in which the example ran on a text of its own, its figure, the held-out text)."""
+    root = tmp_path_factory.mktemp("chargpt")
     text = "".join(sentences(400, 1)).replace("the", "thé")  # two bytes are one character
-    (tmp_path / "my.txt").write_text(text)
+    (root / "my.txt").write_text(text)
     words = ["--text", "my.txt", "--data", "data/mine", "--steps", 40, "--model", "nano"]
-    figure = run(tmp_path, "chargpt.py", *words)
+    return root, run(root, "chargpt.py", *words), text[len(text) - len(text) // 10 :]
+
+
+def test_chargpt_on_a_text_of_ones_own(chargpt) -> None:
+    _, figure, held_out = chargpt
     found = re.fullmatch(r"([\d.]+) nats per character of data/mine-validation", figure)
-    held_out = text[len(text) - len(text) // 10 :]
     assert found and len(held_out.encode()) > len(held_out)
     assert 1.0 < float(found[1]) < 4.0, "the entropy of 257 ids is 5.5"
+
+
+def test_fine_tuning_learns_the_new_text_and_forgets_the_old(chargpt) -> None:
+    root, _, _ = chargpt
+    (root / "new.txt").write_text("0123456789 9876543210\n" * 400)
+    words = ["--text", "new.txt", "--steps", 60, "--score-tokens", 640, "--sample", 20]
+    told = r"perplexity of the new text ([\d.]+) -> ([\d.]+), of the old text ([\d.]+) -> ([\d.]+)"
+    figure = run(root, "finetune_text.py", *words)
+    new, tuned, old, forgotten = map(float, re.fullmatch(told, figure).groups())
+    assert tuned < 0.5 * new and forgotten > 1.2 * old
+    assert read_manifest(root / "data/finetune-validation").tokenizer_name == "bytes"
+
+
+@pytest.mark.slow
+def test_fine_tuning_that_goes_on_reading_the_old_text_forgets_less(chargpt) -> None:
+    root, _, _ = chargpt
+    (root / "newer.txt").write_text("0123456789 9876543210\n" * 400)
+    words = ["--text", "newer.txt", "--data", "data/newer", "--steps", 60, "--score-tokens", 640]
+    forgotten = []
+    for keep in (0, 0.5):
+        more = ["--keep", keep, "--output", f"runs/kept-{keep}"]
+        figure = run(root, "finetune_text.py", *words, *more)
+        forgotten.append(float(figure.rpartition(" ")[2]))
+    assert forgotten[1] < forgotten[0], "half of the samples are of the old text"
+
+
+def test_a_dialogue_agent_answers_in_a_chat(chargpt) -> None:
+    root, _, _ = chargpt
+    pairs = [("say " + word, word + "!") for word in ("one", "two", "four", "five")] * 30
+    turns = [
+        [{"from": "human", "value": f"{i}, {a}"}, {"from": "gpt", "value": b}]
+        for i, (a, b) in enumerate(pairs)
+    ]
+    lines = "".join(json.dumps({"conversations": talk}) + "\n" for talk in turns)
+    (root / "talks.jsonl").write_text(lines)
+    words = ["--talks", "talks.jsonl", "--steps", 120]
+    figure = run(root, "dialogue.py", *words)
+    told = r"loss on answers held out: ([\d.]+) -> ([\d.]+) nats a token"
+    before, after = map(float, re.fullmatch(told, figure).groups())
+    assert after < 0.5 * before
+    chat = [sys.executable, "-m", "megagpt", "chat", "runs/dialogue", "--temperature", "0"]
+    done = subprocess.run(
+        chat, cwd=root, env=environment(), input="7, say one\n", capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^[a-z]+!$", done.stdout, re.MULTILINE), done.stdout
 
 
 @pytest.mark.slow
