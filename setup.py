@@ -17,9 +17,10 @@ EXTRAS = {
     "harness": ["lm_eval==0.4.13"],
     "completion": ["argcomplete==3.7.2"],
     "serve": ["fastapi==0.165.0", "uvicorn==0.54.0"],
+    "images": ["scikit-learn==1.9.1"],
 }
 """EleutherAI's evaluation harness, for megagpt evaluate --harness; completion of a shell; a web
-server, for megagpt serve."""
+server, for megagpt serve; k-means and the digits of data_prep/images.py."""
 SHIPPED = ["megagpt.ds_configs", "megagpt.launch", "megagpt.data_prep"]
 
 setup(

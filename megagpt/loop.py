@@ -23,7 +23,8 @@ from megagpt.health.meter import Meter
 from megagpt.health.replicas import check_replicas
 from megagpt.health.soundness import Soundness
 from megagpt.health.spikes import SpikeDetector
-from megagpt.order.loader import check_vocabulary, training_loader, validation_loaders
+from megagpt.order.fitting import check_vocabulary
+from megagpt.order.loader import training_loader, validation_loaders
 from megagpt.plan.layout import Layout, micro_batch_of
 from megagpt.run.evaluation import Evaluation
 from megagpt.run.folder import make_run_folder, open_log, write_run_files

@@ -33,6 +33,7 @@ from megagpt.errors import DamageError, MegagptError, UsageError
 from megagpt.files import file_sha256, sealed_json, temporary_of, write_durably, write_file
 from megagpt.model import GPT, LayerClasses
 from megagpt.tokenizer import fingerprint
+from megagpt.tokenizer.palette import Palette, holds_palette, read_palette
 from megagpt.tokenizer.portable import FILE, described
 
 log = logging.getLogger(__name__)
@@ -103,6 +104,12 @@ class Weights:
                 "ids that stand for no text have none"
             )
         return vocabulary_of(self.folder, self.facts)
+
+    def palette(self) -> Palette | None:
+        """The palette that goes with weights of images; None where none is known. Raises
+        DamageError for another than they were trained with."""
+        path = self.folder / FILE
+        return read_palette(path, self.facts["vocabulary"]) if holds_palette(path) else None
 
     def model(
         self,
@@ -286,6 +293,9 @@ def _unpadded(reader: SliceReader, name: str, shape: Sequence[int]) -> Tensor:
 
 def _take_vocabulary(source: Path, facts: dict[str, Any], folder: Path) -> str:
     """Writes the checkpoint's tokenizer into `folder`; its fingerprint, "" where none is known."""
+    if holds_palette(source / FILE):
+        write_durably(folder / FILE, (source / FILE).read_bytes())
+        return read_palette(folder / FILE, facts["vocabulary"]).fingerprint
     try:
         encoding = vocabulary_of(source, facts)
     except MegagptError as error:

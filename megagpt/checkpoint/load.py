@@ -18,7 +18,7 @@ from megagpt.engine.slices import STATES, OptimizerState
 from megagpt.errors import DamageError, MegagptError, UsageError
 from megagpt.model import GPT
 from megagpt.tokenizer import load_tokenizer
-from megagpt.tokenizer.portable import FILE
+from megagpt.tokenizer.portable import FILE, tokenizer_content
 
 if TYPE_CHECKING:
     import tiktoken
@@ -66,7 +66,7 @@ def _vocabulary_problems(folder: Path) -> list[str]:
     if FILE not in {file.name for file in saved.files}:
         return []
     try:
-        load_tokenizer(folder / FILE, saved.data.get("vocabulary", ""))
+        tokenizer_content(str(folder / FILE), saved.data.get("vocabulary", ""))
     except MegagptError as error:
         return [str(error)]
     return []

@@ -43,6 +43,11 @@ class DataConfig:
     """Corpora that are trained on, without replacement within an epoch of each."""
     changes: tuple[MixtureChange, ...] = ()
     """Changes of their weights in mid-run, in the order in which they come."""
+    flip: bool = False
+    """Images alone: mirror half of the samples left to right, drawn by seed and sample number."""
+    shift: ZeroOrMore = 0
+    """Images alone: move each sample by up to so many pixels in both directions, its edge mirrored,
+    drawn by seed and sample number."""
     validation: tuple[DataSource, ...] = ()
     """Corpora that are only evaluated; none: no validation loss."""
     verify: bool = True

@@ -89,7 +89,7 @@ def _describe(folder: Path | str, documents: int, characters: int) -> str:
 
 def _reader(manifest: CorpusManifest) -> Callable[[list[int]], str]:
     """Ids to text, or to ids where no tokenizer made them."""
-    if not manifest.tokenizer_name:
+    if not manifest.tokenizer_name or manifest.record_start >= 0:
         return lambda ids: " ".join(map(str, ids))
     return load_tokenizer(manifest.tokenizer, manifest.fingerprint).decode
 
@@ -125,10 +125,11 @@ def _totals(manifest: CorpusManifest) -> list[str]:
     size = sum(shard.bytes for shard in manifest.shards)
     last = manifest.end_of_document
     end = f", END-OF-DOCUMENT {last}" if last >= 0 else ""
+    kind = "tokenizer" if manifest.record_start < 0 else "palette"
     lines = [
         f"{manifest.folder}: {manifest.split.name} split, {len(manifest.shards)} shards, "
         f"{size / 1e6:,.1f} MB of {manifest.dtype.name}",
-        f"tokenizer {manifest.tokenizer_name or 'none'}: {manifest.vocab_size:,} tokens{end}",
+        f"{kind} {manifest.tokenizer_name or 'none'}: {manifest.vocab_size:,} tokens{end}",
     ]
     if length := manifest.record_length:
         lines.append(

@@ -15,10 +15,13 @@ without it. Either may have a mask, which tells the tokens that are scored as ta
 masks are format 2, which earlier versions refuse:
 
     {"format": 2, ...,
-     "records": {"length"},                     only of records: n_ctx + 1 tokens
+     "records": {"length", "start"},            only of records: n_ctx + 1 tokens; the id that
+                                                each begins with, where there is one
      "shards": [{..., "mask_sha256"}, ...]}     "" without a mask
 
-Records may be ids that no tokenizer made: its name is "" then, and end_of_document -1.
+Records may be ids that no tokenizer made: its name is "" then, and end_of_document -1. Records of
+images begin with Image GPT's start vector, the id behind a palette's colours, and the palette is
+their tokenizer.json.
 
 A shard called `web_00000` is the pair `web_00000.bin` and `web_00000.idx` in the same folder, and
 `web_00000.mask`, where there are masks.
@@ -98,6 +101,8 @@ class CorpusManifest:
     dtype: np.dtype
     record_length: int = 0
     """Tokens of each record; 0: documents are packed."""
+    record_start: int = -1
+    """The id that each record begins with and holds nowhere else; -1: there is none."""
     split: Subset = Subset()
     shards: tuple[Shard, ...]
     sources: tuple[dict[str, Any], ...] = ()
@@ -113,6 +118,11 @@ class CorpusManifest:
     def documents(self) -> int:
         """All documents of all shards."""
         return sum(shard.documents for shard in self.shards)
+
+    @property
+    def ids(self) -> int:
+        """Ids that a token may have: the vocabulary's, and the one that records begin with."""
+        return self.vocab_size + (self.record_start >= 0)
 
     @property
     def masked(self) -> bool:
@@ -222,6 +232,7 @@ def _parse(folder: Path, data: dict[str, Any]) -> CorpusManifest:
         sealed="sha256" in data,
         dtype=np.dtype(data["dtype"]).newbyteorder("<"),
         record_length=int(data.get("records", {"length": 0})["length"]),
+        record_start=int(data.get("records", {}).get("start", -1)),
         split=Subset(**data["split"]),
         shards=tuple(Shard(**shard) for shard in data["shards"]),
         sources=tuple(data.get("sources", ())),
@@ -258,6 +269,8 @@ def _unlike_records(manifest: CorpusManifest) -> str | None:
     length = manifest.record_length
     if length and length < 2:
         return f"records of {length} tokens have no target"
+    if manifest.record_start not in (-1, manifest.vocab_size if length else -1):
+        return f"records begin with {manifest.record_start}, which is not behind the vocabulary"
     for shard in manifest.shards:
         if length and shard.tokens != shard.documents * length:
             return f"shard {shard.name}: {shard.tokens} tokens are no records of {length}"
@@ -298,6 +311,7 @@ def write_manifest(manifest: CorpusManifest) -> None:
     A corpus that format 1 can describe is of format 1, for the versions that know no other.
     """
     length, masked = manifest.record_length, manifest.masked
+    start = {} if manifest.record_start < 0 else {"start": manifest.record_start}
     shards = [asdict(shard) for shard in manifest.shards]
     if not masked:
         shards = [{k: v for k, v in one.items() if k != "mask_sha256"} for one in shards]
@@ -312,7 +326,7 @@ def write_manifest(manifest: CorpusManifest) -> None:
         },
         "dtype": manifest.dtype.name,
         "split": asdict(manifest.split),
-        **({"records": {"length": length}} if length else {}),
+        **({"records": {"length": length} | start} if length else {}),
         "shards": shards,
         "sources": list(manifest.sources),
         "totals": manifest.totals,

@@ -3,10 +3,12 @@
     prepare("data/sums", records=ids, vocabulary=10)                      # ids (N, n_ctx + 1)
     prepare("data/sums", records=[Masked(ids, scored), ...], vocabulary=10)
     prepare("data/talks", documents=[Masked(ids, scored), ...], vocabulary="gpt2")
+    prepare("data/images", records=palette.encode(images), vocabulary=palette)
 
 A record is one window of training, read whole and from its start. Documents are packed one after
-another, and get their END-OF-DOCUMENT here. A sample may say which of its tokens are scored as
-targets; the others are only read.
+another, and get their END-OF-DOCUMENT here. Of images, the n_ctx pixels of one are given, and a
+record gets Image GPT's start vector in front of them here. A sample may say which of its tokens are
+scored as targets; the others are only read.
 """
 
 from __future__ import annotations
@@ -34,7 +36,10 @@ from megagpt.corpus.manifest import (
 from megagpt.corpus.shards import SHARD_TOKENS, Shard, ShardWriter
 from megagpt.corpus.unfinished import FOLDER, State
 from megagpt.errors import UsageError
+from megagpt.files import file_sha256, write_durably
 from megagpt.tokenizer import end_of_document, fingerprint, load_tokenizer, token_dtype
+from megagpt.tokenizer.palette import Palette
+from megagpt.tokenizer.portable import FILE
 
 log = logging.getLogger("megagpt.data")
 
@@ -61,16 +66,16 @@ def prepare(
     *,
     records: Iterable[Ids | Masked] | None = None,
     documents: Iterable[Ids | Masked] | None = None,
-    vocabulary: str | Path | int = "gpt2",
+    vocabulary: str | Path | int | Palette = "gpt2",
     split: str = "train",
     shard_tokens: int = SHARD_TOKENS,
 ) -> CorpusManifest:
     """Write samples as a corpus in `folder`; does nothing when it holds these very samples.
 
-    `vocabulary`: what `load_tokenizer` takes, or, for records alone, the number of ids that stand
-    for no text. A sample of which nothing is scored is left out, counted in the manifest's totals
-    and said. A preparation that was killed is started over by the same call. Raises UsageError
-    for samples that make no corpus, and for a folder that holds another one.
+    `vocabulary`: what `load_tokenizer` takes, or, for records alone, a palette or the number of ids
+    that stand for no text. A sample of which nothing is scored is left out, counted in the
+    manifest's totals and said. A preparation that was killed is started over by the same call.
+    Raises UsageError for samples that make no corpus, and for a folder that holds another one.
     """
     folder = Path(folder)
     if (records is None) == (documents is None):
@@ -86,12 +91,19 @@ def prepare(
         )
     given = records if records is not None else documents
     assert given is not None
-    size = encoding.n_vocab if encoding else int(str(vocabulary))  # also one of numpy's
-    end = end_of_document(encoding) if encoding else -1
-    samples = _Samples(folder, size, end if records is None else None)
+    palette = vocabulary if isinstance(vocabulary, Palette) else None
+    if palette:
+        size, known = palette.size, palette.fingerprint
+    elif encoding:
+        size, known = encoding.n_vocab, fingerprint(encoding)
+    else:
+        size, known = int(str(vocabulary)), ""  # also one of numpy's
+    end = end_of_document(encoding) if encoding and records is None else None
+    samples = _Samples(folder, size, end, start=size if palette else None)
     if (folder / MANIFEST).exists():
-        return _there(folder, samples, given, (split, fingerprint(encoding) if encoding else ""))
-    plan = {"samples": str(vocabulary), "split": split, "shard_tokens": shard_tokens}
+        return _there(folder, samples, given, (split, known))
+    name = known if palette else str(vocabulary)
+    plan = {"samples": name, "split": split, "shard_tokens": shard_tokens}
     with State([folder], plan) as state:
         _remove_started(folder)
         try:
@@ -102,7 +114,7 @@ def prepare(
             raise
         more = samples.told(shards) | {"split": Subset(split, rule="the samples that were given")}
         if encoding is None:
-            manifest = _of_ids(folder, size, shards, more)
+            manifest = _of_ids(folder, vocabulary, shards, more)
         else:
             manifest = new_manifest(folder, str(vocabulary), encoding, shards, **more)
         write_manifest(manifest)
@@ -136,15 +148,20 @@ def _remove_started(folder: Path) -> None:
 
 
 def _of_ids(
-    folder: Path, size: int, shards: Sequence[Shard], more: dict[str, Any]
+    folder: Path, vocabulary: Any, shards: Sequence[Shard], more: dict[str, Any]
 ) -> CorpusManifest:
-    """The manifest of records that no tokenizer made."""
+    """The manifest of records that no tokenizer of text made: a palette, or nothing we know."""
+    palette = vocabulary if isinstance(vocabulary, Palette) else None
+    size = palette.size if palette else int(str(vocabulary))
+    if palette:
+        write_durably(folder / FILE, palette.text.encode())
+        more |= {"tokenizer_sha256": file_sha256(folder / FILE), "record_start": size}
     return CorpusManifest(
         folder=folder,
-        tokenizer_name="",
+        tokenizer_name=FILE if palette else "",
+        fingerprint=palette.fingerprint if palette else "",
         vocab_size=size,
         end_of_document=-1,
-        fingerprint="",
         dtype=token_dtype(size),
         shards=tuple(shards),
         **more,
@@ -176,17 +193,18 @@ def _there(
 class _Samples:
     """Reads samples one by one: checked, counted, hashed."""
 
-    def __init__(self, folder: Path, size: int, end: int | None) -> None:
-        """size: of the vocabulary. end: what follows each document; None for records."""
+    def __init__(self, folder: Path, size: int, end: int | None, start: int | None = None) -> None:
+        """size: of the vocabulary. end: what follows each document; None for records. start: what
+        is put in front of each record; None: nothing."""
         if size < 1:
             raise UsageError(f"{folder}: vocabulary {size}: must have at least 1 id")
-        self._folder, self.size, self._end = folder, size, end
+        self._folder, self.size, self._end, self._start = folder, size, end, start
         self.length = 0
         """Tokens of each record."""
         self.masked: bool | None = None
         """Whether the samples have masks; None: there was none yet."""
         self.left_out: Counter[str] = Counter()
-        self.digest = hashlib.sha256(f"{size} {end}".encode())
+        self.digest = hashlib.sha256(f"{size} {end}{'' if start is None else ' start'}".encode())
 
     def told(self, shards: Sequence[Shard]) -> dict[str, Any]:
         """What the manifest tells of those that were written."""
@@ -242,7 +260,9 @@ class _Samples:
                 rule = f"its mask must be {len(ids)} of 0 and 1, one for each id"
                 raise self._wrong(number, "has a mask that does not fit", rule)
             mask = mask.astype(np.uint8)
-        if self._end is None:
+        if self._start is not None:
+            ids, mask = np.append(self._start, ids), np.append(not masked, mask)
+        elif self._end is None:
             mask[0] = 0 if masked else 1
         else:
             ids, mask = np.append(ids, self._end), np.append(mask, mask[-1])
@@ -264,9 +284,11 @@ class _Samples:
                 rule = "each document gets it at its end, and has it nowhere else"
                 raise self._wrong(number, f"holds END-OF-DOCUMENT ({self._end})", rule)
             return ids.astype(np.int64)
-        self.length = self.length or len(ids)
-        if len(ids) != self.length or self.length < 2:
-            rule = "all records have one length, n_ctx + 1, of at least 2 tokens"
+        length = len(ids) + (self._start is not None)
+        self.length = self.length or length
+        if length != self.length or self.length < 2:
+            more = " + 1" if self._start is None else ""
+            rule = f"all records have one length, n_ctx{more}, of at least {2 - (not more)} tokens"
             raise self._wrong(number, f"has {len(ids)} tokens", rule)
         return ids.astype(np.int64)
 

@@ -17,7 +17,7 @@ from megagpt.corpus.manifest import CorpusManifest, read_manifest
 from megagpt.corpus.shards import Index, Shard, index_problem, read_index
 from megagpt.errors import DamageError, MegagptError
 from megagpt.files import BLOCK, file_sha256
-from megagpt.tokenizer import load_tokenizer
+from megagpt.tokenizer.portable import tokenizer_content
 
 Progress = Callable[[int], None]
 """Told the bytes that have been read since the last call."""
@@ -84,7 +84,7 @@ def tokenizer_problem(manifest: CorpusManifest, every: bool = False) -> str:
         return "".join(_check_digest(path, manifest.tokenizer_sha256, None))
     if file or (every and manifest.tokenizer_name in ("gpt2", "bytes")):
         try:
-            load_tokenizer(manifest.tokenizer, manifest.fingerprint)
+            tokenizer_content(manifest.tokenizer, manifest.fingerprint)
         except MegagptError as error:
             return str(error)
     return ""
@@ -130,7 +130,7 @@ def _check_shard(manifest: CorpusManifest, shard: Shard, progress: Progress | No
             digest.update(block)
             tokens = np.frombuffer(block, manifest.dtype)
             ends += int(np.count_nonzero(tokens == manifest.end_of_document))
-            wrong = tokens >= manifest.vocab_size
+            wrong = tokens >= manifest.ids
             if manifest.dtype.kind == "i":
                 wrong |= tokens < 0
             if wrong.any():
@@ -144,7 +144,7 @@ def _check_shard(manifest: CorpusManifest, shard: Shard, progress: Progress | No
         problems.append(_wrong_digest(path, digest.hexdigest(), shard.sha256))
     if strays:
         problems.append(
-            f"{path}: {strays} tokens outside the vocabulary of {manifest.vocab_size}, the first "
+            f"{path}: {strays} tokens outside the vocabulary of {manifest.ids}, the first "
             f"at token {first_stray}"
         )
     if index is not None and not problems:
@@ -161,6 +161,15 @@ def _check_records(manifest: CorpusManifest, shard: Shard, index: Index) -> list
             f"{manifest.index_path(shard)}: record {number} has not the "
             f"{manifest.record_length} tokens that the manifest tells"
         ]
+    if (start := manifest.record_start) >= 0:
+        path = manifest.bin_path(shard)
+        rows = np.memmap(path, manifest.dtype, "r").reshape(-1, manifest.record_length)
+        wrong = np.flatnonzero((rows[:, 0] != start) | (rows[:, 1:] == start).any(1))
+        if len(wrong):
+            return [
+                f"{path}: {len(wrong)} records do not hold {start} at their beginning alone, the "
+                f"first is record {int(wrong[0])}"
+            ]
     return []
 
 

@@ -164,12 +164,12 @@ def windows_of(weights: Weights) -> tuple[Tensor, str]:
             loader.close()
         except MegagptError:
             continue
-        if int(found.max()) < model.vocab_size:
+        if int(found.max()) < model.n_embedding:
             ids, what = found[:, :-1], f"windows of {source.path}"
             break
     if ids is None:
         draw = torch.Generator().manual_seed(0)
         ids = torch.randint(model.vocab_size, (WINDOWS, model.n_ctx), generator=draw)
-    if model.start_token is not None:
-        ids = torch.cat([torch.full((WINDOWS, 1), model.start_token), ids[:, :-1]], 1)
+        if model.start_token is not None:  # a corpus of images has it
+            ids[:, 0] = model.start_token
     return ids, what

@@ -24,6 +24,8 @@ import numpy as np
 from megagpt.config import RunConfig
 from megagpt.corpus.manifest import CorpusManifest
 from megagpt.errors import UsageError
+from megagpt.order.augment import Augment
+from megagpt.order.fitting import check_sources
 from megagpt.order.mixture import Mixture
 from megagpt.order.permutation import shuffle
 from megagpt.order.windows import TokenWindows
@@ -75,7 +77,7 @@ class TokenLoader:
             raise UsageError("no data to read: list at least one folder with a manifest.json")
         self.n_ctx, self.seed, self.shuffle = n_ctx, seed, shuffle
         self.stores = [TokenWindows(Path(path)) for path, _ in sources]
-        _check(self.stores)
+        check_sources(self.stores)
         self._names = unique_names([store.folder for store in self.stores])
         self._n_windows = [store.n_windows(n_ctx) for store in self.stores]
         keys = [store.fingerprint for store in self.stores]
@@ -84,6 +86,8 @@ class TokenLoader:
         self._spans = [(0, weights), *changes]
         # The first 8 bytes of each source's fingerprint, the name that digest() hashes.
         self._marks = np.array([int(key[:16], 16) for key in keys], np.uint64)
+        self.augment = Augment()
+        """How images are changed when they are read for training."""
         self._ahead: tuple[tuple[int, ...], Future[list[MicroBatch]]] | None = None
         self._thread: ThreadPoolExecutor | None = None
 
@@ -100,6 +104,8 @@ class TokenLoader:
 
     def _named(self, samples: int, resting: bool) -> str:
         digest = hashlib.sha256(f"{self.n_ctx} {self.seed} {self.shuffle}".encode())
+        if self.augment:
+            digest.update(f" {self.augment}".encode())
         for first, weights in self._spans:
             if first and first >= samples:
                 break
@@ -181,6 +187,21 @@ class TokenLoader:
         """Samples first ... first + count - 1: int64 (count, n_ctx + 1)."""
         return self._read(self.places(first, count), np.arange(count)).astype(np.int64)
 
+    def as_trained(self, rows: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+        """The rows (N, n_ctx + 1) of samples by number as training reads them."""
+        return self.augment.apply(rows, self.seed, numbers.tolist()) if self.augment else rows
+
+    def augment_images(self, augment: Augment) -> None:
+        """Changes samples as `augment` says. Raises UsageError for what is no corpus of images."""
+        for store in self.stores if augment else ():
+            if store.manifest.record_start < 0 or store.masks:
+                raise UsageError(
+                    f"{store.folder}: data.flip and data.shift change images, and these are "
+                    "others; leave both out"
+                )
+            augment.side(self.n_ctx)
+        self.augment = augment
+
     def _read(self, places: Samples, members: np.ndarray) -> np.ndarray:
         """The tokens of some samples of a block: (len(members), n_ctx + 1), uint16 or int32."""
         source, window = places.source[members], places.window[members]
@@ -244,7 +265,7 @@ class TokenLoader:
         for round_ in range(0, count, ranks * micro_batch):
             start = (round_ + rank * micro_batch) % count
             members = np.arange(start, start + micro_batch)
-            tokens = self._read(places, members)
+            tokens = self.as_trained(self._read(places, members), first + members)
             # Embeddings take int64; numpy converts and copies in one pass.
             x = torch.from_numpy(tokens[:, :-1].astype(np.int64))
             y = torch.from_numpy(tokens[:, 1:].astype(np.int64))
@@ -261,7 +282,8 @@ class TokenLoader:
         """
         places = self.places(first, count)
         names = np.stack([self._marks[places.source], places.window.astype(np.uint64)])
-        digest = hashlib.blake2b(f"{self.n_ctx}".encode(), digest_size=8)
+        changed = f" {self.augment}" if self.augment else ""
+        digest = hashlib.blake2b(f"{self.n_ctx}{changed}".encode(), digest_size=8)
         digest.update(names.astype("<u8").tobytes())
         return digest.hexdigest()
 
@@ -316,64 +338,12 @@ def training_loader(config: RunConfig) -> TokenLoader:
     data, n_ctx = config.data, config.model.n_ctx
     sources = [(Path(source.path), source.weight) for source in data.train]
     changes = [(change.at_tokens // n_ctx, change.weights) for change in data.changes]
-    return TokenLoader(sources, n_ctx, config.seed, changes=changes)
+    loader = TokenLoader(sources, n_ctx, config.seed, changes=changes)
+    loader.augment_images(Augment(data.flip, data.shift))
+    return loader
 
 
 def validation_loaders(config: RunConfig) -> list[TokenLoader]:
     """The samples of each validation set. Raises what TokenLoader raises."""
     sources = config.data.validation
     return [TokenLoader([(Path(s.path), 1.0)], config.model.n_ctx, 0) for s in sources]
-
-
-def check_vocabulary(config: RunConfig, loaders: Sequence[TokenLoader]) -> None:
-    """Raises UsageError when the data's tokens do not fit the model's vocabulary, or were made by
-    another tokenizer than those of the first loader."""
-    first = loaders[0].stores[0].manifest
-    for loader in loaders:
-        manifest = loader.stores[0].manifest
-        if manifest.vocab_size != config.model.vocab_size:
-            raise UsageError(
-                f"{manifest.folder}: its tokenizer {manifest.tokenizer!r} has "
-                f"{manifest.vocab_size} tokens, but model.vocab_size = {config.model.vocab_size}; "
-                f"set model.vocab_size = {manifest.vocab_size}, or prepare the corpus with the "
-                "model's tokenizer"
-            )
-        if not _same_tokenizer(manifest, first):
-            raise UsageError(
-                f"{manifest.folder}: its tokenizer {manifest.tokenizer!r} is not that of "
-                f"{first.folder}, {first.tokenizer!r}, though as large; prepare the corpus with "
-                "the tokenizer of the training data"
-            )
-
-
-def _same_tokenizer(one: CorpusManifest, other: CorpusManifest) -> bool:
-    """Whether ids mean the same in both corpora, as far as is known.
-
-    An import may not know its tokenizer; its vocabulary must fit at least.
-    """
-    sizes = {(manifest.vocab_size, manifest.end_of_document) for manifest in (one, other)}
-    return len(sizes) == 1 and len({one.fingerprint, other.fingerprint} - {""}) <= 1
-
-
-def _check(stores: Sequence[TokenWindows]) -> None:
-    """Raises UsageError unless the sources share a tokenizer and differ in what they hold."""
-    first = stores[0].manifest
-    for i, store in enumerate(stores):
-        if not _same_tokenizer(store.manifest, first):
-            raise UsageError(
-                f"{store.folder} is tokenized with {_tokenizer(store.manifest)}, but "
-                f"{first.folder} with {_tokenizer(first)}; all sources of a run must share one "
-                "tokenizer: prepare one of them again"
-            )
-        for other in stores[:i]:
-            if other.fingerprint == store.fingerprint:
-                raise UsageError(
-                    f"{store.folder}: holds the same tokens as {other.folder}; list a corpus once, "
-                    "with the sum of the weights"
-                )
-
-
-def _tokenizer(manifest: CorpusManifest) -> str:
-    """A corpus's tokenizer for a message."""
-    name = f"{manifest.tokenizer_name} ({manifest.vocab_size} tokens"
-    return f"{name}, fingerprint {manifest.fingerprint[:12] or 'unknown'})"

@@ -71,7 +71,7 @@ def trace(loader: TokenLoader, first: int, count: int) -> Iterator[Sample]:
             source=store.folder,
             epoch=draw // store.n_windows(n_ctx),
             window=window,
-            tokens=store.window(window, n_ctx),
+            tokens=loader.as_trained(store.window(window, n_ctx)[None], np.array([number]))[0],
             scored=np.append(False, store.scored(np.array([window]), n_ctx)[0]),
             spans=tuple(spans(store, store.begin(window, n_ctx), n_ctx + 1)),
         )

@@ -103,11 +103,11 @@ class TokenWindows:
         self._fill(rows, indices, self.paths)
         # As unsigned numbers, negative ids of an int32 corpus are too large as well.
         unsigned = rows.view(f"<u{rows.itemsize}")
-        if unsigned.size and int(unsigned.max()) >= self.manifest.vocab_size:
+        if unsigned.size and int(unsigned.max()) >= self.manifest.ids:
             row, column = divmod(int(unsigned.argmax()), n_ctx + 1)
             raise DamageError(
                 f"{self.folder}: token number {self.begin(int(indices[row]), n_ctx) + column} is "
-                f"{int(rows[row, column])}, outside the vocabulary of {self.manifest.vocab_size}; "
+                f"{int(rows[row, column])}, outside the vocabulary of {self.manifest.ids}; "
                 f"run `megagpt data verify {self.folder}` to see what is damaged"
             )
         return rows

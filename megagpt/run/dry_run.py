@@ -15,7 +15,8 @@ from megagpt.config import RunConfig
 from megagpt.corpus.manifest import MANIFEST
 from megagpt.engine.rehearsal import Rehearsed, rehearse
 from megagpt.errors import UsageError
-from megagpt.order.loader import check_vocabulary, training_loader, validation_loaders
+from megagpt.order.fitting import check_vocabulary
+from megagpt.order.loader import training_loader, validation_loaders
 from megagpt.plan.layout import Layout, accumulation_steps, micro_batch_of
 from megagpt.run.state import RunState
 

@@ -20,7 +20,8 @@ from megagpt.check.machine import gpus
 from megagpt.cluster.ranks import discover
 from megagpt.config import RunConfig, load_run
 from megagpt.errors import EXIT_OK, UsageError
-from megagpt.order.loader import check_vocabulary, training_loader, validation_loaders
+from megagpt.order.fitting import check_vocabulary
+from megagpt.order.loader import training_loader, validation_loaders
 from megagpt.plan.ds_config import read_ds_config, resolve
 from megagpt.plan.layout import layout_of
 from megagpt.plan.sanity import oddities

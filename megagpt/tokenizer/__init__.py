@@ -57,6 +57,7 @@ def _load(text: str) -> tiktoken.Encoding:
     """The encoding by its name or file, whatever it holds."""
     from megagpt.tokenizer.gpt2 import bytes_encoding, gpt2_encoding
     from megagpt.tokenizer.json import read_tokenizer_file
+    from megagpt.tokenizer.palette import holds_palette
 
     if not text:
         raise UsageError("tokenizer: none is named; these are ids that no tokenizer made of text")
@@ -68,6 +69,8 @@ def _load(text: str) -> tiktoken.Encoding:
     if path.is_dir() and (path / "tokenizer.json").is_file():
         path = path / "tokenizer.json"
     if path.is_file():
+        if holds_palette(path):
+            raise UsageError(f"{path}: a palette of images, whose ids are colours and no text")
         return read_tokenizer_file(path)
     if path.suffix or "/" in text:
         raise UsageError(f"tokenizer file {text} does not exist; give a name or an existing file")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from megagpt.tokenizer import load_tokenizer
 from megagpt.tokenizer.gpt2 import GPT2_PATTERN, byte_letters, gpt2_merges
 from megagpt.tokenizer.json import added_tokens, merges_of_ranks, tokenizer_json
+from megagpt.tokenizer.palette import holds_palette, read_palette
 
 if TYPE_CHECKING:
     import tiktoken
@@ -23,14 +24,17 @@ FILE = "tokenizer.json"
 
 
 def tokenizer_content(name: str, expected: str = "") -> bytes:
-    """The tokenizer.json of what `load_tokenizer` takes: the file itself, or one that gives the
-    same ids as the vocabulary of that name.
+    """The tokenizer.json of what `load_tokenizer` takes, or of a palette: the file itself, or one
+    that gives the same ids as the vocabulary of that name.
 
     `expected` is the vocabulary's fingerprint, "" where it is not known. Raises what
     `load_tokenizer` raises.
     """
-    encoding, path = load_tokenizer(name, expected), Path(name)
-    path = path / FILE if path.is_dir() else path
+    path = Path(name) / FILE if Path(name).is_dir() else Path(name)
+    if holds_palette(path):
+        read_palette(path, expected)
+        return path.read_bytes()
+    encoding = load_tokenizer(name, expected)
     if encoding.name not in ("gpt2", "bytes") and path.is_file():
         return path.read_bytes()
     return described(encoding).encode()

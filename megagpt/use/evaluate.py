@@ -145,9 +145,10 @@ def run(args: argparse.Namespace) -> int:
     weights = open_weights(checkpoint_of(args.folder, args.checkpoint))
     facts = weights.told()
     manifests = [read_manifest(data) for data in args.data]
-    # Neither has a tokenizer where ids stand for no text.
+    # Neither has a tokenizer where ids stand for no text; those of images have a palette.
+    palette = weights.palette()
     texts = facts["tokenizer"] or any(manifest.tokenizer_name for manifest in manifests)
-    encoding = weights.tokenizer() if texts else None
+    encoding = weights.tokenizer() if texts and not palette else None
     model = weights.model(device, getattr(torch, DTYPES[args.dtype]))
     if args.by_document:
         for manifest in manifests:
@@ -155,7 +156,7 @@ def run(args: argparse.Namespace) -> int:
         scorer = Scorer(model, encoding or weights.tokenizer(), args.batch_size)
         results = [evaluate_apart(scorer, folder) for folder in args.data]
     else:
-        results = [evaluate(model, encoding, folder, options) for folder in args.data]
+        results = [evaluate(model, palette or encoding, folder, options) for folder in args.data]
     if args.json:
         how = {
             "checkpoint": str(facts["checkpoint"]),

@@ -26,6 +26,7 @@ from megagpt.log.units import duration
 from megagpt.order.loader import TokenLoader
 from megagpt.order.windows import TokenWindows
 from megagpt.tokenizer import fingerprint
+from megagpt.tokenizer.palette import Palette
 from megagpt.use.evaluate import CONFIDENCE, Estimate, Result
 
 if TYPE_CHECKING:
@@ -54,12 +55,12 @@ class ScoreOptions:
 
 def evaluate(
     model: "GPT",
-    encoding: "tiktoken.Encoding | None",
+    encoding: "tiktoken.Encoding | Palette | None",
     folder: Path,
     options: ScoreOptions | None = None,
 ) -> Result:
-    """The model's loss on the corpus in `folder`, which its tokenizer `encoding` has made; None:
-    its records are ids that stand for no text.
+    """The model's loss on the corpus in `folder`, which its tokenizer (or palette) `encoding` has
+    made; None: its records are ids that stand for no text.
 
     Sums are taken in float64 token by token in an order of their own, so that the size of a batch
     shows only in the rounding of the model's matrix products. Raises UsageError for a corpus of
@@ -79,7 +80,7 @@ def evaluate(
     n_windows = loader.n_windows
     if options.max_tokens:
         n_windows = min(n_windows, options.max_tokens // stride)
-    tally = Tally(store, encoding)
+    tally = Tally(store, None if isinstance(encoding, Palette) else encoding)
     device = next(model.parameters()).device
     with progress_bar(f"scoring {folder}", n_windows * stride) as add:
         for x, y, positions in _batches(loader, n_windows, options.batch_size, n_ctx):
@@ -172,11 +173,15 @@ def _check_records(folder: Path, stride: int, n_ctx: int) -> None:
 
 
 def check_corpus(
-    store: TokenWindows, encoding: "tiktoken.Encoding | None", vocab_size: int
+    store: TokenWindows, encoding: "tiktoken.Encoding | Palette | None", vocab_size: int
 ) -> None:
     """Raises UsageError for another tokenizer than the model's, DamageError for damaged shards."""
     manifest = store.manifest
-    own, name = (fingerprint(encoding), encoding.name) if encoding else ("", "")
+    own = name = ""
+    if isinstance(encoding, Palette):
+        own, name = encoding.fingerprint, "palette"
+    elif encoding:
+        own, name = fingerprint(encoding), encoding.name
     # An import may not know its tokenizer; its vocabulary must fit at least.
     if manifest.fingerprint not in ("", own) or manifest.vocab_size != vocab_size:
         raise UsageError(

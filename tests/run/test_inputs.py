@@ -12,7 +12,8 @@ import pytest
 from megagpt.config import RunConfig, load_run
 from megagpt.engine import Engine, Ranks, build_engine
 from megagpt.errors import DamageError, UsageError
-from megagpt.order.loader import TokenLoader, check_vocabulary
+from megagpt.order.fitting import check_vocabulary
+from megagpt.order.loader import TokenLoader
 from megagpt.plan.ds_config import read_ds_config, resolve
 from megagpt.plan.layout import Layout
 from megagpt.run import volume

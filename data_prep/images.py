@@ -1,0 +1,285 @@
+"""Images as Image GPT reads them: one id a pixel, from a palette, behind the start vector.
+
+    python data_prep/images.py digits --output data/digits              # scikit-learn's, 8 x 8
+    python data_prep/images.py FOLDER --size 32 --output data/mine      # PNG, JPEG ... in folders
+    python data_prep/images.py images.npy --output data/mine            # (N, S, S) or (N, S, S, 3)
+    python data_prep/images.py cifar-10-batches-py --output data/cifar  # or -bin; CIFAR-100's too
+
+An image becomes one record: the start vector's id, then its pixels in raster order. Files are cut
+to the square in their middle and made smaller by averaging; what is transparent becomes white. The
+palette is k-means' of a million pixels of the training split, 512 colours or fewer; --palette takes
+one that is there: a tokenizer.json of another corpus, or OpenAI's kmeans_centers.npy.
+
+A share of the images (4%, as in the paper) goes to OUTPUT-validation, by a hash of their pixels, so
+that equal images are never on both sides; CIFAR's test images to OUTPUT-test. labels.npy beside a
+split has each image's class, where the input tells them: a folder's name, a .npz's "labels".
+"""
+
+import argparse
+import hashlib
+import io
+import pickle
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megagpt.corpus.command import run
+from megagpt.corpus.records import prepare
+from megagpt.errors import DamageError, UsageError
+from megagpt.tokenizer.palette import MOST, Palette, fit_palette, read_palette
+
+PIXELS = 1_000_000
+"""Pixels that k-means sees at most."""
+BLOCK = 4096
+"""Images that are in memory as bytes at a time."""
+ENDINGS = {".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+CIFAR = {
+    "train": ("data_batch_*", "train", "train.bin"),
+    "test": ("test_batch*", "test", "test.bin"),
+}
+NUMPY = {("_codecs", "encode"), ("numpy", "dtype"), ("numpy", "ndarray")}
+"""What a pickle of CIFAR calls, beside numpy's _reconstruct."""
+
+
+class Block(NamedTuple):
+    """Some images of one split of the input."""
+
+    split: str
+    """train, or test where the input itself says so."""
+    images: NDArray[np.uint8]
+    """(N, S, S, 3)."""
+    labels: NDArray[np.int64]
+    """(N,); -1: not known."""
+
+
+# --- inputs --------------------------------------------------------------------------------------
+
+
+def blocks(source: str, size: int) -> Iterator[Block]:
+    """The images of an input; size: pixels a side, 0: as they are. Raises UsageError for what is
+    none, DamageError for a file that cannot be read."""
+    path = Path(source)
+    if source == "digits":
+        yield from _digits()
+    elif path.suffix in (".npy", ".npz"):
+        yield from _arrays(path)
+    elif path.is_dir() and any(path.glob(CIFAR["test"][0])):
+        yield from _cifar(path, "10")
+    elif path.is_dir() and any((path / name).is_file() for name in CIFAR["train"][1:]):
+        yield from _cifar(path, "100")
+    elif path.is_dir():
+        yield from _folder(path, size)
+    else:
+        raise UsageError(
+            f"{source}: neither `digits` nor a folder of images, a .npy, a .npz or CIFAR's folder"
+        )
+
+
+def _digits() -> Iterator[Block]:
+    """1,797 digits of 8 x 8 in 17 grey levels (UCI, Alpaydin and Kaynak 1998)."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise UsageError("digits: they come with scikit-learn; pip install scikit-learn") from None
+    found = load_digits()
+    grey = np.rint(found.images * 255 / 16).astype(np.uint8)
+    yield Block("train", _coloured(grey, "digits"), found.target.astype(np.int64))
+
+
+def _arrays(path: Path) -> Iterator[Block]:
+    """A .npy of images, or a .npz of images and perhaps labels."""
+    try:
+        with open(path, "rb") as file:
+            tree = np.load(file, allow_pickle=False)
+            there = dict(tree) if path.suffix == ".npz" else {"images": tree}
+        images = there["images"]
+        labels = there.get("labels", np.full(len(images), -1)).astype(np.int64)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DamageError(
+            f'{path}: no arrays of images ({error}); a .npz has "images" and perhaps "labels"'
+        ) from None
+    if images.dtype != np.uint8 or len(labels) != len(images):
+        raise UsageError(
+            f"{path}: {images.dtype} images with {len(labels)} labels: must be uint8, 0 to 255, "
+            f"and one label for each of the {len(images)}"
+        )
+    yield Block("train", _coloured(images, str(path)), labels)
+
+
+def _coloured(images: NDArray[np.uint8], name: str) -> NDArray[np.uint8]:
+    """(N, S, S) or (N, S, S, 1 or 3) as (N, S, S, 3). Raises UsageError for another shape."""
+    images = images[..., None] if images.ndim == 3 else images
+    if images.ndim != 4 or images.shape[3] not in (1, 3) or images.shape[1] != images.shape[2]:
+        raise UsageError(f"{name}: shape {images.shape}: must be (N, S, S) or (N, S, S, 3), square")
+    return np.broadcast_to(images, (*images.shape[:3], 3))
+
+
+def _cifar(folder: Path, kind: str) -> Iterator[Block]:
+    """CIFAR-10's or CIFAR-100's files, of their Python or their binary version."""
+    for split, names in CIFAR.items():
+        patterns = names[:1] if kind == "10" else names[1:]
+        for path in sorted(one for pattern in patterns for one in folder.glob(pattern)):
+            try:
+                rows, labels = _binary(path, kind) if path.suffix == ".bin" else _pickled(path)
+                images = rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+            except (OSError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+                raise DamageError(f"{path}: not CIFAR's ({error}); copy it again") from None
+            yield Block(split, images, labels)
+
+
+def _binary(path: Path, kind: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Rows of 1 label (CIFAR-100: a coarse and a fine one) and 3,072 bytes, red first."""
+    own = 1 if kind == "10" else 2
+    rows = np.fromfile(path, np.uint8).reshape(-1, own + 3072)
+    return rows[:, own:], rows[:, own - 1].astype(np.int64)
+
+
+class _Numbers(pickle.Unpickler):
+    """Reads arrays and plain values; nothing else in a pickle is called."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in NUMPY or (module.startswith("numpy") and name == "_reconstruct"):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it would call {module}.{name}")
+
+
+def _pickled(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    with path.open("rb") as file:
+        tree = _Numbers(file, encoding="bytes").load()
+    labels = tree[b"labels"] if b"labels" in tree else tree[b"fine_labels"]
+    return np.asarray(tree[b"data"], np.uint8), np.asarray(labels, np.int64)
+
+
+def _folder(folder: Path, size: int) -> Iterator[Block]:
+    """Image files, sorted by path; the first folder below `folder` is their class."""
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file())
+    if not paths:
+        raise UsageError(f"{folder}: no image in it ({', '.join(sorted(ENDINGS))})")
+    tops = [path.relative_to(folder).parts[0] for path in paths]
+    classes = sorted({top for top, path in zip(tops, paths, strict=True) if top != path.name})
+    number = {name: i for i, name in enumerate(classes)}
+    for first in range(0, len(paths), BLOCK):
+        images = [_file(path, size) for path in paths[first : first + BLOCK]]
+        if len({image.shape for image in images}) > 1:
+            raise UsageError(f"{folder}: images of several sizes; choose one with --size")
+        labels = [number.get(top, -1) for top in tops[first : first + BLOCK]]
+        yield Block("train", np.stack(images), np.array(labels, np.int64))
+
+
+def _file(path: Path, size: int) -> NDArray[np.uint8]:
+    """(S, S, 3) of a file: the square in its middle, averaged down to `size`."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            whole = image.convert("RGBA")
+    except (OSError, ValueError, SyntaxError) as error:
+        raise DamageError(f"{path}: not an image that Pillow reads ({error})") from None
+    white = Image.new("RGBA", whole.size, "white")
+    side = min(whole.size)
+    left, top = (whole.width - side) // 2, (whole.height - side) // 2
+    square = Image.alpha_composite(white, whole).convert("RGB")
+    square = square.crop((left, top, left + side, top + side))
+    if size and size != side:
+        square = square.resize((size, size), Image.Resampling.BOX)
+    return np.asarray(square)
+
+
+# --- work ----------------------------------------------------------------------------------------
+
+
+def held_out(image: NDArray[np.uint8], fraction: float) -> bool:
+    """Whether an image belongs to validation: by a hash of its pixels."""
+    digest = hashlib.blake2b(image.tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") < fraction * 2**64
+
+
+def sampled(found: list[Block], fraction: float, seed: int) -> NDArray[np.uint8]:
+    """(P, 3) pixels of the training split for k-means, PIXELS at most, drawn by the seed."""
+    parts = []
+    total = sum(len(b.images) for b in found if b.split == "train") * found[0].images[0].size // 3
+    draw = np.random.default_rng(seed)
+    for block in found:
+        if block.split != "train":
+            continue
+        kept = [image for image in block.images if not held_out(image, fraction)]
+        pixels = np.stack(kept).reshape(-1, 3) if kept else np.zeros((0, 3), np.uint8)
+        if total > PIXELS:
+            pixels = pixels[draw.random(len(pixels)) < PIXELS / total]
+        parts.append(pixels)
+    return np.concatenate(parts)
+
+
+def psnr(images: NDArray[np.uint8], palette: Palette) -> float:
+    """Peak signal to noise of what the palette makes of images, dB; inf: nothing is lost."""
+    shown = palette.decode(palette.encode(images))
+    error = float(((shown.astype(np.float64) - images) ** 2).mean())
+    return float(10 * np.log10(255**2 / error)) if error else float("inf")
+
+
+def splits(
+    found: list[Block], palette: Palette, fraction: float
+) -> dict[str, tuple[NDArray[np.uint16], NDArray[np.int64]]]:
+    """Split -> ids (N, S * S) and labels (N,), in the order of the input."""
+    parts: dict[str, list[tuple[NDArray[np.uint16], NDArray[np.int64]]]] = {}
+    for block in found:
+        ids = palette.encode(block.images).astype(np.uint16)
+        held = np.array([block.split == "train" and held_out(i, fraction) for i in block.images])
+        for name, chosen in ((block.split, ~held), ("validation", held)):
+            if chosen.any():
+                parts.setdefault(name, []).append((ids[chosen], block.labels[chosen]))
+    return {
+        name: (np.concatenate([a for a, _ in some]), np.concatenate([b for _, b in some]))
+        for name, some in parts.items()
+    }
+
+
+def work(args: argparse.Namespace) -> int:
+    """Prepares the splits, and tells what the palette costs."""
+    if not 0 <= args.validation_fraction < 1:
+        raise UsageError(
+            f"--validation-fraction {args.validation_fraction}: must be 0 or more and below 1"
+        )
+    found = list(blocks(args.source, args.size))
+    if args.palette:
+        palette = read_palette(args.palette)
+    else:
+        pixels = sampled(found, args.validation_fraction, args.seed)
+        palette = fit_palette(pixels, args.colours, args.seed)
+    for name, (ids, labels) in splits(found, palette, args.validation_fraction).items():
+        place = args.output if name == "train" else Path(f"{args.output}-{name}")
+        prepare(place, records=ids, vocabulary=palette, split=name)
+        if (labels >= 0).any():
+            content = io.BytesIO()
+            np.save(content, labels)
+            (place / "labels.npy").write_bytes(content.getvalue())
+        print(f"{place}: {len(ids):,} images of {ids.shape[1]} pixels")
+    loss = psnr(found[0].images[:BLOCK], palette)
+    print(f"palette of {palette.size} colours, {palette.fingerprint[:12]}: PSNR {loss:.1f} dB")
+    return 0
+
+
+def main() -> int:
+    """Parse the command line and prepare."""
+    options = argparse.ArgumentParser(
+        description="Prepare images for Image GPT.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = options.add_argument
+    add("source", help="digits, a folder of images, a .npy or .npz, or CIFAR's folder")
+    add("--output", type=Path, default=Path("data/images"), help="folder of the training split")
+    add("--size", type=int, default=0, help="pixels a side of files in folders; 0: as they are")
+    add("--colours", type=int, default=MOST, help="of the palette, at most")
+    add("--palette", type=Path, help="a palette that is there already")
+    add("--validation-fraction", type=float, default=0.04, help="share of the images held out")
+    add("--seed", type=int, default=1337, help="of k-means and the pixels that it sees")
+    args = options.parse_args()
+    return run(lambda: work(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
