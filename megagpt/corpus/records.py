@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import tiktoken
 
 from megagpt.corpus.manifest import (
     MANIFEST,
@@ -91,18 +92,10 @@ def prepare(
         )
     given = records if records is not None else documents
     assert given is not None
-    palette = vocabulary if isinstance(vocabulary, Palette) else None
-    if palette:
-        size, known = palette.size, palette.fingerprint
-    elif encoding:
-        size, known = encoding.n_vocab, fingerprint(encoding)
-    else:
-        size, known = int(str(vocabulary)), ""  # also one of numpy's
-    end = end_of_document(encoding) if encoding and records is None else None
-    samples = _Samples(folder, size, end, start=size if palette else None)
+    samples, known = _samples(folder, encoding or vocabulary, records is None)
     if (folder / MANIFEST).exists():
         return _there(folder, samples, given, (split, known))
-    name = known if palette else str(vocabulary)
+    name = known if isinstance(vocabulary, Palette) else str(vocabulary)
     plan = {"samples": name, "split": split, "shard_tokens": shard_tokens}
     with State([folder], plan) as state:
         _remove_started(folder)
@@ -122,6 +115,17 @@ def prepare(
     for reason, count in samples.left_out.items():
         log.warning("%s: %d samples left out: %s", folder, count, reason)
     return manifest
+
+
+def _samples(folder: Path, vocabulary: Any, documents: bool) -> tuple[_Samples, str]:
+    """(what reads samples of an encoding, a palette or so many ids, the vocabulary's digest)."""
+    if isinstance(vocabulary, Palette):
+        size = vocabulary.size
+        return _Samples(folder, size, None, start=size), vocabulary.fingerprint
+    if isinstance(vocabulary, tiktoken.Encoding):
+        end = end_of_document(vocabulary) if documents else None
+        return _Samples(folder, vocabulary.n_vocab, end), fingerprint(vocabulary)
+    return _Samples(folder, int(str(vocabulary)), None), ""  # also one of numpy's
 
 
 def _written(
