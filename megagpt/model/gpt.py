@@ -334,10 +334,6 @@ class GPT(nn.Module):
         """Logits (..., V) of what follows the positions of hidden (..., D) that `read` gave."""
         return self.classes.head_logits(self._output(), self.ln_f(hidden))
 
-    def next_logits(self, ids: Tensor, cache: Cache) -> Tensor:
-        """Logits (B, V) of what follows ids (B, T), which continue the texts in the cache."""
-        return self.scores(self.read(ids, cache)[:, -1])
-
     def _hidden(self, x: Tensor) -> Tensor:
         hidden = self.wpe(self.wte(x))  # (B, T) -> (B, T, D)
         keep = not (self.recompute_every and self.training and torch.is_grad_enabled())

@@ -25,7 +25,7 @@ from megagpt.config import RunConfig
 from megagpt.corpus.manifest import CorpusManifest
 from megagpt.errors import UsageError
 from megagpt.order.augment import Augment
-from megagpt.order.fitting import check_sources
+from megagpt.order.fitting import check_sources, check_vocabulary
 from megagpt.order.mixture import Mixture
 from megagpt.order.permutation import shuffle
 from megagpt.order.windows import TokenWindows
@@ -347,3 +347,13 @@ def validation_loaders(config: RunConfig) -> list[TokenLoader]:
     """The samples of each validation set. Raises what TokenLoader raises."""
     sources = config.data.validation
     return [TokenLoader([(Path(s.path), 1.0)], config.model.n_ctx, 0) for s in sources]
+
+
+def check_corpora(config: RunConfig) -> None:
+    """Opens and closes all corpora of a run. Raises what TokenLoader and check_vocabulary raise."""
+    loaders = [training_loader(config), *validation_loaders(config)]
+    try:
+        check_vocabulary(config, loaders)
+    finally:
+        for loader in loaders:
+            loader.close()

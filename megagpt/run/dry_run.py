@@ -15,8 +15,7 @@ from megagpt.config import RunConfig
 from megagpt.corpus.manifest import MANIFEST
 from megagpt.engine.rehearsal import Rehearsed, rehearse
 from megagpt.errors import UsageError
-from megagpt.order.fitting import check_vocabulary
-from megagpt.order.loader import training_loader, validation_loaders
+from megagpt.order.loader import check_corpora
 from megagpt.plan.layout import Layout, accumulation_steps, micro_batch_of
 from megagpt.run.state import RunState
 
@@ -75,10 +74,5 @@ def _corpora(config: RunConfig) -> Iterator[str]:
         yield f"{folder}: not on this machine, so it is not looked at"
     if missing:
         return
-    loaders = [training_loader(config), *validation_loaders(config)]
-    try:
-        check_vocabulary(config, loaders)
-    finally:
-        for loader in loaders:
-            loader.close()
+    check_corpora(config)
     yield f"data: {len(folders)} corpora are there and fit the model"

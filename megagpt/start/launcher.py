@@ -20,8 +20,7 @@ from megagpt.check.machine import gpus
 from megagpt.cluster.ranks import discover
 from megagpt.config import RunConfig, load_run
 from megagpt.errors import EXIT_OK, UsageError
-from megagpt.order.fitting import check_vocabulary
-from megagpt.order.loader import training_loader, validation_loaders
+from megagpt.order.loader import check_corpora
 from megagpt.plan.ds_config import read_ds_config, resolve
 from megagpt.plan.layout import layout_of
 from megagpt.plan.sanity import oddities
@@ -109,12 +108,7 @@ def ranks_of(asked: int, config: RunConfig, cards: int) -> int:
 def check(config: RunConfig, ranks: int) -> None:
     """Raises UsageError or DamageError for a layout that cannot be, or corpora that do not fit."""
     resolve(config, layout_of(config, ranks), read_ds_config(config.parallel.ds_config))
-    loaders = [training_loader(config), *validation_loaders(config)]
-    try:
-        check_vocabulary(config, loaders)
-    finally:
-        for loader in loaders:
-            loader.close()
+    check_corpora(config)
 
 
 def command_line(words: list[str], ranks: int, launcher: str) -> list[str]:

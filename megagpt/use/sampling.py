@@ -25,24 +25,14 @@ def uniform(seed: int, sample: int, position: int) -> float:
     return float((struct.unpack("<Q", digest)[0] >> 11) * 2.0**-53)
 
 
-def distribution(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """Probabilities (B, V), float64, of the next token after logits (B, V).
+def candidates(
+    logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """The tokens (K,) that may follow logits (V,) and their probabilities (K,) float64, together 1.
 
     Of equal logits at the edge of top-k or top-p, those of the lower ids stay. Top-p follows
     Holtzman et al. 2020: the token that reaches p is in.
     """
-    made = torch.zeros(logits.shape, dtype=torch.float64, device=logits.device)
-    for row, one in enumerate(logits):
-        ids, chances = candidates(one, temperature, top_k, top_p)
-        made[row, ids] = chances
-    return made
-
-
-def candidates(
-    logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """The tokens (K,) that may follow logits (V,), and their probabilities (K,) float64, together
-    1; as `distribution` says."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True), torch.ones(1, dtype=torch.float64)
     logits = logits.double()

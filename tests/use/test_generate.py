@@ -18,7 +18,7 @@ from megagpt.use import generate as command
 from megagpt.use.generate import generate
 from megagpt.use.generator import Continuation, Generator, write_texts
 from megagpt.use.options import TextOptions
-from megagpt.use.sampling import adjusted, distribution, sample, uniform
+from megagpt.use.sampling import adjusted, candidates, sample, uniform
 from tests.lib.weights import banded
 
 
@@ -41,6 +41,16 @@ def encoding():
 
 def logs(*probabilities: float) -> torch.Tensor:
     return torch.tensor([probabilities]).double().log()
+
+
+def distribution(
+    logits: torch.Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0
+) -> torch.Tensor:
+    """Probabilities (1, V) after logits (1, V), 0 of the tokens that may not follow."""
+    ids, chances = candidates(logits[0], temperature, top_k, top_p)
+    made = torch.zeros(logits.shape, dtype=torch.float64)
+    made[0, ids] = chances
+    return made
 
 
 def test_distributions_by_hand():
