@@ -15,7 +15,7 @@ import pytest
 from megagpt.corpus.command import add_parsers, parser, prepare_by_place
 from megagpt.corpus.download import fetch
 from megagpt.corpus.huggingface import hub_documents, parse_address
-from megagpt.corpus.inspect import describe
+from megagpt.corpus.inspect import describe, first_documents
 from megagpt.corpus.manifest import read_manifest
 from megagpt.errors import DamageError, UsageError
 from megagpt.tokenizer import load_tokenizer
@@ -129,6 +129,24 @@ def test_text8_and_tiny_shakespeare_split_by_place(tmp_path: Path) -> None:
     (tmp_path / "text8").write_bytes(b"\xff")
     result = script("text8", "--file", tmp_path / "text8", "--output", tmp_path / "z")
     assert result.returncode == 3 and "not text8" in result.stderr
+
+
+def test_enwik8_is_split_by_place_in_bytes(tmp_path: Path) -> None:
+    content = "<text>é</text>".encode() * 100 + b"\xff"
+    (tmp_path / "enwik8").write_bytes(content)
+    out = tmp_path / "out"
+    for _ in range(2):
+        result = script("text8", "--enwik8", "--file", tmp_path / "enwik8", "--output", out)
+        assert result.returncode == 0, result.stderr
+    parts = []
+    for name in ("", "-validation", "-test"):
+        assert command("verify", f"{out}{name}") == 0
+        (ids,) = first_documents(read_manifest(f"{out}{name}"), 9)
+        assert ids[-1] == 256
+        parts.append(ids[:-1].astype("u1").tobytes())
+    assert b"".join(parts) == content, "cut within a character, and not of UTF-8"
+    assert [len(part) for part in parts] == [1350, 75, 76]
+    assert "test split, bytes 1425 to 1501 of 1501" in result.stdout
 
 
 def test_downloads(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import subprocess
 import sys
 import time
@@ -64,6 +65,18 @@ def test_chargpt_on_a_text_of_ones_own(chargpt) -> None:
     found = re.fullmatch(r"([\d.]+) nats per character of data/mine-validation", figure)
     assert found and len(held_out.encode()) > len(held_out)
     assert 1.0 < float(found[1]) < 4.0, "the entropy of 257 ids is 5.5"
+
+
+def test_text8_in_miniature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "".join(c for c in " ".join(sentences(900, 3)) if c.isalpha() or c == " ")
+    (tmp_path / "enwik8").write_text(text)
+    words = ["--file", "enwik8", "--steps", 40, "--model", "nano", "--context", 32]
+    figure = run(tmp_path, "text8.py", *words)
+    found = re.fullmatch(r"([\d.]+) bits per character of data/text8-mini-test", figure)
+    assert found and 1.0 < float(found[1]) < 4.5, "27 letters alike are log2 27 = 4.75 bits"
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    example = runpy.run_path(str(ROOT / "examples/text8.py"))
+    assert example["in_its_alphabet"]("Act II:\n10 Men") == "act ii one zero men"
 
 
 def test_fine_tuning_learns_the_new_text_and_forgets_the_old(chargpt) -> None:

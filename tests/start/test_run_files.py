@@ -41,7 +41,7 @@ def prepare(folder, line: str, *more: object) -> subprocess.CompletedProcess[str
     return subprocess.run(command, cwd=folder, env=ENV, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("name", [*SOURCES, "shakespeare"])
+@pytest.mark.parametrize("name", [*SOURCES, "shakespeare", "text8"])
 def test_the_commands_of_a_header_parse(name):
     keys = ("Train", "Read") if name == "shakespeare" else ("Check", "Train")
     for line in (said(name, key) for key in keys):
@@ -52,7 +52,7 @@ def test_the_commands_of_a_header_parse(name):
         assert file in (None, f"launch/runs/{name}.toml")
 
 
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("name", [*SOURCES, "text8"])
 def test_a_header_says_what_the_planner_says(name):
     config = load_run(RUNS / f"{name}.toml")
     hours, gpus, memory = re.findall(r"[\d.]+", said(name, "Takes").replace("H100", "", 1))[:3]
