@@ -4,8 +4,9 @@ The last part of a tag is the name in metrics.jsonl; the part before it is the g
 TensorBoard folds it. Names that are not listed here go to the group "more", so a new figure of
 the trainer shows up without a change of this file.
 
-TensorBoard sorts groups by their names and opens the first ones. Losses are to be seen first: other
-groups than train and validation begin with x_, those with a chart for every layer with y_.
+TensorBoard sorts groups by their names, figures within them, and opens the first ones. Losses are
+to be seen first: `train` and `validation` hold them and nothing else. Groups of other figures begin
+with x_ (what says how a step was made with w_), those with a chart for every layer with y_.
 """
 
 import math
@@ -13,7 +14,8 @@ from collections.abc import Mapping
 from typing import Any
 
 _GROUPS = {
-    "train": "loss perplexity lr batch_tokens grad_norm update_norm param_norm update_ratio",
+    "train": "loss perplexity",
+    "update": "lr batch_tokens grad_norm update_norm param_norm update_ratio",
     "validation": "validation_loss validation_perplexity validation_bits_per_byte",
     "speed": "tokens_per_s mfu hfu tflops_per_rank",
     "time": "step_s data_s forward_s backward_s communication_s optimizer_s details_s "
@@ -34,15 +36,15 @@ _PERPLEXITIES = {
     "validation_loss": "validation/validation_perplexity",
 }
 AXIS = "tokens"
-_FIRST, _LAYERS = ("train", "validation"), ("norms", "activations")
-"""Groups by where they stand, see above."""
+_MARKS = {"train": "", "validation": "", "update": "w_", "norms": "y_", "activations": "y_"}
+"""Group -> the mark that puts it in its place; of all others x_."""
 
 FIRST_SCREEN: dict[str, dict[str, list[str]]] = {
     "Is it learning?": {
         "loss, training and validation": [r"^train/loss$", r"^validation/validation_loss$"],
         "validation, by set": [r"^validation/(?!validation_)"],
         "bits per byte": [r"^validation/validation_bits_per_byte$"],
-        "gradient norm": [r"^train/grad_norm$"],
+        "gradient norm": [r"^w_update/grad_norm$"],
     },
     "Is it healthy?": {
         "gradient norm of each layer": [r"^y_norms/gradient/"],
@@ -52,9 +54,9 @@ FIRST_SCREEN: dict[str, dict[str, list[str]]] = {
         "loss scale and skipped steps": [r"^x_precision/"],
     },
     "Is it on schedule?": {
-        "learning rate": [r"^train/lr$"],
+        "learning rate": [r"^w_update/lr$"],
         "batch and gradient noise scale (tokens)": [
-            r"^train/batch_tokens$",
+            r"^w_update/batch_tokens$",
             r"^x_noise/noise_scale_tokens$",
         ],
     },
@@ -91,8 +93,7 @@ def tags(record: Mapping[str, Any]) -> dict[str, float]:
 
 def placed(tag: str) -> str:
     """The tag with the mark of where its group stands."""
-    group = tag.partition("/")[0]
-    return tag if group in _FIRST else f"{'y' if group in _LAYERS else 'x'}_{tag}"
+    return _MARKS.get(tag.partition("/")[0], "x_") + tag
 
 
 def _nested(path: str, record: Mapping[str, Any]) -> dict[str, float]:
@@ -112,9 +113,10 @@ def record_of(values: Mapping[str, float]) -> dict[str, Any]:
     """
     record: dict[str, Any] = {}
     for tag, value in values.items():
-        # Events of November 2026 or before have no marks.
         group, _, name = tag.partition("/")
-        group = group.removeprefix("x_").removeprefix("y_")
+        # Older events have no marks, and the update's figures in the group of the loss.
+        group = group[2:] if group.startswith(("w_", "x_", "y_")) else group
+        group = "update" if group == "train" and _GROUP.get(name) == "update" else group
         figure: float | int = value
         if name.rpartition("/")[2] in _WHOLE:
             if abs(value) >= 2**24:

@@ -1,5 +1,8 @@
 """Numbers as a person reads them (L1, stdlib only)."""
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 
 def duration(seconds: float | None) -> str:
     """The two leading units of a duration: "3 d 4 h", "12 min 5 s", "?" for None."""
@@ -17,7 +20,7 @@ def duration(seconds: float | None) -> str:
 def amount(number: float, figures: int = 3) -> str:
     """A number in a few figures: 0.25, 512, 32.8k, 1.25M, 300B; below a thousandth 2.5e-4."""
     if 0 < abs(number) < 1e-3:
-        return scientific(number)
+        return scientific(number, figures)
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         # 999.96k would print as 1000k.
         if abs(number) >= size * (1 - 0.5 * 10**-figures):
@@ -25,7 +28,22 @@ def amount(number: float, figures: int = 3) -> str:
     return f"{number:.{figures}g}"
 
 
-def scientific(value: float) -> str:
+def amounts(numbers: Sequence[float]) -> list[str]:
+    """The labels of an axis: in as few figures as tell each number, and so tell them apart. What
+    the steps of an axis leave of zero (1e-17) is 0."""
+    step = min((b - a for a, b in pairwise(sorted(set(numbers)))), default=0.0)
+    numbers = [0.0 if abs(number) < 1e-9 * step else number for number in numbers]
+    figures = 4
+    while figures < 16 and any(abs(_cut(n, figures) - n) > 0.01 * step for n in numbers):
+        figures += 1
+    return [amount(number, figures) for number in numbers]
+
+
+def _cut(number: float, figures: int) -> float:
+    return float(f"{number:.{figures}g}")
+
+
+def scientific(value: float, figures: int = 3) -> str:
     """A learning rate as papers print it: 6e-4, 2.5e-4."""
-    mantissa, exponent = f"{value:.2e}".split("e")
-    return f"{float(mantissa):g}e{int(exponent)}" if value else "0"
+    mantissa, exponent = f"{value:.{figures - 1}e}".split("e")
+    return f"{float(mantissa)!r}".removesuffix(".0") + f"e{int(exponent)}" if value else "0"

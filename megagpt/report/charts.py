@@ -1,8 +1,13 @@
 """What the page and the picture draw: each chart as plain data (numpy only).
 
 A chart is a dict: title, x ("tokens" or "PF-days without embeddings"), unit of y, xlog, ylog, lines
-and marks. A line is name, colour, x, y, kind ("line", "faint", "dots", "step" or "dash"); a mark is
-a vertical line at x with a text and a kind ("restart", "rollback" or "spike").
+and marks. A line is name, colour, run (its number), x, y, kind ("line", "faint", "dots", "step",
+"dash", or "area": what is stacked upon the next line); a mark is a vertical line at x with a text,
+a colour, a run and a kind ("restart", "rollback" or "spike"). A line has `over`, the number of
+earlier lines that it would hide, so that it can be drawn with gaps.
+
+Of one run a chart may show several figures; of several runs each chart shows one, a line for each
+run in the run's colour.
 
 The published scaling laws beside a run's loss are fits to English web text in nats per token with
 vocabularies of 32k to 50k: for other text, or another tokenizer, slopes compare and levels do not.
@@ -15,18 +20,27 @@ from typing import Any, TypeVar
 import numpy as np
 
 from megagpt.config.flops import pf_days
-from megagpt.report.series import Floats, Run, column, table, thin
+from megagpt.log.units import scientific
+from megagpt.report.colours import (
+    ALARM,
+    BATCH,
+    COLOURS,
+    GREY,
+    PART_COLOURS,
+    RATE,
+    STEEP,
+    TRAIN,
+    VALIDATION,
+    colour_of,
+)
+from megagpt.report.series import Floats, Run, column, parts_of, smooth, table, thin
 from megagpt.use.learned import curves
-
-INK, FAINT, GRID, GREY = "#1f2933", "#66727f", "#e6e9ed", "#8a94a0"
-TRAIN, VALIDATION, RATE, BATCH, ALARM = "#2b6cb0", "#dd6b20", "#2f855a", "#6b46c1", "#c53030"
-COLOURS = (TRAIN, VALIDATION, RATE, BATCH, ALARM, "#0bb5c9", "#b7791f", "#d53f8c")
 
 LEAST_PF_DAYS, LEAST_VOCABULARY = 1e-6, 32_000
 """Where the published laws begin to apply: Kaplan et al. 2020, figure 1, and their tokenizers."""
 LAWLESS = (
     "Compute is 6 N a token, N without the embeddings. The published laws are not drawn: they were "
-    f"fitted to runs of {LEAST_PF_DAYS:g} PF-days or more with vocabularies of "
+    f"fitted to runs of {scientific(LEAST_PF_DAYS)} PF-days or more with vocabularies of "
     f"{LEAST_VOCABULARY:,} tokens or more."
 )
 Chart = dict[str, Any]
@@ -36,8 +50,9 @@ _FIGURES: tuple[tuple[str, str, str, str, dict[str, Any]], ...] = (
     ("batch_tokens", "batch size", BATCH, "step", {"unit": "tokens"}),
     ("tokens_per_s", "throughput", TRAIN, "smooth", {"unit": "tokens/s"}),
     ("mfu", "model FLOPs utilization", VALIDATION, "smooth", {"unit": "MFU, %"}),
-    ("grad_norm", "gradient norm, before clipping", ALARM, "line", {"ylog": True}),
+    ("grad_norm", "gradient norm, before clipping", STEEP, "line", {"ylog": True}),
     ("loss_scale", "loss scale", GREY, "step", {"ylog": True}),
+    ("step_s", "time of a step", TRAIN, "smooth", {"unit": "s"}),
 )
 """Figures with a chart of their own: (name in the record, title, colour, kind, chart's options)."""
 
@@ -65,27 +80,24 @@ def charts(runs: Sequence[Run]) -> list[Chart]:
         key: _figure(runs, key, title, colour, kind, options)
         for key, title, colour, kind, options in _FIGURES
     }
-    loss_scale = figures.pop("loss_scale")
+    loss_scale, step_time = figures.pop("loss_scale"), figures.pop("step_s")
+    parts = _parts(runs[0]) if len(runs) == 1 else step_time
     candidates = [
         _loss(runs),
         _compute(runs),
         *_tasks(runs),
-        _validation_sets(runs),
+        *_validation_sets(runs),
         *figures.values(),
-        _family(runs, "time of a step by part", "s", "_s"),
-        _sources(runs),
-        _family(runs, "memory of rank 0", "bytes", "_bytes"),
+        parts if parts["lines"] else step_time,
+        *_sources(runs),
+        *_memory(runs),
         loss_scale,
     ]
     for chart in candidates:
         # Of a line that is finite nowhere there is nothing to draw.
         chart["lines"] = [line for line in chart["lines"] if line["x"]]
+        _count_hidden(chart["lines"])
     return [chart for chart in candidates if chart["lines"]]
-
-
-def colour_of(index: int) -> str:
-    """The colour of the index-th of several lines or runs."""
-    return COLOURS[index % len(COLOURS)]
 
 
 def _chart(title: str, **options: Any) -> Chart:
@@ -93,58 +105,81 @@ def _chart(title: str, **options: Any) -> Chart:
     return {"title": title, **empty, "note": "", **options}
 
 
-def _line(name: str, colour: str, x: Floats, y: Floats, kind: str = "line") -> dict[str, Any]:
+def _line(
+    name: str, colour: str, curve: tuple[Floats, Floats], kind: str = "line", run: int = 0
+) -> dict[str, Any]:
     # An axis has no point for what is not finite: the line goes on at the next value.
+    x, y = curve
     finite = np.isfinite(x) & np.isfinite(y)
     x, y = thin(x[finite], y[finite])
     return {
         "name": name,
         "colour": colour,
         "kind": kind,
+        "run": run,
         "x": [float(f"{value:.7g}") for value in x],
         "y": [float(f"{value:.5g}") for value in y],
     }
 
 
-def _marks(run: Run) -> list[dict[str, Any]]:
-    """Restarts, rollbacks and spikes along the axis of tokens."""
-    marks = [
-        {
-            "x": event["tokens"],
-            "kind": event["cause"],
-            "text": f"{event['cause']} at step {event['step']}: "
-            f"{event.get('lost_steps', 0)} steps again",
-        }
-        for event in run.restarts
-    ]
-    marks += [
-        {"x": spike.tokens, "kind": "spike", "text": f"spike at step {spike.step}: {spike.reason}"}
-        for spike in run.spikes
-    ]
+def _count_hidden(lines: Sequence[dict[str, Any]]) -> None:
+    """Says of each line how many earlier ones run along it for a quarter of its way or more."""
+    for number, line in enumerate(lines):
+        line["over"] = 0
+        if line["kind"] not in ("line", "step"):
+            continue
+        for other in lines[:number]:
+            there = np.interp(line["x"], other["x"], other["y"])
+            same = np.abs(there - line["y"]) <= 1e-3 * np.abs(line["y"])
+            line["over"] += other["kind"] == line["kind"] and bool(same.mean() >= 0.25)
+
+
+def _marks(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Restarts, rollbacks and spikes along the axis of tokens; of several runs in their colours."""
+    marks = []
+    for index, run in enumerate(runs):
+        found = [
+            (
+                event["tokens"],
+                event["cause"],
+                f"{event['cause']} at step {event['step']}: "
+                f"{event.get('lost_steps', 0)} steps again",
+            )
+            for event in run.restarts
+        ]
+        found += [
+            (spike.tokens, "spike", f"spike at step {spike.step}: {spike.reason}")
+            for spike in run.spikes
+        ]
+        for tokens, kind, text in found:
+            colour = ALARM if kind == "spike" else GREY
+            mark = {"x": tokens, "kind": kind, "colour": colour, "text": text, "run": index}
+            if len(runs) > 1:
+                mark |= {"colour": colour_of(index), "text": f"{run.name}: {text}"}
+            marks.append(mark)
     return sorted(marks, key=lambda mark: mark["x"])
 
 
 def _loss(runs: Sequence[Run]) -> Chart:
-    chart = _chart("loss", unit="nats per token", ylog=True)
+    chart = _chart("loss", unit="nats per token", ylog=True, marks=_marks(runs))
     if len(runs) == 1:
         [run] = runs
-        chart["marks"] = _marks(run)
         chart["lines"] = [
-            _line("each step", TRAIN, run.tokens, run.column("loss"), "faint"),
-            _line("training", TRAIN, run.tokens, run.smoothed("loss")),
+            _line("each step", TRAIN, (run.tokens, run.column("loss")), "faint"),
+            _line("training", TRAIN, (run.tokens, run.smoothed("loss"))),
         ]
         if run.evaluations:
-            chart["lines"].append(_line("validation", VALIDATION, *run.validation, "dots"))
+            chart["lines"].append(_line("validation", VALIDATION, run.validation, "dots"))
         return chart
     for index, run in enumerate(runs):
-        colour, training = colour_of(index), run.smoothed("loss")
+        colour, training = colour_of(index), (run.tokens, run.smoothed("loss"))
         if run.evaluations:
             chart["lines"] += [
-                _line(f"{run.name}, training", colour, run.tokens, training, "faint"),
-                _line(run.name, colour, *run.validation, "dots"),
+                _line(f"{run.name}, training", colour, training, "faint", index),
+                _line(run.name, colour, run.validation, "dots", index),
             ]
         else:
-            chart["lines"].append(_line(run.name, colour, run.tokens, training))
+            chart["lines"].append(_line(run.name, colour, training, run=index))
     return chart
 
 
@@ -174,19 +209,19 @@ def _compute(runs: Sequence[Run]) -> Chart:
             reach += [compute[0], compute[-1]]
         colour = colour_of(index)
         name = run.name if several else "training"
-        chart["lines"].append(_line(name, colour, compute, run.smoothed("loss")))
+        chart["lines"].append(_line(name, colour, (compute, run.smoothed("loss"))))
         tokens, losses = run.validation
         # A logarithmic axis has no zero, where the first evaluation lies.
         x = run.pf_days(tokens[tokens > 0])
         if x is not None and len(x):
             name = f"{run.name}, validation" if several else "validation"
             shade = colour if several else VALIDATION
-            chart["lines"].append(_line(name, shade, x, losses[tokens > 0], "dots"))
+            chart["lines"].append(_line(name, shade, (x, losses[tokens > 0]), "dots"))
         if not several and run in lawful:
             chart["lines"] += _laws(run)
     if reach:
         x = np.geomspace(min(reach), max(reach) * 2, 40)
-        chart["lines"].append(_line("GPT-3 frontier 2.57 C^-0.048", GREY, x, frontier(x), "dash"))
+        chart["lines"].append(_line("GPT-3 frontier 2.57 C^-0.048", GREY, (x, frontier(x)), "dash"))
     return chart
 
 
@@ -206,37 +241,14 @@ def _laws(run: Run) -> list[dict[str, Any]]:
     tokens = np.geomspace(run.tokens[0], run.tokens[-1], 60)
     lines = []
     for name, colour, losses in (
-        ("Kaplan 2020 at this size", "#b7791f", kaplan(inner, tokens)),
-        ("Chinchilla 2022 at this size", "#0bb5c9", chinchilla(total, tokens)),
+        ("Kaplan 2020 at this size", COLOURS[6], kaplan(inner, tokens)),
+        ("Chinchilla 2022 at this size", COLOURS[5], chinchilla(total, tokens)),
     ):
         low = losses < math.log(50_257)
         if low.sum() > 1:
             x = pf_days(inner, tokens[low])
-            lines.append(_line(name, colour, x, losses[low], "dash"))
+            lines.append(_line(name, colour, (x, losses[low]), "dash"))
     return lines
-
-
-def _validation_sets(runs: Sequence[Run]) -> Chart:
-    chart = _chart("validation loss of each set", unit="nats per token", ylog=True)
-    for run in runs:
-        for name, losses in run.validation_sets.items():
-            shown = f"{run.name}, {name}" if len(runs) > 1 else name
-            colour = colour_of(len(chart["lines"]))
-            chart["lines"].append(_line(shown, colour, run.validation[0], losses, "dots"))
-    return chart
-
-
-def _tasks(runs: Sequence[Run]) -> list[Chart]:
-    """What the checkpoints reached on tasks: all accuracies, and each other figure, in a chart."""
-    kinds: dict[str, Chart] = {}
-    for run in runs:
-        for curve in curves(run.folder):
-            chart = kinds.setdefault(curve.title, _chart(curve.title, unit=curve.unit))
-            name = f"{run.name}, {curve.task}" if len(runs) > 1 else curve.task
-            colour, x = colour_of(len(chart["lines"]) // 2), np.array(curve.tokens)
-            guess = _line(f"{name}, a guess", colour, x, np.array(curve.chance), "dash")
-            chart["lines"] += [_line(name, colour, x, np.array(curve.values), "dots"), guess]
-    return list(kinds.values())
 
 
 def _figure(
@@ -245,53 +257,115 @@ def _figure(
     """One figure of every run over tokens."""
     chart = _chart(title, **options)
     scale = 100.0 if key == "mfu" else 1.0
-    if key == "grad_norm" and len(runs) == 1:
-        chart["marks"] = _marks(runs[0])
+    if key == "grad_norm":
+        chart["marks"] = _marks(runs)
     for index, run in enumerate(runs):
-        values = scale * run.column(key)
+        values = scale * (run.step_s if key == "step_s" else run.column(key))
         if not np.isfinite(values).any():
             continue
         shade, name = (colour, title) if len(runs) == 1 else (colour_of(index), run.name)
         if kind == "smooth":
             chart["lines"] += [
-                _line(f"{name}, each step", shade, run.tokens, values, "faint"),
-                _line(name, shade, run.tokens, scale * run.smoothed(key)),
+                _line(f"{name}, each step", shade, (run.tokens, values), "faint", index),
+                _line(name, shade, (run.tokens, smooth(values, run.span_steps)), run=index),
             ]
         else:
-            chart["lines"].append(_line(name, shade, run.tokens, values, kind))
+            chart["lines"].append(_line(name, shade, (run.tokens, values), kind, index))
     return chart
 
 
-def _shade(chart: Chart, index: int, several: bool) -> str:
-    """The colour of a chart's next line: that of the run where there are several."""
-    return colour_of(index if several else len(chart["lines"]))
+# --- several figures of a kind ------------------------------------------------------------------
 
 
-def _family(runs: Sequence[Run], title: str, unit: str, ending: str) -> Chart:
-    """Every figure of every run whose name ends so, smoothed."""
-    chart, several = _chart(title, unit=unit), len(runs) > 1
+class Found:
+    """The curves of each figure of a kind, by its name and the number of the run."""
+
+    def __init__(self) -> None:
+        self.curves: dict[str, list[tuple[int, tuple[Floats, Floats]]]] = {}
+
+    def add(self, name: str, run: int, x: Floats, y: Floats) -> None:
+        """A curve that is finite somewhere."""
+        if np.isfinite(y).any():
+            self.curves.setdefault(name, []).append((run, (x, y)))
+
+    def charts(
+        self, runs: Sequence[Run], titles: tuple[str, str], kind: str, **options: Any
+    ) -> list[Chart]:
+        """All figures of one run in a chart; of several runs a chart for each figure.
+
+        titles: of the one chart, and of each of several, with {} for the figure.
+        """
+        if len(runs) == 1:
+            chart = _chart(titles[0], **options)
+            for name, [(_, curve)] in self.curves.items():
+                chart["lines"].append(_line(name, colour_of(len(chart["lines"])), curve, kind))
+            return [chart]
+        made = []
+        for name, of_runs in self.curves.items():
+            chart = _chart(titles[1].replace("{}", name), **options)
+            chart["lines"] = [
+                _line(runs[index].name, colour_of(index), curve, kind, index)
+                for index, curve in of_runs
+            ]
+            made.append(chart)
+        return made
+
+
+def _validation_sets(runs: Sequence[Run]) -> list[Chart]:
+    found = Found()
     for index, run in enumerate(runs):
-        # Some figures are measured every hundred steps.
-        names = {name for step in run.steps[:200] for name in step if name.endswith(ending)}
-        for name in sorted(names):
-            if name.endswith("_per_s") or not np.isfinite(run.column(name)).any():
-                continue
-            shown = name.removesuffix(ending).replace("_", " ")
-            shown = f"{run.name}, {shown}" if several else shown
-            colour = _shade(chart, index, several)
-            chart["lines"].append(_line(shown, colour, run.tokens, run.smoothed(name)))
-    return chart
+        for name, losses in run.validation_sets.items():
+            found.add(name, index, run.validation[0], losses)
+    titles = ("validation loss of each set", "validation loss of {}")
+    return found.charts(runs, titles, "dots", unit="nats per token", ylog=True)
 
 
-def _sources(runs: Sequence[Run]) -> Chart:
-    """Epochs of each source of data of every run."""
-    chart, several = _chart("epochs of each source"), len(runs) > 1
+def _sources(runs: Sequence[Run]) -> list[Chart]:
+    """Epochs of each source of data."""
+    found = Found()
     for index, run in enumerate(runs):
         for name in table(run.steps[-1].get("sources")):
-            of_each = (table(table(step.get("sources")).get(name)) for step in run.steps)
-            epochs = column(list(of_each), "epochs")
-            if np.isfinite(epochs).any():
-                shown = f"{run.name}, {name}" if several else name
-                colour = _shade(chart, index, several)
-                chart["lines"].append(_line(shown, colour, run.tokens, epochs))
+            of_each = [table(table(step.get("sources")).get(name)) for step in run.steps]
+            found.add(name, index, run.tokens, column(of_each, "epochs"))
+    return found.charts(runs, ("epochs of each source", "epochs of {}"), "line")
+
+
+def _memory(runs: Sequence[Run]) -> list[Chart]:
+    found = Found()
+    for index, run in enumerate(runs):
+        # Some figures are measured every hundred steps.
+        names = {name for step in run.steps[:200] for name in step if name.endswith("_bytes")}
+        for name in sorted(names):
+            shown = name.removesuffix("_bytes").replace("_", " ")
+            found.add(shown, index, run.tokens, run.smoothed(name))
+    titles = ("memory of rank 0", "memory of rank 0: {}")
+    return found.charts(runs, titles, "line", unit="bytes")
+
+
+def _parts(run: Run) -> Chart:
+    """The parts of a step upon one another: together they are the step."""
+    note = "Together the parts are the step; click a name to take it out of the stack."
+    chart = _chart("time of a step by part", unit="s", note=note)
+    for name, seconds in reversed(parts_of(run).items()):
+        chart["lines"].append(_line(name, PART_COLOURS[name], (run.tokens, seconds), "area"))
     return chart
+
+
+def _tasks(runs: Sequence[Run]) -> list[Chart]:
+    """What the checkpoints reached on tasks: of one run all accuracies, and each other figure, in a
+    chart; of several runs a chart for each task."""
+    kinds: dict[str, Chart] = {}
+    several = len(runs) > 1
+    for index, run in enumerate(runs):
+        for curve in curves(run.folder):
+            title = f"{curve.title}: {curve.task}" if several else curve.title
+            chart = kinds.setdefault(title, _chart(title, unit=curve.unit))
+            name = run.name if several else curve.task
+            colour, x = colour_of(index if several else len(chart["lines"]) // 2), curve.tokens
+            for shown, values, kind in (
+                (name, curve.values, "dots"),
+                (f"{name}, a guess", curve.chance, "dash"),
+            ):
+                line = _line(shown, colour, (np.array(x), np.array(values)), kind, index)
+                chart["lines"].append(line)
+    return list(kinds.values())

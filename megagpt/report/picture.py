@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 
 from megagpt.errors import visible
-from megagpt.log.units import amount
-from megagpt.report.charts import ALARM, FAINT, GREY, GRID, INK, Chart, charts
+from megagpt.log.units import amount, amounts
+from megagpt.report.charts import Chart, charts
 from megagpt.report.series import Run
 from megagpt.report.table import count, headline
 
+INK, FAINT, GRID = "#1f2933", "#66727f", "#e6e9ed"
 _STYLE: dict[Any, Any] = {
     "font.size": 10,
     "text.color": INK,
@@ -69,6 +70,8 @@ def draw_runs(runs: Sequence[Run], path: Path) -> Path:
             if title in by_title:
                 _panel(figure.add_subplot(grid[row, columns]), by_title[title], len(runs))
         title, facts = f"{len(runs)} runs", "light: training loss, dots: validation loss"
+        if by_title["loss"]["marks"]:
+            facts += ", dashes: restarts, rollbacks and spikes"
         if len(runs) == 1:
             title, facts = runs[0].name, _facts_line(runs[0])
         figure.text(0.07, 0.96, plain_text(title), fontsize=15, fontweight="bold")
@@ -102,12 +105,18 @@ def _panel(axes: Any, chart: Chart, n_runs: int) -> None:
             x, y = [0.0, *x], [y[0], *y]
         last = f"  {y[-1]:.3f}" if large else ""
         label = "_" if line["kind"] == "faint" else plain_text(line["name"] + last)
-        axes.plot(x, y, color=line["colour"], label=label, **_LINES[line["kind"]])
+        style = _LINES[line["kind"]]
+        if over := line["over"]:
+            style = {**style, "linestyle": (0, (4 / over, 8 - 4 / over))}
+        axes.plot(x, y, color=line["colour"], label=label, **style)
     named: set[str] = set()
     for mark in chart["marks"]:
         kind = mark["kind"]
-        colour, label = ALARM if kind == "spike" else GREY, "_" if kind in named else kind
-        axes.axvline(mark["x"], color=colour, linewidth=1, linestyle=(0, (3, 3)), label=label)
+        # Of several runs each has marks of its own colour, which a key in one would belie.
+        label = "_" if kind in named or n_runs > 1 else kind
+        axes.axvline(
+            mark["x"], color=mark["colour"], linewidth=1, linestyle=(0, (3, 3)), label=label
+        )
         named.add(kind)
     _scale(axes, axes.xaxis, chart, "x")
     _scale(axes, axes.yaxis, chart, "y")
@@ -119,7 +128,14 @@ def _panel(axes: Any, chart: Chart, n_runs: int) -> None:
 
 def _scale(axes: Any, axis: Any, chart: Chart, name: str) -> None:
     """The range and the ticks of one axis, "x" or "y"."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+    from matplotlib.ticker import Formatter, LogLocator, MaxNLocator, NullLocator
+
+    class Amounts(Formatter):
+        def __call__(self, value: float, position: object = None) -> str:
+            return amount(value, 4)
+
+        def format_ticks(self, values: Sequence[float]) -> list[str]:
+            return amounts(values)
 
     values = np.concatenate([np.asarray(line[name], float) for line in chart["lines"]])
     log = chart[f"{name}log"]
@@ -132,7 +148,7 @@ def _scale(axes: Any, axis: Any, chart: Chart, name: str) -> None:
             locator = LogLocator(subs=(1.0, 2.0, 5.0) if few else (1.0,), numticks=6)
     axis.set_major_locator(locator)
     axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: amount(value, 4)))
+    axis.set_major_formatter(Amounts())
     if name == "y" and not log:
         axes.set_ylim(bottom=0)
     elif name == "y" and len(values):

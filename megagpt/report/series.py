@@ -110,6 +110,21 @@ class Run:
         return (min(times), max(times)) if times else None
 
     @property
+    def hours(self) -> Floats | None:
+        """Hours at the end of each step since the run began, without the time in which no process
+        ran; None where neither times nor the seconds of steps tell."""
+        times, first = self.column("time"), self.times
+        if first is None or not np.isfinite(times).all():
+            hours = np.cumsum(self.step_s) / 3600
+            return hours if np.isfinite(hours).all() else None
+        since = times - first[0]
+        for event in self.events:
+            if event["event"] == "resume" and "time" in event:
+                since -= np.where(times >= event["time"], event.get("down_s", 0.0), 0.0)
+        # A clock may be set back.
+        return np.maximum.accumulate(since) / 3600
+
+    @property
     def wall_s(self) -> float:
         """Seconds from the first line to the last, pauses included."""
         return self.times[1] - self.times[0] if self.times else 0.0
@@ -148,6 +163,29 @@ class Run:
         """Median of a figure over the steps that have it, NaN where none has."""
         values = self.column(key)
         return float(np.nanmedian(values)) if np.isfinite(values).any() else math.nan
+
+
+PARTS = ("data", "forward", "backward", "communication", "optimizer")
+"""The parts of a step that the engine's clock tells, which never overlap."""
+
+
+def parts_of(run: Run) -> dict[str, Floats]:
+    """Smoothed seconds of each part of a step and of the loop itself; nothing where no step tells
+    them, NaN at steps whose own time is not known."""
+    columns = {name: run.column(f"{name}_s") for name in PARTS}
+    parts = {
+        name: np.where(np.isfinite(values), values, 0.0)
+        for name, values in columns.items()
+        if np.isfinite(values).any()
+    }
+    if not parts:
+        return {}
+    parts["the loop itself"] = np.maximum(0.0, run.step_s - sum(parts.values()))
+    known = np.isfinite(run.step_s)
+    return {
+        name: np.where(known, smooth(np.where(known, values, np.nan), run.span_steps), np.nan)
+        for name, values in parts.items()
+    }
 
 
 def table(value: Any) -> dict[str, Any]:

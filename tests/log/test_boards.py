@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megagpt.log.boards import TensorBoard, event_files
 from megagpt.log.repair import repair_events
-from megagpt.log.tags import derived, tags
+from megagpt.log.tags import derived, record_of, tags
 from tests.lib.recorded import curve, open_log, record, run_until_killed
 
 
@@ -61,7 +61,7 @@ def test_sound_events_behind_a_damaged_one_are_read_again(tmp_path, caplog, dama
     board = TensorBoard(tmp_path / "tensorboard")
     before = board.path.stat().st_size
     for step in range(1, 201):
-        board.scalars({"train/loss": float(step), "train/lr": 0.5}, step)
+        board.scalars({"train/loss": float(step), "w_update/lr": 0.5}, step)
     board.close()
     whole = board.path.read_bytes()
     # In the middle of the scalars, at the beginning of a record.
@@ -124,6 +124,26 @@ def test_groups_of_tags():
     assert tags({"validation_losses": {"web": 2.0}}) == {"validation/web": 2.0}
     assert tags({"norms": {"update": {"h.0": 2.0}}}) == {"y_norms/update/h.0": 2.0}
     assert tags({"layers": {"h.0": {"grad_norm": 2.0}}}) == {"x_layers/h.0/grad_norm": 2.0}
+
+
+def test_losses_sort_before_all_other_figures_and_layers_after_them():
+    """TensorBoard sorts what it shows by name."""
+    step = {"loss": 2.0, "lr": 1e-3, "grad_norm": 1.0, "batch_tokens": 8, "mfu": 0.4, "new": 1.0}
+    layers = {"norms": {"gradient": {"h.0": 1.0}}, "activations": {"largest": {"h.0": 1.0}}}
+    record = step | layers | {"validation_loss": 2.0, "sources": {"web": {"epochs": 0.1}}}
+    found = sorted(tags(record) | derived(record))
+    assert found[:4] == [
+        "train/loss",
+        "train/perplexity",
+        "validation/validation_loss",
+        "validation/validation_perplexity",
+    ]
+    assert found[-2:] == ["y_activations/largest/h.0", "y_norms/gradient/h.0"]
+
+
+def test_figures_of_older_events_are_read():
+    old = {"train/loss": 2.0, "train/lr": 0.5, "speed/mfu": 0.4, "x_more/new": 1.0}
+    assert record_of(old) == {"loss": 2.0, "lr": 0.5, "mfu": 0.4, "new": 1.0}
 
 
 def test_perplexity_by_hand():

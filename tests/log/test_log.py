@@ -25,7 +25,7 @@ def test_a_step_is_in_metrics_and_in_tensorboard(tmp_path):
     lines = steps(tmp_path)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
     assert lines[2]["loss"] == 5.0 / 3  # bit for bit
-    for tag, name in (("train/loss", "loss"), ("train/lr", "lr"), ("x_speed/mfu", "mfu")):
+    for tag, name in (("train/loss", "loss"), ("w_update/lr", "lr"), ("x_speed/mfu", "mfu")):
         read = curve(tmp_path, tag)
         assert [step for step, _ in read] == [line["tokens"] for line in lines]
         assert [value for _, value in read] == pytest.approx([line[name] for line in lines])
