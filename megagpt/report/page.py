@@ -20,7 +20,7 @@ from megagpt.report.charts import charts
 from megagpt.report.colours import ALARM, COLOURS, GREY, PART_COLOURS, colour_of, style, variable
 from megagpt.report.series import Floats, Run, parts_of, thin
 from megagpt.report.table import beside_rows, facts, headline, restart_rows, shares
-from megagpt.report.texts import samples
+from megagpt.report.written import samples
 
 _FOLDER = Path(__file__).parent
 _SHARE_COLOURS = {
