@@ -11,7 +11,7 @@ MOST_CHARACTERS = 4000
 """Of one file."""
 
 
-class Sample(NamedTuple):
+class Written(NamedTuple):
     """The texts of one evaluation."""
 
     step: int
@@ -20,7 +20,7 @@ class Sample(NamedTuple):
     text: str
 
 
-def samples(run: Run) -> list[Sample]:
+def samples(run: Run) -> list[Written]:
     """The texts of a run, the latest first; none where it wrote none."""
     found = {}
     for path in (run.folder / "samples").glob("step_*.txt"):
@@ -31,7 +31,7 @@ def samples(run: Run) -> list[Sample]:
         last = len(steps) - 1
         steps = [steps[number * last // (MOST_FILES - 1)] for number in range(MOST_FILES)]
     tokens = {line["step"]: line["tokens"] for line in [*run.steps, *run.evaluations]}
-    return [Sample(step, tokens.get(step), _text(found[step].read_bytes())) for step in steps]
+    return [Written(step, tokens.get(step), _text(found[step].read_bytes())) for step in steps]
 
 
 def _text(content: bytes) -> str:
