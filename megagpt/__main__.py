@@ -4,4 +4,9 @@ import sys
 
 from megagpt.cli import main
 
-sys.exit(main())
+code = main()
+if "megagpt.cluster.process" in sys.modules:  # a rank among others
+    from megagpt.cluster.process import end
+
+    end(code)
+sys.exit(code)

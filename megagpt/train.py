@@ -15,7 +15,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megagpt.cluster.process import first_to_fail, join, leave, prepare_environment, share_folder
+from megagpt.cluster.process import (
+    end,
+    first_to_fail,
+    join,
+    leave,
+    prepare_environment,
+    share_folder,
+)
 from megagpt.cluster.ranks import Ranks, discover, told_rank
 from megagpt.cluster.stop import StopRequest
 from megagpt.cluster.watchdog import Watchdog
@@ -159,4 +166,4 @@ def train(run: str, overrides: Sequence[str], allow_changes: bool = False) -> in
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main())

@@ -51,7 +51,9 @@ def load_shared(
     prepare_environment(ranks, os.environ)
     join(ranks)
     with torch.device("meta"):
-        classes = tensor_parts(TensorGroup(dist.group.WORLD, ranks.rank, ranks.world))
+        # None: all ranks. The group itself, held by the model, would outlive leave(), and its
+        # threads would now and then abort the process at exit.
+        classes = tensor_parts(TensorGroup(None, ranks.rank, ranks.world))
         model = GPT(config, classes).to(dtype)
 
     def part(name: str, shape: Sequence[int]) -> Tensor:

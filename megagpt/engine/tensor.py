@@ -23,7 +23,10 @@ from megagpt.model.kernels.loss import softmax_in_place
 
 @dataclass(frozen=True, slots=True)
 class TensorGroup:
-    """The ranks that share each layer, and this rank's place among them."""
+    """The ranks that share each layer, and this rank's place among them.
+
+    group: their process group; None for all ranks.
+    """
 
     group: Any
     rank: int

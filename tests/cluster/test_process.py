@@ -24,6 +24,40 @@ print([step() for _ in range(6)])
 HUGE_PAGES = 32
 
 
+LAST = """
+import atexit, os, sys
+import megagpt.cluster.process as process
+from megagpt.cluster.ranks import discover
+atexit.register(print, "kept for the end")
+if {joined}:
+    ranks = discover(os.environ)
+    process.prepare_environment(ranks, os.environ)
+    process.join(ranks)
+    import torch.distributed as dist
+    # Destroyed late, it would end the process by a signal now and then.
+    kept = dist.group.WORLD
+    process.leave()
+print("said")
+atexit.register(lambda: print("first of all"))
+class Torn:
+    def __del__(self):
+        print("torn down")
+torn = Torn()
+process.end(7)
+"""
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_a_process_ends_with_its_code_and_a_rank_without_the_teardown(joined):
+    code = LAST.format(joined=joined)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 7, done.stderr
+    told = ["said", "first of all", "kept for the end"]
+    assert done.stdout.splitlines() == told + ["torn down"] * (not joined)
+
+
 def faults(keep: bool) -> list[int]:
     """Page faults of each of six allocations of 128 MiB."""
     code = FAULTS.format(keep=keep)
