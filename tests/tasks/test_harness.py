@@ -11,81 +11,28 @@ from typing import Any
 import pytest
 
 from megagpt.cli import main
-from megagpt.config.presets import ModelConfig
 from megagpt.errors import UsageError
-from megagpt.hub.exporting import export_model
 from megagpt.tasks.examples import Task
 from megagpt.tasks.scoring import TaskOptions, score_task
 from megagpt.tasks.sets import task_of
 from megagpt.use.apart import evaluate_apart
 from megagpt.use.likelihood import Scorer
 from megagpt.use.loading import load_placed
-from megagpt.use.options import TextOptions
-from tests.lib.corpus import sentences, write_corpus
+from tests.lib.corpus import write_corpus
 from tests.lib.distributed import environment
-from tests.lib.weights import weights_folder
+from tests.lib.harness_tasks import TASKS, by_transformers, harness_figures, make_tasks
 
 pytest.importorskip("lm_eval")
 pytest.importorskip("accelerate")  # of the harness's own class for transformers
 N_CTX = 48
-TASKS = ("local_words", "local_choice", "local_text", "local_answer")
-FILES = {
-    "words": "output_type: loglikelihood\ndoc_to_text: '{{context}}'\n"
-    "doc_to_target: '{{completion}}'\ntarget_delimiter: ''\n",
-    "choice": "output_type: multiple_choice\ndoc_to_text: '{{context}}'\n"
-    "doc_to_choice: '{{choices}}'\ndoc_to_target: '{{gold}}'\n",
-    "text": "output_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{text}}'\n",
-    "answer": "output_type: generate_until\ndoc_to_text: '{{context}}'\n"
-    "doc_to_target: '{{completion}}'\ngeneration_kwargs: {until: [' '], max_gen_toks: 1}\n",
-}
-METRICS = {
-    "words": ("acc", "perplexity"),
-    "choice": ("acc", "acc_norm", "acc_bytes"),
-    "text": ("word_perplexity", "byte_perplexity", "bits_per_byte"),
-    "answer": ("exact_match",),
-}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights, their export, and four tasks of files that lie here."""
     root = tmp_path_factory.mktemp("harness")
-    config = ModelConfig(n_layer=2, n_head=2, d_model=32, n_ctx=N_CTX, vocab_size=257)
-    # Of this seed, the likeliest next byte depends on the context, and often is a letter.
-    weights_folder(root / "model", config, "bytes", seed=6)
-    export_model(root / "model", root / "export")
-    texts = sentences(40, 1)
-    rows = [
-        {
-            "context": context,
-            # Every other answer is what the model says.
-            "completion": letter if n % 2 else "q",
-            "choices": [texts[4 * n + 2][:18], texts[4 * n + 3][:40].strip(), f"\u00e9{n}"],
-            "gold": n % 3,
-            "text": " ".join(texts[4 * n : 4 * n + 2 + n % 3]),
-        }
-        for n, (context, letter) in enumerate(said(root / "model")[:10])
-    ]
-    (root / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    for name, lines in FILES.items():
-        metrics = "".join(f"  - metric: {metric}\n" for metric in METRICS[name])
-        (root / "tasks").mkdir(exist_ok=True)
-        (root / "tasks" / f"{name}.yaml").write_text(
-            f"task: local_{name}\ndataset_path: json\ndataset_kwargs:\n  data_files:\n"
-            f"    validation: {root / 'rows.jsonl'}\nvalidation_split: validation\n"
-            f"test_split: null\n{lines}metric_list:\n{metrics}metadata: {{version: 1.0}}\n"
-        )
+    make_tasks(root, N_CTX, seed=6)
     return root
-
-
-def said(model: Path) -> list[tuple[str, str]]:
-    """Contexts, and the letter that the model says after each."""
-    scorer = Scorer(*load_placed(model, "fp32", "cpu")[:2], 8)
-    contexts = [f"\n{text[:30].strip()} {n} =" for n, text in enumerate(sentences(40, 1))]
-    one = [TextOptions(temperature=0.0, max_tokens=1)] * len(contexts)
-    letters = scorer.texts([scorer.encode(c) for c in contexts], one, lambda n, text: False)
-    found = zip(contexts, letters, strict=True)
-    return [(context, letter) for context, letter in found if letter.isalpha() and letter.isascii()]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -103,34 +50,10 @@ def scorer(folder: Path) -> Scorer:
     return Scorer(model, encoding, 3)
 
 
-def figures(results: dict[str, Any]) -> dict[str, float]:
-    """Every figure that is no standard error and no text; of a perplexity its logarithm, which is
-    what rounds: at 33 nats an error of 1e-8 in them is one of 3e-7 in the perplexity."""
-    return {
-        f"{task} {name}": math.log(value) if "perplexity" in name else value
-        for task in TASKS
-        for name, value in results.get(task, {}).items()
-        if isinstance(value, float) and "stderr" not in name
-    }
-
-
 @pytest.fixture(scope="module")
 def theirs(folder: Path) -> dict[str, float]:
     """What the harness says of the exported model by its own class for transformers."""
-    import lm_eval
-    from lm_eval.tasks import TaskManager
-
-    found = lm_eval.simple_evaluate(
-        model="hf",
-        model_args={"pretrained": str(folder / "export"), "dtype": "float32"},
-        tasks=list(TASKS),
-        device="cpu",
-        batch_size=2,
-        task_manager=TaskManager(include_path=str(folder / "tasks"), include_defaults=False),
-        bootstrap_iters=0,
-        log_samples=False,
-    )
-    return figures(found["results"])
+    return by_transformers(folder)
 
 
 def test_both_ways_give_the_figures_of_transformers(folder, theirs, capsys):
@@ -140,7 +63,7 @@ def test_both_ways_give_the_figures_of_transformers(folder, theirs, capsys):
     words = ["--harness", ",".join(TASKS), "--include-path", str(folder / "tasks"), "--json"]
     assert main(["evaluate", str(folder / "model"), *words]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert figures(told["results"]) == pytest.approx(expected, rel=1e-6, abs=1e-6)
+    assert harness_figures(told["results"]) == pytest.approx(expected, rel=1e-6, abs=1e-6)
     assert told["n-samples"]["local_choice"]["effective"] == 10
 
 
@@ -178,7 +101,7 @@ def test_the_harness_s_own_command_line(folder, theirs):
     )
     assert done.returncode == 0, done.stderr
     [path] = (folder / "out").rglob("results*.json")
-    results = figures(json.loads(path.read_text())["results"])
+    results = harness_figures(json.loads(path.read_text())["results"])
     assert len(results) == 2
     for name, value in results.items():
         assert value == pytest.approx(theirs[name], rel=1e-6)
