@@ -285,18 +285,20 @@ class Trainer:
         """The loss on every validation set and the texts, recorded."""
         self.watchdog.begin("evaluation")
         t0 = time.perf_counter()
-        record, texts = self.evaluation.losses(), []
+        record = self.evaluation.losses()
+        made: list[str] | bytes = []
         if self.config.evaluate.samples:
             # Rank 0 writes them with a model of its own; the others wait meanwhile.
             device = self.engine.device if self.ranks.rank == 0 else None
             weights = gather_whole(self.engine.slices())
-            texts = write_samples(self.config, weights, self.loader, device)
+            source = (self.validation or [self.loader])[0]
+            made = write_samples(self.config, weights, source, device)
         if record:
             if self.evaluation.scored:
                 self.losses["validation loss"] = float(str(record["validation_loss"]))
             record |= {"evaluate_s": time.perf_counter() - t0}
             self.log.evaluation({"step": run.step, "tokens": run.tokens} | record)
-        self.log.samples(texts)
+        self.log.samples(made)
 
     def finish_saving(self, last: bool = False) -> None:
         """Makes the checkpoint that was begun valid, and records it."""

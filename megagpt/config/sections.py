@@ -169,8 +169,9 @@ class EvaluateConfig:
     batches: OneOrMore = 8
     """Batches of the schedule's increment (schedule.ramp_increment_tokens) that are evaluated."""
     samples: ZeroOrMore = 0
-    """Texts that the model writes at each evaluation, for samples/ and TensorBoard; 0: none. All
-    weights go to rank 0 for them, in fp32, so that suits models which one device holds."""
+    """Texts that the model writes at each evaluation, or images that it draws and completes, for
+    samples/ and TensorBoard; 0: none. All weights go to rank 0 for them, in fp32, so that suits
+    models which one device holds."""
     sample_tokens: Size = 64
     """Length of each at most."""
     prompt: str = ""

@@ -12,6 +12,7 @@ behind its newest, and the same steps would have been the same points.
 
 import html
 import importlib.util
+import io
 import logging
 import os
 import platform
@@ -41,6 +42,9 @@ class Board(Protocol):
 
     def text(self, tag: str, text: str, tokens: int) -> None:
         """Write a text, read as Markdown, at `tokens` consumed."""
+
+    def image(self, tag: str, png: bytes, tokens: int) -> None:
+        """Write a picture, the content of a PNG file, at `tokens` consumed."""
 
     def sync(self) -> None:
         """Return once what was written survives a power cut, where it is on this disk."""
@@ -106,6 +110,15 @@ class TensorBoard:
         summary.value[0].tag = tag  # torch appends "/text_summary"
         self._write(tokens, summary=summary)
 
+    def image(self, tag: str, png: bytes, tokens: int) -> None:
+        """Write a picture at `tokens` consumed."""
+        # A PNG's header: width and height behind its signature and the name of the first chunk.
+        width, height = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))
+        summary = self._Summary()
+        shown = {"height": height, "width": width, "colorspace": 3, "encoded_image_string": png}
+        summary.value.add(tag=tag, image=self._Summary.Image(**shown))
+        self._write(tokens, summary=summary)
+
     def sync(self) -> None:
         """Return once every event is on the disk."""
         os.fsync(self._file.fileno())
@@ -163,7 +176,7 @@ class Wandb:
                 f'log.wandb = "{project}": {error}; run `wandb login`, export WANDB_MODE=offline '
                 'to sync later, or set log.wandb = ""'
             ) from None
-        self._html = wandb.Html
+        self._html, self._image = wandb.Html, wandb.Image
 
     def scalars(self, values: Mapping[str, float], tokens: int, wall_time: float = 0.0) -> None:
         """Write figures by tag at `tokens` consumed; wandb takes its own time."""
@@ -172,6 +185,12 @@ class Wandb:
     def text(self, tag: str, text: str, tokens: int) -> None:
         """Write a text at `tokens` consumed."""
         self._run.log({tag: self._html(f"<pre>{html.escape(text)}</pre>")}, step=tokens)
+
+    def image(self, tag: str, png: bytes, tokens: int) -> None:
+        """Write a picture at `tokens` consumed."""
+        from PIL import Image
+
+        self._run.log({tag: self._image(Image.open(io.BytesIO(png)))}, step=tokens)
 
     def sync(self) -> None:
         """Nothing: the server has it, or wandb's own files."""

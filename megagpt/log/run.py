@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megagpt.files import write_file
+from megagpt.files import write_durably, write_file
 from megagpt.log.boards import Board, open_boards
 from megagpt.log.console import Console, logger, open_console
 from megagpt.log.environment import environment
@@ -123,12 +123,19 @@ class RunLog:
         for board in self._boards:
             board.text(tag, text, tokens)
 
-    def samples(self, texts: Sequence[str]) -> None:
-        """Texts of the model as it is: a file in samples/, and TensorBoard."""
+    def samples(self, texts: Sequence[str] | bytes) -> None:
+        """Texts of the model as it is, or a PNG of its images: a file in samples/, and boards."""
         if self._metrics is None or not texts:
             return
-        path = self.folder / "samples" / f"step_{self._step:08d}.txt"
+        picture = isinstance(texts, bytes)
+        name = f"step_{self._step:08d}.{'png' if picture else 'txt'}"
+        path = self.folder / "samples" / name
         path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(texts, bytes):
+            write_durably(path, texts)
+            for board in self._boards:
+                board.image("samples", texts, self._tokens)
+            return
         heads = [f"--- {number + 1} of {len(texts)} ---" for number in range(len(texts))]
         write_file(path, "".join(f"{a}\n{b}\n" for a, b in zip(heads, texts, strict=True)))
         for number, text in enumerate(texts, start=1):
