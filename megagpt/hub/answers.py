@@ -9,13 +9,14 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
 
 @torch.no_grad()
 def answer(folder: Path, questions: dict[str, list[list[int]]]) -> dict[str, object]:
     """logits (windows, positions, V) fp32, the greedy continuation of each prompt with the cache
-    (prompts, n_ctx), and the ids of each text; questions as compare.py asks them."""
+    (prompts, n_ctx), and the ids of each text or image; questions as compare.py asks them."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -36,6 +37,12 @@ def answer(folder: Path, questions: dict[str, list[list[int]]]) -> dict[str, obj
     )
     greedy = model.generate(prompts, attention_mask=torch.ones_like(prompts))
     found: dict[str, object] = {"logits": logits.float(), "greedy": greedy, "texts": []}
+    if questions["images"]:
+        from PIL import Image
+
+        pictures = [Image.fromarray(np.array(one, np.uint8)) for one in questions["images"]]
+        processor = transformers.AutoImageProcessor.from_pretrained(folder)
+        found["texts"] = processor(pictures, return_tensors="pt")["input_ids"].tolist()
     if questions["texts"]:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         ids = [tokenizer(t, split_special_tokens=True)["input_ids"] for t in questions["texts"]]

@@ -61,6 +61,9 @@ _NOTES = {
     ),
     "imagegpt": (
         "The biases are 0 and megagpt has none; further training in transformers moves them.",
+        "An image is its pixels in raster order behind the last id, which begins it. Colours, "
+        "where they are known, are the clusters of preprocessor_config.json: c stands for the byte "
+        "rint(127.5 (c + 1)).",
     ),
     "openai-gpt": ("The class has no cache: generating computes all tokens again for each one.",),
 }
@@ -84,7 +87,7 @@ def model_card(
         loss = f"{losses[-1]['validation_loss']:.4f} nats at {losses[-1]['tokens']:,} tokens"
     sources = ", ".join(f"{cell(str(s.path))} (weight {s.weight:g})" for s in config.data.train)
     notes = [*_NOTES.get(kind, ())]
-    if weights.facts["tokenizer"]:
+    if weights.facts["tokenizer"] and kind != "imagegpt":
         notes += _NOTES["all"]
     if turns:
         notes += _NOTES["turns"]

@@ -14,12 +14,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from megagpt.checkpoint.export import Weights
 from megagpt.errors import MegagptError
 from megagpt.model import Layer, head_logits, layers
+from megagpt.tokenizer.palette import Palette
 
 if TYPE_CHECKING:
     import tiktoken
@@ -41,6 +44,10 @@ TEXTS = (
 """Texts whose ids are compared."""
 
 
+IMAGES = 2
+"""Images whose ids are compared."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
     """How an export differs from the weights that it was made of."""
@@ -53,8 +60,10 @@ class Comparison:
     """Tokens of the greedy continuation."""
     other_tokens: int
     """Those that are not our likeliest, nor as likely within the tolerance."""
+    texts: int
+    """Texts, or images, whose ids are compared."""
     other_texts: int
-    """Texts that AutoTokenizer encodes to other ids."""
+    """Those that AutoTokenizer, or AutoImageProcessor, encodes to other ids."""
     tolerance: float
     """For `difference`."""
 
@@ -68,7 +77,7 @@ class Comparison:
         if self.other_tokens:
             return f"{self.other_tokens} of {self.tokens} greedy tokens are others"
         if self.other_texts:
-            return f"AutoTokenizer gives other ids for {self.other_texts} of {len(TEXTS)} texts"
+            return f"its tokenizer files give other ids for {self.other_texts} of {self.texts}"
         return ""
 
 
@@ -76,7 +85,7 @@ def compare(
     folder: Path,
     weights: Weights,
     windows: Tensor,
-    encoding: "tiktoken.Encoding | None",
+    encoding: "tiktoken.Encoding | Palette | None",
     dtype: torch.dtype,
 ) -> Comparison:
     """Asks transformers about the export in `folder`. windows: ids (B, n_ctx) of full contexts.
@@ -90,7 +99,8 @@ def compare(
         "windows": windows.tolist(),
         "prompts": windows[:1, :begin].tolist(),
         "positions": positions.tolist(),
-        "texts": TEXTS if encoding is not None else [],
+        "texts": TEXTS if encoding is not None and not isinstance(encoding, Palette) else [],
+        "images": _images(encoding, n_ctx).tolist() if isinstance(encoding, Palette) else [],
     }
     answers = _ask(folder, questions)
     greedy = answers["greedy"]
@@ -104,16 +114,26 @@ def compare(
     chosen = ours[-1].gather(1, greedy[0, begin:, None])[:, 0]  # (tokens,)
     # Two tokens that rounding may swap are as likely as each other.
     behind = ours[-1].max(1).values - chosen > tolerance
-    ids = [] if encoding is None else [encoding.encode_ordinary(text) for text in TEXTS]
+    if isinstance(encoding, Palette):
+        ids = encoding.encode(_images(encoding, n_ctx)).tolist()
+    else:
+        ids = [encoding.encode_ordinary(text) for text in TEXTS] if encoding else []
     return Comparison(
         difference=float((theirs - expected).abs().max()),
         largest=largest,
         tokens=len(behind),
         # Weights that are rounded more coarsely may choose otherwise.
         other_tokens=int(behind.sum()) if dtype == torch.float32 else 0,
+        texts=len(ids),
         other_texts=sum(a != b for a, b in zip(ids, answers["texts"], strict=True)),
         tolerance=tolerance,
     )
+
+
+def _images(palette: Palette, n_ctx: int) -> NDArray[np.uint8]:
+    """Images of the palette's own colours, for two that are as near round to either."""
+    drawn = np.random.default_rng(0).integers(0, palette.size, (IMAGES, n_ctx))
+    return palette.decode(drawn)
 
 
 def _ask(folder: Path, questions: Mapping[str, object]) -> dict[str, Tensor]:

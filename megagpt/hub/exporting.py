@@ -23,11 +23,13 @@ from megagpt.checkpoint.weights import SHARD_BYTES, add_shard_option, write_tens
 from megagpt.errors import EXIT_OK, MegagptError
 from megagpt.files import temporary_of, write_file
 from megagpt.hub.card import model_card
+from megagpt.hub.colours import write_processor
 from megagpt.hub.compare import Comparison, compare
 from megagpt.hub.naming import exported
 from megagpt.hub.shapes import write_config
 from megagpt.order.loader import TokenLoader
 from megagpt.tokenizer import END_OF_DOCUMENT
+from megagpt.tokenizer.palette import Palette
 from megagpt.tokenizer.portable import FILE, described
 from megagpt.use.dialogue import CHAT_TEMPLATE, special_tokens
 
@@ -92,7 +94,8 @@ def export_model(
                 f"{output}: not written, for transformers computes something else from it: "
                 f"{problem}"
             )
-        turns = encoding is not None and special_tokens(encoding) is not None
+        texts = None if isinstance(encoding, Palette) else encoding
+        turns = texts is not None and special_tokens(texts) is not None
         card = model_card(weights, source, found, dtype, data, turns)
         write_file(folder / "README.md", card)
     return found
@@ -100,14 +103,14 @@ def export_model(
 
 def write_export(
     weights: Weights,
-    encoding: "tiktoken.Encoding | None",
+    encoding: "tiktoken.Encoding | Palette | None",
     folder: Path,
     dtype: torch.dtype,
     shard_bytes: int,
 ) -> None:
     """Writes everything but the card. Memory: one parameter."""
     model = weights.config.model
-    end = None if encoding is None else encoding.eot_token
+    end = None if encoding is None or isinstance(encoding, Palette) else encoding.eot_token
     name = str(dtype).removeprefix("torch.")
     _write_json(folder / "config.json", write_config(model, end, name))
     ends = {key: end for key in ("bos_token_id", "eos_token_id", "pad_token_id") if end is not None}
@@ -116,14 +119,17 @@ def write_export(
     file_of = write_tensors(folder, planned, dtype, shard_bytes, {"format": "pt"})
     total = dtype.itemsize * sum(prod(one.shape) for one in planned)
     _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": file_of})
-    if encoding is not None:
+    if isinstance(encoding, Palette):
+        write_processor(folder, encoding, model.n_ctx)
+    elif encoding is not None:
         write_tokenizer(folder, encoding, model.n_ctx)
 
 
-def tokenizer_of(weights: Weights) -> "tiktoken.Encoding | None":
-    """The tokenizer of the weights; None, said, where it is not known or cannot be loaded."""
+def tokenizer_of(weights: Weights) -> "tiktoken.Encoding | Palette | None":
+    """The tokenizer, or palette, of the weights; None, said, where it is not known or cannot be
+    loaded."""
     try:
-        return weights.tokenizer()
+        return weights.palette() or weights.tokenizer()
     except MegagptError as error:
         log.warning("the export will hold no tokenizer: %s", error)
         return None

@@ -18,6 +18,7 @@ from megagpt.config.schedule import Schedule
 from megagpt.config.sections import DataConfig, DataSource
 from megagpt.errors import EXIT_OK, DamageError, UsageError
 from megagpt.files import temporary_of, write_file
+from megagpt.hub.colours import palette_beside
 from megagpt.hub.naming import imported
 from megagpt.hub.shapes import read_config
 from megagpt.hub.weight_files import FORMS, open_foreign
@@ -48,7 +49,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--tokenizer",
         metavar="NAME",
         help="tokenizer of the weights where they come without one: a name or a tokenizer.json; "
-        "rows of the embedding beyond its tokens are cut",
+        "rows of the embedding beyond its tokens are cut. Of Image GPT: its palette, a "
+        "kmeans_centers.npy or a corpus's tokenizer.json",
     )
     add_shard_option(parser)
     parser.set_defaults(run=run)
@@ -72,7 +74,11 @@ def import_model(
     target = new_folder(output)
     theirs = open_foreign(path)
     config = read_config(theirs.config, str(theirs.path))
-    encoding = _tokenizer(theirs.path, config, tokenizer)
+    palette = encoding = None
+    if config.family == "igpt":
+        palette = palette_beside(theirs.path, config, tokenizer)
+    else:
+        encoding = _tokenizer(theirs.path, config, tokenizer)
     cut = config
     if encoding is not None and tokenizer and encoding.n_vocab < config.vocab_size:
         log.info("%d rows of the embedding are no token: cut", config.vocab_size - encoding.n_vocab)
@@ -85,6 +91,9 @@ def import_model(
         if encoding is not None:
             facts |= {"tokenizer": FILE, "vocabulary": fingerprint(encoding)}
             write_file(folder / FILE, described(encoding))
+        if palette is not None:
+            facts |= {"tokenizer": FILE, "vocabulary": palette.fingerprint}
+            write_file(folder / FILE, palette.text)
         write_weights(folder, tensors, checked, facts, shard_bytes)
 
 

@@ -4,6 +4,7 @@ import filecmp
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -11,11 +12,13 @@ from safetensors.torch import load_file, save_file
 from megagpt.checkpoint.export import open_weights
 from megagpt.cli import main
 from megagpt.config.presets import ModelConfig
+from megagpt.corpus.records import prepare
 from megagpt.errors import MegagptError, UsageError
 from megagpt.hub.answers import answer
 from megagpt.hub.compare import compare, logits_at
 from megagpt.hub.exporting import export_model, windows_of, write_export
 from megagpt.hub.importing import import_model
+from megagpt.tokenizer.palette import Palette
 from tests.lib.weights import weights_folder
 
 SMALL = {"n_layer": 3, "n_head": 2, "n_ctx": 40, "vocab_size": 257}
@@ -36,7 +39,7 @@ def logits(folder: Path, weights: Path) -> tuple[torch.Tensor, ...]:
     source = open_weights(weights)
     windows, _ = windows_of(source)
     places = list(range(windows.shape[1]))
-    asked = {"windows": windows.tolist(), "positions": places, "texts": []}
+    asked = {"windows": windows.tolist(), "positions": places, "texts": [], "images": []}
     theirs = answer(folder, asked | {"prompts": windows[:1, :4].tolist()})["logits"]
     every = [torch.tensor(places)] * len(windows)
     types = (torch.float32, torch.float64)
@@ -171,3 +174,33 @@ def test_converters_find_every_field_they_read(tmp_path):
     }
     assert {key: tree[key] for key in llama | vllm} == llama | vllm
     assert tree["bos_token_id"] == tree["eos_token_id"] == 256
+
+
+def test_images_go_out_and_come_back_with_their_palette(tmp_path, monkeypatch):
+    draw = np.random.default_rng(0)
+    palette = Palette(draw.uniform(-1, 1, (20, 3)).astype(np.float32))
+    monkeypatch.chdir(tmp_path)
+    ids = draw.integers(0, 20, (5, 36))
+    prepare("CORPUS", records=ids, vocabulary=palette)  # the name in a folder of weights
+    config = ModelConfig(**SMALL | {"n_ctx": 36, "vocab_size": 20}, d_model=32, family="igpt")
+    weights_folder(tmp_path / "ours", config, "tokenizer.json", vocabulary=palette.fingerprint)
+    (tmp_path / "ours/tokenizer.json").write_text(palette.text)
+    found = export_model(tmp_path / "ours", tmp_path / "out")
+    assert found.texts == 2 and found.tokens == 18
+    card = (tmp_path / "out/README.md").read_text()
+    assert "clusters of preprocessor_config.json" in card and "windows of CORPUS" in card
+    assert "endoftext" not in card
+    import_model(str(tmp_path / "out"), tmp_path / "back")
+    assert open_weights(tmp_path / "back").palette().text == palette.text
+    assert main(["checkpoint", "verify", str(tmp_path / "back")]) == 0
+    # A palette in another order is found by the ids of images.
+    tree = json.loads((tmp_path / "out/preprocessor_config.json").read_text())
+    tree["clusters"].reverse()
+    (tmp_path / "out/preprocessor_config.json").write_text(json.dumps(tree))
+    source = open_weights(tmp_path / "ours")
+    windows, _ = windows_of(source)
+    assert (windows[:, 0] == 20).all() and torch.equal(
+        windows[0, 1:], torch.from_numpy(ids[0, :-1])
+    )
+    worse = compare(tmp_path / "out", source, windows, palette, torch.float32)
+    assert "its tokenizer files give other ids for 2 of 2" in worse.problem()

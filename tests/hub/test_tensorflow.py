@@ -3,6 +3,7 @@
 import importlib.util
 import shutil
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -16,16 +17,16 @@ from megagpt.hub.tensorflow import Bundle
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "tensorflow"
 
 
-def variables() -> dict[str, np.ndarray]:
-    """What the fixture was written from."""
+def make() -> ModuleType:
+    """What the fixtures were written by."""
     spec = importlib.util.spec_from_file_location("make", FIXTURE / "make.py")
     made = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(made)
-    return made.variables()
+    return made
 
 
 def test_tensorflows_own_files_are_read_bit_for_bit(tmp_path):
-    bundle, expected = Bundle(FIXTURE / "gpt2" / "model.ckpt"), variables()
+    bundle, expected = Bundle(FIXTURE / "gpt2" / "model.ckpt"), make().variables()
     assert bundle.variables.keys() == expected.keys()
     for name, value in expected.items():
         found = bundle.read(name)
@@ -63,3 +64,67 @@ def test_every_damaged_byte_of_them_is_named(tmp_path):
     shutil.copy(folder / "model.ckpt.index", folder / "other.index")
     with pytest.raises(UsageError, match="holds 2 files ..index; must be one checkpoint's"):
         import_model(str(folder), tmp_path / "in")
+
+
+# --- Image GPT -----------------------------------------------------------------------------------
+
+
+def image_gpt(values: dict[str, np.ndarray], ids: np.ndarray) -> np.ndarray:
+    """Logits (B, n_ctx, K) of images (B, n_ctx) by the equations of openai/image-gpt's model.py, in
+    float64: logits at p are of pixel p."""
+    v = {name.removeprefix("model/"): value.astype(np.float64) for name, value in values.items()}
+
+    def norm(x: np.ndarray, name: str) -> np.ndarray:
+        return v[f"{name}/g"] * x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5)
+
+    start = np.broadcast_to(v["sos"], (len(ids), 1, len(v["sos"])))
+    x = np.concatenate([start, v["wte"][ids[:, :-1]]], 1) + v["wpe"]
+    seen = np.tril(np.ones((ids.shape[1], ids.shape[1])))
+    for layer in ("h0", "h1"):
+        a = norm(x, f"{layer}/ln_1")
+        q, k, w = (np.einsum("bsf,hef->bhse", a, v[f"{layer}/attn/{c}_proj"]) for c in "qkv")
+        scores = np.einsum("bhse,bhte->bhst", q, k) / np.sqrt(q.shape[-1])
+        scores = np.exp(np.where(seen, scores, -np.inf))
+        mixed = np.einsum("bhst,bhte->bhse", scores / scores.sum(-1, keepdims=True), w)
+        x = x + np.einsum("bhse,hef->bsf", mixed, v[f"{layer}/attn/c_proj"])
+        m = norm(x, f"{layer}/ln_2") @ v[f"{layer}/mlp/c_fc/w"][0]
+        x = x + (m / (1 + np.exp(-1.702 * m))) @ v[f"{layer}/mlp/c_proj/w"][0]
+    return norm(x, "ln_f") @ v["wtet"].T
+
+
+def test_image_gpts_own_files_compute_what_its_code_does(tmp_path):
+    folder, expected = FIXTURE / "igpt", make().image_variables()
+    assert len(list(folder.glob("*.data-*"))) == 2, "as in the releases, in several shards"
+    bundle = Bundle(folder / "model.ckpt-1000")
+    assert bundle.variables.keys() == expected.keys()
+    for name, value in expected.items():
+        assert np.array_equal(bundle.read(name), value), name
+    import_model(str(folder), tmp_path / "in")
+    weights = open_weights(tmp_path / "in")
+    assert weights.config.model.start_token == 6 and weights.palette() is None
+    assert torch.equal(weights.read("wte.weight")[6], torch.from_numpy(expected["model/sos"]))
+    ids = np.random.default_rng(1).integers(0, 6, (3, 16))
+    read = torch.from_numpy(np.c_[np.full(3, 6), ids[:, :-1]])
+    with torch.no_grad():
+        found = weights.model(dtype=torch.float64).logits(read).numpy()
+    assert np.abs(found - image_gpt(expected, ids)).max() < 1e-12
+
+
+def test_openais_palette_comes_along(tmp_path):
+    colours = np.random.default_rng(2).uniform(-1, 1, (6, 3)).astype(np.float32)
+    folder = Path(shutil.copytree(FIXTURE / "igpt", tmp_path / "igpt"))
+    np.save(folder / "kmeans_centers.npy", colours)
+    import_model(str(folder), tmp_path / "in")
+    assert np.array_equal(open_weights(tmp_path / "in").palette().colours, colours)
+    np.save(tmp_path / "mine.npy", colours[:5])
+    with pytest.raises(UsageError, match="mine.npy: a palette of 5 colours, but the model has 6"):
+        import_model(str(folder), tmp_path / "other", str(tmp_path / "mine.npy"))
+    (folder / "preprocessor_config.json").write_text("{}")
+    with pytest.raises(DamageError, match="preprocessor_config.json: holds no clusters of colours"):
+        import_model(str(folder), tmp_path / "other")
+    for path in folder.glob("model*"):
+        path.unlink()
+    shutil.copytree(FIXTURE / "gpt2", folder, dirs_exist_ok=True)
+    (folder / "hparams.json").unlink()
+    with pytest.raises(UsageError, match="no checkpoint of OpenAI's Image GPT .*hparams.json"):
+        import_model(str(folder), tmp_path / "other")

@@ -5,6 +5,7 @@ import os
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megagpt.log.boards import TensorBoard, event_files
 from megagpt.log.repair import repair_events
 from megagpt.log.tags import derived, record_of, tags
+from megagpt.use.pictures import png
 from tests.lib.recorded import curve, open_log, record, run_until_killed
 
 
@@ -95,6 +97,18 @@ def test_the_new_event_file_sorts_last_even_when_the_clock_is_behind(tmp_path):
     assert event_files(tmp_path)[-2:] == [first.path, second.path]
     first.close()
     second.close()
+
+
+def test_a_picture_is_a_file_and_in_tensorboard(tmp_path):
+    content = png(np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3))
+    log = open_log(tmp_path)
+    log.samples(content)
+    log.close()
+    assert (tmp_path / "samples/step_00000000.png").read_bytes() == content
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    [found] = events.Images("samples")
+    assert (found.encoded_image_string, found.width, found.height) == (content, 6, 4)
 
 
 def test_texts_and_the_first_screen_are_in_tensorboard(tmp_path):

@@ -7,11 +7,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megagpt.config import load_run
 from megagpt.errors import UsageError
 from megagpt.run.folder import make_run_folder
+from megagpt.use.pictures import png
 from tests.lib.corpus import run_file
 from tests.lib.recorded import curve, open_log, record
 
@@ -66,6 +68,7 @@ def test_the_same_figures_with_tokens_as_the_steps(tmp_path, monkeypatch):
         log.step(record(step) | {"sources": {"web": {"tokens": 10, "epochs": 0.1}}})
     log.evaluation({"step": 3, "tokens": 3000, "validation_loss": 2.0})
     log.samples(["once < upon"])
+    log.samples(png(np.zeros((4, 6, 3), np.uint8)))
     log.close()
     first = (tmp_path / "wandb_id").read_text()
     # Goes on behind a crash: the same run of the server.
@@ -80,6 +83,7 @@ def test_the_same_figures_with_tokens_as_the_steps(tmp_path, monkeypatch):
     assert any(p.get("validation/validation_loss") == 2.0 for p in read)
     texts = [path.read_text() for path in tmp_path.glob("wandb/*/files/media/html/samples/*.html")]
     assert any("once &lt; upon" in text for text in texts)
+    assert list(tmp_path.glob("wandb/*/files/media/images/samples*.png"))
 
 
 @pytest.mark.skipif(not INSTALLED, reason="needs the package wandb")

@@ -24,6 +24,7 @@ from tests.lib.distributed import ROOT
 
 RUNS = ROOT / "launch/runs"
 SOURCES = ("gpt2-124m-openwebtext", "gpt3-125m-fineweb", "gpt3-1.3b-fineweb")
+IMAGES = ("igpt-s", "igpt-m", "igpt-l", "igpt-xl")
 ENV = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
@@ -41,7 +42,7 @@ def prepare(folder, line: str, *more: object) -> subprocess.CompletedProcess[str
     return subprocess.run(command, cwd=folder, env=ENV, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("name", [*SOURCES, "shakespeare", "text8"])
+@pytest.mark.parametrize("name", [*SOURCES, *IMAGES, "shakespeare", "text8"])
 def test_the_commands_of_a_header_parse(name):
     keys = ("Train", "Read") if name == "shakespeare" else ("Check", "Train")
     for line in (said(name, key) for key in keys):
@@ -52,7 +53,7 @@ def test_the_commands_of_a_header_parse(name):
         assert file in (None, f"launch/runs/{name}.toml")
 
 
-@pytest.mark.parametrize("name", [*SOURCES, "text8"])
+@pytest.mark.parametrize("name", [*SOURCES, *IMAGES, "text8"])
 def test_a_header_says_what_the_planner_says(name):
     config = load_run(RUNS / f"{name}.toml")
     hours, gpus, memory = re.findall(r"[\d.]+", said(name, "Takes").replace("H100", "", 1))[:3]
@@ -64,6 +65,25 @@ def test_a_header_says_what_the_planner_says(name):
     assert judged.peak / 1e9 == pytest.approx(float(memory), rel=0.3)
     layout, batches = judged.candidate.layout, config.schedule.segments
     assert not any(idle_share(config, layout, batch.batch_tokens) for batch in batches)
+
+
+@pytest.mark.parametrize("name", [*IMAGES, "igpt-digits"])
+def test_images_have_the_recipe_of_their_paper(name):
+    config = load_run(RUNS / f"{name}.toml")
+    model, schedule = config.model, config.schedule
+    images, updates = schedule.batch_tokens // model.n_ctx, schedule.n_steps
+    if name == "igpt-digits":
+        # One epoch of what a hash leaves of 1,797 images, as the header's command makes them.
+        assert schedule.warmup_tokens == 1426 * model.n_ctx and images == 64
+    else:
+        large = name == "igpt-xl"
+        assert (images, updates) == ((64, 2_000_000) if large else (128, 1_000_000))
+        assert model.n_ctx == (64 * 64 if large else 32 * 32) and model.vocab_size == 512
+        assert schedule.warmup_tokens == 1_229_920 * model.n_ctx
+        assert f"--size {64 if large else 32} " in said(name, "Data")
+    assert schedule.decay_tokens in (0, schedule.total_tokens) and schedule.min_lr_ratio == 0
+    assert config.optimizer.weight_decay == 0 and model.dropout == 0
+    assert config.optimizer.betas == (0.9, 0.95) and config.evaluate.samples == 8
 
 
 @pytest.mark.parametrize("name", SOURCES)
