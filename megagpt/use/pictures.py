@@ -13,7 +13,8 @@ from torch import Tensor
 from megagpt.errors import UsageError
 from megagpt.model import GPT
 from megagpt.tokenizer.palette import Palette
-from megagpt.use.sampling import choose, distribution, uniform
+from megagpt.use.options import TextOptions
+from megagpt.use.sampling import sample
 
 SCALE, GAP = 8, 1
 """A pixel's side in a grid, and the pixels of an image between two images."""
@@ -31,13 +32,14 @@ def paint(model: GPT, given: Tensor, seed: int, temperature: float = 1.0) -> Ten
     start, n_ctx = model.config.start_token, model.config.n_ctx
     if start is None:
         raise UsageError(f'model.family = "{model.config.family}": only Image GPT draws images')
+    options = TextOptions(temperature=temperature, seed=seed)
     device, cache = next(model.parameters()).device, model.new_cache(len(given))
     made = torch.cat([torch.full((len(given), 1), start), given.long().cpu()], 1)
     unread = made
     for position in range(given.shape[1], n_ctx):
-        logits = model.next_logits(unread.to(device), cache).float().cpu()
-        chances = distribution(logits, temperature)
-        drawn = [choose(c, uniform(seed, b, position)) for b, c in enumerate(chances)]
+        hidden = model.read(unread.to(device), cache)[:, -1]
+        logits = model.scores(hidden).float().cpu()
+        drawn = [sample(row, options, b, position) for b, row in enumerate(logits)]
         unread = torch.tensor(drawn)[:, None]
         made = torch.cat([made, unread], 1)
     return made[:, 1:]
