@@ -23,9 +23,9 @@ from megagpt.checkpoint.weights import SHARD_BYTES, add_shard_option, write_tens
 from megagpt.errors import EXIT_OK, MegagptError
 from megagpt.files import temporary_of, write_file
 from megagpt.hub.card import model_card
-from megagpt.hub.colours import write_processor
 from megagpt.hub.compare import Comparison, compare
 from megagpt.hub.naming import exported
+from megagpt.hub.palettes import write_processor
 from megagpt.hub.shapes import write_config
 from megagpt.order.loader import TokenLoader
 from megagpt.tokenizer import END_OF_DOCUMENT

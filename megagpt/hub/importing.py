@@ -18,8 +18,8 @@ from megagpt.config.schedule import Schedule
 from megagpt.config.sections import DataConfig, DataSource
 from megagpt.errors import EXIT_OK, DamageError, UsageError
 from megagpt.files import temporary_of, write_file
-from megagpt.hub.colours import palette_beside
 from megagpt.hub.naming import imported
+from megagpt.hub.palettes import palette_beside
 from megagpt.hub.shapes import read_config
 from megagpt.hub.weight_files import FORMS, open_foreign
 from megagpt.tokenizer import END_OF_DOCUMENT, fingerprint, load_tokenizer
