@@ -53,3 +53,14 @@ def without_redirect(words: list[str]) -> list[str]:
 
 def test_the_readmes_commands_are_found():
     assert len(commands(ROOT / "README.md")) >= 9
+
+
+def test_what_the_notes_ask_is_where_the_page_says():
+    page = (ROOT / "docs/reference/models.md").read_text(encoding="utf-8")
+    section = page.partition("## What the notes ask, where it is")[2].partition("\n## ")[0]
+    paths = re.findall(r"`((?:megagpt|data_prep|examples|launch)/[\w/.-]+)", section)
+    assert len(paths) > 30
+    for path in paths:
+        assert (ROOT / path).exists(), path
+    for function, path in re.findall(r"`(\w+)` in `([\w/.]+)`", section):
+        assert f"def {function}(" in (ROOT / path).read_text(), function
