@@ -62,8 +62,10 @@ class Trainer:
         self.config, self.layout, self.ranks = config, layout, ranks
         self.ds_config = ds_config
         self.folder = Path(config.output)
-        self.loader = training_loader(config)
-        self.validation = validation_loaders(config)
+        # Where checksums are compared, each rank looks at its share of the files then.
+        sizes = not config.data.verify and ranks.local_rank == 0
+        self.loader = training_loader(config, sizes)
+        self.validation = validation_loaders(config, sizes)
         check_vocabulary(config, [self.loader, *self.validation])
         self.engine = build_engine(config, layout, ranks, ds_config)
         self.engine.masked = any(loader.masked for loader in [self.loader, *self.validation])

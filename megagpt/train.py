@@ -20,6 +20,7 @@ from megagpt.cluster.process import (
     first_to_fail,
     join,
     leave,
+    meeting_minutes,
     prepare_environment,
     share_folder,
 )
@@ -138,9 +139,10 @@ def train(run: str, overrides: Sequence[str], allow_changes: bool = False) -> in
     prepare_environment(ranks, os.environ)
     folder, minutes = Path(config.output), config.log.watchdog_minutes
     stop = StopRequest(config.checkpoint, os.environ)
-    with stop, Watchdog(folder, ranks, minutes) as watchdog:
+    with stop, Watchdog(folder, ranks, minutes, meeting_minutes(config)) as watchdog:
         set_environment(config, ranks)
         join(ranks, config)
+        watchdog.begin("start")
         # From here on torch is there, with the environment that prepare_environment has set.
         from megagpt.loop import Trainer
         from megagpt.run.folder import make_run_folder, summary

@@ -26,6 +26,7 @@ from megagpt.checkpoint import record
 from megagpt.checkpoint.load import slice_problems, tell_strangers, vocabulary_of
 from megagpt.checkpoint.record import CONFIG, FileRecord, read_sealed
 from megagpt.checkpoint.slice_file import SliceReader, file_name, fit_rows, write_slices
+from megagpt.checkpoint.slice_index import index_of_packed, packed
 from megagpt.checkpoint.weights import SHARD_BYTES, PlannedTensor, write_tensors
 from megagpt.config import RunConfig, dump_run, load_run
 from megagpt.engine.slices import Slice
@@ -328,10 +329,11 @@ def reshape(run: Path, output: Path, ranks: int = 1) -> Path:
         raise UsageError(f"{folder}: is there already; give another run folder")
     layout = {"world": ranks, "pipeline": 1, "tensor": 1}
     with record.written_whole(folder, record.unfinished_of(folder)) as temporary:
-        files = [
-            write_slices(temporary / file_name(rank), _cut(reader, rank, ranks))
-            for rank in range(ranks)
-        ]
+        files, held = [], []
+        for rank in range(ranks):
+            files.append(write_slices(temporary / file_name(rank), _cut(reader, rank, ranks)))
+            held.append(packed(_cut(reader, rank, ranks)))
+        write_file(temporary / record.INDEX, index_of_packed(held))
         for name in {CONFIG, FILE} & {file.name for file in saved.files}:
             shutil.copyfile(source / name, temporary / name)
         record.seal(temporary, replace(saved, layout=layout), files)

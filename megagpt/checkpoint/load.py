@@ -3,14 +3,17 @@
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from megagpt.checkpoint import record
-from megagpt.checkpoint.record import CONFIG, CheckpointRecord
-from megagpt.checkpoint.slice_file import SliceReader
+from megagpt.checkpoint.record import CONFIG, INDEX, CheckpointRecord
+from megagpt.checkpoint.slice_file import SLICES, SliceReader, rank_of
+from megagpt.checkpoint.slice_index import index_text
 from megagpt.config import ModelConfig, RunConfig, load_run
 from megagpt.corpus.manifest import MANIFEST, read_manifest
 from megagpt.engine.engine import Engine
@@ -53,9 +56,15 @@ def shapes_of(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def slice_problems(folder: Path, model: ModelConfig) -> list[str]:
-    """Parameters of the model that the slices do not hold, each element once."""
+    """Parameters of the model that the slices do not hold, each element once, by the headers of all
+    files; then what the index tells otherwise."""
+    names = [file.name for file in record.read_record(folder).files]
     try:
-        return SliceReader(folder).problems(shapes_of(model))
+        problems = SliceReader(folder, names).problems(shapes_of(model))
+        ranks = [rank_of(name) for name in names if SLICES.fullmatch(name)]
+        if INDEX in names and not problems:
+            problems = SliceReader(folder).differences(ranks)
+        return problems
     except DamageError as error:
         return [str(error)]
 
@@ -128,27 +137,24 @@ def resume(
     or another version of megagpt saved it.
     """
     first = engine.ranks.rank == 0
-    if first:
-        for path in record.remove_unfinished(run):
-            log.info("removed %s, which was never finished", path)
-    engine.barrier()
     # One rank's view of the disk counts: another host's may lag behind.
-    folders = engine.gather([str(f) for f in record.list_checkpoints(run)])[0]
+    folders = engine.by_first(lambda: _tidied(run))
     damaged: list[Path] = []
-    for folder in map(Path, reversed(folders)):
-        if problems := _problems_together(folder, engine):
+    for folder in reversed(folders):
+        opened = _opened_together(folder, engine)
+        if opened.problems:
             damaged.append(folder)
             if first:
-                log.error("damaged checkpoint: %s", "; ".join(problems))
+                log.error("damaged checkpoint: %s", "; ".join(opened.problems))
             continue
-        saved = record.read_record(folder)
-        _refuse_changes(folder, saved, config, fingerprints, allow_changes)
+        assert opened.saved is not None and opened.config is not None
+        _refuse_changes(folder, opened, config, fingerprints, allow_changes)
         if first:
             tell_strangers(folder)
             for bad in damaged:
                 log.error("set aside as %s", record.set_aside(bad))
-        load_into(folder, saved, engine)
-        return saved
+        load_into(SliceReader(folder, index=opened.index), opened.saved, engine)
+        return opened.saved
     if damaged:
         names = ", ".join(folder.name for folder in damaged)
         raise DamageError(
@@ -158,25 +164,84 @@ def resume(
     return None
 
 
-def _problems_together(folder: Path, engine: Engine) -> list[str]:
-    """What `verify` finds in files, configuration and slices, with the files shared out over the
-    ranks; the same on every rank.
+def _tidied(run: Path) -> list[Path]:
+    """The run's checkpoints, oldest first, once what a crash left half-written is gone."""
+    for path in record.remove_unfinished(run):
+        log.info("removed %s, which was never finished", path)
+    return record.list_checkpoints(run)
 
-    Raises UsageError, on every rank, where another version of megagpt wrote the configuration.
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Opened:
+    """A checkpoint as rank 0 has read it for all ranks."""
+
+    problems: list[str]
+    """What is wrong with it; then the rest is not all there."""
+    saved: CheckpointRecord | None = None
+    config: RunConfig | None = None
+    index: str | None = None
+    """The content of slices.json; None: there is none."""
+
+
+def _opened_together(folder: Path, engine: Engine) -> _Opened:
+    """What `verify` finds in files, configuration and slices; every rank reads its share of the
+    files, and rank 0 all that every rank has to know.
+
+    Raises UsageError, on every rank, where another version of megagpt wrote the manifest or the
+    configuration.
     """
+    opened = engine.by_first(lambda: _manifest_of(folder))
+    if opened.saved is None:
+        return opened
     rank, world = engine.ranks.rank, engine.ranks.world
-    found = engine.gather(record.files_problems(folder, slice(rank, None, world)))
-    # What is wrong with the manifest itself every rank has said.
-    problems = list(dict.fromkeys(problem for own in found for problem in own))
-    if not problems:
-        model = load_run(folder / CONFIG).model
-        problems = engine.gather(slice_problems(folder, model) if rank == 0 else [])[0]
-    return problems
+    found = engine.collect(_share_problems(folder, opened, slice(rank, None, world)))
+    return engine.by_first(lambda: _whole(folder, opened, [p for own in found for p in own]))
 
 
-def load_into(folder: Path, saved: CheckpointRecord, engine: Engine) -> None:
+def _manifest_of(folder: Path) -> _Opened:
+    try:
+        saved = record.named_record(folder)
+    except DamageError as error:
+        return _Opened(problems=[str(error)])
+    index = None
+    if INDEX in {file.name for file in saved.files}:
+        # What cannot be read is named where its checksum is compared.
+        with suppress(OSError):
+            index = (folder / INDEX).read_bytes().decode(errors="replace")
+    return _Opened(problems=[], saved=saved, index=index)
+
+
+def _share_problems(folder: Path, opened: _Opened, share: slice) -> list[str]:
+    """What is wrong with some of the files."""
+    assert opened.saved is not None
+    files = opened.saved.files[share]
+    problems = [problem for file in files if (problem := file.problem(folder))]
+    if problems or opened.index is None:
+        return problems
+    ranks = [rank_of(file.name) for file in files if SLICES.fullmatch(file.name)]
+    try:
+        return SliceReader(folder, index=opened.index).differences(ranks)
+    except DamageError as error:
+        return [str(error)]
+
+
+def _whole(folder: Path, opened: _Opened, problems: list[str]) -> _Opened:
+    """The rest of what every rank has to know of a checkpoint, where its files are whole."""
+    if problems:
+        # Of a damaged index every rank has said that it cannot be read.
+        return _Opened(problems=list(dict.fromkeys(problems)))
+    config = load_run(folder / CONFIG)
+    try:
+        reader = SliceReader(folder, index=opened.index)
+    except DamageError as error:
+        return _Opened(problems=[str(error)])
+    problems = reader.problems(shapes_of(config.model))
+    index = index_text(reader.parameters) if opened.index is None else opened.index
+    return replace(opened, problems=problems, config=config, index=index)
+
+
+def load_into(reader: SliceReader, saved: CheckpointRecord, engine: Engine) -> None:
     """Fills the engine's slices and counts from a verified checkpoint, one parameter at a time."""
-    reader = SliceReader(folder)
     for piece in engine.slices():
         for key in STATES:
             piece.write(key, reader.read(piece, key))
@@ -214,13 +279,14 @@ def _rates(before: RunConfig, now: RunConfig, tokens: int) -> str:
 
 def _refuse_changes(
     folder: Path,
-    saved: CheckpointRecord,
+    opened: _Opened,
     config: RunConfig,
     fingerprints: Callable[[int], Sequence[str]],
     allowed: bool,
 ) -> None:
     """Raises UsageError when the run would go on as another run than the one saved."""
-    before = load_run(folder / CONFIG)
+    before, saved = opened.config, opened.saved
+    assert before is not None and saved is not None
     changes = differences(before, config)
     if changes and (rates := _rates(before, config, saved.tokens)):
         changes.append(rates)

@@ -1,7 +1,7 @@
 """What makes a folder a checkpoint: manifest.json, written last, with every file's checksum (L2).
 
-    RUN/checkpoints/step_00000100/   rank_00000.safetensors ...  config.toml  tokenizer.json
-                                     manifest.json
+    RUN/checkpoints/step_00000100/   rank_00000.safetensors ...  slices.json  config.toml
+                                     tokenizer.json  manifest.json
     RUN/checkpoints/latest           name of the newest one, for people
 
 A checkpoint is written into `step_00000100.tmp` and renamed once everything is on the disk, so a
@@ -30,6 +30,8 @@ from megagpt.tokenizer.portable import FILE
 FORMAT = 1
 MANIFEST = "manifest.json"
 CONFIG = "config.toml"
+INDEX = "slices.json"
+"""Which of the rank_*.safetensors holds what, see slice_index.py; earlier versions wrote none."""
 TEMPORARY = ".tmp"
 DAMAGED = ".damaged"
 
@@ -135,18 +137,27 @@ def read_record(folder: Path) -> CheckpointRecord:
         raise DamageError(f"{path}: not a readable manifest ({reason})") from None
 
 
-def files_problems(folder: Path, share: slice = slice(None)) -> list[str]:
+def files_problems(folder: Path) -> list[str]:
     """What the manifest names and is not as it says, reading every byte of it; empty when whole.
 
-    `share` are the files to read. Raises UsageError for another version's manifest.
+    Raises UsageError for another version's manifest.
     """
     try:
-        saved = read_record(folder)
+        saved = named_record(folder)
     except DamageError as error:
         return [str(error)]
+    return [problem for file in saved.files if (problem := file.problem(folder))]
+
+
+def named_record(folder: Path) -> CheckpointRecord:
+    """The manifest of a checkpoint whose folder has the right name. Raises what read_record raises,
+    and DamageError for the name of another step."""
+    saved = read_record(folder)
     if step_of(folder) not in (None, saved.step):
-        return [f"{folder}: is of step {saved.step} by its manifest; give it its name again"]
-    return [problem for file in saved.files[share] if (problem := file.problem(folder))]
+        raise DamageError(
+            f"{folder}: is of step {saved.step} by its manifest; give it its name again"
+        )
+    return saved
 
 
 def strangers(folder: Path, files: Iterable[FileRecord], manifest: str = MANIFEST) -> list[str]:
@@ -228,9 +239,9 @@ def publish(temporary: Path, folder: Path) -> None:
 
 
 def seal(temporary: Path, record: CheckpointRecord, files: Sequence[FileRecord]) -> None:
-    """Writes the manifest of a folder that holds `files`, config.toml and, where there is one,
-    tokenizer.json already."""
-    more = [path for name in (CONFIG, FILE) if (path := temporary / name).exists()]
+    """Writes the manifest of a folder that holds `files`, config.toml and, where there are such,
+    slices.json and tokenizer.json already."""
+    more = [path for name in (INDEX, CONFIG, FILE) if (path := temporary / name).exists()]
     write_record(temporary, replace(record, files=(*files, *map(FileRecord.of, more))))
 
 

@@ -3,8 +3,8 @@
 1) `begin` asks whether the files of all ranks fit on the disk, copies the slices to host memory
    (the only stall) and starts one thread a rank.
 2) The thread writes the rank's file, hashes and flushes it.
-3) Once all ranks are done, `finish` gathers the records; rank 0 writes the manifest last and
-   renames the folder.
+3) Once all ranks are done, `finish` brings the records to rank 0, which writes the manifest last
+   and renames the folder. A thread of its removes older checkpoints, while training goes on.
 A crash at any instant leaves the checkpoints before it as they were. A rank that cannot write
 says so in the gathering, and all ranks agree that there is no checkpoint.
 """
@@ -25,6 +25,7 @@ from torch import Tensor
 from megagpt.checkpoint import record
 from megagpt.checkpoint.record import CheckpointRecord, FileRecord
 from megagpt.checkpoint.slice_file import file_name, write_slices
+from megagpt.checkpoint.slice_index import index_of_packed, packed
 from megagpt.config import RunConfig, dump_run
 from megagpt.engine.engine import Engine
 from megagpt.engine.slices import STATES, Slice
@@ -53,6 +54,9 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._result: FileRecord | str = ""
         """What this rank wrote, or what kept it from it."""
+        self._held = b""
+        """What of the parameters is in it."""
+        self._removal: threading.Thread | None = None
         self.stall_s = 0.0
         """Seconds that the last checkpoint kept training waiting."""
 
@@ -75,8 +79,9 @@ class Saver:
         rank_bytes = 4 * len(STATES) * sum(piece.numel for piece in owned)
         needed = int(self.engine.total([rank_bytes])[0])
         self._saving = state
-        # Its gathering is a barrier too: no rank writes before the folder is there.
-        self._result = self._on_rank_0(lambda: _make_anew(temporary, needed))
+        self._held = packed(owned)
+        # No rank goes on, and writes, before the folder is there.
+        self._result = self._on_rank_0(lambda: self._make_anew(temporary, needed))
         if not self._result:
             copies = self._copied(owned)
             path = temporary / file_name(self.engine.ranks.rank)
@@ -108,17 +113,13 @@ class Saver:
         if self._thread is not None:
             self._thread.join()
         state, self._saving, self._thread = self._saving, None, None
-        results = self.engine.gather(self._result)
-        problems = list(dict.fromkeys(r for r in results if isinstance(r, str)))
+        results = self.engine.collect((self._result, self._held))
         folder = self._folder(state)
-        if not problems:
-            problem = self._on_rank_0(lambda: self._commit(folder, state, results))
-            problems = [problem] if problem else []
-        if problems:
-            temporary = record.unfinished_of(folder)
-            self._on_rank_0(lambda: shutil.rmtree(temporary, ignore_errors=True))
-            self._fail(problems, last)
+        if problem := self._on_rank_0(lambda: self._commit(folder, state, results)):
+            self._fail(problem, last)
             return None
+        if last:
+            self.settle()
         self.stall_s += time.perf_counter() - t0
         return folder
 
@@ -133,10 +134,27 @@ class Saver:
                 action()
             except (OSError, DamageError) as error:
                 problem = _reason(error, self.run)
-        return str(self.engine.gather(problem)[0])
+        return str(self.engine.first(problem))
 
-    def _commit(self, folder: Path, state: CheckpointRecord, files: list[FileRecord]) -> None:
+    def _commit(
+        self, folder: Path, state: CheckpointRecord, results: list[tuple[FileRecord | str, bytes]]
+    ) -> None:
+        """Makes the checkpoint valid. Raises OSError or DamageError, with nothing left of it."""
         temporary = record.unfinished_of(folder)
+        try:
+            if problems := list(dict.fromkeys(r for r, _ in results if isinstance(r, str))):
+                raise DamageError("; ".join(problems))
+            files = [r for r, _ in results if not isinstance(r, str)]
+            self._seal(folder, state, files, index_of_packed([held for _, held in results]))
+        except (OSError, DamageError):
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+    def _seal(
+        self, folder: Path, state: CheckpointRecord, files: list[FileRecord], index: str
+    ) -> None:
+        temporary = record.unfinished_of(folder)
+        write_file(temporary / record.INDEX, index)
         write_file(temporary / record.CONFIG, dump_run(self.config))
         if self.vocabulary:
             write_durably(temporary / FILE, self.vocabulary)
@@ -148,11 +166,40 @@ class Saver:
         record.publish(temporary, folder)
         # From here on it is valid, so nothing below may call it not saved.
         try:
-            if advances:
-                record.retire(self.run, self.config.checkpoint.keep_last)
             record.name_latest(folder)
         except OSError as error:
             log.warning("%s is saved, but %s", folder, _reason(error, folder.parent))
+        if advances:
+            self.settle()
+            self._removal = threading.Thread(target=self._retire, daemon=True)
+            self._removal.start()
+
+    def _retire(self) -> None:
+        """Removes what is no longer kept. Thousands of files of terabytes take minutes on some file
+        systems; what is left half-done at a crash the next start removes."""
+        try:
+            record.retire(self.run, self.config.checkpoint.keep_last)
+        except OSError as error:
+            log.warning("older checkpoints stay: %s", _reason(error, self.run))
+
+    def settle(self) -> None:
+        """Returns once older checkpoints are gone that are being removed."""
+        if self._removal is not None:
+            self._removal.join()
+            self._removal = None
+
+    def _make_anew(self, folder: Path, needed: int) -> None:
+        """An empty folder, whatever was there. Raises OSError, also where `needed` bytes do not
+        fit."""
+        if os.path.lexists(folder):
+            self.settle()  # it may be what is being removed
+        record.remove(folder)
+        folder.mkdir(parents=True)
+        if shutil.disk_usage(folder).free < needed:
+            self.settle()
+        free = shutil.disk_usage(folder).free
+        if free < needed:
+            raise OSError(f"{needed:,} bytes are needed and {free:,} are free")
 
     def _advances(self, state: CheckpointRecord) -> bool:
         """Whether an update was made since the newest checkpoint. A run that makes none any more
@@ -163,8 +210,8 @@ class Saver:
         except (DamageError, UsageError):
             return True
 
-    def _fail(self, problems: list[str], last: bool) -> None:
-        text = "checkpoint not saved: " + "; ".join(problems)
+    def _fail(self, problem: str, last: bool) -> None:
+        text = f"checkpoint not saved: {problem}"
         if self.config.checkpoint.on_failure == "continue" and not last:
             if self.engine.ranks.rank == 0:
                 log.error("%s; the checkpoints before it are whole; training goes on", text)
@@ -172,15 +219,6 @@ class Saver:
         raise DamageError(
             f"{text}; the checkpoints before it are whole; make space and run again to go on"
         )
-
-
-def _make_anew(folder: Path, needed: int) -> None:
-    """An empty folder, whatever was there. Raises OSError, also where `needed` bytes do not fit."""
-    record.remove(folder)
-    folder.mkdir(parents=True)
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OSError(f"{needed:,} bytes are needed and {free:,} are free")
 
 
 def _reason(error: OSError | DamageError, path: Path) -> str:

@@ -2,7 +2,7 @@
 
 The writer streams, so that saving needs no second copy of the tensors, and hashes what it writes;
 the reader assembles any stretch of any parameter of all ranks, whose files it opens when they are
-needed, and reads no more of them than it needs.
+needed, and reads no more of them than it needs. What lies where slices.json tells (slice_index.py).
 
 Files are read here, not mapped as safetensors' own get_slice does: that took 192 MB of address
 space for a checkpoint of 153 MB, so that a process with a limit of its own could not open one that
@@ -13,10 +13,11 @@ import errno
 import io
 import json
 import math
+import os
 import re
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megagpt.checkpoint.record import FileRecord, read_record
+from megagpt.checkpoint.record import INDEX, FileRecord, read_record
+from megagpt.checkpoint.slice_index import (
+    Layout,
+    Parameters,
+    Stretch,
+    facts_of,
+    parse_index,
+    taken_in,
+    told,
+)
 from megagpt.checkpoint.weights import PlannedTensor, write_safetensors
 from megagpt.engine import split as splits
 from megagpt.engine.slices import STATES, Slice, TensorShare
@@ -43,192 +53,206 @@ def file_name(rank: int) -> str:
     return f"rank_{rank:05d}.safetensors"
 
 
+def rank_of(name: str) -> int:
+    """The rank of such a name."""
+    return int(name.removeprefix("rank_").removesuffix(".safetensors"))
+
+
 NO_DAMAGE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 """Errors that say nothing about a file."""
-SLICES = re.compile(r"rank_[0-9]+\.safetensors")
+SLICES = re.compile(r"rank_[0-9]{5,}\.safetensors")
 """Names of such files."""
 
 
 def write_slices(path: Path, slices: Iterable[Slice]) -> FileRecord:
     """Writes the owned slices to `path`, flushed to the disk. Raises OSError, ENOSPC included."""
     owned = [piece for piece in slices if piece.owned]
-    facts = {
-        piece.name: {
-            "shape": piece.shape,
-            "start": piece.start,
-            "numel": piece.numel,
-            "kind": piece.split.kind,
-            "part": piece.split.part,
-            "parts": piece.split.parts,
-        }
-        for piece in owned
-    }
     tensors = [
         PlannedTensor(f"{piece.name}|{key}", (piece.numel,), partial(piece.read, key))
         for piece in owned
         for key in STATES
     ]
-    sha256 = write_safetensors(path, tensors, torch.float32, {"slices": json.dumps(facts)})
+    sha256 = write_safetensors(
+        path, tensors, torch.float32, {"slices": json.dumps(facts_of(owned))}
+    )
     return FileRecord(path.name, path.stat().st_size, sha256)
 
 
 # --- reading ------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class _Header:
+    """What a rank's file says that it holds."""
+
+    slices: dict[str, Any]
+    """Name -> facts, as facts_of gives them."""
+    offsets: dict[str, tuple[int, ...]]
+    """Name -> where each key of STATES begins, in bytes from the beginning of the file."""
+
+
 class _Files:
-    """Files that are open for reading, few of them at a time: a checkpoint of a thousand ranks has
-    as many files as a process may open."""
+    """Files of slices, few of them open at a time: a checkpoint of a thousand ranks has as many
+    files as a process may open."""
 
-    def __init__(self) -> None:
-        self._open: OrderedDict[Path, io.BufferedReader] = OrderedDict()
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._open: OrderedDict[int, io.BufferedReader] = OrderedDict()
+        self._headers: dict[int, _Header] = {}
 
-    def opened(self, path: Path) -> io.BufferedReader:
+    def opened(self, rank: int) -> io.BufferedReader:
         """The file, which may be closed when another one is asked for. Raises OSError."""
-        if path in self._open:
-            self._open.move_to_end(path)
+        if rank in self._open:
+            self._open.move_to_end(rank)
         else:
             while len(self._open) >= MOST_OPEN:
                 self._open.popitem(last=False)[1].close()
-            self._open[path] = path.open("rb")
-        return self._open[path]
+            self._open[rank] = (self.folder / file_name(rank)).open("rb")
+        return self._open[rank]
 
+    def header(self, rank: int) -> _Header:
+        """The file's header. Raises DamageError when it is not ours, OSError for want of files or
+        memory."""
+        if rank not in self._headers:
+            try:
+                self._headers[rank] = _header(self.opened(rank))
+            except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+                if isinstance(error, OSError) and error.errno in NO_DAMAGE:
+                    raise
+                raise _unreadable(self.folder / file_name(rank), error) from None
+        return self._headers[rank]
 
-@dataclass(frozen=True, slots=True)
-class _Stretch:
-    """Elements [start, end) of one tensor-parallel part of a parameter, in a file."""
-
-    path: Path
-    files: "_Files"
-    offsets: dict[str, int]
-    """Where each key's first element lies, in bytes from the beginning of the file."""
-    part: int
-    start: int
-    end: int
-
-    def read(self, key: str, first: int, out: Tensor) -> None:
-        """Fills `out`, contiguous fp32, with the elements from `first` on."""
-        file = self.files.opened(self.path)
-        file.seek(self.offsets[key] + 4 * (first - self.start))
+    def read(self, name: str, stretch: Stretch, key: str, first: int, out: Tensor) -> None:
+        """Fills `out`, contiguous fp32, with the elements of a stretch from `first` on."""
+        path, header = self.folder / file_name(stretch.rank), self.header(stretch.rank)
+        facts = header.slices.get(name)
+        if facts is None or stretch != told(stretch.rank, facts)[1]:
+            raise DamageError(f"{path}: {_otherwise(name)}; use another checkpoint")
+        file = self.opened(stretch.rank)
+        file.seek(header.offsets[name][STATES.index(key)] + 4 * (first - stretch.start))
         target = out.numpy().data.cast("B")
         if file.readinto(target) < len(target):
             raise DamageError(
-                f"{self.path}: has become shorter since it was opened; use another checkpoint"
+                f"{path}: has become shorter since it was opened; use another checkpoint"
             )
 
 
-@dataclass(frozen=True, slots=True)
-class _Parameter:
-    """What a checkpoint holds of one parameter."""
+def _header(file: io.BufferedReader) -> _Header:
+    """Reads a header. Raises OSError, KeyError and the like when it is not ours."""
+    size = os.fstat(file.fileno()).st_size
+    file.seek(0)
+    length = int.from_bytes(file.read(8), "little")
+    if 8 + length > size:
+        raise ValueError("its header is longer than the file")
+    tensors: dict[str, Any] = json.loads(file.read(length))
+    slices: dict[str, Any] = json.loads(tensors.pop("__metadata__")["slices"])
+    end = max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
+    if 8 + length + end != size:
+        raise ValueError(f"{size} bytes, but its header says {8 + length + end}")
+    offsets = {}
+    for name, facts in slices.items():
+        places = [tensors[f"{name}|{key}"]["data_offsets"] for key in STATES]
+        for key, (begin, end) in zip(STATES, places, strict=True):
+            if end - begin != 4 * facts["numel"]:
+                raise ValueError(f"{name}|{key} has {end - begin} bytes, not 4 an element")
+        offsets[name] = tuple(8 + length + begin for begin, _ in places)
+    return _Header(slices, offsets)
 
-    shape: tuple[int, ...]
-    """Of one tensor-parallel part."""
-    kind: str
-    parts: int
-    stretches: list[_Stretch] = field(default_factory=list)
 
-    @property
-    def layout(self) -> tuple[tuple[int, ...], str, int]:
-        return self.shape, self.kind, self.parts
+def _otherwise(name: str) -> str:
+    return f"does not hold of {name!r} what {INDEX} says"
 
-    @property
-    def whole_shape(self) -> tuple[int, ...]:
-        return splits.whole_shape(*self.layout)
 
-    def of_part(self, part: int) -> list[_Stretch]:
-        """The stretches of one part, in order of their starts."""
-        return sorted((s for s in self.stretches if s.part == part), key=lambda s: s.start)
-
-    def problem(self) -> str:
-        """Why the stretches do not hold each element exactly once; "" when they do."""
-        numel = math.prod(self.shape)
-        for part in range(self.parts):
-            done = 0
-            borders = [(stretch.start, stretch.end) for stretch in self.of_part(part)]
-            for start, end in [*borders, (numel, numel)]:
-                if start != done:
-                    files = "no file" if start > done else "two files"
-                    return f"element {min(start, done)} of part {part} is in {files}"
-                done = end
-        return ""
+def _unreadable(path: Path, error: Exception) -> DamageError:
+    return DamageError(
+        f"{path}: not a readable file of slices ({error}); run megagpt checkpoint "
+        "verify, and use another checkpoint"
+    )
 
 
 class SliceReader:
-    """All slices of a checkpoint, whatever layout wrote them.
+    """All slices of a checkpoint, whatever layout wrote them; a file is opened when something of it
+    is read. `parameters` tells what lies where.
 
     Raises DamageError for a file that is missing or not a safetensors file of ours, and when what
     is read lies in no file.
     """
 
-    def __init__(self, folder: Path, names: Sequence[str] | None = None) -> None:
-        """names: the files to read; None: those of the manifest, whatever else lies there."""
+    def __init__(
+        self, folder: Path, names: Sequence[str] | None = None, index: str | None = None
+    ) -> None:
+        """names: files whose headers tell what there is; None: the checkpoint's index does, or
+        where it has none, the headers of all files that the manifest names. index: the index's
+        content, where it is known already."""
         self.folder = folder
-        self._parameters: dict[str, _Parameter] = {}
-        self._files = _Files()
-        if names is None:
-            names = [file.name for file in read_record(folder).files if SLICES.fullmatch(file.name)]
-        for path in (folder / name for name in names):
+        self._files = _Files(folder)
+        if names is None and index is None:
+            names = [file.name for file in read_record(folder).files]
+            if INDEX in names:
+                index = (folder / INDEX).read_text()
+        if index is not None:
+            self.parameters = self._of_index(index)
+        else:
+            self.parameters = self._of_headers([n for n in names or () if SLICES.fullmatch(n)])
+
+    def _of_index(self, text: str) -> Parameters:
+        try:
+            return parse_index(text)
+        except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+            raise _unreadable(self.folder / INDEX, error) from None
+
+    def _of_headers(self, names: Sequence[str]) -> Parameters:
+        found: Parameters = {}
+        for rank in map(rank_of, names):
+            slices = self._files.header(rank).slices
             try:
-                self._open(path)
-            except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
-                if isinstance(error, OSError) and error.errno in NO_DAMAGE:
-                    raise
-                raise DamageError(
-                    f"{path}: not a readable file of slices ({error}); run megagpt checkpoint "
-                    "verify, and use another checkpoint"
-                ) from None
+                taken_in(found, rank, slices)
+            except (KeyError, TypeError, AttributeError, ValueError) as error:
+                raise _unreadable(self.folder / file_name(rank), error) from None
         if not names:
             raise DamageError(
-                f"{folder}: its manifest names no rank_*.safetensors; use another checkpoint"
+                f"{self.folder}: its manifest names no rank_*.safetensors; use another checkpoint"
             )
+        return found
 
-    def _open(self, path: Path) -> None:
-        """Takes in a rank's header. Raises OSError, KeyError and the like when it is not ours."""
-        size = path.stat().st_size
-        file = self._files.opened(path)
-        length = int.from_bytes(file.read(8), "little")
-        if 8 + length > size:
-            raise ValueError("its header is longer than the file")
-        tensors: dict[str, Any] = json.loads(file.read(length))
-        slices = json.loads(tensors.pop("__metadata__")["slices"])
-        end = max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
-        if 8 + length + end != size:
-            raise ValueError(f"{size} bytes, but its header says {8 + length + end}")
-        for name, facts in slices.items():
-            offsets = {}
-            for key in STATES:
-                begin, end = tensors[f"{name}|{key}"]["data_offsets"]
-                if end - begin != 4 * facts["numel"]:
-                    raise ValueError(f"{name}|{key} has {end - begin} bytes, not 4 an element")
-                offsets[key] = 8 + length + begin
-            start, last = facts["start"], facts["start"] + facts["numel"]
-            layout = (tuple(facts["shape"]), facts["kind"], facts["parts"])
-            known = self._parameters.setdefault(name, _Parameter(*layout))
-            if known.layout != layout:
-                raise ValueError(f"{name} has another shape or split than in another rank's file")
-            known.stretches.append(_Stretch(path, self._files, offsets, facts["part"], start, last))
+    def differences(self, ranks: Sequence[int]) -> list[str]:
+        """Which files of these ranks hold something else than the index tells."""
+        expected: dict[int, dict[str, tuple[Layout, Stretch]]] = {rank: {} for rank in ranks}
+        for name, held in self.parameters.items():
+            for stretch in held.stretches:
+                if stretch.rank in expected:
+                    expected[stretch.rank][name] = (held.layout, stretch)
+        problems = []
+        for rank in ranks:
+            slices = self._files.header(rank).slices
+            there = {name: told(rank, facts) for name, facts in slices.items()}
+            names = sorted({*there, *expected[rank]})
+            if other := [n for n in names if there.get(n) != expected[rank].get(n)]:
+                problems.append(f"{self.folder / file_name(rank)}: {_otherwise(other[0])}")
+        return problems
 
     @property
     def names(self) -> list[str]:
         """Canonical names of all parameters, sorted."""
-        return sorted(self._parameters)
+        return sorted(self.parameters)
 
     def numel(self, name: str) -> int:
         """Elements of a whole parameter."""
-        return math.prod(self._parameters[name].whole_shape)
+        return math.prod(self.parameters[name].whole_shape)
 
     def problems(self, shapes: Mapping[str, Sequence[int]]) -> list[str]:
         """Why the slices are not those of a model with parameters of these shapes, each element
         once: a sentence for each parameter, the first few of them; empty when they are."""
         found = {}
-        for name in sorted({*shapes, *self._parameters}):
-            if name not in self._parameters:
+        for name in sorted({*shapes, *self.parameters}):
+            if name not in self.parameters:
                 found[name] = "is in no file"
             elif name not in shapes:
                 found[name] = "is none of the model's"
-            elif not _fits(self._parameters[name].whole_shape, shapes[name], name):
-                there = self._parameters[name].whole_shape
+            elif not _fits(self.parameters[name].whole_shape, shapes[name], name):
+                there = self.parameters[name].whole_shape
                 found[name] = f"has shape {there}, but {tuple(shapes[name])} in the model"
-            elif problem := self._parameters[name].problem():
+            elif problem := self.parameters[name].problem():
                 found[name] = f"is not there once: {problem}"
         lines = [f"{self.folder}: parameter {name!r} {why}" for name, why in found.items()]
         more = len(lines) - MOST_PROBLEMS
@@ -238,7 +262,7 @@ class SliceReader:
         """Elements [start, start + numel) of a whole parameter, read when asked for."""
         piece = Slice(
             name=name,
-            shape=self._parameters[name].whole_shape,
+            shape=self.parameters[name].whole_shape,
             split=TensorShare(),
             start=start,
             numel=numel,
@@ -250,14 +274,14 @@ class SliceReader:
 
     def full(self, name: str, key: str = "fp32") -> Tensor:
         """A whole parameter, or one of its moments, in fp32."""
-        if name not in self._parameters:
+        if name not in self.parameters:
             raise DamageError(
                 f"{self.folder}: holds no parameter {name!r}; it belongs to another model"
             )
-        known = self._parameters[name]
-        numel = math.prod(known.shape)
-        shards = [self._part(name, p, key, 0, numel).view(known.shape) for p in range(known.parts)]
-        return splits.join(shards, known.kind)
+        shape, kind, parts = self.parameters[name].layout
+        numel = math.prod(shape)
+        shards = [self._part(name, p, key, 0, numel).view(shape) for p in range(parts)]
+        return splits.join(shards, kind)
 
     def read(self, piece: Slice, key: str) -> Tensor:
         """The elements of a slice of any layout: (numel,) fp32.
@@ -266,7 +290,7 @@ class SliceReader:
         the whole parameter, one at a time. Raises UsageError when the model has another shape.
         """
         kind, part, parts = piece.split.kind, piece.split.part, piece.split.parts
-        known = self._parameters.get(piece.name)
+        known = self.parameters.get(piece.name)
         if known is not None and known.layout == (piece.shape, kind, parts):
             return self._part(piece.name, part, key, piece.start, piece.numel)
         shape = splits.whole_shape(piece.shape, kind, parts)
@@ -278,11 +302,11 @@ class SliceReader:
         """Elements [start, start + numel) of one tensor-parallel part, flattened."""
         out = torch.empty(numel, dtype=torch.float32)
         done = start
-        for stretch in self._parameters[name].of_part(part):
+        for stretch in self.parameters[name].of_part(part):
             last = min(start + numel, stretch.end)
             # In order of their starts, so a stretch that starts later leaves a gap.
             if stretch.start <= done < last:
-                stretch.read(key, done, out[done - start : last - start])
+                self._files.read(name, stretch, key, done, out[done - start : last - start])
                 done = last
         if done != start + numel:
             raise DamageError(

@@ -48,17 +48,11 @@ def start_from(config: RunConfig, engine: Engine, vocabulary: str) -> dict[str, 
 
 def _opened(path: Path, engine: Engine) -> Weights:
     """The weights, every byte of which the first rank has compared with its checksum."""
-    problem: MegagptError | None = None
-    folder = path
-    if engine.ranks.rank == 0:
-        try:
-            folder = open_weights(path).folder
-        except MegagptError as error:
-            problem = error
-    # A run that still trains there may save meanwhile: all ranks read what the first has read.
-    problem, folder = engine.gather((problem, folder))[0]
-    if problem is not None:
-        raise type(problem)(f"init_from = {str(path)!r}: {problem}")
+    try:
+        # A run that still trains there may save meanwhile: all ranks read what the first has read.
+        folder = engine.by_first(lambda: open_weights(path).folder)
+    except MegagptError as problem:
+        raise type(problem)(f"init_from = {str(path)!r}: {problem}") from None
     return open_weights(folder, compare=False)
 
 

@@ -42,7 +42,8 @@ from megagpt.config import RunConfig
 from megagpt.errors import MegagptError
 
 MEETING_MINUTES = 10.0
-"""How long ranks wait for each other; less where log.watchdog_minutes is less."""
+"""How long ranks wait for each other, unless log.meeting_minutes says; less where
+log.watchdog_minutes is less."""
 GROUP_MINUTES = 30.0
 """Longest collective of the group; a hung step is the watchdog's."""
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -87,18 +88,16 @@ def join(ranks: Ranks, config: RunConfig | None = None) -> None:
 
     With a configuration the hosts compare what must be the same on all of them, see
     megagpt.cluster.agreement. Raises UsageError that names what differs; MegagptError that names
-    ranks which did not come within MEETING_MINUTES, and when the launcher died before.
+    ranks which did not come within meeting_minutes(config), and when the launcher died before.
     """
     if ranks.launcher in ("deepspeed", "torchrun", "mpi") and _adopted(os.getppid()):
         raise MegagptError(
             f"rank {ranks.rank}: the launcher died while this rank started; run the command again"
         )
     if config is not None:
-        # So a rank that is missing is named before the watchdog ends the start.
-        minutes = min(MEETING_MINUTES, config.log.watchdog_minutes or MEETING_MINUTES)
         # Ranks of one host read the same files, so one of them says the facts.
         speaks = ranks.local_rank == 0 and ranks.local_world < ranks.world
-        meet(ranks, facts_of_run(config) if speaks else {}, minutes, config.output)
+        meet(ranks, facts_of_run(config) if speaks else {}, meeting_minutes(config), config.output)
     elif not _meetings:
         meet(ranks, {}, MEETING_MINUTES)
     import torch
@@ -124,6 +123,12 @@ def join(ranks: Ranks, config: RunConfig | None = None) -> None:
         rank=ranks.rank,
         world_size=ranks.world,
     )
+
+
+def meeting_minutes(config: RunConfig) -> float:
+    """How long a rank that has come waits for the others."""
+    log = config.log
+    return log.meeting_minutes or min(MEETING_MINUTES, log.watchdog_minutes or MEETING_MINUTES)
 
 
 def set_device(ranks: Ranks, n_gpus: int, environ: MutableMapping[str, str]) -> None:

@@ -41,12 +41,15 @@ SHELLS = ("sh", "bash", "dash", "zsh", "ksh", "csh", "tcsh")
 class Watchdog:
     """Watches one rank, as a context; does nothing before it is entered."""
 
-    def __init__(self, run: Path, ranks: Ranks, minutes: float) -> None:
-        """minutes: limit of a step, 0 for none; the launcher is watched in any case."""
+    def __init__(self, run: Path, ranks: Ranks, minutes: float, meeting_minutes: float = 0) -> None:
+        """minutes: limit of a step, 0 for none; the launcher is watched in any case.
+        meeting_minutes: what the ranks wait for each other, which has a limit of its own."""
         self.path = run / FOLDER / f"rank_{ranks.rank:05d}.txt"
         self.rank = ranks.rank
         self.limit_s = 60 * minutes
         self.launchers = launchers(ranks.launcher)
+        # For rank 0 to come, for it to wait itself, and for its word.
+        self._meeting_s = 3 * 60 * meeting_minutes
         self.keeps: Lock | None = None
         """What keeps the run folder for this process, where it does."""
         self._stepped = False
@@ -74,6 +77,8 @@ class Watchdog:
         if phase == "step" and not self._stepped:
             self._stepped, phase = True, "first step"
         limit_s = FACTORS[phase] * self.limit_s
+        if limit_s and phase == "start" and not self._thread.is_alive():
+            limit_s += self._meeting_s
         # One assignment, so that the thread never sees half of it.
         self._phase = (phase, time.monotonic(), limit_s)
         if limit_s > 0:

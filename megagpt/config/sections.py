@@ -196,6 +196,10 @@ class LogConfig:
     watchdog_minutes: Minutes = 30.0
     """Minutes in which a step must end (four times as many for the start, the first step, an
     evaluation, a checkpoint), or the job ends with its stacks in the run folder; 0: no limit."""
+    meeting_minutes: Minutes = 0.0
+    """Minutes that a rank which has come waits for the others before it names those missing: more
+    where thousands of processes import from a cold file system; 0: 10, or watchdog_minutes if that
+    is less."""
     check_replicas_every_steps: ZeroOrMore = 100
     """Steps between comparisons of the weights that data-parallel ranks share; 0: only before a
     checkpoint, as in any case."""

@@ -9,7 +9,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -28,11 +28,13 @@ from megagpt.engine.slices import (
     read_state,
     write_state,
 )
+from megagpt.errors import MegagptError
 from megagpt.plan.layout import Layout
 from megagpt.plan.speed import peak_tflops
 
 MicroBatch = tuple[Tensor, Tensor]
 """(inputs, targets), each (sequences, n_ctx) int64; a negative target is not scored."""
+T = TypeVar("T")
 SkipUpdate = Callable[[float, float], bool]
 """(loss, gradient norm) of a step -> whether its update is skipped."""
 
@@ -210,11 +212,32 @@ class Engine(ABC):
         dist.all_gather_object(values, value)
         return values
 
+    def collect(self, value: Any) -> list[Any]:
+        """The value of every rank, by rank, on rank 0; empty on the others, which learn nothing."""
+        values: list[Any] = [None] * self.ranks.world if self.ranks.rank == 0 else []
+        dist.gather_object(value, values or None)
+        return values
+
     def first(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
         values = [value]
         dist.broadcast_object_list(values, src=0)
         return values[0]
+
+    def by_first(self, action: Callable[[], T]) -> T:
+        """What rank 0 finds, on every rank: one rank looks at the disk and not all. What it raises
+        of ours or of the system's, all raise."""
+        value: Any = None
+        problem: Exception | None = None
+        if self.ranks.rank == 0:
+            try:
+                value = action()
+            except (MegagptError, OSError) as error:
+                problem = error
+        value, problem = self.first((value, problem))
+        if problem is not None:
+            raise problem
+        return cast(T, value)
 
     def barrier(self) -> None:
         """Waits for all ranks."""

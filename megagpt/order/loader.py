@@ -62,6 +62,7 @@ class TokenLoader:
     sources: (folder, weight) pairs; weights of any scale. n_ctx: tokens of an input; a sample has
     n_ctx + 1. shuffle: False reads the windows of each source in the order of its files. changes:
     (first sample, weights) in ascending order, for a mixture that changes during the run.
+    sizes: False where others compare the sizes of the files.
     """
 
     def __init__(
@@ -71,12 +72,13 @@ class TokenLoader:
         seed: int,
         shuffle: bool = True,
         changes: Sequence[tuple[int, Sequence[float]]] = (),
+        sizes: bool = True,
     ) -> None:
         """Raises UsageError for sources that do not go together, DamageError for damaged ones."""
         if not sources:
             raise UsageError("no data to read: list at least one folder with a manifest.json")
         self.n_ctx, self.seed, self.shuffle = n_ctx, seed, shuffle
-        self.stores = [TokenWindows(Path(path)) for path, _ in sources]
+        self.stores = [TokenWindows(Path(path), sizes) for path, _ in sources]
         check_sources(self.stores)
         self._names = unique_names([store.folder for store in self.stores])
         self._n_windows = [store.n_windows(n_ctx) for store in self.stores]
@@ -333,20 +335,21 @@ def unique_names(folders: Sequence[Path]) -> list[str]:
     return found
 
 
-def training_loader(config: RunConfig) -> TokenLoader:
+def training_loader(config: RunConfig, sizes: bool = True) -> TokenLoader:
     """The samples that a run trains on. Raises what TokenLoader raises."""
     data, n_ctx = config.data, config.model.n_ctx
     sources = [(Path(source.path), source.weight) for source in data.train]
     changes = [(change.at_tokens // n_ctx, change.weights) for change in data.changes]
-    loader = TokenLoader(sources, n_ctx, config.seed, changes=changes)
+    loader = TokenLoader(sources, n_ctx, config.seed, changes=changes, sizes=sizes)
     loader.augment_images(Augment(data.flip, data.shift))
     return loader
 
 
-def validation_loaders(config: RunConfig) -> list[TokenLoader]:
+def validation_loaders(config: RunConfig, sizes: bool = True) -> list[TokenLoader]:
     """The samples of each validation set. Raises what TokenLoader raises."""
     sources = config.data.validation
-    return [TokenLoader([(Path(s.path), 1.0)], config.model.n_ctx, 0) for s in sources]
+    n_ctx = config.model.n_ctx
+    return [TokenLoader([(Path(s.path), 1.0)], n_ctx, 0, sizes=sizes) for s in sources]
 
 
 def check_corpora(config: RunConfig) -> None:

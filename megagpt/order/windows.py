@@ -33,9 +33,9 @@ MAX_OPEN = 128
 class TokenWindows:
     """One corpus: a folder with a manifest. May be read from several threads."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, sizes: bool = True) -> None:
         """Raises what read_manifest raises, and DamageError for a shard of the wrong size or
-        another tokenizer.json than the manifest's."""
+        another tokenizer.json than the manifest's. sizes: False where others look at them."""
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
         self.dtype = self.manifest.dtype
@@ -43,7 +43,7 @@ class TokenWindows:
         self.paths = [self.manifest.bin_path(shard) for shard in shards]
         self.masks = [self.manifest.mask_path(shard) for shard in shards if shard.mask_sha256]
         """The mask of each shard; [] where all targets are scored."""
-        for shard in shards:
+        for shard in shards if sizes else ():
             for path, size, _ in self.manifest.files(shard):
                 if size is not None and (problem := file_problem(path, size)):
                     raise DamageError(f"{problem}; prepare or copy it again")

@@ -4,13 +4,15 @@ Every host reads what it will train on: the ranks that see the same file share i
 on a file system of all hosts are read once, and copies on each host's own disk by each host. What
 was found whole is remembered by path, size, times and checksum, so that the next start reads only
 what is new: RUN/verified.json has what all hosts share, RUN/verified/HOST.json what one host has.
+Rank 0 keeps both; every rank looks at the files of its own share and at no others.
 """
 
 import json
+import os
 import socket
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from megagpt.config import RunConfig
 from megagpt.corpus.manifest import CorpusManifest, Shard
@@ -36,57 +38,87 @@ class Work(Protocol):
         """Returns when all ranks have come here."""
 
 
+class _Place(NamedTuple):
+    """A rank among those that see the same copy of a corpus."""
+
+    number: int
+    sharing: int
+    everywhere: bool
+    """Whether all ranks do."""
+
+
 def check_data(loaders: Sequence[TokenLoader], run: Path, engine: Engine, work: Work) -> None:
     """Raises DamageError, on every rank, that names each damaged shard. All ranks call it."""
     shards = [(s.manifest, x) for load in loaders for s in load.stores for x in s.manifest.shards]
-    folders = dict.fromkeys(manifest.folder for manifest, _ in shards)
+    folders = list(dict.fromkeys(manifest.folder for manifest, _ in shards))
     host, volumes = socket.gethostname(), [volume_of(folder) for folder in folders]
-    everywhere = engine.gather((host, volumes))
-    volume = dict(zip(folders, volumes, strict=True))
-    own = run / OWN / f"{host}.json"
-    shared_memory = _recall(run / MEMORY) if engine.ranks.rank == 0 else []
-    known = {*engine.first(shared_memory), *_recall(own)}
-    share = _share(engine.ranks.rank, shards, list(folders), everywhere)
-    states = {id(shard): _state(m, shard, volume[m.folder]) for m, shard in shards}
+    seen = engine.collect((host, volumes))
+    places = engine.first(_places(seen))[engine.ranks.rank]
+    real = [os.path.realpath(folder) for folder in folders]
+    share, states = [], []
+    for number, (manifest, shard) in enumerate(shards):
+        at = folders.index(manifest.folder)
+        if number % places[at].sharing == places[at].number:
+            share.append((manifest, shard, "" if places[at].everywhere else f" (on {host})"))
+            states.append(_state(manifest, shard, volumes[at], real[at]))
+    told = engine.collect(states)
+    memory = _Memory(run, [name for name, _ in seen], told)
     problems = []
-    for manifest, shard in share:
-        if states[id(shard)] not in known:
-            found = verify_files(manifest, [shard.name], lambda _: work.alive())
-            shared = all(volume[manifest.folder] in there for _, there in everywhere)
-            problems += found if shared else [f"{problem} (on {host})" for problem in found]
+    for number in engine.first(memory.unknown())[engine.ranks.rank]:
+        manifest, shard, where = share[number]
+        found = verify_files(manifest, [shard.name], lambda _: work.alive())
+        problems += [problem + where for problem in found]
     # Not by a collective, whose time is limited: one large file may take hours.
     work.wait()
-    if found := list(dict.fromkeys(p for problems in engine.gather(problems) for p in problems)):
-        raise DamageError(
-            "damaged shards:\n" + "\n".join(f"  - {p}" for p in found) + "\n"
-            "prepare the corpus again, or restore the files from a copy"
-        )
-    hosts = [name for name, _ in everywhere]
-    local = [states[id(x)] for m, x in shards if volume[m.folder].startswith(f"{host} ")]
-    if engine.ranks.rank == 0:
-        _remember(run / MEMORY, set(states.values()) - set(local), known)
-    if engine.ranks.rank == hosts.index(host):
-        _remember(own, local, known)
+    found = [problem for own in engine.collect(problems) for problem in own]
+    engine.by_first(lambda: memory.judge(list(dict.fromkeys(found))))
 
 
-def _share(
-    rank: int,
-    shards: Sequence[tuple[CorpusManifest, Shard]],
-    folders: Sequence[Path],
-    everywhere: Sequence[tuple[str, Sequence[str]]],
-) -> list[tuple[CorpusManifest, Shard]]:
-    """The shards that this rank reads: of the ranks that see the same volume each has every n-th.
+def _places(seen: Sequence[tuple[str, Sequence[str]]]) -> list[list[_Place]]:
+    """By rank and folder: of the ranks that see the same volume each reads every n-th shard.
 
-    everywhere: host and volumes of the folders, of every rank.
+    seen: host and volumes of the folders, of every rank.
     """
-    mine = []
-    for number, (manifest, shard) in enumerate(shards):
-        place = folders.index(manifest.folder)
-        own = everywhere[rank][1][place]
-        sharing = [r for r, (_, volumes) in enumerate(everywhere) if volumes[place] == own]
-        if sharing[number % len(sharing)] == rank:
-            mine.append((manifest, shard))
-    return mine
+    groups: dict[tuple[int, str], list[int]] = {}
+    for rank, (_, volumes) in enumerate(seen):
+        for folder, volume in enumerate(volumes):
+            groups.setdefault((folder, volume), []).append(rank)
+    places: list[list[_Place]] = [[] for _ in seen]
+    for (_, _), ranks in sorted(groups.items()):
+        for number, rank in enumerate(ranks):
+            places[rank].append(_Place(number, len(ranks), len(ranks) == len(seen)))
+    return places
+
+
+class _Memory:
+    """What was found whole at earlier starts; rank 0 alone has one that is not empty."""
+
+    def __init__(self, run: Path, hosts: Sequence[str], states: Sequence[Sequence[str]]) -> None:
+        """hosts, states: of every rank, and of the shards of its share."""
+        self.states = states
+        self.keepers: dict[Path, set[str]] = {}
+        """File -> what belongs into it."""
+        for host, own in zip(hosts, states, strict=True):
+            for state in own:
+                local = state.startswith(f"{host} ")
+                path = run / OWN / f"{host}.json" if local else run / MEMORY
+                self.keepers.setdefault(path, set()).add(state)
+        self.known = {path: set(_recall(path)) for path in self.keepers}
+
+    def unknown(self) -> list[list[int]]:
+        """By rank, which shards of its share have to be read."""
+        known = set[str]().union(*self.known.values())
+        return [[n for n, state in enumerate(own) if state not in known] for own in self.states]
+
+    def judge(self, problems: Sequence[str]) -> None:
+        """Remembers what is whole. Raises DamageError for the problems that were found."""
+        if problems:
+            raise DamageError(
+                "damaged shards:\n" + "\n".join(f"  - {p}" for p in problems) + "\n"
+                "prepare the corpus again, or restore the files from a copy"
+            )
+        for path, states in self.keepers.items():
+            _remember(path, states, self.known[path])
 
 
 def evaluation_samples(config: RunConfig, n_windows: int) -> int:
@@ -112,14 +144,15 @@ def _remember(path: Path, states: Iterable[str], known: set[str]) -> None:
         write_file(path, json.dumps(whole) + "\n")
 
 
-def _state(manifest: CorpusManifest, shard: Shard, volume: str) -> str:
+def _state(manifest: CorpusManifest, shard: Shard, volume: str, real: str) -> str:
     """Changes whenever the files or what is expected of them change: a copy that took over the
-    times of its original has another time of change, or another inode."""
+    times of its original has another time of change, or another inode. real: the folder, without
+    links."""
     files = manifest.files(shard)
     try:
         stats = [path.stat() for path, _, _ in files]
     except OSError:
         return ""
     times = [f"{f.st_size} {f.st_mtime_ns} {f.st_ctime_ns} {f.st_ino}" for f in stats]
-    place = str(files[0][0].resolve())
+    place = os.path.join(real, files[0][0].name)
     return " ".join([volume, place, *times, *(digest for *_, digest in files)])

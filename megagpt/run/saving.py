@@ -51,7 +51,7 @@ class Checkpoints:
 
     def exist(self) -> bool:
         """Whether the run folder has a checkpoint, as rank 0 sees it."""
-        return bool(self.engine.gather(len(list_checkpoints(self.folder)))[0])
+        return self.engine.by_first(lambda: bool(list_checkpoints(self.folder)))
 
     def resume(self, allow_changes: bool) -> tuple[RunState, History, int]:
         """The state of the newest whole checkpoint, loaded into the engine, and the steps in a row
@@ -62,11 +62,12 @@ class Checkpoints:
         on, DamageError when the journal is not the checkpoint's, and what
         `megagpt.checkpoint.resume` raises.
         """
+        self.saver.settle()
         saved = self._load(allow_changes)
         while problems := self.problems():
             self._set_aside(problems)
             saved = self._load(allow_changes)
-        journal = Journal(self.engine.gather(read_journal(self.folder).entries)[0])
+        journal = Journal(self.engine.by_first(lambda: read_journal(self.folder).entries))
         if saved is None:
             return RunState(journal=journal), [], 0
         journal = journal.agree(saved.rollbacks, self.folder)
@@ -109,7 +110,7 @@ class Checkpoints:
     def _set_aside(self, problems: list[str]) -> None:
         """Puts the checkpoint that was loaded aside: an earlier version may have saved what is not
         sound. Raises DamageError where there is none before it."""
-        folders = self.engine.gather([str(f) for f in list_checkpoints(self.folder)])[0]
+        folders = self.engine.by_first(lambda: list_checkpoints(self.folder))
         listed = "\n".join(f"  - {problem}" for problem in problems)
         if len(folders) < 2:
             place = folders[0] if folders else self.config.init_from or "the initial state"
@@ -118,7 +119,7 @@ class Checkpoints:
                 "restore a checkpoint from a copy, or use another output to start anew"
             )
         if self.engine.ranks.rank == 0:
-            aside = set_aside(Path(folders[-1]))
+            aside = set_aside(folders[-1])
             log.error("not sound, set aside as %s:\n%s", aside, listed)
         self.engine.barrier()
 

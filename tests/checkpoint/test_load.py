@@ -30,6 +30,7 @@ from tests.lib.distributed import undisturbed
 FILES = (
     "rank_00000.safetensors",
     "rank_00001.safetensors",
+    "slices.json",
     "config.toml",
     "manifest.json",
     "tokenizer.json",
@@ -56,7 +57,7 @@ def test_what_is_kept(config):
     assert state.samples == state.tokens // config.model.n_ctx
     assert (state.updates, state.skipped_steps) == (state.step, 0)
     assert state.layout == {"world": 2, "pipeline": 1, "tensor": 1}
-    assert [f.name for f in state.files] == [*FILES[:2], "config.toml", "tokenizer.json"]
+    assert [f.name for f in state.files] == [*FILES[:4], "tokenizer.json"]
 
 
 def test_bytes_on_the_disk_are_the_owned_slices_and_no_more(config):
@@ -206,7 +207,7 @@ def rewrite_slices(folder: Path, change: Callable[[list[Slice]], list[Slice]]) -
     for one in change(whole):
         values = {key: one.read(key).clone() for key in STATES}
         copies.append(dataclasses.replace(one, read=values.__getitem__))
-    for path in folder.glob("rank_*"):
+    for path in [*folder.glob("rank_*"), folder / record.INDEX]:
         path.unlink()
     write_slices(folder / "rank_00000.safetensors", copies)
     rewrite_manifest(folder)

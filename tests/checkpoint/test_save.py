@@ -23,6 +23,7 @@ def test_save_then_load_is_exact_and_old_ones_go(tmp_path, run, config, engine):
         assert saver.busy
     folder = saver.finish()
     assert folder is not None and not saver.busy and saver.stall_s > 0
+    saver.settle()
     names = [f.name[-1] for f in list_checkpoints(tmp_path / "new")]
     assert names == ["2", "4", "5", "6"]
     assert verify(folder) == []
@@ -44,6 +45,7 @@ def test_an_old_checkpoint_that_rotted_does_not_stop_the_run(tmp_path, run, conf
         assert folder is not None
         if step == 1:
             flip(folder / "manifest.json")
+    saver.settle()
     # It may be a milestone that can be restored: it stays.
     names = [f.name[-1] for f in list_checkpoints(tmp_path / "new")]
     assert names == ["1", "3", "4", "5"]

@@ -5,7 +5,6 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -17,7 +16,7 @@ from megagpt.order.loader import TokenLoader
 from megagpt.plan.ds_config import read_ds_config, resolve
 from megagpt.plan.layout import Layout
 from megagpt.run import volume
-from megagpt.run.inputs import MEMORY, OWN, _share, check_data, evaluation_samples
+from megagpt.run.inputs import MEMORY, OWN, _places, check_data, evaluation_samples
 from megagpt.run.volume import volume_of
 from tests.lib.corpus import edit_manifest, run_file
 from tests.lib.distributed import group_of_one
@@ -131,12 +130,10 @@ def test_a_copy_with_the_times_of_its_original_is_read(reading, tmp_path):
 
 
 def shares(*volumes: str) -> list[list[int]]:
-    """Numbers of the shards that each rank reads; two ranks a host, all shards in one folder."""
-    manifest = SimpleNamespace(folder=Path("corpus"))
-    shards = [(manifest, number) for number in range(8)]
-    everywhere = [(f"host{rank // 2}", [volume]) for rank, volume in enumerate(volumes)]
-    ranks = range(len(volumes))
-    return [[n for _, n in _share(r, shards, [manifest.folder], everywhere)] for r in ranks]
+    """Numbers of the shards that each rank reads, of eight; two ranks a host, one folder."""
+    places = _places([(f"host{rank // 2}", [volume]) for rank, volume in enumerate(volumes)])
+    assert {own[0].everywhere for own in places} == {len(set(volumes)) == 1}
+    return [[n for n in range(8) if n % own[0].sharing == own[0].number] for own in places]
 
 
 def test_every_host_reads_its_own_copy_and_all_together_what_they_share():
