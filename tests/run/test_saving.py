@@ -304,6 +304,7 @@ def test_a_folder_that_goes_away_under_the_run(tmp_path, caplog, how):
     def away(trainer: Trainer, step: int) -> None:
         if step == 7:
             trainer.finish_saving()
+            trainer.checkpoints.saver.settle()
             run.rename(elsewhere) if how == "moved" else shutil.rmtree(run)
 
     file = run_file(tmp_path, **SHORT)
