@@ -110,10 +110,14 @@ def write_export(
 ) -> None:
     """Writes everything but the card. Memory: one parameter."""
     model = weights.config.model
-    end = None if encoding is None or isinstance(encoding, Palette) else encoding.eot_token
+    texts = None if isinstance(encoding, Palette) else encoding
+    end = None if texts is None else texts.eot_token
     name = str(dtype).removeprefix("torch.")
     _write_json(folder / "config.json", write_config(model, end, name))
-    ends = {key: end for key in ("bos_token_id", "eos_token_id", "pad_token_id") if end is not None}
+    keys = ("bos_token_id", "eos_token_id", "pad_token_id")
+    ends: dict[str, Any] = {key: end for key in keys if end is not None}
+    if texts is not None and (turns := special_tokens(texts)):
+        ends["eos_token_id"] = [end, *turns.stop_tokens]  # where an answer ends
     _write_json(folder / "generation_config.json", ends)
     planned = list(exported(model, weights.read, dtype))
     file_of = write_tensors(folder, planned, dtype, shard_bytes, {"format": "pt"})

@@ -5,16 +5,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
+import torch
+from transformers import AutoTokenizer, GenerationConfig
 
+from megagpt.checkpoint.export import open_weights
 from megagpt.config.presets import ModelConfig
 from megagpt.corpus.verify import verify_shards
 from megagpt.errors import DamageError, UsageError
-from megagpt.hub.exporting import write_tokenizer
+from megagpt.hub.exporting import write_export, write_tokenizer
 from megagpt.order.windows import TokenWindows
 from megagpt.tokenizer import fingerprint, load_tokenizer
 from megagpt.use.dialogue import SpecialTokens, special_tokens, with_turns
 from megagpt.use.talks import Talk, is_held_out, masked, prepare_talks, read_talks
+from tests.lib.server import chat_folder
 
 TURNS = [("system", "Be."), ("user", "Hi, é?"), ("assistant", "Ho."), ("user", "<|end|>")]
 OPENAI = [{"role": role, "content": text} for role, text in TURNS]
@@ -73,6 +76,15 @@ def test_the_template_of_an_export_gives_the_same_ids_and_the_same_mask(name, tm
         messages[:2], add_generation_prompt=True, tokenize=True, return_dict=False
     )
     assert asked == form.ids(turns[:2])
+
+
+def test_what_generates_from_an_export_stops_where_a_turn_ends(tmp_path):
+    source = open_weights(chat_folder(tmp_path / "ours"))
+    (tmp_path / "out").mkdir()
+    write_export(source, source.tokenizer(), tmp_path / "out", torch.float32, 10**9)
+    ends = GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id
+    assert sorted(ends) == [256, 257, 258, 259, 260]
+    assert (tmp_path / "out/chat_template.jinja").exists()
 
 
 def test_a_corpus_of_dialogues(tmp_path):
