@@ -255,8 +255,9 @@ class Trainer:
         lost = [name for name, value in self.losses.items() if not math.isfinite(value)]
         if lost and self.finished(run):
             self.finish_saving(last=True)
+            verb = "are" if len(lost) > 1 else "is"
             raise UnsoundError(
-                f"step {run.step}, the last, not saved: its {' and its '.join(lost)} is not "
+                f"step {run.step}, the last, not saved: its {' and its '.join(lost)} {verb} not "
                 "finite; lower schedule.peak_lr, or look at the data of the last steps, and run "
                 "again to go on from the checkpoint before"
             )

@@ -266,11 +266,15 @@ def differences(saved: RunConfig, asked: RunConfig) -> list[str]:
 
 
 def _rates(before: RunConfig, now: RunConfig, tokens: int) -> str:
-    """What a change does to the learning rate where the run goes on; "" where it does nothing."""
-    old, new = before.schedule.lr(tokens), now.schedule.lr(tokens)
-    if abs(old - new) <= 0.01 * old:
+    """What a change does to the learning rate where the run goes on, or else where it would have
+    ended; "" where it does nothing."""
+    for at in (tokens, before.schedule.total_tokens):
+        old, new = before.schedule.lr(at), now.schedule.lr(at)
+        if abs(old - new) > 0.01 * old:
+            break
+    else:
         return ""
-    text = f"learning rate at {tokens:,} tokens: {old:.3g} -> {new:.3g}"
+    text = f"learning rate at {at:,} tokens: {old:.3g} -> {new:.3g}"
     if new > old and now.schedule.decay_tokens == 0:
         end = before.schedule.decay_tokens or before.schedule.total_tokens
         text += f"; schedule.decay_tokens={end} keeps it low"

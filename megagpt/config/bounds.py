@@ -8,6 +8,8 @@ from typing import Annotated
 
 from annotated_types import Interval, MinLen, Predicate
 
+_FAR = 100_000
+"""How far from a value its neighbours are looked for."""
 _TOML_MAX = 2**63 - 1
 """Integers beyond 64 bits are no TOML, so a run folder could not hold them."""
 
@@ -26,6 +28,14 @@ Minutes = Annotated[float, Interval(ge=0, le=1e6)]
 Line = Annotated[str, Predicate(_one_line)]
 FileName = Annotated[str, MinLen(1), Predicate(_one_line)]
 """A name or path of a file or folder."""
+
+
+def divisors_near(number: int, value: int) -> list[int]:
+    """The divisors of `number` next to a value: the largest up to it, the smallest above it."""
+    value = min(value, number)
+    below = (n for n in range(value, max(0, value - _FAR), -1) if number % n == 0)
+    above = (n for n in range(value + 1, min(number, value + _FAR) + 1) if number % n == 0)
+    return sorted({next(below, 1), next(above, number)})
 
 
 def around(value: int, unit: int) -> str:

@@ -23,7 +23,7 @@ from typing import Annotated
 
 from annotated_types import Gt, Interval
 
-from megagpt.config.bounds import OneOrMore, ZeroOrMore, around
+from megagpt.config.bounds import OneOrMore, ZeroOrMore, around, divisors_near
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,25 +149,60 @@ class Schedule:
                 return before, segment.batch_tokens
         raise ValueError(f"step {step} is outside the run: it has steps 0 to {self.n_steps - 1}")
 
-    def problems(self) -> Iterator[str]:
-        """What makes this schedule impossible, each with its remedy."""
+    def problems(self, n_ctx: int = 1) -> Iterator[str]:
+        """What makes this schedule impossible for sequences of n_ctx tokens, with the remedies."""
         end = self.decay_tokens or self.total_tokens
         if self.warmup_tokens >= end:
             yield (
                 f"schedule.warmup_tokens = {self.warmup_tokens}: must be less than decay_tokens "
                 f"({end}), where the cosine ends"
             )
-        if self.start_tokens > self.batch_tokens:
-            yield (
-                f"schedule.ramp_start_tokens = {self.ramp_start_tokens}: must not be more than "
-                f"batch_tokens ({self.batch_tokens})"
-            )
-        increment = self.increment_tokens
         # Only keys that the run file has are spoken of.
-        name = "ramp_increment_tokens" if self.ramp_increment_tokens else "ramp_start_tokens"
-        for key in ("ramp_start_tokens", "batch_tokens"):
-            if (value := getattr(self, key)) % increment:
+        key = "ramp_increment_tokens" if self.ramp_increment_tokens else "ramp_start_tokens"
+        increment, sound = self.increment_tokens, self.increment_tokens % n_ctx == 0
+        if self.batch_tokens % n_ctx:
+            unit, grows = n_ctx, ""
+            if sound and self.ramp_start_tokens:
+                unit, grows = increment, f" and of {key} ({increment}), in which the batch grows"
+            yield (
+                f"schedule.batch_tokens = {self.batch_tokens}: must be a multiple of model.n_ctx "
+                f"({n_ctx}), the tokens of one sequence{grows}; use "
+                f"{around(self.batch_tokens, unit)}"
+            )
+            if not sound and increment != self.batch_tokens:
                 yield (
-                    f"schedule.{key} = {value}: must be a multiple of {name} ({increment}), in "
-                    f"which the batch grows; use {around(value, increment)}"
+                    f"schedule.{key} = {increment}: must be a multiple of model.n_ctx ({n_ctx}), "
+                    f"the tokens of one sequence; use {around(increment, n_ctx)}"
                 )
+        elif not sound or self.batch_tokens % increment:
+            yield self._no_divisor(key, n_ctx)
+        elif increment != self.start_tokens:
+            yield from self._start_problems()
+
+    def _no_divisor(self, key: str, n_ctx: int) -> str:
+        """The refusal of an increment by which the batch cannot grow, with those next to it."""
+        increment, sequences = self.increment_tokens, self.batch_tokens // n_ctx
+        near = [n_ctx * n for n in divisors_near(sequences, increment // n_ctx)]
+        text = (
+            f"schedule.{key} = {increment}: must be a multiple of model.n_ctx ({n_ctx}) that "
+            f"divides batch_tokens ({self.batch_tokens}), because the batch grows in steps of it; "
+            f"use {' or '.join(map(str, near))}"
+        )
+        if increment % n_ctx == 0 and increment < self.batch_tokens:
+            text += f"; or batch_tokens = {around(self.batch_tokens, increment)}"
+        return text
+
+    def _start_problems(self) -> Iterator[str]:
+        """Of a first batch beside an increment of its own."""
+        start, increment = self.start_tokens, self.increment_tokens
+        if start > self.batch_tokens:
+            yield (
+                f"schedule.ramp_start_tokens = {start}: must not be more than batch_tokens "
+                f"({self.batch_tokens}), the last batch; use {self.batch_tokens} or less"
+            )
+        elif start % increment:
+            yield (
+                f"schedule.ramp_start_tokens = {start}: must be a multiple of "
+                f"ramp_increment_tokens ({increment}), in which the batch grows; use "
+                f"{around(start, increment)}"
+            )

@@ -245,19 +245,14 @@ class RunConfig:
     def problems(self) -> Iterator[str]:
         """Everything that no layout could repair; the layout's own rules stand in megagpt.plan."""
         yield from self.model.problems()
-        yield from self.schedule.problems()
+        yield from self.schedule.problems(self.model.n_ctx)
         yield from self.data.problems()
         yield from self.log.problems()
-        tokens = {
-            f"schedule.{key}": getattr(self.schedule, key)
-            for key in ("batch_tokens", "ramp_start_tokens", "ramp_increment_tokens")
-        }
-        for index, change in enumerate(self.data.changes):
-            tokens[f"data.changes[{index}].at_tokens"] = change.at_tokens
         n_ctx = self.model.n_ctx
-        for key, value in tokens.items():
-            if value % n_ctx:
+        for index, change in enumerate(self.data.changes):
+            if change.at_tokens % n_ctx:
                 yield (
-                    f"{key} = {value}: must be a multiple of model.n_ctx ({n_ctx}), the tokens of "
-                    f"one sequence; use {around(value, n_ctx)}"
+                    f"data.changes[{index}].at_tokens = {change.at_tokens}: must be a multiple of "
+                    f"model.n_ctx ({n_ctx}), the tokens of one sequence; use "
+                    f"{around(change.at_tokens, n_ctx)}"
                 )

@@ -105,9 +105,11 @@ def _wrong_digest(path: Path, found: str, expected: str) -> str:
 
 
 def _check_strangers(manifest: CorpusManifest) -> list[str]:
-    """Tokens and masks that the manifest does not know."""
+    """Tokens, indexes and masks that the manifest does not know."""
     known = {path for shard in manifest.shards for path, _, _ in manifest.files(shard)}
-    found = (path for ending in ("bin", "mask") for path in manifest.folder.glob(f"*.{ending}"))
+    known |= {manifest.index_path(shard) for shard in manifest.shards}
+    endings = ("bin", "idx", "mask")
+    found = (path for ending in endings for path in manifest.folder.glob(f"*.{ending}"))
     strangers = [path for path in found if path not in known]
     return [f"{path}: not in the manifest" for path in sorted(strangers)]
 

@@ -14,6 +14,8 @@ profiled between the two calls only, so that a run pays for nothing else.
 from pathlib import Path
 from typing import Any
 
+from megagpt.files import write_file
+
 _ROWS = 10
 
 
@@ -52,7 +54,7 @@ class Profile:
         self.trace.parent.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(self.trace))
         table = costliest(profiler)
-        self.trace.with_name(self.trace.name.split(".")[0] + ".txt").write_text(table)
+        write_file(self.trace.with_name(self.trace.name.split(".")[0] + ".txt"), table)
         return table
 
 

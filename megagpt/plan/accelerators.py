@@ -6,6 +6,8 @@ HGX systems that carry them.
 
 from dataclasses import dataclass
 
+from megagpt.errors import UsageError
+
 
 @dataclass(frozen=True, slots=True)
 class Accelerator:
@@ -45,6 +47,12 @@ ACCELERATORS = {
     "cpu": Accelerator("V100", 0.1, 0.1, 0.02, 64.0, 0.25, 10.0, 200.0, 0.05),
     "gb200": Accelerator("B200", 2500.0, 80.0, 8.0, 186.0, 900.0, 3200.0, 1200.0, 6.0),
 }
+
+
+def check_gpu(name: str) -> None:
+    """Raises UsageError for a --gpu that is not known."""
+    if name not in ACCELERATORS:
+        raise UsageError(f"--gpu {name}: must be one of {', '.join(ACCELERATORS)}")
 
 
 def accelerator(text: str) -> tuple[str, Accelerator]:

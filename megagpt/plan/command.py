@@ -5,7 +5,7 @@ import json
 
 from megagpt.config import RunConfig, load_run
 from megagpt.errors import UsageError
-from megagpt.plan.accelerators import ACCELERATORS
+from megagpt.plan.accelerators import ACCELERATORS, check_gpu
 from megagpt.plan.answer import Answer
 from megagpt.plan.batch import predict_file
 from megagpt.plan.calibrate import calibrate
@@ -124,8 +124,7 @@ def _without_run_file(args: argparse.Namespace) -> int:
 def cluster_of(args: argparse.Namespace, share: int) -> Cluster:
     """The devices of the command line, `share` of them where it does not say. Raises UsageError
     for what cannot be."""
-    if args.gpu not in ACCELERATORS:
-        raise UsageError(f"--gpu {args.gpu}: must be one of {', '.join(ACCELERATORS)}")
+    check_gpu(args.gpu)
     domain = args.gpus_per_node if args.nvlink_domain is None else args.nvlink_domain
     for name, value in (("gpus-per-node", args.gpus_per_node), ("nvlink-domain", domain)):
         if value < 1:

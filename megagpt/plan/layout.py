@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megagpt.config import RunConfig
-from megagpt.config.bounds import around
+from megagpt.config.bounds import around, divisors_near
 from megagpt.config.presets import ModelConfig
 
 ROW_MULTIPLE = 128
@@ -147,10 +147,7 @@ def layout_problems(config: RunConfig, layout: Layout) -> Iterator[str]:
 def _uneven(config: RunConfig, layout: Layout, full: int) -> str:
     """The refusal of a full batch that the data ranks cannot share, with what they could."""
     sequences, share = full // config.model.n_ctx, layout.pipeline * layout.tensor
-    fitting = [n for n in range(1, sequences + 1) if sequences % n == 0]
-    near = [max(n for n in fitting if n < layout.data)]
-    near += [n for n in fitting if n > layout.data][:1]
-    ranks = " or ".join(f"{n * share:,}" for n in near)
+    ranks = " or ".join(f"{n * share:,}" for n in divisors_near(sequences, layout.data))
     unit = math.lcm(config.schedule.increment_tokens, config.model.n_ctx * layout.data)
     tokens = " or ".join(f"{n}" for n in (full // unit * unit, -(-full // unit) * unit) if n)
     return (

@@ -18,7 +18,7 @@ from megagpt.corpus.manifest import MANIFEST, CorpusManifest, read_manifest
 from megagpt.corpus.pipe import validation_folder
 from megagpt.errors import EXIT_OK, UsageError
 from megagpt.files import write_file
-from megagpt.plan.accelerators import ACCELERATORS, accelerator
+from megagpt.plan.accelerators import ACCELERATORS, accelerator, check_gpu
 from megagpt.plan.candidates import Cluster
 from megagpt.start.fit import MINUTES, SIZES, Fitted, Wish, fit
 from megagpt.start.run_text import run_text
@@ -108,8 +108,8 @@ def _told(fitted: Fitted, path: Path) -> str:
 
 def machine_of(args: argparse.Namespace, cards: list[Gpu]) -> Cluster | int:
     """The GPUs that are named or found, else the cores of this CPU. Raises UsageError."""
-    if args.gpu and args.gpu not in ACCELERATORS:
-        raise UsageError(f"--gpu {args.gpu}: must be one of {', '.join(ACCELERATORS)}")
+    if args.gpu:
+        check_gpu(args.gpu)
     for option in ("gpus", "gpus_per_node"):
         if getattr(args, option) < (option != "gpus"):
             name = option.replace("_", "-")

@@ -20,6 +20,7 @@ from typing import Any
 from megagpt.config import RunConfig, load_run
 from megagpt.corpus.manifest import MANIFEST
 from megagpt.errors import EXIT_OK, UsageError
+from megagpt.files import write_durably
 from megagpt.plan.corpora import mismatches
 from megagpt.plan.ds_config import read_ds_config, resolve
 from megagpt.plan.layout import layout_of, spans_hosts
@@ -133,6 +134,7 @@ def run_other(args: argparse.Namespace) -> int:
     config = load_run(args.file, args.overrides)
     layout = layout_of(config, args.nodes * args.gpus_per_node)
     resolve(config, layout, read_ds_config(config.parallel.ds_config))
+    check_corpora(config, submit=False)
     folder = Path(config.output).resolve()
     step_s = max((s["step_s"] for s in recent_steps(folder)), default=0.0)
     lead = lead_s(config, args.nodes, args.time, step_s, longest_save_s(folder))
@@ -156,7 +158,7 @@ def run_other(args: argparse.Namespace) -> int:
         name, text = f"job.{args.system}", {"pbs": pbs, "lsf": lsf}[args.system](facts)
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8", errors="surrogateescape")
+    write_durably(path, text.encode("utf-8", errors="surrogateescape"))
     print(f"{path}: {layout}, {args.nodes} x {args.gpus_per_node} GPUs, {args.time}")
     print(f"submit it: {OTHERS[args.system][1]}".replace("JOB", shlex.quote(str(path))))
     return EXIT_OK
@@ -187,7 +189,7 @@ def run(args: argparse.Namespace) -> int:
     text = script(options, [args.file, *args.overrides], sweep)
     # SLURM drops the log of a job whose folder is not there.
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8", errors="surrogateescape")
+    write_durably(path, text.encode("utf-8", errors="surrogateescape"))
     print(f"{path}: {layout}, {args.nodes} x {args.gpus_per_node} GPUs, {args.time}")
     if slow := spans_hosts(layout, args.gpus_per_node):
         print(f"slow: {slow}")

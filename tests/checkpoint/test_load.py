@@ -14,7 +14,7 @@ import torch
 from megagpt import checkpoint
 from megagpt.checkpoint import list_checkpoints, load_model, record, resume, verify
 from megagpt.checkpoint.export import consolidate
-from megagpt.checkpoint.load import differences
+from megagpt.checkpoint.load import _rates, differences
 from megagpt.checkpoint.slice_file import SliceReader, write_slices
 from megagpt.cli import main
 from megagpt.config import RunConfig
@@ -299,6 +299,22 @@ def test_a_manifest_names_files_of_its_own_folder_only(run):
 
 
 # --- is it the same run? ------------------------------------------------------------------------
+
+
+def test_what_a_longer_schedule_does_to_the_rate_is_told_before_it_does_it(config):
+    """Where the run goes on in its warm-up the rate is the same; where it would have ended it is
+    not."""
+
+    def with_(**changes: int) -> RunConfig:
+        return dataclasses.replace(config, schedule=dataclasses.replace(config.schedule, **changes))
+
+    end = config.schedule.total_tokens
+    early = config.schedule.warmup_tokens // 2
+    twice = with_(total_tokens=2 * end)
+    told = _rates(config, twice, early)
+    old, new = (schedule.lr(end) for schedule in (config.schedule, twice.schedule))
+    assert told.startswith(f"learning rate at {end:,} tokens: {old:.3g} -> {new:.3g}; schedule.dec")
+    assert _rates(config, with_(total_tokens=2 * end, decay_tokens=end), early) == ""
 
 
 def test_another_run_is_refused_and_may_be_allowed(run, config, engine, caplog):

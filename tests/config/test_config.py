@@ -228,11 +228,24 @@ def test_a_wrong_preset_is_one_problem():
             ["schedule.batch_tokens=100000", "schedule.ramp_start_tokens=0"],
             ["(2048), the tokens of one sequence; use 98304 or 100352"],
         ),
-        (["schedule.ramp_increment_tokens=4096", "schedule.batch_tokens=6144"], ["start_tokens"]),
+        # A first batch of 32,768: the increment alone is wrong, and so are all that divide neither.
+        (
+            ["schedule.ramp_increment_tokens=4096", "schedule.batch_tokens=38912"],
+            ["tokens = 4096: must be a multiple of model.n_ctx (2048) that divides batch_tokens "]
+            + ["grows in steps of it; use 2048 or 38912; or batch_tokens = 36864 or 40960"],
+        ),
+        (
+            ["schedule.ramp_start_tokens=40960", "schedule.ramp_increment_tokens=16384"],
+            ["must be a multiple of ramp_increment_tokens (16384), in which the batch grows; use "]
+            + ["use 32768 or 49152"],
+        ),
+        (["schedule.ramp_start_tokens=100000"], ["use 65536 or 131072"]),
+        (["schedule.ramp_start_tokens=49152"], ["use 32768 or 65536; or batch_tokens = 491520 or"]),
+        (["schedule.ramp_start_tokens=600000000"], ["in steps of it; use 524288"]),
+        (["schedule.batch_tokens=9223372036854775807"], ["(32768), in which the batch grows"]),
     ],
 )
 def test_refusals_speak_of_keys_that_are_there_and_solve(overrides, messages):
     found = problems_of(RUN, *overrides)
-    assert all(any(message in problem for problem in found) for message in messages), found
-    if "schedule.ramp_start_tokens=0" in overrides:
-        assert len(found) == 1 and "ramp" not in found[0]
+    assert len(found) == 1 and all(message in found[0] for message in messages), found
+    assert ("ramp" in found[0]) == ("schedule.ramp_start_tokens=0" not in overrides)

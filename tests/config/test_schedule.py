@@ -101,7 +101,11 @@ def test_the_last_update_of_a_run_that_anneals_to_0_has_a_rate(preset):
     ("change", "message"),
     [
         ({"warmup_tokens": 2000}, "schedule.warmup_tokens = 2000: must be less than decay_tokens"),
-        ({"ramp_start_tokens": 64}, "must not be more than batch_tokens"),
+        ({"ramp_start_tokens": 64}, "divides batch_tokens (32), because the batch grows in steps"),
+        (
+            {"ramp_start_tokens": 64, "ramp_increment_tokens": 16},
+            "must not be more than batch_tokens (32), the last batch; use 32 or less",
+        ),
         ({"ramp_start_tokens": 8, "ramp_increment_tokens": 16}, "multiple of ramp_increment"),
     ],
 )

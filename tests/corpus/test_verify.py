@@ -72,17 +72,19 @@ def test_missing_short_and_strange_files(manifest: CorpusManifest) -> None:
     first, second = manifest.shards[:2]
     manifest.index_path(first).unlink()
     manifest.bin_path(second).write_bytes(b"\0\0")
-    (manifest.folder / "web_00009.bin").touch()
+    for ending in ("bin", "idx"):
+        (manifest.folder / f"web_00009.{ending}").touch()
     # The one of a shard without a mask is as strange as that of no shard.
     for name in ("web_00000.mask", "web_00009.mask"):
         (manifest.folder / name).touch()
     problems = verify_shards(manifest.folder)
     assert [Path(problem.split(": ")[0]).name for problem in problems] == [
-        "web_00000.mask", "web_00009.bin", "web_00009.mask", "web_00000.idx", "web_00001.bin",
+        "web_00000.mask", "web_00009.bin", "web_00009.idx", "web_00009.mask", "web_00000.idx",
+        "web_00001.bin",
     ]  # fmt: skip
-    assert all("not in the manifest" in problem for problem in problems[:3])
-    assert "missing, though the manifest beside it lists it" in problems[3]
-    assert "has 2 bytes, the manifest beside it says 42" in problems[4]
+    assert all("not in the manifest" in problem for problem in problems[:4])
+    assert "missing, though the manifest beside it lists it" in problems[4]
+    assert "has 2 bytes, the manifest beside it says 42" in problems[5]
 
 
 def test_content_that_its_checksums_approve(manifest: CorpusManifest) -> None:

@@ -188,7 +188,7 @@ def test_a_step_that_scores_nothing_is_left_out(tmp_path: Path) -> None:
 def test_a_loss_of_scored_targets_that_is_lost_is_no_end(tmp_path: Path) -> None:
     """Masks excuse a step without a target, and no other."""
     file = masked_run(tmp_path)
-    said = "the last, not saved: its loss and its validation loss is not finite"
+    said = "the last, not saved: its loss and its validation loss are not finite"
     with group_of_one(), pytest.raises(UnsoundError, match=said):
         train_here(file, "schedule.peak_lr=1e30")
     assert list_checkpoints(tmp_path / "run") == []

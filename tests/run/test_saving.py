@@ -164,7 +164,7 @@ def test_a_run_that_ends_without_a_loss_is_not_complete(tmp_path):
     train_here(file, "schedule.total_tokens=1024")
     good = digests(tmp_path)
     wild = ["schedule.total_tokens=1792", "schedule.peak_lr=1e30"]
-    said = "step 7, the last, not saved: its loss and its validation loss is not finite; lower sch"
+    said = "step 7, the last, not saved: its loss and its validation loss are not finite; lower sch"
     for _ in range(2):
         with pytest.raises(UnsoundError, match=said) as error:
             train_here(file, *wild, allow_changes=True)

@@ -62,6 +62,14 @@ def test_a_job_of_pbs(tmp_path, capsys):
     assert f"submit it: qsub {tmp_path}/run/job.pbs\n" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("system", ["slurm", "pbs", "lsf"])
+def test_corpora_that_are_not_there_are_said(tmp_path, capsys, system):
+    size = ["--nodes", "2", "--gpus-per-node", "2", "--time", "1:00:00"]
+    words = [*size, "data.train=[{path='data/none'}]"]
+    assert main(["launch", system, str(run_file(tmp_path)), *words]) == 0
+    assert "note: data/none: no prepared corpus there, and the job" in capsys.readouterr().out
+
+
 def test_a_job_of_lsf(tmp_path, capsys):
     text = written("lsf", tmp_path)
     assert lines(text, "BSUB")[:5] == [
