@@ -112,8 +112,11 @@ def summary(config: RunConfig) -> str:
         boards = shlex.quote(f"{config.output}/tensorboard")
         lines.append(f"curves: tensorboard --logdir {boards}")
     folder = shlex.quote(config.output)
+    writes = f"next: megagpt generate {folder} --prompt TEXT      what it writes"
+    if config.model.start_token is not None:
+        writes = f"next: {folder}/samples                         what it draws (evaluate.samples)"
     lines += [
-        f"next: megagpt generate {folder} --prompt TEXT      what it writes",
+        writes,
         f"      megagpt report {folder}                      its curves as a page",
         f"      megagpt export {folder} DIR --format hf      for transformers",
         "to train longer, raise schedule.total_tokens and run again with --allow-changes",

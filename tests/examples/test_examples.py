@@ -6,9 +6,13 @@ import runpy
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
+import tomli_w
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megagpt.corpus.manifest import read_manifest
 from megagpt.corpus.verify import verify_shards
@@ -88,6 +92,28 @@ def test_fine_tuning_learns_the_new_text_and_forgets_the_old(chargpt) -> None:
     new, tuned, old, forgotten = map(float, re.fullmatch(told, figure).groups())
     assert tuned < 0.5 * new and forgotten > 1.2 * old
     assert read_manifest(root / "data/finetune-validation").tokenizer_name == "bytes"
+
+
+def test_image_gpt_draws_completes_and_is_probed(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    tree = tomllib.loads((ROOT / "launch/runs/igpt-digits.toml").read_text())
+    tree["model"] |= {"n_layer": 2, "n_head": 2, "d_model": 16}
+    (tmp_path / "tiny.toml").write_text(tomli_w.dumps(tree))
+    words = ["image_gpt.py", "--run", "tiny.toml", "--steps", 12, "--draws", 2]
+    figure = run(tmp_path, *words)
+    told = r"4 labels a class: layer \d ([\d.]+)% \+- [\d.]+, raw pixels ([\d.]+)% \+- [\d.]+ \(.*"
+    found = re.fullmatch(told, figure)
+    assert found and 10 < float(found[1]) < 100 and 50 < float(found[2]) < 90, figure
+    folder, side = tmp_path / "runs/image_gpt", 6 * (8 * 9 + 1)
+    for name, rows in (("drawn.png", 4), ("completed.png", 5)):
+        with Image.open(folder / name) as picture:
+            assert picture.size == (side, 6 * (9 * rows + 1))
+    assert len(list((folder / "samples").glob("*.png"))) == 2
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Images("samples")] == [0, 12 * 4096]
+    for split in ("", "-validation"):
+        assert verify_shards(tmp_path / f"data/digits{split}") == []
 
 
 @pytest.mark.slow

@@ -1,0 +1,120 @@
+"""An Image GPT of small digits: it draws, completes halves, and what its layers know is measured.
+
+    python examples/image_gpt.py
+    python examples/image_gpt.py --images mine.npz --data data/mine --run mine.toml  # one's own
+
+The digits of scikit-learn (8 x 8 pixels, 17 greys) train launch/runs/igpt-digits.toml. Pictures of
+what it draws and completes go into the run folder. Then a logistic regression tells the digit from
+each layer's features, averaged over the pixels, with all labels; and with 25, 10 and 4 labels a
+class from those of one layer, and from the raw pixels. The last line is the figure with 4.
+"""
+
+import argparse
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import tomli_w
+import torch
+from probing import FEW, Labelled, by_layer, few_labels
+from training import train
+
+from megagpt.checkpoint.export import open_weights
+from megagpt.files import write_durably
+from megagpt.model import GPT
+from megagpt.order.loader import TokenLoader
+from megagpt.tokenizer.palette import Palette
+from megagpt.use.pictures import completions, features, grid, half, paint, png
+
+ROOT = Path(__file__).resolve().parents[1]
+RAW = "raw pixels"
+COLUMNS = 8
+
+
+class Part(NamedTuple):
+    """Images of one split: pixels (N, n_ctx) and classes (N,)."""
+
+    pixels: torch.Tensor
+    labels: np.ndarray
+
+
+def read(folder: Path, n_ctx: int) -> Part:
+    """A prepared split in the order of its files; labels of -1 where there are none."""
+    loader = TokenLoader([(folder, 1.0)], n_ctx, 0, shuffle=False)
+    pixels = torch.from_numpy(loader.samples(0, loader.n_windows)[:, 1:])
+    there = folder / "labels.npy"
+    return Part(pixels, np.load(there) if there.exists() else np.full(len(pixels), -1))
+
+
+def run_text(args: argparse.Namespace) -> str:
+    """The run file on this data; the learning rate's course is stretched or shortened whole."""
+    tree = tomllib.loads(args.run.read_text())
+    tree |= {"output": str(args.output), "seed": args.seed}
+    sources = [{"path": f"{args.data}{end}"} for end in ("", "-validation")]
+    tree["data"] |= {"train": sources[:1], "validation": sources[1:]}
+    if args.steps:
+        schedule = tree["schedule"]
+        schedule["total_tokens"] = args.steps * schedule["batch_tokens"]
+        schedule["warmup_tokens"] = min(schedule["warmup_tokens"], schedule["total_tokens"] // 2)
+    return tomli_w.dumps(tree)
+
+
+def draw(model: GPT, palette: Palette, held: Part, folder: Path, seed: int) -> None:
+    """Two pictures: images of the model's own; originals, their upper halves, three completions."""
+    own = paint(model, held.pixels[: 4 * COLUMNS, :0], seed).numpy()
+    sheet = palette.decode(own).reshape(4, COLUMNS, *palette.decode(own).shape[1:])
+    write_durably(folder / "drawn.png", png(grid(sheet, 6)))
+    first = held.pixels[:COLUMNS]
+    whole = palette.decode(first.numpy())
+    done = [palette.decode(one.numpy()) for one in completions(model, first, seed, 3)]
+    write_durably(folder / "completed.png", png(grid(np.stack([whole, half(whole), *done]), 6)))
+    print(f"{folder}/drawn.png and completed.png: images of its own, and completed upper halves")
+
+
+def labelled(model: GPT, palette: Palette, part: Part) -> Labelled:
+    """What each layer knows of images, and their pixels as numbers; grey ones have one channel."""
+    kinds = {f"layer {i}": f.numpy() for i, f in enumerate(features(model, part.pixels))}
+    shown = palette.decode(part.pixels.numpy()).astype(float)
+    grey = (shown == shown[..., :1]).all()
+    raw = (shown[..., :1] if grey else shown).reshape(len(shown), -1)
+    return Labelled(kinds | {RAW: raw}, part.labels)
+
+
+def main() -> None:
+    """Writes the data, trains, draws, and probes."""
+    made = argparse.ArgumentParser(
+        description="Trains an Image GPT.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = made.add_argument
+    add("--images", default="digits", help="what data_prep/images.py takes")
+    add("--run", type=Path, default=ROOT / "launch/runs/igpt-digits.toml", help="run file")
+    add("--data", type=Path, default=Path("data/digits"), help="folder of the shards")
+    add("--output", type=Path, default=Path("runs/image_gpt"), help="run folder")
+    add("--steps", type=int, default=0, help="steps to train; 0: as the run file says")
+    add("--draws", type=int, default=20, help="draws of few labels")
+    add("--ranks", type=int, default=1, help="processes, started by deepspeed where several")
+    add("--seed", type=int, default=1337, help="initial weights and data order")
+    args = made.parse_args()
+    script = [sys.executable, str(ROOT / "data_prep/images.py"), args.images]
+    place = ["--output", str(args.data), "--validation-fraction", "0.2"]
+    if code := subprocess.run([*script, *place]).returncode:
+        sys.exit(code)
+    model = train(args, run_text(args))
+    palette, n_ctx = open_weights(args.output).palette(), model.config.n_ctx
+    assert palette is not None
+    held = read(args.data.with_name(f"{args.data.name}-validation"), n_ctx)
+    draw(model, palette, held, args.output, args.seed)
+    if (held.labels < 0).any():
+        return
+    parts = [labelled(model, palette, one) for one in (read(args.data, n_ctx), held)]
+    for name, share in by_layer(*parts).items():
+        print(f"{name}: {share:.1f}% with all labels")
+    for few in reversed(FEW):
+        print(few_labels(*parts, few, RAW, args.draws))
+
+
+if __name__ == "__main__":
+    main()
