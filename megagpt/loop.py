@@ -68,7 +68,9 @@ class Trainer:
         self.validation = validation_loaders(config, sizes)
         check_vocabulary(config, [self.loader, *self.validation])
         self.engine = build_engine(config, layout, ranks, ds_config)
-        self.engine.masked = any(loader.masked for loader in [self.loader, *self.validation])
+        # A sample that is classified weighs as much as any other, whatever its length.
+        masked = any(loader.masked for loader in [self.loader, *self.validation])
+        self.engine.masked = masked and not config.model.classes
         self.evaluation = Evaluation(config, layout, self.engine, self.validation)
         self.soundness = Soundness(config, self.engine)
         self.checkpoints = Checkpoints(

@@ -74,8 +74,11 @@ def _refuse(weights: Weights, model: ModelConfig, vocabulary: str) -> None:
             f"{weights.facts['tokenizer']!r}"
         )
     log.info("starting from %s (step %s)", weights.folder, f"{weights.facts['step']:,}")
-    if model.n_ctx < old.n_ctx:
-        log.info("model.n_ctx: the first %d of %d positions are taken", model.n_ctx, old.n_ctx)
+    if model.positions < old.positions:
+        taken = model.positions, old.positions
+        log.info("model.n_ctx: the first %d of %d positions are taken", *taken)
+    if model.classes > old.classes:
+        log.info("model.classes: the head of %d classes begins at random", model.classes)
     if not same_size:
         added = model.vocab_size - old.vocab_size
         log.info("model.vocab_size: %d rows of the embedding begin at random", added)
@@ -84,13 +87,14 @@ def _refuse(weights: Weights, model: ModelConfig, vocabulary: str) -> None:
 def _differences(old: ModelConfig, new: ModelConfig) -> list[str]:
     """What makes the function another or the weights unfit, as "key: there -> asked".
 
-    dropout and vocab_multiple may differ, n_ctx may be shorter, and vocab_size larger but for
-    Image GPT, whose start vector stands behind the vocabulary.
+    dropout, vocab_multiple and lm_weight may differ, n_ctx may be shorter, a classifier may be new,
+    and vocab_size larger but for Image GPT, whose start vector stands behind the vocabulary.
     """
     keys = ["family", "n_layer", "n_head", "d_model"]
     keys += ["activation"] if new.family != "igpt" else ["vocab_size"]
     keys += ["vocab_size"] if new.vocab_size < old.vocab_size else []
-    keys += ["n_ctx"] if new.n_ctx > old.n_ctx else []
+    keys += ["n_ctx"] if new.positions > old.positions else []
+    keys += ["classes", "parts"] if old.classes else []
     found = [key for key in keys if getattr(old, key) != getattr(new, key)]
     if old.n_layer == new.n_layer:
         bands = [[model.band(i) for i in range(new.n_layer)] for model in (old, new)]
@@ -100,9 +104,11 @@ def _differences(old: ModelConfig, new: ModelConfig) -> list[str]:
 
 def _fitted(weights: Weights, name: str, shape: tuple[int, ...], config: RunConfig) -> Tensor:
     """A parameter in the shape of this run's model: positions cut, tokens added, padding added."""
+    if name.startswith("classifier.") and not weights.config.model.classes:
+        return initial_value(name, shape, config.model, config.seed)
     whole = weights.read(name)
     if name == "wpe.weight":
-        whole = whole[: config.model.n_ctx]
+        whole = whole[: config.model.positions]
     if name in PADDED:
         models = (weights.config.model, config.model)
         old, new = (m.n_embedding if name == "wte.weight" else m.vocab_size for m in models)

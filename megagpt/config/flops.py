@@ -37,17 +37,19 @@ def parameters(config: ModelConfig) -> int:
 
 
 def parameters_by_kind(config: ModelConfig) -> dict[str, int]:
-    """The same by kind: wte, wpe, attention, mlp, norms, head (0 where it is wte itself)."""
+    """The same by kind: wte, wpe, attention, mlp, norms, head (0 where it is wte itself),
+    classifier."""
     d, layers = config.d_model, config.n_layer
     bias = int(config.has_bias)
     norms = 2 * layers + (config.family != "gpt1")
     return {
         "wte": config.embedding_rows * d,
-        "wpe": config.n_ctx * d,
+        "wpe": config.positions * d,
         "attention": layers * (3 * d * d + d * d + bias * (3 * d + d)),
         "mlp": layers * (2 * d * config.d_ff + bias * (config.d_ff + d)),
         "norms": norms * (1 + bias) * d,
         "head": 0 if config.tied else config.head_rows * d,
+        "classifier": config.classes * (d + 1),
     }
 
 
@@ -90,7 +92,7 @@ def head_flops(config: ModelConfig) -> float:
 
 def visible_keys(config: ModelConfig, index: int, causal: str = "full") -> float:
     """Keys that a query of block `index` is counted to see, on average over the context."""
-    t, band = config.n_ctx, config.band(index)
+    t, band = config.positions, config.band(index)
     w = t if band is None else min(band, t)
     if causal == "full":
         return float(w)

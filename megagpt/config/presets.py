@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from annotated_types import Interval, MinLen
+from annotated_types import Ge, Interval, MinLen
 
-from megagpt.config.bounds import Size
+from megagpt.config.bounds import Size, around
 
 Attention = Literal["dense", "banded"]
 
@@ -44,6 +44,18 @@ class ModelConfig:
     Image GPT has one of its own and takes neither."""
     dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.0
     """Probability of dropping an element of embeddings, attention weights and residual branches."""
+    classes: Annotated[int, Interval(ge=0, le=2**31 - 1)] = 0
+    """Classes that a linear head tells apart from the state at the extract token, the last id of
+    the vocabulary, as in GPT-1's fine-tuning; 1: which of `parts` is right; 0: no such head."""
+    parts: Size = 1
+    """With classes: sequences of a sample, each n_ctx / parts tokens long and read by itself."""
+    lm_weight: Annotated[float, Ge(0)] = 0.5
+    """With classes: weight of the next-token loss beside that of the head."""
+
+    @property
+    def positions(self) -> int:
+        """Learned positions: the longest sequence that is read at once."""
+        return self.n_ctx // self.parts
 
     @property
     def d_head(self) -> int:
@@ -101,6 +113,23 @@ class ModelConfig:
             yield (
                 f"model.d_model = {self.d_model}: must be a multiple of n_head ({self.n_head}), so "
                 "that every head has the same width"
+            )
+        yield from self._head_problems()
+
+    def _head_problems(self) -> Iterator[str]:
+        if self.parts > 1 and not self.classes:
+            yield f"model.parts = {self.parts}: must be 1 without model.classes; set that too"
+        if self.classes == 1 and self.parts == 1:
+            yield "model.classes = 1: must be 2 or more, or model.parts what is chosen among"
+        if self.n_ctx % self.parts:
+            yield (
+                f"model.n_ctx = {self.n_ctx}: must be a multiple of model.parts ({self.parts}); "
+                f"use {around(self.n_ctx, self.parts)}"
+            )
+        if self.classes and self.family == "igpt":
+            yield (
+                f"model.classes = {self.classes}: must be 0 in family igpt, whose last id is a "
+                "colour and no extract token"
             )
 
 

@@ -19,7 +19,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated
+from typing import Annotated, Literal
 
 from annotated_types import Gt, Interval
 
@@ -57,7 +57,9 @@ class Schedule:
     warmup_tokens: ZeroOrMore = 0
     """Tokens over which the learning rate rises linearly from 0 to peak_lr."""
     decay_tokens: ZeroOrMore = 0
-    """Tokens consumed where the cosine reaches its floor; 0: total_tokens."""
+    """Tokens consumed where the decay reaches its floor; 0: total_tokens."""
+    decay: Literal["cosine", "linear"] = "cosine"
+    """Form of the decay from peak_lr to the floor; linear is GPT-1's in fine-tuning."""
     peak_lr: Annotated[float, Gt(0)]
     """Learning rate at the end of the warm-up."""
     min_lr_ratio: Annotated[float, Interval(ge=0, le=1)] = 0.1
@@ -93,9 +95,11 @@ class Schedule:
             end += self.batch_tokens
         if tokens >= end:
             return floor
-        # 3) cosine in between
-        done = (tokens - self.warmup_tokens) / (end - self.warmup_tokens)
-        return floor + 0.5 * (self.peak_lr - floor) * (1.0 + math.cos(math.pi * done))
+        # 3) in between
+        left = 1.0 - (tokens - self.warmup_tokens) / (end - self.warmup_tokens)
+        if self.decay == "cosine":
+            left = 0.5 * (1.0 - math.cos(math.pi * left))
+        return floor + (self.peak_lr - floor) * left
 
     def batch(self, tokens: int) -> int:
         """Tokens of the step that starts at `tokens` consumed."""
@@ -155,7 +159,7 @@ class Schedule:
         if self.warmup_tokens >= end:
             yield (
                 f"schedule.warmup_tokens = {self.warmup_tokens}: must be less than decay_tokens "
-                f"({end}), where the cosine ends"
+                f"({end}), where the decay ends"
             )
         # Only keys that the run file has are spoken of.
         key = "ramp_increment_tokens" if self.ramp_increment_tokens else "ramp_start_tokens"

@@ -29,6 +29,7 @@ from megagpt.engine.slices import (
     write_state,
 )
 from megagpt.errors import MegagptError
+from megagpt.model.classifier import refuse_samples
 from megagpt.plan.layout import Layout
 from megagpt.plan.speed import peak_tflops
 
@@ -128,6 +129,9 @@ class Engine(ABC):
         many targets as it scores. A step that scores none has no mean: its weights are nan, and
         its update is left out like any that is not finite.
         """
+        if self.config.model.classes:
+            for x, y in batches:
+                refuse_samples(self.config.model, x, y)
         data, rank = self.layout.data, self.layout.data_rank(self.ranks.rank)
         size, places = len(batches[0][0]), len(batches) * data
         count = places if sequences is None else sequences // size

@@ -178,6 +178,11 @@ def _bands(values: Mapping[str, Any], n_layer: int, name: str) -> dict[str, Any]
 
 def model_type(config: ModelConfig) -> str:
     """The model_type that computes what `config` does. Raises UsageError where there is none."""
+    if config.classes:
+        raise UsageError(
+            f"model.classes = {config.classes}: no class of transformers has this classifier "
+            "behind this model"
+        )
     banded = any((config.band(i) or config.n_ctx) < config.n_ctx for i in range(config.n_layer))
     if config.family == "gpt2":
         return "gpt_neo" if banded else "gpt2"

@@ -16,6 +16,7 @@ The life of a model:
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megagpt.config.presets import ModelConfig
 from megagpt.model.cache import Cache, KeyValues, beyond_context
+from megagpt.model.classifier import Classifier, classifier_loss, states_at_extract
 from megagpt.model.kernels.attention import attend, attention_form, make_block_mask
 from megagpt.model.kernels.loss import head_logits, head_loss
 
@@ -149,14 +151,15 @@ def layers(
     config: ModelConfig,
     classes: LayerClasses = LayerClasses(),  # noqa: B008 (frozen)
 ) -> list[Layer]:
-    """The model as a list: wte, wpe, h.0 .. h.{L-1}, ln_f (not in GPT-1), head.
+    """The model as a list: wte, wpe, h.0 .. h.{L-1}, ln_f (not in GPT-1), head, and where the model
+    has classes the classifier, which reads what the head reads.
 
     wte takes ids (B, T); every other layer the hidden state (B, T, D). The head's `loss` takes
     its module (wte's own where `tied_to` says so), the hidden state and the targets (B, T).
     """
     d = config.d_model
     tokens = {"rows": config.embedding_rows, "d_model": d, "vocab_size": config.vocab_size}
-    positions = {"n_ctx": config.n_ctx, "d_model": d, "dropout": config.dropout}
+    positions = {"n_ctx": config.positions, "d_model": d, "dropout": config.dropout}
     chain = [Layer("wte", classes.embedding, tokens), Layer("wpe", Positions, positions)]
     for index in range(config.n_layer):
         block = {"config": config, "index": index, "classes": classes}
@@ -168,6 +171,9 @@ def layers(
     else:
         head = {"rows": config.head_rows, "d_model": d, "vocab_size": config.vocab_size}
         chain.append(Layer("head", classes.head, head, None, classes.head_loss))
+    if config.classes:
+        kwargs = {"d_model": d, "classes": config.classes, "dropout": config.dropout}
+        chain.append(Layer("classifier", Classifier, kwargs))
     return chain
 
 
@@ -181,7 +187,7 @@ class Attention(nn.Module):
         super().__init__()
         d = config.d_model
         self.d_head = config.d_head
-        self.n_ctx = config.n_ctx
+        self.n_ctx = config.positions
         self.band = config.band(index)
         self.dropout = config.dropout
         self.c_attn = classes.column(d, 3 * d, bias=config.has_bias)
@@ -286,10 +292,28 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(built[f"h.{i}"] for i in range(config.n_layer))
         self.ln_f = built.get("ln_f", nn.Identity())
         self.head = built.get("head")
+        self.classifier = built.get("classifier")
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Mean loss (fp32 scalar) of ids x (B, T) with targets y (B, T); y < 0 is not scored."""
-        return self.classes.head_loss(self._output(), self._hidden(x), y)
+        """Mean loss (fp32 scalar) of ids x (B, T) with targets y (B, T); y < 0 is not scored.
+
+        With classes, x are samples of whole contexts and the last target of each is its class.
+        """
+        if self.classifier is None:
+            return self.classes.head_loss(self._output(), self._hidden(x), y)
+        rows = x.reshape(-1, self.config.positions)  # (B, T) -> (B parts, T / parts)
+        hidden = self._hidden(rows)
+        scores = self.classifier(states_at_extract(x, hidden, self.config))
+        score = partial(self.classes.head_loss, self._output())
+        return classifier_loss(scores, hidden, y, score, self.config.lm_weight)
+
+    def class_scores(self, x: Tensor) -> Tensor:
+        """Scores of the classes (B, C) of samples x (B, n_ctx); of the parts where they are chosen
+        among."""
+        assert self.classifier is not None
+        hidden = self._hidden(x.reshape(-1, self.config.positions))
+        found: Tensor = self.classifier(states_at_extract(x, hidden, self.config))
+        return found
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits (B, T, V) of ids x (B, T), padding left out; what follows each position."""

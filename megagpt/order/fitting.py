@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from megagpt.config import RunConfig
+from megagpt.config import ModelConfig, RunConfig
 from megagpt.corpus.manifest import CorpusManifest
 from megagpt.errors import UsageError
 from megagpt.order.windows import TokenWindows
@@ -18,18 +18,7 @@ def check_vocabulary(config: RunConfig, loaders: "Sequence[TokenLoader]") -> Non
     first = loaders[0].stores[0].manifest
     for loader in loaders:
         manifest = loader.stores[0].manifest
-        start = -1 if config.model.start_token is None else config.model.start_token
-        if start >= 0 > manifest.record_start:
-            raise UsageError(
-                f"{manifest.folder}: its windows begin with any token, but model.family = "
-                f'"{config.model.family}" reads images behind a start vector; prepare images with '
-                "data_prep/images.py, or choose another model"
-            )
-        if manifest.record_start >= 0 > start:
-            raise UsageError(
-                f"{manifest.folder}: holds images behind a start vector, which model.family = "
-                f'"{config.model.family}" has not; choose a model of Image GPT (family = "igpt")'
-            )
+        _check_kind(config.model, manifest)
         if manifest.vocab_size != config.model.vocab_size:
             raise UsageError(
                 f"{manifest.folder}: its tokenizer {manifest.tokenizer!r} has "
@@ -43,6 +32,27 @@ def check_vocabulary(config: RunConfig, loaders: "Sequence[TokenLoader]") -> Non
                 f"{first.folder}, {first.tokenizer!r}, though as large; prepare the corpus with "
                 "the tokenizer of the training data"
             )
+
+
+def _check_kind(model: ModelConfig, manifest: CorpusManifest) -> None:
+    """Raises UsageError for samples that begin or end otherwise than those of the model."""
+    start = -1 if model.start_token is None else model.start_token
+    if start >= 0 > manifest.record_start:
+        raise UsageError(
+            f"{manifest.folder}: its windows begin with any token, but model.family = "
+            f'"{model.family}" reads images behind a start vector; prepare images with '
+            "data_prep/images.py, or choose another model"
+        )
+    if manifest.record_start >= 0 > start:
+        raise UsageError(
+            f"{manifest.folder}: holds images behind a start vector, which model.family = "
+            f'"{model.family}" has not; choose a model of Image GPT (family = "igpt")'
+        )
+    if model.classes and not manifest.record_length:
+        raise UsageError(
+            f"{manifest.folder}: is of documents, but model.classes = {model.classes} needs "
+            "records that end in their class; write them with megagpt.corpus.forms"
+        )
 
 
 def _same_tokenizer(one: CorpusManifest, other: CorpusManifest) -> bool:

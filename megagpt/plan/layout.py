@@ -142,6 +142,11 @@ def layout_problems(config: RunConfig, layout: Layout) -> Iterator[str]:
             f"model.family = {model.family!r}: pipeline and tensor parallel carry GPT-2 and GPT-3 "
             "only; use a zero*.json"
         )
+    if layout.pipelined and model.classes:
+        yield (
+            f"model.classes = {model.classes}: pipeline and tensor parallel carry no classifier; "
+            "use a zero*.json"
+        )
 
 
 def _uneven(config: RunConfig, layout: Layout, full: int) -> str:

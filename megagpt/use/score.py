@@ -68,6 +68,11 @@ def evaluate(
     corpus that is not what its manifest says.
     """
     options = options or ScoreOptions()
+    if model.config.classes:
+        raise UsageError(
+            f"model.classes = {model.config.classes}: a classifier has no loss of tokens alone; "
+            "its record has the loss that it was trained on, and GPT.class_scores its answers"
+        )
     n_ctx = model.config.n_ctx
     stride = options.stride or n_ctx
     _check_options(options, n_ctx)

@@ -84,6 +84,16 @@ def test_cosine_is_the_papers():
         assert schedule.lr(tokens) == pytest.approx(expected)
 
 
+def test_a_linear_decay_is_a_line_to_its_floor():
+    wanted = {"total_tokens": 1000, "warmup_tokens": 100, "peak_lr": 2.0, "batch_tokens": 10}
+    schedule = Schedule(**wanted, decay="linear", min_lr_ratio=0.1)
+    for tokens in range(100, 1000, 50):
+        assert schedule.lr(tokens) == pytest.approx(2.0 - 1.8 * (tokens - 100) / 900)
+    # To 0 it is GPT-1's (1 - t / T from the end of the warm-up on), the last update above 0.
+    to_zero = Schedule(**wanted, decay="linear", min_lr_ratio=0.0)
+    assert to_zero.lr(50) == 1.0 and to_zero.lr(1000) == pytest.approx(2.0 * 10 / 910)
+
+
 @pytest.mark.parametrize("preset", ["gpt1", "igpt-s"])
 def test_the_last_update_of_a_run_that_anneals_to_0_has_a_rate(preset):
     schedule = Schedule(**PRESETS[preset].schedule)
