@@ -18,7 +18,8 @@ ARCHITECTURES = {
 }
 """model_type -> the class of transformers that computes what our model does."""
 NANOGPT = "nanogpt"
-"""The model_type that we give to nanoGPT's ckpt.pt: GPT-2's names, matrices as (out, in)."""
+"""The model_type that we give to nanoGPT's ckpt.pt and Megatron-LM's checkpoints: GPT-2's names,
+matrices as (out, in)."""
 
 _GPT2 = {"n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024, "vocab_size": 50257}
 _DEFAULTS: dict[str, dict[str, Any]] = {

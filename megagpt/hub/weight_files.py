@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megagpt.errors import DamageError, UsageError
 from megagpt.hub.foreign_model import ForeignModel, json_object
+from megagpt.hub.megatron import FILE, megatron_file, open_megatron
 from megagpt.hub.openai_files import openai_gpt1, openai_gpt2, openai_image_gpt
 from megagpt.hub.shapes import NANOGPT
 
@@ -26,8 +27,8 @@ log = logging.getLogger(__name__)
 FORMS = (
     "a folder of transformers (config.json with *.safetensors or pytorch_model*.bin), of OpenAI's "
     "GPT-2 (hparams.json with model.ckpt.*), Image GPT (model.ckpt-*.index) or GPT-1 "
-    "(params_shapes.json with params_*.npy), nanoGPT's ckpt.pt, or the name of a repository of the "
-    "Hugging Face hub"
+    "(params_shapes.json with params_*.npy), nanoGPT's ckpt.pt, Megatron-LM's model_optim_rng.pt, "
+    "or the name of a repository of the Hugging Face hub"
 )
 WANTED = (["*.json", "*.txt", "*.safetensors"], ["*.bin"])
 """Files of a repository of the hub that are fetched; the last where there are no safetensors."""
@@ -42,7 +43,7 @@ def open_foreign(path: str) -> ForeignModel:
     if not folder.exists():
         folder = _from_hub(path)
     if folder.is_file():
-        return _nanogpt(folder)
+        return open_megatron(folder) if folder.name == FILE else _nanogpt(folder)
     for file, opened in (
         ("config.json", _transformers),
         ("hparams.json", openai_gpt2),
@@ -52,6 +53,8 @@ def open_foreign(path: str) -> ForeignModel:
             return opened(folder)
     if (folder / "ckpt.pt").exists():
         return _nanogpt(folder / "ckpt.pt")
+    if found := megatron_file(folder):
+        return open_megatron(found)
     if any(folder.glob("*.index")):
         return openai_image_gpt(folder)
     raise UsageError(f"{folder}: nothing here that can be imported; give {FORMS}")
