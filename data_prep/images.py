@@ -10,6 +10,9 @@ to the square in their middle and made smaller by averaging; what is transparent
 palette is k-means' of a million pixels of the training split, 512 colours or fewer; --palette takes
 one that is there: a tokenizer.json of another corpus, or OpenAI's kmeans_centers.npy.
 
+--field F puts each image, such as one of the digits, at a place of its own in a black field of F
+pixels a side, and each of the training split --copies times at others.
+
 A share of the images (4%, as in the paper) goes to OUTPUT-validation, by a hash of their pixels, so
 that equal images are never on both sides; CIFAR's test images to OUTPUT-test. labels.npy beside a
 split has each image's class, where the input tells them: a folder's name, a .npz's "labels".
@@ -20,7 +23,7 @@ import hashlib
 import io
 import pickle
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -214,6 +217,24 @@ def sampled(found: list[Block], fraction: float, seed: int) -> NDArray[np.uint8]
     return np.concatenate(parts)
 
 
+def placed(
+    images: NDArray[np.uint8], numbers: Sequence[int], args: argparse.Namespace, copy: int
+) -> NDArray[np.uint8]:
+    """Images (N, S, S, 3) in black fields (N, F, F, 3), each at a place that is drawn by the seed,
+    its number in the input and the copy. Raises UsageError for a field that is smaller."""
+    if not args.field:
+        return images
+    side = images.shape[1]
+    if args.field < side:
+        raise UsageError(f"--field {args.field}: must be {side} or more, an image's own side")
+    fields = np.zeros((len(images), args.field, args.field, 3), np.uint8)
+    for field, image, number in zip(fields, images, numbers, strict=True):
+        draw = np.random.default_rng([args.seed, number, copy])
+        top, left = draw.integers(0, args.field - side + 1, 2)
+        field[top : top + side, left : left + side] = image
+    return fields
+
+
 def psnr(images: NDArray[np.uint8], palette: Palette) -> float:
     """Peak signal to noise of what the palette makes of images, dB; inf: nothing is lost."""
     shown = palette.decode(palette.encode(images))
@@ -222,16 +243,23 @@ def psnr(images: NDArray[np.uint8], palette: Palette) -> float:
 
 
 def splits(
-    found: list[Block], palette: Palette, fraction: float
+    found: list[Block], palette: Palette, args: argparse.Namespace
 ) -> dict[str, tuple[NDArray[np.uint16], NDArray[np.int64]]]:
-    """Split -> ids (N, S * S) and labels (N,), in the order of the input."""
+    """Split -> ids (N, S * S) and labels (N,), in the order of the input, copy after copy."""
     parts: dict[str, list[tuple[NDArray[np.uint16], NDArray[np.int64]]]] = {}
-    for block in found:
-        ids = palette.encode(block.images).astype(np.uint16)
-        held = np.array([block.split == "train" and held_out(i, fraction) for i in block.images])
-        for name, chosen in ((block.split, ~held), ("validation", held)):
-            if chosen.any():
-                parts.setdefault(name, []).append((ids[chosen], block.labels[chosen]))
+    for copy in range(args.copies):
+        first = 0
+        for block in found:
+            numbers = np.arange(first, first + len(block.images))
+            first += len(block.images)
+            fraction = args.validation_fraction if block.split == "train" else 0.0
+            held = np.array([held_out(image, fraction) for image in block.images])
+            for name, chosen in ((block.split, ~held), ("validation", held)):
+                if not chosen.any() or (copy and name != "train"):
+                    continue
+                shown = placed(block.images[chosen], numbers[chosen].tolist(), args, copy)
+                ids = palette.encode(shown).astype(np.uint16)
+                parts.setdefault(name, []).append((ids, block.labels[chosen]))
     return {
         name: (np.concatenate([a for a, _ in some]), np.concatenate([b for _, b in some]))
         for name, some in parts.items()
@@ -244,13 +272,17 @@ def work(args: argparse.Namespace) -> int:
         raise UsageError(
             f"--validation-fraction {args.validation_fraction}: must be 0 or more and below 1"
         )
+    if args.copies < 1 or (args.copies > 1 and not args.field):
+        raise UsageError(f"--copies {args.copies}: must be 1 or more, and above 1 needs --field")
     found = list(blocks(args.source, args.size))
     if args.palette:
         palette = read_palette(args.palette)
     else:
         pixels = sampled(found, args.validation_fraction, args.seed)
+        if args.field:
+            pixels = np.concatenate([pixels, np.zeros((1, 3), np.uint8)])
         palette = fit_palette(pixels, args.colours, args.seed)
-    for name, (ids, labels) in splits(found, palette, args.validation_fraction).items():
+    for name, (ids, labels) in splits(found, palette, args).items():
         place = args.output if name == "train" else Path(f"{args.output}-{name}")
         prepare(place, records=ids, vocabulary=palette, split=name)
         if (labels >= 0).any():
@@ -273,6 +305,9 @@ def main() -> int:
     add("source", help="digits, a folder of images, a .npy or .npz, or CIFAR's folder")
     add("--output", type=Path, default=Path("data/images"), help="folder of the training split")
     add("--size", type=int, default=0, help="pixels a side of files in folders; 0: as they are")
+    add("--field", type=int, default=0, help="put each image at a random place in a black field of "
+        "so many pixels a side; 0: as it is")  # fmt: skip
+    add("--copies", type=int, default=1, help="of each training image, at other places")
     add("--colours", type=int, default=MOST, help="of the palette, at most")
     add("--palette", type=Path, help="a palette that is there already")
     add("--validation-fraction", type=float, default=0.04, help="share of the images held out")

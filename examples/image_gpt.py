@@ -3,10 +3,11 @@
     python examples/image_gpt.py
     python examples/image_gpt.py --images mine.npz --data data/mine --run mine.toml  # one's own
 
-The digits of scikit-learn (8 x 8 pixels, 17 greys) train launch/runs/igpt-digits.toml. Pictures of
-what it draws and completes go into the run folder. Then a logistic regression tells the digit from
-each layer's features, averaged over the pixels, with all labels; and with 25, 10 and 4 labels a
-class from those of one layer, and from the raw pixels. The last line is the figure with 4.
+scikit-learn's digits (8 x 8 pixels, 17 greys), each anywhere in a field of 12 x 12, train
+launch/runs/igpt-digits.toml. Pictures of what it draws and completes go into the run folder. Then a
+logistic regression tells the digit from each layer's features, averaged over the pixels, with all
+labels; and with 25, 10 and 4 labels a class from those of one layer, and from the raw pixels. The
+last line is the figure with 4.
 """
 
 import argparse
@@ -94,12 +95,15 @@ def main() -> None:
     add("--data", type=Path, default=Path("data/digits"), help="folder of the shards")
     add("--output", type=Path, default=Path("runs/image_gpt"), help="run folder")
     add("--steps", type=int, default=0, help="steps to train; 0: as the run file says")
+    add("--probed", type=int, default=1426, help="first training images that are probed")
     add("--draws", type=int, default=20, help="draws of few labels")
     add("--ranks", type=int, default=1, help="processes, started by deepspeed where several")
     add("--seed", type=int, default=1337, help="initial weights and data order")
     args = made.parse_args()
     script = [sys.executable, str(ROOT / "data_prep/images.py"), args.images]
     place = ["--output", str(args.data), "--validation-fraction", "0.2"]
+    if args.images == "digits":
+        place += ["--field", "12", "--copies", "8"]
     if code := subprocess.run([*script, *place]).returncode:
         sys.exit(code)
     model = train(args, run_text(args))
@@ -109,7 +113,9 @@ def main() -> None:
     draw(model, palette, held, args.output, args.seed)
     if (held.labels < 0).any():
         return
-    parts = [labelled(model, palette, one) for one in (read(args.data, n_ctx), held)]
+    own = read(args.data, n_ctx)
+    own = Part(own.pixels[: args.probed], own.labels[: args.probed])
+    parts = [labelled(model, palette, one) for one in (own, held)]
     for name, share in by_layer(*parts).items():
         print(f"{name}: {share:.1f}% with all labels")
     for few in reversed(FEW):

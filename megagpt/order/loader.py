@@ -186,8 +186,10 @@ class TokenLoader:
         return Samples(source, draw, window)
 
     def samples(self, first: int, count: int) -> np.ndarray:
-        """Samples first ... first + count - 1: int64 (count, n_ctx + 1)."""
-        return self._read(self.places(first, count), np.arange(count)).astype(np.int64)
+        """Samples first ... first + count - 1 as training reads them: int64 (count, n_ctx + 1)."""
+        members = np.arange(count)
+        rows = self._read(self.places(first, count), members)
+        return self.as_trained(rows, first + members).astype(np.int64)
 
     def as_trained(self, rows: np.ndarray, numbers: np.ndarray) -> np.ndarray:
         """The rows (N, n_ctx + 1) of samples by number as training reads them."""

@@ -213,6 +213,38 @@ def test_digits_keep_their_grey_levels(tmp_path: Path) -> None:
     assert 0.15 < read_manifest(tmp_path / "d-validation").documents / 1797 < 0.25
 
 
+def test_images_are_put_at_places_of_their_own(tmp_path: Path) -> None:
+    # No two alike, and no edge of black, so that each place is seen.
+    images = np.arange(20 * 9, dtype=np.uint8).reshape(20, 3, 3) + 10
+    np.savez(tmp_path / "in.npz", images=images, labels=np.arange(20))
+    greys = np.repeat(np.arange(256)[:, None] / 127.5 - 1, 3, 1).astype(np.float32)
+    np.save(tmp_path / "greys.npy", greys)
+    words = ["--field", 5, "--copies", 3, "--validation-fraction", 0.3]
+    words += ["--palette", tmp_path / "greys.npy"]
+    made = script("images", tmp_path / "in.npz", *words, "--output", tmp_path / "out")
+    assert made.returncode == 0, made.stderr
+    seen: dict[int, list[tuple[int, int]]] = {}
+    for folder in (tmp_path / "out", tmp_path / "out-validation"):
+        palette = read_palette(folder / "tokenizer.json")
+        loader = TokenLoader([(folder, 1.0)], 25, 0, shuffle=False)
+        shown = palette.decode(loader.samples(0, loader.n_windows)[:, 1:])[..., 0]
+        labels = np.load(folder / "labels.npy")
+        for picture, label in zip(shown, labels.tolist(), strict=True):
+            top, left = (int(np.flatnonzero(picture.any(axis))[0]) for axis in (1, 0))
+            assert np.array_equal(picture[top : top + 3, left : left + 3], images[label])
+            assert np.count_nonzero(picture) == 9
+            seen.setdefault(label, []).append((top, left))
+        copies = {len(places) for label, places in seen.items() if label in labels}
+        assert copies == ({1} if folder.name.endswith("validation") else {3})
+    assert len(seen) == 20 and len({place for places in seen.values() for place in places}) == 9
+    for more, why in (
+        (["--copies", 2], "--copies 2: must be 1 or more, and above 1 needs --field"),
+        (["--field", 2], "--field 2: must be 3 or more, an image's own side"),
+    ):
+        made = script("images", tmp_path / "in.npz", *more, "--output", tmp_path / "other")
+        assert made.returncode == 2 and why in made.stderr
+
+
 def test_folders_of_images_are_cropped_and_averaged(tmp_path: Path) -> None:
     for name, colour in (("cat/a.png", (200, 10, 10)), ("dog/b.png", (10, 10, 200))):
         path = tmp_path / "in" / name

@@ -19,6 +19,7 @@ from megagpt.errors import UnsoundError
 from megagpt.log import read_metrics
 from megagpt.model import GPT, decays, initialise
 from megagpt.order.loader import TokenLoader, training_loader
+from megagpt.run.inputs import evaluation_samples
 from megagpt.run.state import RunState
 from tests.engine.test_layouts import Layout, name
 from tests.lib.corpus import run_file, sentences
@@ -78,9 +79,10 @@ def plain_losses(config: RunConfig) -> tuple[list[float], list[float]]:
     ]
     optimizer = torch.optim.AdamW(groups, betas=wanted.betas, eps=wanted.eps)
     loader, run = training_loader(config), RunState()
-    held = TokenLoader([(Path(config.data.validation[0].path), 1.0)], N_CTX, 0)
+    held = TokenLoader([(Path(config.data.validation[0].path), 1.0)], config.model.n_ctx, 0)
+    count = evaluation_samples(config, held.n_windows)
     every, losses = config.evaluate.every_tokens, []
-    evaluations = [mean_loss(model, held, 0, 15).item()]
+    evaluations = [mean_loss(model, held, 0, count).item()]
     while run.tokens < config.schedule.total_tokens:
         step = run.next_step(config)
         loss = mean_loss(model, loader, step.first_sample, step.n_samples)
@@ -95,7 +97,7 @@ def plain_losses(config: RunConfig) -> tuple[list[float], list[float]]:
         run = run.replaced(step=step.number, tokens=step.tokens)
         done = run.tokens >= config.schedule.total_tokens
         if before // every != run.tokens // every or done:
-            evaluations.append(mean_loss(model, held, 0, 15).item())
+            evaluations.append(mean_loss(model, held, 0, count).item())
     return losses, evaluations
 
 
