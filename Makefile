@@ -22,7 +22,7 @@ GPU_OUT ?= .gpu/out
 NANOGPT ?= $(wildcard .gpu/pack/nanogpt)
 GPU_VENV := $(if $(filter cpu,$(DEVICE)),$(VENV),.gpu/venv)
 
-.PHONY: install quickstart test lint test-slow test-cluster gpu-pack gpu-check clean
+.PHONY: install quickstart test lint test-slow test-cluster docs gpu-pack gpu-check clean
 
 # DeepSpeed's own build reads torch, so torch comes first and isolation is off for it.
 $(STAMP): requirements.txt setup.py
@@ -82,6 +82,11 @@ lint: $(STAMP)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+# The pages of docs/reference that are written from the code.
+docs: $(STAMP)
+	for page in reference/test_commands_page reference/test_messages_page config/test_reference; do \
+		$(BIN)/python -m tests.$$(echo $$page | tr / .) || exit 1; done
 
 clean:
 	rm -rf $(VENV) build megagpt.egg-info .pytest_cache .mypy_cache .ruff_cache

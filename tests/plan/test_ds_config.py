@@ -128,7 +128,7 @@ RELIED_ON = {
     "memory_breakdown": False,
     "dump_state": False,
 }
-"""DeepSpeed's defaults that docs/explanation/layouts.md says the files rely on, by attribute."""
+"""DeepSpeed's defaults that docs/reference/ds-configs.md says the files rely on, by attribute."""
 
 
 @pytest.mark.parametrize("name", ["zero1", "zero2", "zero3", "pipeline"])
@@ -141,7 +141,7 @@ def test_the_defaults_that_the_files_rely_on(name):
     assert found == RELIED_ON
     split = {"pipe_partitioned": True, "grad_partitioned": True, "seed_layers": False}
     assert split.items() <= taken.pipeline.items()
-    text = (ROOT / "docs" / "explanation" / "layouts.md").read_text()
+    text = (ROOT / "docs" / "reference" / "ds-configs.md").read_text()
     words = [key.rpartition(".")[2].removesuffix("_enabled") for key in [*RELIED_ON, *split]]
     assert [word for word in words if word not in text] == []
 
