@@ -29,6 +29,33 @@ def test_links_lead_somewhere(page):
             assert (page.parent / link).exists(), f"{page}: {link}"
 
 
+def anchors(page: Path) -> set[str]:
+    """Names of a page's headings, as GitHub makes them."""
+    prose = re.sub(r"(?ms)^```.*?^```", "", page.read_text(encoding="utf-8"))
+    heads = [
+        re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", h) for h in re.findall(r"(?m)^#+ (.*)$", prose)
+    ]
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_into_pages_lead_to_a_heading(page):
+    for link, anchor in re.findall(r"\]\(([^)#\s]*)#([^)]+)\)", page.read_text(encoding="utf-8")):
+        if "://" not in link:
+            assert anchor in anchors(page.parent / link if link else page), (
+                f"{page}: {link}#{anchor}"
+            )
+
+
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if p.parent.name != "benchmarks"], ids=lambda p: p.name
+)
+def test_every_page_leads_on(page):
+    assert re.search(r"\]\([^)]*\.md", page.read_text(encoding="utf-8")), (
+        f"{page}: no link to a page"
+    )
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_commands_parse(page):
     for line in commands(page):

@@ -1,6 +1,7 @@
 """Tutorials and README do what they say: their commands run as printed, from an empty folder, on a
 smaller text and for a shorter time; docs/how-to/python.md's code runs on what they made."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -9,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from megagpt.log import read_metrics
+from megagpt.log.metrics import _NUMBERS
+from megagpt.log.tags import _GROUP
 from tests.lib.corpus import sentences
 from tests.lib.distributed import ROOT, environment, python
 from tests.start.test_run_files import archive
@@ -71,6 +75,45 @@ def test_the_code_for_python_runs(tutorial):
     done = python(code, folder=folder)
     assert done.returncode == 0, done.stderr
     assert "data/again: 1 documents" in done.stdout and "steps, validation" in done.stdout
+
+
+def test_the_reference_names_every_figure_of_the_run(tutorial):
+    page = (ROOT / "docs/reference/metrics.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(?:event: )?([\w.]+)`", page))
+    lines = list(read_metrics(tutorial[0] / "runs/mine"))
+    assert {"loss" in line for line in lines} == {True, False}
+    found = {name for line in lines for name in line} | set(_GROUP) | set(_NUMBERS)
+    found -= {"checkpoint_stall_s"}  # the tag of an event's stall_s
+    # Those of a layer are named by figure: norms.parameter.LAYER.
+    layers = {name.split(".")[0] for name in named}
+    assert not found - named - layers - {"perplexity", "validation_perplexity"}
+    assert {line["event"] for line in lines if "event" in line} <= named
+
+
+def test_the_reference_names_every_file_of_the_run(tutorial):
+    page = (ROOT / "docs/reference/files-of-a-run.md").read_text(encoding="utf-8")
+    names = [name for row in re.findall(r"(?m)^\| (`.*?`) (?:\.\.\. )?\|", page)
+             for name in re.findall("`(.+?)`", row)]  # fmt: skip
+    run = tutorial[0] / "runs/mine"
+    for path in sorted(run.rglob("*")):
+        place = path.relative_to(run)
+        known = [name.strip("/").rpartition("/")[2] for name in names]
+        patterns = [re.sub(r"\d+", r"\\d+", re.escape(name)) for name in known]
+        folders = [name.rstrip("/") for name in names if name.endswith("/")]
+        assert any(re.fullmatch(one, path.name) for one in patterns) or any(
+            place.parts[0] == folder for folder in folders if folder != "checkpoints"
+        ), place
+
+
+def test_the_reference_names_every_key_of_the_manifests(tutorial):
+    for page, file in (
+        ("files-of-a-run", next(tutorial[0].glob("runs/mine/checkpoints/step_*/manifest.json"))),
+        ("data-formats", tutorial[0] / "data/mine/manifest.json"),
+    ):
+        text = (ROOT / f"docs/reference/{page}.md").read_text(encoding="utf-8")
+        rows = re.findall(r"(?m)^\| (`.*?`) \|", text.split("key of manifest.json")[1])
+        named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+        assert not set(json.loads(file.read_text())) - named, page
 
 
 def doors() -> list[list[str]]:

@@ -1,7 +1,7 @@
 """A checkpoint is cut anew and read in a fraction of its size, under a limit that the system keeps.
 
 `pytest -m slow tests/checkpoint/test_memory.py -s` does it with GPT-3 1.3b's 16 GB, twice on the
-disk, and prints the figures of docs/explanation/reliability.md.
+disk, and prints the figures of docs/explanation/what-was-measured.md.
 """
 
 import os

@@ -4,7 +4,6 @@ After a change of an option, `make docs` writes the page anew.
 """
 
 import argparse
-import os
 import re
 import runpy
 import sys
@@ -144,11 +143,6 @@ def _default(action: argparse.Action) -> str:
     if value is True and action.nargs == 0:
         return ""
     return f"`{value}`"
-
-
-def test_the_page_is_what_the_parsers_say(monkeypatch):
-    monkeypatch.setattr(os, "environ", {k: v for k, v in os.environ.items() if "MEGAGPT" not in k})
-    assert PAGE.read_text(encoding="utf-8") == page(), "make docs writes it anew"
 
 
 def test_every_argument_has_a_meaning():

@@ -130,10 +130,6 @@ def quoted() -> list[str]:
     ]
 
 
-def test_every_message_of_the_sources_is_on_the_page():
-    assert PAGE.read_text(encoding="utf-8") == page(), "make docs writes it anew"
-
-
 def test_troubleshooting_quotes_what_is_said():
     assert len(quoted()) > 20
     for told in quoted():

@@ -230,7 +230,7 @@ def test_one_dead_rank_ends_all_within_seconds(tmp_path, launcher):
 
 @pytest.mark.slow
 def test_a_short_campaign(tmp_path):
-    # The long one: python -m tests.lib.campaign; its figures stand in reliability.md.
+    # The long one: python -m tests.lib.campaign; its figures are in what-was-measured.md.
     broken, whole = prepare(tmp_path, total_tokens=40_000, every_tokens=2048)
     assert launch(whole, 2).returncode == 0
     campaign = Campaign(broken, tmp_path / "run", 2, "torchrun", random.Random(3))
