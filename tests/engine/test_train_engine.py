@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megagpt.checkpoint import list_checkpoints
 from megagpt.checkpoint.record import read_record
@@ -128,6 +129,32 @@ def test_an_update_that_is_refused_changes_nothing(group, tmp_path, name, dtype)
     assert found == expected
     assert all(torch.equal(value, after[key]) for key, value in state(other).items())
     other.close()
+
+
+class HostReads(TorchDispatchMode):
+    """Counts values that Python reads from tensors: on a GPU each waits for all work so far."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["zero0", "zero1", "zero2", "zero3"])
+def test_no_micro_batch_waits_for_the_device(group, tmp_path, name):
+    """A step and an evaluation read as many values of six micro-batches as of two."""
+    engine = engine_for(tmp_path, name, "fp32" if name == "zero0" else "bf16")
+    engine.train_step(batches(2, 0), 1e-3, 0)
+    found = []
+    for count in (2, 6):
+        with HostReads() as step:
+            engine.train_step(batches(count, 1), 1e-3, 1)
+        with HostReads() as evaluation:
+            engine.evaluate(batches(count, 2))
+        found.append((step.count, evaluation.count))
+    engine.close()
+    assert found[0] == found[1] and found[0][1] == 1
 
 
 def test_evaluation_changes_nothing(group, tmp_path):
