@@ -42,7 +42,7 @@ def prepare(folder, line: str, *more: object) -> subprocess.CompletedProcess[str
     return subprocess.run(command, cwd=folder, env=ENV, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("name", [*SOURCES, *IMAGES, "shakespeare", "text8"])
+@pytest.mark.parametrize("name", [*SOURCES, *IMAGES, "shakespeare", "text8", "gpt1"])
 def test_the_commands_of_a_header_parse(name):
     keys = ("Train", "Read") if name == "shakespeare" else ("Check", "Train")
     for line in (said(name, key) for key in keys):
@@ -53,7 +53,7 @@ def test_the_commands_of_a_header_parse(name):
         assert file in (None, f"launch/runs/{name}.toml")
 
 
-@pytest.mark.parametrize("name", [*SOURCES, *IMAGES, "text8"])
+@pytest.mark.parametrize("name", [*SOURCES, *IMAGES, "text8", "gpt1"])
 def test_a_header_says_what_the_planner_says(name):
     config = load_run(RUNS / f"{name}.toml")
     hours, gpus, memory = re.findall(r"[\d.]+", said(name, "Takes").replace("H100", "", 1))[:3]
@@ -65,6 +65,30 @@ def test_a_header_says_what_the_planner_says(name):
     assert judged.peak / 1e9 == pytest.approx(float(memory), rel=0.3)
     layout, batches = judged.candidate.layout, config.schedule.segments
     assert not any(idle_share(config, layout, batch.batch_tokens) for batch in batches)
+
+
+def test_gpt1_has_the_recipe_of_its_paper_and_its_commands_make_its_data(tmp_path, monkeypatch):
+    config = load_run(RUNS / "gpt1.toml")
+    model, schedule, adam = config.model, config.schedule, config.optimizer
+    assert (model.family, model.n_layer, model.d_model, model.n_ctx) == ("gpt1", 12, 768, 512)
+    assert model.vocab_size == 40_000 + 256 + 1 and model.dropout == 0.1
+    assert schedule.batch_tokens == 64 * 512 and adam.weight_decay == 0.01
+    # 2,000 updates of warm-up, then a cosine to 0 over all of the run.
+    assert schedule.warmup_tokens == 2000 * schedule.batch_tokens
+    assert schedule.lr(schedule.warmup_tokens) == schedule.peak_lr == 2.5e-4
+    assert 0 < schedule.lr(schedule.end_tokens) < 1e-15 and schedule.decay == "cosine"
+    (tmp_path / "books").mkdir()
+    for number, text in enumerate(sample_texts(40)):
+        (tmp_path / "books" / f"{number}.txt").write_text(text * 90)
+    (tmp_path / "data").mkdir()
+    python, script, *words = shlex.split(said("gpt1", "Words"))
+    command = [sys.executable, str(ROOT / script), *words, "--vocab-size", "300"]
+    done = subprocess.run(command, cwd=tmp_path, env=ENV, capture_output=True, text=True)
+    assert python == "python" and done.returncode == 0, done.stderr
+    done = prepare(tmp_path, said("gpt1", "Data"), "--validation-fraction", 0.2)
+    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    check(load_run(RUNS / "gpt1.toml", ["model.vocab_size=300"]), 8)
 
 
 @pytest.mark.parametrize("name", [*IMAGES, "igpt-digits"])
