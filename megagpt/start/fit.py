@@ -88,6 +88,8 @@ def fit(
     there = sum(corpus.tokens for corpus in corpora)
     size = wish.size or _size(there, machine)
     model, schedule, optimizer = _row(size, corpora[0].vocab_size)
+    if corpora[0].record_start >= 0:  # images
+        model = dataclasses.replace(model, family="igpt")
     held = (validation,) if validation else ()
     held_out = sum(corpus.tokens for corpus in held)
     n_ctx = _of_records((*corpora, *held)) or _context(model.n_ctx, there, held_out)

@@ -62,6 +62,9 @@ def _model(fitted: Fitted, corpus: CorpusManifest, preset: bool) -> list[tuple[s
         f"as the corpus has: {corpus.tokenizer_name or 'ids of no text'}",
     )
     context = (f"n_ctx = {model.n_ctx}", "tokens that it sees at once")
+    usual = PRESETS[fitted.size].model.family if preset else "gpt2"
+    if model.family != usual:
+        vocabulary = (f'family = "{model.family}"\n{vocabulary[0]}', vocabulary[1])
     if preset:
         return [vocabulary, *([context] if model.n_ctx != PRESETS[fitted.size].model.n_ctx else [])]
     return [

@@ -70,7 +70,10 @@ def _load(text: str) -> tiktoken.Encoding:
         path = path / "tokenizer.json"
     if path.is_file():
         if holds_palette(path):
-            raise UsageError(f"{path}: a palette of images, whose ids are colours and no text")
+            raise UsageError(
+                f"{path}: a palette of images, whose ids are colours and no text; evaluate.samples "
+                "of a run file draws images, and so does megagpt.use.pictures"
+            )
         return read_tokenizer_file(path)
     if path.suffix or "/" in text:
         raise UsageError(f"tokenizer file {text} does not exist; give a name or an existing file")

@@ -22,7 +22,9 @@ from megagpt.plan.layout import idle_share, layout_of
 from megagpt.plan.sanity import MOST_EPOCHS
 from megagpt.start.command import machine_of
 from megagpt.start.fit import CORE_FLOPS, SIZES, SMALL_EPOCHS, Wish, fit, round_down
+from megagpt.start.launcher import check
 from megagpt.start.run_text import run_text
+from megagpt.tokenizer.palette import Palette
 from tests.lib.corpus import edit_manifest, sentences, write_corpus
 
 
@@ -164,6 +166,16 @@ def test_records_decide_the_context(corpora, capsys):
         assert training_loader(config).n_windows > 0
     assert main(["init", "both", "--data", "r", "long"]) == 2
     assert "of 101 tokens, long of 3001 tokens: records of a run" in capsys.readouterr().err
+
+
+def test_images_get_an_image_gpt(corpora):
+    palette = Palette(np.linspace(-1, 1, 12, dtype=np.float32).reshape(4, 3))
+    prepare("images", records=np.arange(64 * 300).reshape(300, 64) % 4, vocabulary=palette)
+    for name, size in (("one", "nano"), ("two", "gpt3-125m"), ("three", "igpt-s")):
+        assert main(["init", name, "--data", "images", "--size", size]) == 0
+        config = load_run(f"{name}.toml")
+        assert (config.model.family, config.model.vocab_size, config.model.n_ctx) == ("igpt", 4, 64)
+        check(config, 1)
 
 
 def test_the_machine_is_what_is_named_or_found(monkeypatch):
