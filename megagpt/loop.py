@@ -244,6 +244,8 @@ class Trainer:
             self.checkpoints.save(run, self.spikes.history, self.spikes.skipped)
         if last:
             self.finish_saving(last=True)
+            if self.finished(run):
+                self.log.complete()
 
     def give_up_if_idle(self, run: RunState) -> None:
         """Raises UnsoundError for a run that makes no update any more or ends without a loss that

@@ -25,7 +25,7 @@ log = logging.getLogger("megagpt.log")
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _NUMBERS = frozenset(
     "step tokens time samples loss validation_loss lr batch_tokens tokens_per_s step_s mfu "
-    "skipped_steps lost_steps lost_tokens lost_s down_s stall_s save_s evaluate_s".split()
+    "skipped_steps lost_steps lost_tokens lost_s down_s paused_s stall_s save_s evaluate_s".split()
 )
 """Figures that are numbers wherever they stand; others may be null."""
 _PLACES = frozenset("step tokens time samples".split())

@@ -17,6 +17,8 @@ from megagpt.log.metrics import NAME, Cut, MetricsFile, cut, decode, plain
 from megagpt.log.restore import recorded
 from megagpt.log.tags import derived, tags
 
+_COMPLETE = "complete"
+"""The event at the end of a run."""
 _CONFIGURATION = ("config.toml", "ds_config.json", "run.json")
 """Files of the run folder that go to TensorBoard as text, where they are there."""
 
@@ -68,6 +70,10 @@ class RunLog:
             found = cut(path, self.resume_step, partial(recorded, events))
             kind, facts = "resume", _cost(found, self.resume_tokens)
         self._metrics = MetricsFile(path)
+        before = [(r["event"], r["step"]) for r in self.records("event")[-1:]]
+        if before == [(_COMPLETE, self.resume_step)] and self.resume_step:
+            # It was done, and trains longer now: the time between is nobody's loss.
+            facts |= {"down_s": 0.0, "paused_s": facts["down_s"]}
         self._boards = open_boards(self.folder, self.tensorboard, self.wandb, self.resume_tokens)
         self._console = open_console(self.console, self._eta, self.resume_tokens, self.every_steps)
         # A finished run that is started again only says what it reached: no pause of training.
@@ -167,6 +173,10 @@ class RunLog:
         self._console.event(record)
         if "stall_s" in facts:
             self._figures({"x_time/checkpoint_stall_s": float(facts["stall_s"])}, self._tokens, now)
+
+    def complete(self) -> None:
+        """The run is done, and its last checkpoint whole: what may follow is no restart."""
+        self.event(_COMPLETE)
 
     def sync(self) -> None:
         """Returns once all that was recorded is on the disk."""

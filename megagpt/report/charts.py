@@ -3,8 +3,8 @@
 A chart is a dict: title, x ("tokens" or "PF-days without embeddings"), unit of y, xlog, ylog, lines
 and marks. A line is name, colour, run (its number), x, y, kind ("line", "faint", "dots", "step",
 "dash", or "area": what is stacked upon the next line); a mark is a vertical line at x with a text,
-a colour, a run and a kind ("restart", "rollback" or "spike"). A line has `over`, the number of
-earlier lines that it would hide, so that it can be drawn with gaps.
+a colour, a run and a kind ("restart", "rollback", "extension" or "spike"). A line has `over`, the
+number of earlier lines that it would hide, so that it can be drawn with gaps.
 
 Of one run a chart may show several figures; of several runs each chart shows one, a line for each
 run in the run's colour.

@@ -16,7 +16,7 @@ from megagpt.errors import visible
 from megagpt.log.eta import Eta
 from megagpt.log.units import amount, duration, scientific
 from megagpt.report.series import Floats, Run
-from megagpt.report.table import beside_rows
+from megagpt.report.table import beside_rows, count
 
 _QUIET_STEPS = 10
 """A run is quiet when nothing came for so many times its usual step time."""
@@ -194,7 +194,7 @@ def _figures(run: Run, now: float, width: int) -> RenderableType:
         ("layout", str(run.facts.get("layout", ""))),
         ("last step", ago(last)),
         ("last checkpoint", f"step {saved[-1]['step']}, {ago(saved[-1])}" if saved else ""),
-        ("restarts", str(len(run.restarts))),
+        ("restarts", str(count(run, "restart"))),
         ("goodput", f"{100 * run.goodput:.1f}%" if math.isfinite(run.goodput) else ""),
     ]
     facts = [Text(f"{name} ", "dim").append_text(shown(value)) for name, value in cells if value]

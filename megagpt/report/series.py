@@ -74,12 +74,13 @@ class Run:
 
     @property
     def restarts(self) -> list[dict[str, Any]]:
-        """The "resume" events, each with its cause: "restart" of the command, or "rollback" of the
-        run by itself."""
+        """The "resume" events, each with its cause: "restart" of the command, "rollback" of the
+        run by itself, or "extension" of a run that was complete."""
         resumes: list[dict[str, Any]] = []
         for event in self.events:
             if event["event"] == "resume":
-                resumes.append(event | {"cause": "restart"})
+                extended = "paused_s" in event
+                resumes.append(event | {"cause": "extension" if extended else "restart"})
             elif event["event"] == "rollback" and resumes:
                 # The run resumed itself right before.
                 resumes[-1]["cause"] = "rollback"
@@ -120,14 +121,18 @@ class Run:
         since = times - first[0]
         for event in self.events:
             if event["event"] == "resume" and "time" in event:
-                since -= np.where(times >= event["time"], event.get("down_s", 0.0), 0.0)
+                idle_s = event.get("down_s", 0.0) + event.get("paused_s", 0.0)
+                since -= np.where(times >= event["time"], idle_s, 0.0)
         # A clock may be set back.
         return np.maximum.accumulate(since) / 3600
 
     @property
     def wall_s(self) -> float:
-        """Seconds from the first line to the last, pauses included."""
-        return self.times[1] - self.times[0] if self.times else 0.0
+        """Seconds from the first line to the last, without those in which the run was complete."""
+        if self.times is None:
+            return 0.0
+        paused_s = sum(event.get("paused_s", 0.0) for event in self.restarts)
+        return max(0.0, self.times[1] - self.times[0] - paused_s)
 
     @property
     def goodput(self) -> float:

@@ -37,7 +37,7 @@ def headline(run: Run) -> Rows:
 
 
 def count(run: Run, cause: str) -> int:
-    """How many restarts, or rollbacks, the run had."""
+    """How many restarts, rollbacks or extensions the run had."""
     return sum(event["cause"] == cause for event in run.restarts)
 
 
@@ -113,6 +113,7 @@ def _cost(run: Run) -> Rows:
         ("goodput", _known(_percent, run.goodput)),
         ("restarts", str(count(run, "restart"))),
         ("rollbacks", str(count(run, "rollback") or "")),
+        ("extensions", str(count(run, "extension") or "")),
         ("spikes", str(len(run.spikes) or "")),
         ("skipped steps", str(int(run.steps[-1].get("skipped_steps") or 0) or "")),
     ]
@@ -166,4 +167,4 @@ def restart_rows(run: Run) -> list[list[str]]:
             duration(again + down),
         ]
 
-    return [row(event) for event in run.restarts]
+    return [row(event) for event in run.restarts if event["cause"] != "extension"]

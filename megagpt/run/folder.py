@@ -119,6 +119,8 @@ def summary(config: RunConfig) -> str:
         writes,
         f"      megagpt report {folder}                      its curves as a page",
         f"      megagpt export {folder} DIR --format hf      for transformers",
-        "to train longer, raise schedule.total_tokens and run again with --allow-changes",
+        "to train longer, raise schedule.total_tokens and run again with --allow-changes; set "
+        f"schedule.decay_tokens = {config.schedule.decay_tokens or config.schedule.total_tokens} "
+        "to keep the learning rate low",
     ]
     return "\n".join(lines)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import time
 
 import pytest
 from hypothesis import given
@@ -13,6 +14,8 @@ from megagpt.log import read_metrics
 from megagpt.log.boards import event_files
 from megagpt.log.environment import environment
 from megagpt.log.metrics import cut, decode, encode
+from megagpt.report.series import read_run
+from megagpt.report.table import facts, restart_rows
 from tests.lib.recorded import BATCH, curve, open_log, record, run_until_killed, steps
 
 
@@ -118,6 +121,29 @@ def test_one_clean_curve_after_kills(tmp_path):
     assert events[1]["lost_steps"] >= 10 and events[1]["lost_tokens"] >= 10 * BATCH
     assert events[1]["lost_s"] == pytest.approx(events[1]["lost_steps"] * 0.5)
     assert 0 <= events[1]["down_s"] < 60
+
+
+def test_what_lies_between_a_complete_run_and_its_extension_is_no_loss(tmp_path):
+    log = open_log(tmp_path)
+    log.step(record(1))
+    log.complete()
+    log.close()
+    time.sleep(0.05)
+    log = open_log(tmp_path, 1)
+    log.step(record(2))
+    log.close()
+    # Killed behind the extension's first step: that is a restart, whatever was complete before.
+    log = open_log(tmp_path, 2)
+    log.step(record(3))
+    log.close()
+    extension, restart = (line for line in read_metrics(tmp_path) if line.get("event") == "resume")
+    assert extension["down_s"] == 0.0 and extension["paused_s"] >= 0.05
+    assert restart["down_s"] >= 0.0 and "paused_s" not in restart
+    run = read_run(tmp_path)
+    assert [event["cause"] for event in run.restarts] == ["extension", "restart"]
+    assert run.times is not None
+    assert run.wall_s == pytest.approx(run.times[1] - run.times[0] - extension["paused_s"])
+    assert len(restart_rows(run)) == 1 and dict(facts(run))["extensions"] == "1"
 
 
 def test_a_crash_before_the_first_checkpoint_starts_over(tmp_path):

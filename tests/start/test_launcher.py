@@ -9,6 +9,7 @@ import pytest
 from megagpt.cli import main
 from megagpt.config import load_run
 from megagpt.errors import UsageError
+from megagpt.log import read_metrics
 from megagpt.start.launcher import command_line, ranks_of, visible_gpus
 from tests.lib.corpus import sentences, write_corpus
 from tests.lib.distributed import environment
@@ -67,6 +68,7 @@ def test_one_process_trains(run_file):
     assert "1 rank, run folder runs/x" in done.stdout and "run complete" in done.stdout
     assert "note: data/mine is read" in done.stdout
     assert "next: megagpt generate runs/x --prompt TEXT" in done.stdout
+    assert "set schedule.decay_tokens = 512 to keep the learning rate low" in done.stdout
     # Again: what it reached is said; no rank starts, and nothing is booked as a pause.
     before = (run_file.parent / "runs/x/metrics.jsonl").read_bytes()
     again = train(run_file.parent)
@@ -81,6 +83,11 @@ def test_one_process_trains(run_file):
     assert "schedule.decay_tokens=512 keeps it low" in refused.stderr
     kept = train(run_file.parent, *longer, "schedule.decay_tokens=512", "--allow-changes")
     assert kept.returncode == 0 and "learning rate at" not in kept.stderr
+    events = [line for line in read_metrics(run_file.parent / "runs/x") if "event" in line]
+    told = [event["event"] for event in events if event["event"] != "checkpoint"]
+    assert told == ["start", "complete", "resume", "complete"]
+    [extension] = [event for event in events if event["event"] == "resume"]
+    assert extension["down_s"] == 0.0 and extension["paused_s"] > 0
 
 
 @pytest.mark.slow
