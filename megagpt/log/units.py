@@ -36,7 +36,10 @@ def amounts(numbers: Sequence[float]) -> list[str]:
     figures = 4
     while figures < 16 and any(abs(_cut(n, figures) - n) > 0.01 * step for n in numbers):
         figures += 1
-    return [amount(number, figures) for number in numbers]
+    # One way of writing for all: 5e-4 and 1e-3, not 5e-4 and 0.001.
+    sizes = [abs(number) for number in numbers if number]
+    small = bool(sizes) and min(sizes) < 1e-3 and max(sizes) < 1
+    return [scientific(n, figures) if small else amount(n, figures) for n in numbers]
 
 
 def _cut(number: float, figures: int) -> float:

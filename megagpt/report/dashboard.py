@@ -48,7 +48,7 @@ def alerts(run: Run, now: float) -> list[str]:
     skipped = [step.get("skipped_steps", 0) for step in recent]
     if skipped[-1] > skipped[0]:
         found.append(f"{skipped[-1] - skipped[0]} of the last {len(recent)} steps were skipped")
-    if slow := _slow(run):
+    if not finished(run) and (slow := _slow(run)):
         found.append(slow)
     if overdue := _overdue(run):
         found.append(f"no checkpoint for {amount(overdue)} tokens")

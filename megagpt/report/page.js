@@ -16,9 +16,11 @@ function amount(value, figures = 4) {
   for (const [unit, name] of [[1e12, "T"], [1e9, "B"], [1e6, "M"], [1e3, "k"]])
     if (size >= unit * (1 - 0.5 * 10 ** -figures)) return round(value / unit) + name;
   if (value === 0) return "0";
-  if (size < 0.01) return value.toExponential(figures - 1).replace(/\.?0*e/, "e");
+  if (size < 0.01) return scientific(value, figures);
   return String(round(value));
 }
+
+const scientific = (value, figures) => value.toExponential(figures - 1).replace(/\.?0*e/, "e");
 
 // 70B bytes are 70G.
 const label = (unit, value, figures) =>
@@ -29,7 +31,9 @@ function labels(unit, values) {
   const step = Math.min(...values.slice(1).map((v, i) => v - values[i]));
   let figures = 4;
   while (figures < 15 && values.some((v) => Math.abs(parseFloat(v.toPrecision(figures)) - v) > 0.01 * step)) figures++;
-  return values.map((v) => label(unit, v, figures));
+  // One way of writing for all: 5e-3 and 1e-2, not 5e-3 and 0.01.
+  const sizes = values.map(Math.abs).filter((v) => v > 0), small = Math.min(...sizes) < 0.01 && Math.max(...sizes) < 1;
+  return values.map((v) => (small && v ? scientific(v, figures) : label(unit, v, figures)));
 }
 
 function html(parent, name, className, text) {

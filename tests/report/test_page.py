@@ -251,6 +251,7 @@ def test_the_labels_of_an_axis_are_told_apart():
     assert amounts([0.0, 0.5, 1.0]) == ["0", "0.5", "1"]
     assert amounts([-5.5e-17, 0.1, 0.2]) == ["0", "0.1", "0.2"]
     assert amounts([1.00001, 1.00002, 1.00003]) == ["1.00001", "1.00002", "1.00003"]
+    assert amounts([0.0, 5e-4, 1e-3, 1.5e-3]) == ["0", "5e-4", "1e-3", "1.5e-3"]
     assert amounts([100_000, 100_010]) == ["100k", "100.01k"]
     assert amounts([1.00001e-4, 1.00002e-4]) == ["1.00001e-4", "1.00002e-4"]
     assert amounts([0.0, 2e9, 4e9]) == ["0", "2B", "4B"] and amounts([3.0]) == ["3"]
