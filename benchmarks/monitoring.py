@@ -6,9 +6,9 @@
 record: writes a run with the figures that the trainer reports to a temporary folder; microseconds
 that a step waits for its record (median and 99th percentile), CPU time of a step, which other
 programs do not change, bytes written, and the shortest step of which the wait is under 1%. meter:
-trains for real in one process, every second step with a closer look; what the meter takes of every
-step and what a closer look adds to one, in CPU time of the process. It needs the run's data (make
-quickstart prepares data/python-stdlib).
+trains for real in one process, every second step with per-layer statistics; what the meter takes of
+every step and what these statistics add to one, in CPU time of the process. It needs the run's data
+(make quickstart prepares data/python-stdlib).
 """
 
 import argparse
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def record(step: int, sources: int, layers: int) -> dict:
-    """A step as rich as the trainer's; every hundredth with a closer look."""
+    """A step as rich as the trainer's; every hundredth with per-layer statistics."""
     plain = {
         "step": step,
         "tokens": step * 524_288,
@@ -150,7 +150,7 @@ def meter(args: argparse.Namespace) -> None:
     own_s = statistics.median(own)
     print(f"step                    {1e3 * plain_s:9.2f} ms of CPU time")
     print(f"the meter, every step   {1e3 * own_s:9.2f} ms  {own_s / plain_s:.2%} of it")
-    print(f"a closer look           {1e3 * look_s:9.2f} ms  {look_s / plain_s:.1%} of a step")
+    print(f"per-layer statistics    {1e3 * look_s:9.2f} ms  {look_s / plain_s:.1%} of a step")
     print(f"one every 100 steps                   {look_s / plain_s / 100:.2%}")
 
 
@@ -179,7 +179,7 @@ def main() -> int:
     parser.add_argument("what", choices=("record", "meter"))
     parser.add_argument("--steps", type=int, help="steps of each row (2000; meter: 40)")
     parser.add_argument("--sources", type=int, default=4, help="sources of data in the record")
-    parser.add_argument("--layers", type=int, default=12, help="layers of a closer look")
+    parser.add_argument("--layers", type=int, default=12, help="layers with statistics")
     parser.add_argument("--run", default="launch/runs/quickstart.toml", help="run file to train")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of its keys")
     args = parser.parse_intermixed_args()

@@ -189,7 +189,7 @@ class LogConfig:
     wandb: Line = ""
     """Project of Weights & Biases that is told the same as TensorBoard; empty: none."""
     details_every_steps: ZeroOrMore = 100
-    """Steps between closer looks: every layer's norms (weights, gradient, update) and activations,
+    """Steps between per-layer statistics: norms of weights, gradient and update, and activations,
     and the gradient noise scale; 0: never."""
     profile_steps: tuple[ZeroOrMore, ...] = ()
     """[first, last]: steps whose operations are profiled, counted from 1; empty: none."""

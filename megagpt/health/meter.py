@@ -81,7 +81,7 @@ def _profile(config: RunConfig, layout: Layout, rank: int) -> Profile | None:
 
 
 class Details:
-    """A closer look at one step: every layer's norms and activations, and the gradient noise."""
+    """Statistics of one step: every layer's norms and activations, and the gradient noise."""
 
     def __init__(self, config: RunConfig, engine: Engine) -> None:
         self.norms = Norms(config, engine)
