@@ -11,7 +11,8 @@ palette is k-means' of a million pixels of the training split, 512 colours or fe
 one that is there: a tokenizer.json of another corpus, or OpenAI's kmeans_centers.npy.
 
 --field F puts each image, such as one of the digits, at a place of its own in a black field of F
-pixels a side, and each of the training split --copies times at others.
+pixels a side, and each of the training split --copies times at others. Without a field the copies
+are crops of a file, drawn as the paper does.
 
 A share of the images (4%, as in the paper) goes to OUTPUT-validation, by a hash of their pixels, so
 that equal images are never on both sides; CIFAR's test images to OUTPUT-test. labels.npy beside a
@@ -23,7 +24,7 @@ import hashlib
 import io
 import pickle
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +41,8 @@ PIXELS = 1_000_000
 BLOCK = 4096
 """Images that are in memory as bytes at a time."""
 ENDINGS = {".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+SHARE, SHORTER = 224, (256, 384)
+"""The paper's crops of ImageNet: 224 pixels of a shorter side that is drawn between the two."""
 CIFAR = {
     "train": ("data_batch_*", "train", "train.bin"),
     "test": ("test_batch*", "test", "test.bin"),
@@ -57,6 +60,8 @@ class Block(NamedTuple):
     """(N, S, S, 3)."""
     labels: NDArray[np.int64]
     """(N,); -1: not known."""
+    paths: tuple[Path, ...] = ()
+    """Of their files, where each has one."""
 
 
 # --- inputs --------------------------------------------------------------------------------------
@@ -166,15 +171,17 @@ def _folder(folder: Path, size: int) -> Iterator[Block]:
     classes = sorted({top for top, path in zip(tops, paths, strict=True) if top != path.name})
     number = {name: i for i, name in enumerate(classes)}
     for first in range(0, len(paths), BLOCK):
-        images = [_file(path, size) for path in paths[first : first + BLOCK]]
+        files = paths[first : first + BLOCK]
+        images = [_file(path, size) for path in files]
         if len({image.shape for image in images}) > 1:
             raise UsageError(f"{folder}: images of several sizes; choose one with --size")
         labels = [number.get(top, -1) for top in tops[first : first + BLOCK]]
-        yield Block("train", np.stack(images), np.array(labels, np.int64))
+        yield Block("train", np.stack(images), np.array(labels, np.int64), tuple(files))
 
 
-def _file(path: Path, size: int) -> NDArray[np.uint8]:
-    """(S, S, 3) of a file: the square in its middle, averaged down to `size`."""
+def _file(path: Path, size: int, draw: np.random.Generator | None = None) -> NDArray[np.uint8]:
+    """(S, S, 3) of a file: the square in its middle, or one of SHARE of its shorter side that is
+    drawn, averaged down to `size`."""
     from PIL import Image
 
     try:
@@ -185,6 +192,9 @@ def _file(path: Path, size: int) -> NDArray[np.uint8]:
     white = Image.new("RGBA", whole.size, "white")
     side = min(whole.size)
     left, top = (whole.width - side) // 2, (whole.height - side) // 2
+    if draw is not None:
+        side = round(side * SHARE / draw.uniform(*SHORTER))
+        left, top = (int(draw.integers(0, n - side + 1)) for n in whole.size)
     square = Image.alpha_composite(white, whole).convert("RGB")
     square = square.crop((left, top, left + side, top + side))
     if size and size != side:
@@ -217,13 +227,19 @@ def sampled(found: list[Block], fraction: float, seed: int) -> NDArray[np.uint8]
     return np.concatenate(parts)
 
 
-def placed(
-    images: NDArray[np.uint8], numbers: Sequence[int], args: argparse.Namespace, copy: int
+def shown(
+    block: Block, rows: NDArray[np.bool_], first: int, args: argparse.Namespace, copy: int
 ) -> NDArray[np.uint8]:
-    """Images (N, S, S, 3) in black fields (N, F, F, 3), each at a place that is drawn by the seed,
-    its number in the input and the copy. Raises UsageError for a field that is smaller."""
+    """Images of a block as they are written: in black fields (N, F, F, 3), or as other crops of
+    their files. What is drawn hangs on the seed, the number in the input (the block's is `first`)
+    and the copy alone. Raises UsageError for a field that is too small."""
+    images, numbers = block.images[rows], first + np.flatnonzero(rows)
     if not args.field:
-        return images
+        if not copy:
+            return images
+        files = [block.paths[number - first] for number in numbers]
+        draws = [np.random.default_rng([args.seed, number, copy]) for number in numbers]
+        return np.stack([_file(p, args.size, d) for p, d in zip(files, draws, strict=True)])
     side = images.shape[1]
     if args.field < side:
         raise UsageError(f"--field {args.field}: must be {side} or more, an image's own side")
@@ -237,8 +253,8 @@ def placed(
 
 def psnr(images: NDArray[np.uint8], palette: Palette) -> float:
     """Peak signal to noise of what the palette makes of images, dB; inf: nothing is lost."""
-    shown = palette.decode(palette.encode(images))
-    error = float(((shown.astype(np.float64) - images) ** 2).mean())
+    coloured = palette.decode(palette.encode(images))
+    error = float(((coloured.astype(np.float64) - images) ** 2).mean())
     return float(10 * np.log10(255**2 / error)) if error else float("inf")
 
 
@@ -250,16 +266,14 @@ def splits(
     for copy in range(args.copies):
         first = 0
         for block in found:
-            numbers = np.arange(first, first + len(block.images))
-            first += len(block.images)
             fraction = args.validation_fraction if block.split == "train" else 0.0
             held = np.array([held_out(image, fraction) for image in block.images])
             for name, chosen in ((block.split, ~held), ("validation", held)):
                 if not chosen.any() or (copy and name != "train"):
                     continue
-                shown = placed(block.images[chosen], numbers[chosen].tolist(), args, copy)
-                ids = palette.encode(shown).astype(np.uint16)
+                ids = palette.encode(shown(block, chosen, first, args, copy)).astype(np.uint16)
                 parts.setdefault(name, []).append((ids, block.labels[chosen]))
+            first += len(block.images)
     return {
         name: (np.concatenate([a for a, _ in some]), np.concatenate([b for _, b in some]))
         for name, some in parts.items()
@@ -272,9 +286,13 @@ def work(args: argparse.Namespace) -> int:
         raise UsageError(
             f"--validation-fraction {args.validation_fraction}: must be 0 or more and below 1"
         )
-    if args.copies < 1 or (args.copies > 1 and not args.field):
-        raise UsageError(f"--copies {args.copies}: must be 1 or more, and above 1 needs --field")
+    if args.copies < 1:
+        raise UsageError(f"--copies {args.copies}: must be 1 or more")
     found = list(blocks(args.source, args.size))
+    if args.copies > 1 and not args.field and not (found[0].paths and args.size):
+        raise UsageError(
+            f"--copies {args.copies}: needs --field, or a folder of files and the --size of crops"
+        )
     if args.palette:
         palette = read_palette(args.palette)
     else:
@@ -307,7 +325,8 @@ def main() -> int:
     add("--size", type=int, default=0, help="pixels a side of files in folders; 0: as they are")
     add("--field", type=int, default=0, help="put each image at a random place in a black field of "
         "so many pixels a side; 0: as it is")  # fmt: skip
-    add("--copies", type=int, default=1, help="of each training image, at other places")
+    add("--copies", type=int, default=1, help="of each training image: at other places of the "
+        "field, or after the first, which is its middle, as crops drawn from its file")  # fmt: skip
     add("--colours", type=int, default=MOST, help="of the palette, at most")
     add("--palette", type=Path, help="a palette that is there already")
     add("--validation-fraction", type=float, default=0.04, help="share of the images held out")

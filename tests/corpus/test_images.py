@@ -238,7 +238,8 @@ def test_images_are_put_at_places_of_their_own(tmp_path: Path) -> None:
         assert copies == ({1} if folder.name.endswith("validation") else {3})
     assert len(seen) == 20 and len({place for places in seen.values() for place in places}) == 9
     for more, why in (
-        (["--copies", 2], "--copies 2: must be 1 or more, and above 1 needs --field"),
+        (["--copies", 0], "--copies 0: must be 1 or more"),
+        (["--copies", 2], "--copies 2: needs --field, or a folder of files and the --size"),
         (["--field", 2], "--field 2: must be 3 or more, an image's own side"),
     ):
         made = script("images", tmp_path / "in.npz", *more, "--output", tmp_path / "other")
@@ -262,6 +263,28 @@ def test_folders_of_images_are_cropped_and_averaged(tmp_path: Path) -> None:
     assert (shown[:, :, :2] == 255).all()
     assert (shown[0, :, 2:] == (200, 10, 10)).all() and (shown[1, :, 2:] == (10, 10, 200)).all()
     assert np.load(tmp_path / "out/labels.npy").tolist() == [0, 1]
+
+
+def test_copies_of_files_are_crops(tmp_path: Path) -> None:
+    # Red tells the column, green the row: an average tells the place and the side of a crop.
+    ramp = np.zeros((120, 200, 3), np.uint8)
+    ramp[..., 0], ramp[..., 1] = np.arange(200), np.arange(120)[:, None]
+    (tmp_path / "in").mkdir()
+    Image.fromarray(ramp).save(tmp_path / "in/a.png")
+    words = ["--size", 2, "--copies", 5, "--validation-fraction", 0, "--output", tmp_path / "out"]
+    made = script("images", tmp_path / "in", *words)
+    assert made.returncode == 0, made.stderr
+    loader = TokenLoader([(tmp_path / "out", 1.0)], 4, 0, shuffle=False)
+    # The palette holds the colours of the middle alone: ids of crops are the nearest of these.
+    assert loader.n_windows == 5
+    draw = np.random.default_rng([1337, 0, 3])
+    side = round(120 * 224 / draw.uniform(256, 384))
+    left, top = draw.integers(0, 200 - side + 1), draw.integers(0, 120 - side + 1)
+    assert 70 <= side <= 105
+    crop = ramp[top : top + side, left : left + side]
+    small = np.asarray(Image.fromarray(crop).resize((2, 2), Image.Resampling.BOX))
+    palette = read_palette(tmp_path / "out/tokenizer.json")
+    assert np.array_equal(loader.samples(3, 1)[0, 1:], palette.encode(small[None])[0])
 
 
 def cifar(folder: Path, binary: bool) -> np.ndarray:
