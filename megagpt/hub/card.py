@@ -59,6 +59,10 @@ _NOTES = {
         "them as they are here.",
         "vLLM and llama.cpp have no GPT-Neo.",
     ),
+    "gpt2": (
+        "llama.cpp's converter knows a tokenizer by a hash of some ids, and of these GPT-2's own; "
+        "with another it stops until that is put on its list.",
+    ),
     "imagegpt": (
         "The biases are 0 and megagpt has none; further training in transformers moves them.",
         "An image is its pixels in raster order behind the last id, which begins it. Colours, "

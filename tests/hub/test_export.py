@@ -2,6 +2,8 @@
 
 import filecmp
 import json
+import shutil
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from megagpt.checkpoint.export import open_weights
 from megagpt.cli import main
-from megagpt.config.presets import ModelConfig
+from megagpt.config.presets import PRESETS, ModelConfig
 from megagpt.corpus.records import prepare
 from megagpt.errors import MegagptError, UsageError
 from megagpt.hub.answers import answer
@@ -34,16 +36,40 @@ MODELS = {
 }
 
 
-def logits(folder: Path, weights: Path) -> tuple[torch.Tensor, ...]:
-    """(transformers' logits, ours in fp32, ours in fp64), of full contexts."""
+def logits(folder: Path, weights: Path, begin: int = 4) -> tuple[torch.Tensor, ...]:
+    """(transformers' logits, ours in fp32, ours in fp64), of full contexts, at 64 positions at
+    most. begin: where the greedy continuation begins that is asked for with them."""
     source = open_weights(weights)
     windows, _ = windows_of(source)
-    places = list(range(windows.shape[1]))
-    asked = {"windows": windows.tolist(), "positions": places, "texts": [], "images": []}
-    theirs = answer(folder, asked | {"prompts": windows[:1, :4].tolist()})["logits"]
-    every = [torch.tensor(places)] * len(windows)
+    n_ctx = windows.shape[1]
+    places = torch.linspace(0, n_ctx - 1, min(64, n_ctx)).long()
+    asked = {"windows": windows.tolist(), "positions": places.tolist(), "texts": [], "images": []}
+    theirs = answer(folder, asked | {"prompts": windows[:1, :begin].tolist()})["logits"]
+    every = [places] * len(windows)
     types = (torch.float32, torch.float64)
     return theirs, *(torch.stack(logits_at(source, windows, every, dtype)) for dtype in types)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_gpt3_125m_over_its_full_context(tmp_path):
+    """Its shape, its bands and 2,048 tokens; weights as large as initial ones, biases as well."""
+    config = PRESETS["gpt3-125m"].model
+    weights_folder(tmp_path / "ours", config, std=0.02)
+    source = open_weights(tmp_path / "ours")
+    row = []
+    for dtype, most in ((torch.float32, 4e-6), (torch.bfloat16, 5e-2)):
+        out = tmp_path / str(dtype)
+        out.mkdir()
+        write_export(source, None, out, dtype, 10**9)
+        theirs, ours, exact = logits(out, tmp_path / "ours", config.n_ctx - 4)
+        largest = float(exact.abs().max())
+        pairs = ((theirs, ours), (theirs, exact), (ours, exact))
+        row.append([float((a - b).abs().max()) / largest for a, b in pairs])
+        assert max(row[-1][:2]) < most
+        shutil.rmtree(out)
+    (other, off, own), (_, rounded, _) = row
+    print(f"\n| GPTNeoForCausalLM (64, GPT-3 125M) | {other:.1e} {off:.1e} {own:.1e} {rounded:.1e}")
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -174,6 +200,23 @@ def test_converters_find_every_field_they_read(tmp_path):
     }
     assert {key: tree[key] for key in llama | vllm} == llama | vllm
     assert tree["bos_token_id"] == tree["eos_token_id"] == 256
+    # Both take these names, and turn the matrices of c_attn, c_proj and c_fc, which lie as (in,
+    # out). lm_head is the embedding where it is left out.
+    block = {"ln_1": (32,), "ln_2": (32,), "attn.c_attn": (32, 96), "attn.c_proj": (32, 32)}
+    block |= {"mlp.c_fc": (32, 128), "mlp.c_proj": (128, 32)}
+    wanted = {"wte.weight": (257, 32), "wpe.weight": (40, 32)}
+    wanted |= {"ln_f.weight": (32,), "ln_f.bias": (32,)}
+    for layer, (name, shape) in product(range(3), block.items()):
+        wanted[f"h.{layer}.{name}.weight"], wanted[f"h.{layer}.{name}.bias"] = shape, shape[-1:]
+    found = load_file(tmp_path / "model-00001-of-00001.safetensors")
+    shapes = {name.removeprefix("transformer."): tuple(v.shape) for name, v in found.items()}
+    assert shapes == wanted and all(name.startswith("transformer.") for name in found)
+    # llama.cpp's converter: a hash of ids by AutoTokenizer, no id beyond the embedding.
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert max(tokenizer.vocab.values()) < tree["vocab_size"]
+    assert tokenizer.encode("a b") == [97, 32, 98], "no id is put before or behind a text"
 
 
 def test_images_go_out_and_come_back_with_their_palette(tmp_path, monkeypatch):

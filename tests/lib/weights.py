@@ -29,21 +29,28 @@ def random_model(n_ctx: int, vocab_size: int = 257) -> GPT:
     return model.eval()
 
 
-def random_value(name: str, shape: tuple[int, ...], draw: torch.Generator) -> torch.Tensor:
-    """Every tensor random, biases too; some gains negative, near 0 or 0."""
-    value = torch.empty(shape).normal_(0, 0.3 if name.endswith("bias") else 0.1, generator=draw)
+def random_value(
+    name: str, shape: tuple[int, ...], draw: torch.Generator, std: float = 0.1
+) -> torch.Tensor:
+    """Every tensor random, biases too; one gain negative, one near 0. std: of matrices."""
+    value = torch.empty(shape).normal_(0, 3 * std if name.endswith("bias") else std, generator=draw)
     if ".ln_" in name and name.endswith("weight") or name == "ln_f.weight":
-        value = 1 + 3 * value
+        value = 1 + 0.3 * value / std
         value[0], value[1] = -value[0], 1e-4
     return value
 
 
 def weights_folder(
-    folder: Path, config: ModelConfig, tokenizer: str = "", seed: int = 1, vocabulary: str = ""
+    folder: Path,
+    config: ModelConfig,
+    tokenizer: str = "",
+    seed: int = 1,
+    vocabulary: str = "",
+    std: float = 0.1,
 ) -> dict[str, torch.Tensor]:
     """Writes the folder; its parameters by canonical name."""
-    draw = torch.Generator().manual_seed(seed)
-    values = {name: random_value(name, shape, draw) for name, shape in shapes_of(config).items()}
+    draw, shapes = torch.Generator().manual_seed(seed), shapes_of(config)
+    values = {name: random_value(name, shape, draw, std) for name, shape in shapes.items()}
     planned = [
         PlannedTensor(name, tuple(value.shape), partial(lambda v: v, value))
         for name, value in values.items()
