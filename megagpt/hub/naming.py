@@ -129,7 +129,7 @@ def moved_bias(gamma: Tensor, beta: Tensor, dtype: torch.dtype) -> tuple[Tensor,
     """
     gain, bias = gamma.to(dtype).double(), beta.double()
     zero = gain == 0
-    w = torch.where(zero, 1.0, 0.0) if zero.any() else 1 / gain
+    w = zero.double() if zero.any() else 1 / gain
     w = w / w.norm()
     moved = bias + (math.sqrt(len(w)) - w @ bias) * w
     return w, moved.to(dtype).double()

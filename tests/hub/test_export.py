@@ -20,8 +20,13 @@ from megagpt.hub.answers import answer
 from megagpt.hub.compare import compare, logits_at
 from megagpt.hub.exporting import export_model, windows_of, write_export
 from megagpt.hub.importing import import_model
+from megagpt.hub.naming import exported
+from megagpt.hub.shapes import write_config
+from megagpt.model import GPT
 from megagpt.tokenizer.palette import Palette
-from tests.lib.weights import weights_folder
+from tests.lib.weights import random_value, weights_folder
+
+transformers = pytest.importorskip("transformers")
 
 SMALL = {"n_layer": 3, "n_head": 2, "n_ctx": 40, "vocab_size": 257}
 BANDED = {"attention": ("dense", "banded", "banded"), "band_width": 9}
@@ -48,6 +53,28 @@ def logits(folder: Path, weights: Path, begin: int = 4) -> tuple[torch.Tensor, .
     every = [places] * len(windows)
     types = (torch.float32, torch.float64)
     return theirs, *(torch.stack(logits_at(source, windows, every, dtype)) for dtype in types)
+
+
+@pytest.mark.parametrize(
+    "gains", [[0.0], [0.0] * 16, [0.0] * 32, [-0.0, -2.0], [1e-40, 1e-8], [-1e-6, 1e4]], ids=str
+)
+def test_biases_are_folded_behind_any_gains(gains):
+    config = ModelConfig(**SMALL, **MODELS["neo-16"])
+    draw = torch.Generator().manual_seed(1)
+    model = GPT(config)
+    for name, parameter in model.named_parameters():
+        parameter.data = random_value(name, tuple(parameter.shape), draw)
+        if name.endswith("ln_1.weight"):
+            parameter.data[: len(gains)] = torch.tensor(gains)
+    values = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    tree = write_config(config, None, "float32")
+    theirs = transformers.GPTNeoForCausalLM(transformers.GPTNeoConfig(**tree)).eval()
+    state = {one.name: one.make().float() for one in exported(config, values.get, torch.float32)}
+    assert theirs.load_state_dict(state, strict=False).unexpected_keys == []
+    ids = torch.randint(257, (2, 40), generator=draw)
+    with torch.no_grad():
+        exact, found = model.double().logits(ids), theirs(ids).logits
+    assert float((exact - found).abs().max()) < 4e-6 * float(exact.abs().max())
 
 
 @pytest.mark.slow
