@@ -49,6 +49,7 @@ def test_some_items_dry(tmp_path):
     assert {"step_s", "forward_s", "tokens_per_s"} <= training.keys()
     batches = [r["micro_batch"] for r in results if r["kind"] == "step"]
     assert batches == [1, 2, 4]
+    assert table.startswith("Dry run on a CPU: every model is tiny")
     (row,) = (line for line in table.splitlines() if line.startswith("| 125m-zero2 "))
     assert f"{training['tokens_per_s']:,.0f}" in row
 
@@ -159,6 +160,7 @@ def test_a_table_of_measured_values():
         {"kind": "item", "item": "train.350m", "code": None, "s": 0.0},
     ]
     table = render(json.loads(json.dumps(results)))
+    assert table.startswith("| measured |")
     assert "| now | abc | NVIDIA H200 |  |" in table
     assert '| how fast | `{"64": 1.5}` |' in table
     (row,) = (line for line in table.splitlines() if line.startswith("| 125m | dense | ours |"))
