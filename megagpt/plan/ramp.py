@@ -66,7 +66,7 @@ HEAD = (
     "batch tokens",
     "steps",
     "micro-batch",
-    "passes per rank",
+    "accumulation",
     "idle",
     "first LR",
     "last LR",
