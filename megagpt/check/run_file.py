@@ -14,6 +14,7 @@ from megagpt.check.machine import Gpu
 from megagpt.config import RunConfig
 from megagpt.corpus.verify import verify_shards
 from megagpt.errors import MegagptError, UsageError
+from megagpt.order.fitting import check_kind
 from megagpt.order.loader import TokenLoader, training_loader
 from megagpt.order.windows import TokenWindows
 from megagpt.plan.corpora import overlaps
@@ -77,6 +78,7 @@ def check_shards(config: RunConfig, full: bool) -> Iterator[Check]:
 def _check_store(config: RunConfig, store: TokenWindows, full: bool) -> Check:
     """A folder's vocabulary, and its files against its manifest: their sizes, or every byte."""
     folder, manifest = store.folder, store.manifest
+    check_kind(config.model, manifest)
     size, wanted = manifest.vocab_size, config.model.vocab_size
     if size != wanted:
         detail = f"{folder}: {size} tokens in its vocabulary, but model.vocab_size = {wanted}"

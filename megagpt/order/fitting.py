@@ -18,7 +18,7 @@ def check_vocabulary(config: RunConfig, loaders: "Sequence[TokenLoader]") -> Non
     first = loaders[0].stores[0].manifest
     for loader in loaders:
         manifest = loader.stores[0].manifest
-        _check_kind(config.model, manifest)
+        check_kind(config.model, manifest)
         if manifest.vocab_size != config.model.vocab_size:
             raise UsageError(
                 f"{manifest.folder}: its tokenizer {manifest.tokenizer!r} has "
@@ -34,7 +34,7 @@ def check_vocabulary(config: RunConfig, loaders: "Sequence[TokenLoader]") -> Non
             )
 
 
-def _check_kind(model: ModelConfig, manifest: CorpusManifest) -> None:
+def check_kind(model: ModelConfig, manifest: CorpusManifest) -> None:
     """Raises UsageError for samples that begin or end otherwise than those of the model."""
     start = -1 if model.start_token is None else model.start_token
     if start >= 0 > manifest.record_start:

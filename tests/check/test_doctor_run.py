@@ -129,3 +129,9 @@ def test_shards_of_another_vocabulary(tmp_path):
         f"{tmp_path}/train: 257 tokens in its vocabulary, but model.vocab_size = 300"
     )
     assert found.remedy.startswith("set model.vocab_size = 257")
+
+
+def test_shards_of_texts_for_a_model_of_images(tmp_path):
+    overrides = ['model.family="igpt"', 'model.attention=["dense"]']
+    found = shard_rows(run_file(tmp_path), *overrides)[0]
+    assert found.status == FAIL and "data_prep/images.py" in found.detail
