@@ -21,7 +21,7 @@ from megagpt.plan.corpora import overlaps
 from megagpt.plan.ds_config import read_ds_config, resolve
 from megagpt.plan.layout import layout_of, spans_hosts
 from megagpt.plan.memory import checkpoint_bytes, checkpoints_kept
-from megagpt.plan.sanity import MOST_EPOCHS, epochs_of
+from megagpt.plan.sanity import MOST_EPOCHS, epochs_of, read_times
 
 WITHOUT_BF16 = ("P100", "V100", "T4", "RTX 20", "Quadro RTX")
 """GPUs before the Ampere generation, by what is in their names."""
@@ -105,7 +105,7 @@ def check_reading(config: RunConfig) -> Iterator[Check]:
     for path, epochs in epochs_of(config):
         often = epochs > MOST_EPOCHS
         remedy = "the last ones teach little: lower schedule.total_tokens, or prepare more text"
-        detail = f"{path} is read {epochs:.2f} times"
+        detail = read_times(path, epochs)
         yield Check("epochs", WARN if often else OK, detail, remedy if often else "")
     for detail, remedy in overlaps(config):
         yield Check("validation", WARN, detail, remedy)

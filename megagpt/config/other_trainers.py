@@ -19,7 +19,7 @@ _SAME = {
     "micro_batch_size device_batch_size per_device_train_batch_size "
     "train_micro_batch_size_per_gpu": "parallel.micro_batch, in sequences of a rank",
     "gradient_accumulation_steps grad_accum_steps grad_accum accumulate_grad_batches": (
-        "nothing: it follows from schedule.batch_tokens, parallel.micro_batch and the ranks"
+        "leave it out; it follows from schedule.batch_tokens, parallel.micro_batch and the ranks"
     ),
     "block_size seq_len seq_length sequence_length context_length max_seq_len n_positions "
     "max_position_embeddings": "model.n_ctx, in tokens",

@@ -198,7 +198,8 @@ def _validate(tree: dict[str, Any], problems: list[str]) -> RunConfig | None:
 def _unknown(key: str, name: str, known: dict[str, Any], schema: dict[str, Any]) -> str:
     """An unknown key, with what it may have meant: here, in another table, in another trainer."""
     if name in HERE and name not in known:
-        return f"unknown key {key!r}: say it as {HERE[name]}"
+        verb = "" if HERE[name].startswith("leave it out") else "say it as "
+        return f"unknown key {key!r}: {verb}{HERE[name]}"
     for section, node in schema["properties"].items():
         table = schema["$defs"].get(node.get("$ref", "").rpartition("/")[2], {})
         if name in table.get("properties", {}):

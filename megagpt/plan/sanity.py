@@ -30,7 +30,7 @@ def oddities(config: RunConfig) -> Iterator[str]:
             )
     yield from mismatches(config)
     for path, epochs in epochs_of(config):
-        yield f"{path} is read {epochs:.2f} times" + (
+        yield read_times(path, epochs) + (
             f"; more than about {MOST_EPOCHS} teach little more (Muennighoff et al. 2023)"
             if epochs > MOST_EPOCHS
             else ""
@@ -44,6 +44,11 @@ def disk(config: RunConfig) -> str:
         f"disk: {one * kept / 1e9:,.4g} GB for at most {kept} checkpoints at once of "
         f"{one / 1e9:,.4g} GB"
     )
+
+
+def read_times(path: str, epochs: float) -> str:
+    """How often a corpus is read, in words."""
+    return f"{path} is read {epochs:,.{0 if epochs >= 100 else 2}f} times"
 
 
 def epochs_of(config: RunConfig) -> Iterator[tuple[str, float]]:

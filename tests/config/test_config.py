@@ -186,7 +186,10 @@ def test_numbers_that_no_machine_holds(number):
         ("model.block_size=1", "unknown key 'model.block_size': say it as model.n_ctx, in tokens"),
         ("model.n_embd=1", "unknown key 'model.n_embd': say it as model.d_model"),
         ("schedule.batch_size=1", "schedule.batch_tokens, in tokens over all ranks: sequences x"),
-        ("gradient_accumulation_steps=8", "say it as nothing: it follows from schedule.batch_tok"),
+        (
+            "gradient_accumulation_steps=8",
+            "unknown key 'gradient_accumulation_steps': leave it out; it follows",
+        ),
         ("parallel.zero_stage=1", "say it as parallel.ds_config"),
         ("optimizer.lr=1", "unknown key 'optimizer.lr': say it as schedule.peak_lr"),
         ("peak_lr=1", "unknown key 'peak_lr': it belongs to [schedule], schedule.peak_lr"),

@@ -12,7 +12,7 @@ from megagpt.config import load_run
 from megagpt.plan.candidates import Cluster, candidate, candidates
 from megagpt.plan.ds_config import read_ds_config
 from megagpt.plan.judge import decided_by, judge, search, with_higher_start
-from megagpt.plan.sanity import oddities
+from megagpt.plan.sanity import oddities, read_times
 
 PUBLISHED = Path(__file__).parents[2] / "benchmarks" / "planner" / "published.csv"
 
@@ -233,6 +233,7 @@ def test_more_is_told_of_odd_runs(run_file, tmp_path):
     )
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "manifest.json").write_text('{"totals": {"tokens": 200000000}}')
+    assert read_times("x", 65912.3) == "x is read 65,912 times"
     assert f"{tmp_path}/x is read 5.00 times; more than about 4" in "\n".join(oddities(config))
 
 
