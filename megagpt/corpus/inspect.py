@@ -125,11 +125,11 @@ def _totals(manifest: CorpusManifest) -> list[str]:
     size = sum(shard.bytes for shard in manifest.shards)
     last = manifest.end_of_document
     end = f", END-OF-DOCUMENT {last}" if last >= 0 else ""
-    kind = "tokenizer" if manifest.record_start < 0 else "palette"
+    kind, what = ("palette", "colours") if manifest.record_start >= 0 else ("tokenizer", "tokens")
     lines = [
         f"{manifest.folder}: {manifest.split.name} split, {len(manifest.shards)} shards, "
         f"{size / 1e6:,.1f} MB of {manifest.dtype.name}",
-        f"{kind} {manifest.tokenizer_name or 'none'}: {manifest.vocab_size:,} tokens{end}",
+        f"{kind} {manifest.tokenizer_name or 'none'}: {manifest.vocab_size:,} {what}{end}",
     ]
     if length := manifest.record_length:
         lines.append(

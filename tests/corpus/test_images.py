@@ -101,7 +101,7 @@ def test_an_image_is_a_window_behind_the_start_vector(images: Path) -> None:
     assert (manifest.vocab_size, manifest.record_start, manifest.record_length) == (20, 20, 17)
     assert manifest.fingerprint == PALETTE.fingerprint and verify_shards(images) == []
     assert main(["data", "verify", str(images)]) == 0
-    assert "palette tokenizer.json: 20 tokens" in describe(images)
+    assert "palette tokenizer.json: 20 colours" in describe(images)
     loader = TokenLoader([(images, 1.0)], 16, seed=5)
     [(x, y)] = loader.micro_batches(0, 30, 0, 1, 30)
     wanted = ids[loader.places(0, 30).window]
