@@ -65,12 +65,14 @@ def small_talks(args: argparse.Namespace) -> Path:
     return path
 
 
-def show(args: argparse.Namespace, questions: list[str]) -> None:
-    """Answers of the trained model, by what `megagpt chat` uses."""
+def show(args: argparse.Namespace, questions: list[str], count: int = 6) -> None:
+    """Answers of the trained model to some that its context holds, by what `megagpt chat` uses."""
     model, encoding, _ = load_model(args.output)
-    drawn = TextOptions(max_tokens=model.config.n_ctx // 2, temperature=0.0, slide=False)
-    talk = Dialogue(Generator(model, encoding, rows=1), SpecialTokens(encoding), drawn)
-    for question in questions:
+    half, form = model.config.n_ctx // 2, SpecialTokens(encoding)
+    drawn = TextOptions(max_tokens=half, temperature=0.0, slide=False)
+    talk = Dialogue(Generator(model, encoding, rows=1), form, drawn)
+    fitting = [q for q in questions if len(form.ids([("user", q)])) <= half]
+    for question in fitting[:: len(fitting) // count + 1]:
         talk.command("/reset")
         print(f"> {question}")
         talk.answer(question)
@@ -90,11 +92,12 @@ def main() -> None:
     _, held_out = prepare_talks(files, weights.tokenizer(), args.data, HELD_OUT)
     model = asdict(weights.config.model) | {"vocab_size": held_out.vocab_size}
     sources = {"train": [(args.data, 1.0)], "validation": [held_out.folder]}
-    more = {"init_from": str(args.start), "evaluate": {"batches": ALL}}
+    fifth = max(1, args.steps * args.batch * model["n_ctx"] // 5)
+    evaluate = {"batches": ALL, "every_tokens": fifth}
+    more = {"init_from": str(args.start), "evaluate": evaluate}
     train(args, text_of(args, model, sources, args.batch, **more))
     talks = [talk for path in files for talk in read_talks(path) if is_held_out(talk, HELD_OUT)]
-    firsts = [talk.turns[0] for talk in talks[:: len(talks) // 8 + 1]]
-    show(args, [text for role, text in firsts if role == "user"])
+    show(args, [text for (role, text), *_ in (talk.turns for talk in talks) if role == "user"])
     losses = [r["validation_loss"] for r in read_metrics(args.output) if "validation_loss" in r]
     print(f"loss on answers held out: {losses[0]:.4f} -> {losses[-1]:.4f} nats a token")
 
