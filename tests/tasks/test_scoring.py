@@ -1,6 +1,7 @@
 """Scores of tasks against plain torch in float64, and against a model that knows the answers."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -337,19 +338,44 @@ def test_the_paper_at_our_compute(scorer):
     assert at_compute(values, math.sqrt(2.6 * 7.42)) == pytest.approx((42.7 + 54.3) / 2)
     assert math.isnan(at_compute(values, 2.5)) and math.isnan(at_compute(values, 4000))
     assert math.isnan(at_compute((1.0,), 10))
-    result = score_task(scorer, arithmetic("two_digit_addition").limited(5), TaskOptions())
+    task = arithmetic("two_digit_addition").limited(5)
+    result = replace(score_task(scorer, task, TaskOptions()), shots=(41, 44))
     rows = {row.task: row for row in paper_rows([result], 10.0)}
     own = rows["two_digit_addition"]
     assert (own.ours, own.paper["13B"], list(own.paper)) == (0.0, 55.5, list(SIZES))
+    assert own.setting == "few-shot" and not own.other_setting and "175B" not in own.unchecked
     assert math.isnan(rows["lambada"].ours) and 54.3 < rows["lambada"].same_compute < 60.4
+    assert 6.53 < rows["lambada/perplexity"].same_compute < 9.09
     assert rows["reversed_words"].paper == {"175B": 0.44}
-    lines = paper_lines(list(rows.values()), 10.0)
+    lines = [" ".join(line.split()) for line in paper_lines(list(rows.values()), 10.0)]
     assert "our compute: 10 PF-days" in lines
-    assert rows["five_digit_addition"].paper == {}
-    assert "five_digit_addition" + " -" * 11 in [" ".join(line.split()) for line in lines]
+    assert "five_digit_addition few-shot" + " -" * 10 + " 9.3" in lines
+    [found] = [line for line in lines if line.startswith("lambada zero-shot")]
+    known = "42.7? 54.3? 60.4? 63.6 67.1 70.3 72.5 76.2"
+    assert found == f"lambada zero-shot - - {rows['lambada'].same_compute:.1f}? {known}"
     assert "is below the paper's 2.6 to 3640" in paper_lines([], 0.1)[1]
     assert "is beyond the paper's" in paper_lines([], 1e5)[1]
     assert "our compute is not known" in paper_lines([], math.nan)[1]
+
+
+@pytest.mark.parametrize(("shots", "setting", "of_175b"), [(0, "zero", 76.9), (1, "one", 99.6)])
+def test_the_paper_in_our_own_setting(scorer, shots, setting, of_175b):
+    task = arithmetic("two_digit_addition").limited(3)
+    result = replace(score_task(scorer, task, TaskOptions()), shots=(shots, shots))
+    passages = [Example(contexts=("once",), choices=("more",), between=" ")] * 3
+    lambada = Task(name="lambada", kind="word", examples=tuple(passages), source="here")
+    told = replace(score_task(scorer, lambada, TaskOptions()), shots=(shots, shots))
+    rows = {row.task: row for row in paper_rows([result, told], 100.0)}
+    own = rows["two_digit_addition"]
+    assert own.setting == f"{setting}-shot" and own.paper == {"175B": of_175b}
+    assert own.unchecked == ["175B"] and not own.other_setting
+    # Of LAMBADA only the paper's zero-shot figures are at hand; a perplexity is no share.
+    assert rows["lambada"].setting == "zero-shot"
+    assert rows["lambada"].other_setting == rows["lambada/perplexity"].other_setting == bool(shots)
+    perplexity = told.figures["perplexity"].value
+    assert rows["lambada/perplexity"].ours == pytest.approx(perplexity) and perplexity > 1
+    [line] = [line for line in paper_lines([rows["lambada"]], 100.0) if line.startswith("lambada")]
+    assert ("zero-shot*" in line) == bool(shots) and f" {rows['lambada'].same_compute:.1f} " in line
 
 
 def test_a_context_that_is_too_short():
