@@ -39,6 +39,8 @@ from megagpt.use.generator import Continuation, Generator, write_texts
 from megagpt.use.loading import load_reader
 from megagpt.use.options import TextOptions
 
+BATCH = 8
+
 
 def made_folders(root: Path, config: ModelConfig) -> tuple[Path, Path]:
     """Weights as ours and as transformers reads them."""
@@ -74,7 +76,7 @@ class Pair:
 
     def __init__(self, root: Path, config: ModelConfig) -> None:
         ours, theirs = made_folders(root, config)
-        self.model, self.encoding, _ = load_reader(ours, "fp32", "cpu")
+        self._readers = {n: load_reader(ours, "fp32", "cpu", n)[:2] for n in (1, BATCH)}
         self.other = transformers.AutoModelForCausalLM.from_pretrained(theirs).eval()
         self.n_vocab = config.vocab_size
 
@@ -87,7 +89,7 @@ class Pair:
         """Greedy, through the generator that every command uses."""
         options = TextOptions(max_tokens=count, temperature=0.0, stop=False)
         texts = [Continuation(row, options) for row in ids.tolist()]
-        write_texts(Generator(self.model, self.encoding, len(texts)), texts)
+        write_texts(Generator(*self._readers[len(texts)], len(texts)), texts)
         return [text.tokens for text in texts]
 
     def their_tokens(self, ids: torch.Tensor, count: int) -> list[list[int]]:
@@ -102,7 +104,7 @@ class Pair:
 
 def rows(pair: Pair, label: str, args: argparse.Namespace) -> None:
     """Prints the table's lines of one model."""
-    for batch in (1, 8):
+    for batch in (1, BATCH):
         ids = pair.prompts(batch, args.prompt)
         works = [
             partial(make, ids, count)

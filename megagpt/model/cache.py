@@ -54,13 +54,18 @@ class KeyValues:
 
     def _attend_one(self, q: Tensor, k: Tensor, v: Tensor, old_k: Tensor, old_v: Tensor) -> Tensor:
         """One new position of each row, wherever it stands."""
-        starts, at, s, mask = self.cache.ready(self.size)
+        starts, s = self.cache.starts, min(self.cache.end, self.size)
+        assert self.k is not None and self.v is not None
+        mask = None
         if len(set(starts)) == 1:  # also a single row: a copy of a stretch is cheaper
             place = starts[0] % self.size
             old_k[:, :, place : place + 1], old_v[:, :, place : place + 1] = k, v
         else:
-            rows = torch.arange(len(starts), device=k.device)
-            old_k[rows, :, at], old_v[rows, :, at] = k[:, :, 0], v[:, :, 0]
+            at, mask = self.cache.ready(self.size, self.k)
+            # One row of E numbers for each text and head; an index in every dimension is slower.
+            e = k.shape[3]
+            self.k.view(-1, e).index_copy_(0, at, k.reshape(-1, e))
+            self.v.view(-1, e).index_copy_(0, at, v.reshape(-1, e))
         return F.scaled_dot_product_attention(q, old_k[:, :, :s], old_v[:, :, :s], mask)
 
     def _rows(self, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,7 +99,7 @@ class Cache:
         self.end = 0
         """Longest of them after it."""
         self._device = torch.device("cpu")
-        self._ready: dict[int, tuple[list[int], Tensor, int, Tensor | None]] = {}
+        self._ready: dict[int, tuple[Tensor, Tensor | None]] = {}
 
     def begin(self, first: int, rows: int, t: int, device: torch.device) -> Tensor:
         """Makes rows `first` and on ready for T new positions each: their numbers (B, T) int64.
@@ -110,17 +115,23 @@ class Cache:
         starts = torch.tensor(self.starts, device=device)
         return starts[:, None] + torch.arange(t, device=device)
 
-    def ready(self, size: int) -> tuple[list[int], Tensor, int, Tensor | None]:
-        """Of a call with T = 1, for layers that keep `size` positions: lengths before it (B), where
-        the new position goes (B,), the number S of keys, and which are seen (B, 1, 1, S), None for
-        all. Made once for all layers alike."""
+    def ready(self, size: int, held: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Of a call with T = 1 for rows of unlike lengths, for layers that keep `size` positions in
+        `held` (R, H, positions, E): where each row's and head's new position goes in held as
+        (R H positions, E), (B H,) int64; and what is added to the scores so that only a row's own
+        keys are seen, (B, 1, 1, S), None where all are. Made once for all layers alike."""
         if size not in self._ready:
+            _, h, room, _ = held.shape
             starts = torch.tensor(self.starts, device=self._device)
+            rows = torch.arange(self.first, self.first + len(self.starts), device=self._device)
+            heads = torch.arange(h, device=self._device)
+            at = (rows[:, None] * h + heads) * room + (starts % size)[:, None]
             s = min(self.end, size)
             mask = None
             if min(self.starts) + 1 < s:
-                mask = (torch.arange(s, device=self._device) <= starts[:, None])[:, None, None]
-            self._ready[size] = self.starts, starts % size, s, mask
+                hidden = torch.arange(s, device=self._device) > starts[:, None]  # (B, S)
+                mask = held.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)[:, None, None]
+            self._ready[size] = at.flatten(), mask
         return self._ready[size]
 
     def advance(self, t: int) -> None:

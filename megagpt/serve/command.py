@@ -179,7 +179,8 @@ def _served(args: argparse.Namespace, limits: Limits) -> "Served":
     from megagpt.serve.scheduler import Scheduler
     from megagpt.use.generator import Generator
 
-    model, encoding, facts = load_reader(args.folder, args.dtype, args.device)
+    rows = 1 if args.batch_invariant else limits.concurrent
+    model, encoding, facts = load_reader(args.folder, args.dtype, args.device, rows)
 
     def make() -> Generator:
         return Generator(model, encoding, limits.concurrent, args.batch_invariant)

@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     from megagpt.use.dialogue import PlainTurns, special_tokens
     from megagpt.use.generator import Generator
 
-    model, encoding, _ = load_reader(args.folder, args.dtype, args.device)
+    model, encoding, _ = load_reader(args.folder, args.dtype, args.device, rows=1)
     form = special_tokens(encoding)
     if form is None:
         log.info("the tokenizer has no tokens for turns: they are written as lines of text")

@@ -161,7 +161,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.split:
         return _write_shared(args, prompts, options)
-    model, encoding, _ = load_reader(args.folder, args.dtype, args.device)
+    rows = 1 if args.batch_invariant else _rows(args, prompts)
+    model, encoding, _ = load_reader(args.folder, args.dtype, args.device, rows)
     _write(args, model, encoding, prompts, options)
     return 0
 
@@ -195,8 +196,7 @@ def _write(
     """Makes and prints the texts."""
     from megagpt.use.generator import Continuation, Generator, write_texts
 
-    rows = min(args.batch_size, len(prompts) * args.samples)
-    generator = Generator(model, encoding, rows, args.batch_invariant)
+    generator = Generator(model, encoding, _rows(args, prompts), args.batch_invariant)
     texts = [
         Continuation(generator.ids(prompt, options), options, number)
         for prompt in prompts
@@ -216,6 +216,11 @@ def _write(
     n_tokens = generator.made_tokens
     log.info("%d tokens in %.2f s: %.1f tokens/s", n_tokens, elapsed_s, n_tokens / elapsed_s)
     log.info("seed %d", options.seed)
+
+
+def _rows(args: argparse.Namespace, prompts: Sequence[str]) -> int:
+    """Texts at a time."""
+    return int(min(args.batch_size, len(prompts) * args.samples))
 
 
 class _InOrder:

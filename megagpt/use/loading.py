@@ -44,20 +44,20 @@ def load_placed(
 
 
 def load_reader(
-    folder: Path, dtype: str, device: str | None
+    folder: Path, dtype: str, device: str | None, rows: int
 ) -> tuple["GPT", "tiktoken.Encoding", dict[str, Any]]:
-    """What load_placed gives, made for reading and writing texts: on a CPU in fp32 with the
-    products of megagpt.use.reading."""
+    """What load_placed gives, made for reading and writing `rows` texts at a time: on a CPU in fp32
+    with the products of megagpt.use.reading."""
     import torch
 
     from megagpt.checkpoint import load_model
-    from megagpt.use.reading import READING, store_by_columns
+    from megagpt.use.reading import READING, store
 
     place = device_named(device)
     if place != "cpu" or dtype != "fp32":
         return load_placed(folder, dtype, place)
     loaded = load_model(folder, place, torch.float32, READING)
-    store_by_columns(loaded[0])
+    store(loaded[0], rows)
     return loaded
 
 

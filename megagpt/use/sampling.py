@@ -76,7 +76,8 @@ def choose(chances: Tensor, draw: float) -> int:
 def sample(logits: Tensor, options: TextOptions, number: int, position: int) -> int:
     """The next token after logits (V,): sample `number`'s token at `position` of its text."""
     if options.temperature == 0:
-        return int(logits.argmax())
+        # numpy's takes a tenth of torch's time; of equal logits the first, like it.
+        return int(logits.float().cpu().numpy().argmax())
     ids, chances = candidates(
         logits.float().cpu(), options.temperature, options.top_k, options.top_p
     )
