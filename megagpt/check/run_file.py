@@ -34,6 +34,7 @@ def check_run(config: RunConfig, order: Order, cards: list[Gpu]) -> Iterator[Che
     yield check_layout(config, order)
     yield from check_shards(config, order.full)
     yield from check_reading(config)
+    yield from check_start_weights(config)
     yield check_precision(config.parallel.dtype, cards)
     yield check_disk(config)
     yield check_memory(config, order, psutil.virtual_memory().available)
@@ -98,6 +99,17 @@ def _check_store(config: RunConfig, store: TokenWindows, full: bool) -> Check:
     count = len(manifest.shards)
     shards = f"{count} shard{'s' * (count > 1)}, {manifest.tokens:,} tokens"
     return Check("shards", OK, f"{folder}: {shards}, {looked}")
+
+
+def check_start_weights(config: RunConfig) -> Iterator[Check]:
+    """Whether what a new run starts from is there; megagpt.train --dry-run says whether it fits."""
+    path = config.init_from
+    if not path or (Path(config.output) / "checkpoints").exists():
+        return
+    there = Path(path).exists()
+    remedy = "" if there else "copy the weights there, or correct init_from"
+    detail = f"{path} is {'there' if there else 'not there'}"
+    yield Check("init_from", OK if there else FAIL, detail, remedy)
 
 
 def check_reading(config: RunConfig) -> Iterator[Check]:

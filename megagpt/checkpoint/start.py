@@ -46,6 +46,14 @@ def start_from(config: RunConfig, engine: Engine, vocabulary: str) -> dict[str, 
     return facts | {key: weights.facts[key] for key in ("step", "tokens")}
 
 
+def check_start(config: RunConfig, vocabulary: str) -> Weights:
+    """The weights at `config.init_from`, unread but for what they say of themselves. Raises
+    UsageError where start_from would refuse them."""
+    weights = open_weights(Path(config.init_from), compare=False)
+    _refuse(weights, config.model, vocabulary)
+    return weights
+
+
 def _opened(path: Path, engine: Engine) -> Weights:
     """The weights, every byte of which the first rank has compared with its checksum."""
     try:

@@ -42,6 +42,8 @@ def open_foreign(path: str) -> ForeignModel:
     folder = Path(path)
     if not folder.exists():
         folder = _from_hub(path)
+    if folder.suffix in (".safetensors", ".bin", ".json") and folder.is_file():
+        folder = folder.parent  # a file of a folder of transformers
     if folder.is_file():
         return open_megatron(folder) if folder.name == FILE else _nanogpt(folder)
     for file, opened in (

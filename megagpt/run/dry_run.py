@@ -11,11 +11,12 @@ from typing import Any
 
 from megagpt.checkpoint import list_checkpoints
 from megagpt.checkpoint.record import step_of
+from megagpt.checkpoint.start import check_start
 from megagpt.config import RunConfig
 from megagpt.corpus.manifest import MANIFEST
 from megagpt.engine.rehearsal import Rehearsed, rehearse
 from megagpt.errors import UsageError
-from megagpt.order.loader import check_corpora
+from megagpt.order.loader import check_corpora, training_loader
 from megagpt.plan.layout import Layout, accumulation_steps, micro_batch_of
 from megagpt.run.state import RunState
 
@@ -44,6 +45,7 @@ def dry_run(
     for one in rehearse(config, layout, ds_config, ranks):
         yield _told(one, layout)
     yield from _corpora(config)
+    yield from _start(config)
     step = RunState().next_step(config)
     yield (
         f"first step: {step.n_samples:,} sequences in micro-batches of "
@@ -76,3 +78,17 @@ def _corpora(config: RunConfig) -> Iterator[str]:
         return
     check_corpora(config)
     yield f"data: {len(folders)} corpora are there and fit the model"
+
+
+def _start(config: RunConfig) -> Iterator[str]:
+    """Looks at the weights that a new run would start from, where they are on this machine."""
+    path = config.init_from
+    if not path or list_checkpoints(Path(config.output)):
+        return
+    if not Path(path).exists():
+        yield f"init_from = {path!r}: not on this machine, so it is not looked at"
+        return
+    there = all((Path(source.path) / MANIFEST).exists() for source in config.data.train)
+    vocabulary = training_loader(config).tokenizer_fingerprint if there else ""
+    facts = check_start(config, vocabulary).facts
+    yield f"init_from = {path!r}: weights of step {facts['step']:,} are there and fit the model"

@@ -73,6 +73,21 @@ def test_memory(tmp_path):
     assert checks.check_memory(alone, Order(), 1).status == OK
 
 
+def test_weights_to_start_from(tmp_path):
+    file = run_file(tmp_path)
+    assert list(checks.check_start_weights(load_run(file))) == []
+    config = load_run(file, [f"init_from={tmp_path / 'weights'}"])
+    [found] = checks.check_start_weights(config)
+    assert found.status == FAIL and "weights is not there" in found.detail
+    assert found.remedy == "copy the weights there, or correct init_from"
+    (tmp_path / "weights").mkdir()
+    [found] = checks.check_start_weights(config)
+    assert found.status == OK
+    # A run that has begun never reads them again.
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    assert list(checks.check_start_weights(config)) == []
+
+
 def test_layout(tmp_path):
     path = run_file(tmp_path)
     config = load_run(path)

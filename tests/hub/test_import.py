@@ -80,6 +80,10 @@ def test_gpt2_in_every_form(form, tmp_path):
         save_file(state, folder / "model.safetensors")
     import_model(str(folder), tmp_path / "in", tokenizer="bytes")
     same_logits(tmp_path / "in", model)
+    # A file of the folder stands for it.
+    files = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin")]
+    import_model(str(files[0]), tmp_path / "by file", tokenizer="bytes")
+    same_logits(tmp_path / "by file", model)
 
 
 @pytest.mark.parametrize(

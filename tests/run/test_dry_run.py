@@ -15,6 +15,7 @@ from megagpt.run.dry_run import dry_run
 from megagpt.train import _run, rehearse_run
 from tests.lib.corpus import run_file
 from tests.lib.distributed import LAUNCH_VARIABLES, ROOT, environment, python
+from tests.lib.weights import weights_folder
 
 REHEARSE = """
     import sys
@@ -129,3 +130,20 @@ def test_what_is_refused_before(tmp_path, monkeypatch):
     monkeypatch.setenv("MASTER_PORT", "29501")
     with pytest.raises(UsageError, match="--ranks 3: deepspeed started 2 ranks"):
         rehearse_run(str(file), [], 3)
+
+
+def test_it_looks_at_the_weights_to_start_from(tmp_path):
+    file = run_file(tmp_path)
+    weights_folder(tmp_path / "weights", load_run(file).model, "bytes")
+
+    def told(*overrides: str) -> str:
+        config = load_run(file, overrides)
+        return "\n".join(dry_run(config, Layout(), {"zero_optimization": {"stage": 1}}, []))
+
+    start = f"init_from={tmp_path / 'weights'}"
+    assert "weights of step 0 are there and fit the model" in told(start)
+    assert "init_from = '/nowhere': not on this machine, so it is not" in told("init_from=/nowhere")
+    with pytest.raises(UsageError, match="another model .*\n.*model.n_layer: 2 -> 3"):
+        told(start, "model.n_layer=3")
+    # Those of a corpus that is not here may be of any tokenizer.
+    assert "fit the model" in told(start, 'data.train=[{path="/nowhere"}]')
