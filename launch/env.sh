@@ -124,7 +124,7 @@ slurm_port() { echo $((20000 + SLURM_JOB_ID % 12000)); }
 # they are told again until they have ended.
 tell_step() {
   while kill -0 "$step" 2> /dev/null; do
-    if scancel --signal=TERM "$SLURM_JOB_ID.0" 2> /dev/null; then sleep 30; else sleep 1; fi
+    if scancel --signal=TERM "$SLURM_JOB_ID.$nth" 2> /dev/null; then sleep 30; else sleep 1; fi
   done > /dev/null 2>&1 &
 }
 
@@ -139,24 +139,51 @@ back_in_time() {
   } > /dev/null 2>&1 &
 }
 
+# shellcheck source=launch/hosts.sh
+. "$(dirname "${BASH_SOURCE[0]}")/hosts.sh"
+
 # train_in_job RUN_FOLDER COMMAND...: runs the command, whose first step of SLURM trains. Queues the
 # job again until the run is done; not when a new start would fail the same way. The script has set
 # a trap that sets `asked`: SLURM sends USR1 before the end of the time, and where it is set up so,
 # when it preempts, which may be before anything has begun.
 train_in_job() {
-  local folder=$1 before code=143 step='' told id=$SLURM_JOB_ID
+  local folder=$1 before code=143 step='' told id=$SLURM_JOB_ID nth=0 said
   shift
   # In an array this task alone: the job id of its last task means all of them.
   id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$id}
   before=$(newest_checkpoint "$folder")
   trap 'asked=1 told=1; [ -z "$step" ] || { tell_step; back_in_time; }' USR1
-  if [ -z "${asked:-}" ]; then
-    "$@" &
+  # Where the run file was read by srun, that was the job's first step.
+  case ${READER:-} in srun*) nth=1 ;; esac
+  mkdir -p "$folder"
+  blame_lost "$folder"
+  # A start that had no time to leave hosts out.
+  if slurm_hosts | grep -qxF -f <(new_failed_hosts "$folder") && again "$id" "$folder"; then
+    exit 75
+  fi
+  echo "$(date +%s) $(slurm_hosts | paste -sd ' ')" > "$folder/.start"
+  if [ -z "${asked:-}" ] && [ "$DOCTOR" = 1 ]; then
+    examine "$folder" "$@" && nth=$((nth + 1)) || code=1
+  fi
+  if [ -z "${asked:-}" ] && [ "$code" != 1 ]; then
+    said=$(mktemp)
+    "$@" 2> >(tee >(grep --line-buffered '^srun: error: ' > "$said") >&2) &
     step=$!
     [ -z "${asked:-}" ] || { tell_step; back_in_time; }
     wait_on "$step"
+    sleep 1                                   # for the last that srun has said
+    case $code in 0 | 2 | 3 | 75) ;; *) [ -n "${asked:-}" ] || blame_by_srun "$folder" "$said" ;; esac
+    rm -f "$said"
   fi
+  rm -f "$folder/.start"
   echo "$(date "+%F %T") start $((${SLURM_RESTART_COUNT:-0} + 1)) ended with code $code"
   gets_on "$code" "$folder" "$before" "$id" "${asked:-}" || exit "$code"
-  scontrol requeue "$id" || exit "$code"      # a site that allows no requeue, a job of a chain
+  again "$id" "$folder" || exit "$code"       # a site that allows no requeue, a job of a chain
+}
+
+# again ID FOLDER: queues the job again, without the hosts that failed. SLURM ends this script then.
+again() {
+  trap '' TERM
+  scontrol requeue "$1" || return 1
+  leave_out "$2" "$1" || true
 }

@@ -49,6 +49,12 @@ done; wait)
 [ -z "$missing" ] || DIE=${UNREACHED:-2} die "${missing}of $HOSTFILE: ssh does not reach it, or $PWD or $PYTHON is not" \
   "there; take it out of the hostfile, or repair it"
 
+if [ "$DOCTOR" = 1 ]; then
+  words=()
+  for word in "$@"; do [ "$word" = --allow-changes ] || words+=("$word"); done
+  "$PYTHON" -m megagpt doctor "${words[@]}" --hostfile "$scratch/hosts" || DIE=1 die "see the table above"
+fi
+
 deepspeed_env > "$scratch/env"
 export DS_ENV_FILE=$scratch/env
 # The connections of this run: found by a mark that does nothing else, over when a host is gone.

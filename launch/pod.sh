@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Inside a pod of a PyTorchJob, from the manifest of `megagpt launch kubernetes`:  launch/pod.sh RUN.toml [section.key=value ...]
-# The operator starts a pod again that ends with a code of 128 or more, and no other.
+# Inside a pod of a PyTorchJob or TrainJob, from the manifest of `megagpt launch kubernetes`:  launch/pod.sh RUN.toml [section.key=value ...]
+# It ends with 138 where another start may get on, which the operator then makes.
 set -uo pipefail
 
 NODES=${NODES:-1}                   # pods
 GPUS=${GPUS:-1}                     # ranks of each
-node=${RANK:-0} address=${MASTER_ADDR:-127.0.0.1} port=${MASTER_PORT:-29500}
+node=${PET_NODE_RANK:-${RANK:-0}}   # as the Trainer or the Training Operator says it
+address=${PET_MASTER_ADDR:-${MASTER_ADDR:-127.0.0.1}} port=${PET_MASTER_PORT:-${MASTER_PORT:-29500}}
 
 [ $# -ge 1 ] || { sed -n 's/^# \(.*:  \)/\1/p' "$0"; exit 2; }
 # shellcheck source=launch/env.sh

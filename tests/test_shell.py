@@ -1,6 +1,7 @@
 """The launch scripts: clean to shellcheck, and wrong use is one sentence with exit code 2."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,11 @@ from tests.lib.corpus import run_file
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted([*ROOT.glob("launch/*.sh"), *ROOT.glob("launch/*.sbatch")])
-RUNNABLE = [script for script in SCRIPTS if script.suffix == ".sh" and script.name != "env.sh"]
+RUNNABLE = [
+    script
+    for script in SCRIPTS
+    if script.suffix == ".sh" and script.name not in ("env.sh", "hosts.sh")
+]
 
 
 def run(*words: object, **environ: str) -> subprocess.CompletedProcess[str]:
@@ -170,11 +175,31 @@ class Job:
         return run("bash", "-c", script, "job", self.folder, training, **more)
 
     def told(self, name: str = "scontrol") -> list[str]:
-        """How a command was called since this was asked last."""
+        """How a command was called since this was asked last, to do something."""
         path = self.root / name
         lines = path.read_text().splitlines() if path.exists() else []
         path.unlink(missing_ok=True)
-        return lines
+        return [line for line in lines if not line.startswith("show ")]
+
+
+WHO_FAILED = {
+    "srun: error: host-b: task 1: Killed\nsrun: error: host-a: task 0: Terminated": "host-b",
+    "srun: error: host-a: task 0: Bus error (core dumped)": "host-a",
+    "srun: error: Node failure on nid0042\nsrun: error: nid0001: task 0: Killed": "nid0042",
+    # What ended by itself may have waited for another in vain.
+    "srun: error: host-a: task 0: Exited with exit code 1\nsrun: error: host-b: task 1: Killed": "",
+    "srun: error: host-[a-b]: tasks 0-1: Killed": "",
+    "1: srun: error: host-b: task 1: Killed": "",
+}
+
+
+@pytest.mark.parametrize(("said", "host"), WHO_FAILED.items())
+def test_which_host_a_start_failed_on(job, said, host):
+    job.start(f"printf '%s\\n' {shlex.quote(said)} >&2; exit 137")
+    told = job.folder / "failed_hosts.txt"
+    assert (told.read_text().split()[0] if told.exists() else "") == host
+    job.start(f"printf '%s\\n' {shlex.quote(said)} >&2; exit 75")
+    assert not told.exists() or len(told.read_text().splitlines()) == 1
 
 
 @pytest.fixture
@@ -247,7 +272,8 @@ def test_a_step_that_is_not_made_yet_is_told_once_it_is(job, tmp_path):
 
 
 def test_a_save_that_lasts_beyond_the_end_of_the_job_queues_it_again(job, tmp_path):
-    training = f"kill -USR1 $PPID; until test -e {tmp_path}/scontrol; do sleep 0.1; done; exit 1"
+    told = f"until grep -q requeue {tmp_path}/scontrol; do sleep 0.1; done"
+    training = f"kill -USR1 $PPID; {told}; exit 1"
     end = str(int(time.time()) + 22)
     job.start(training, SLURM_JOB_END_TIME=end, RETRIES="2")
     # By the watch before the end, and by the start that it ended here.

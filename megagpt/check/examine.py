@@ -22,7 +22,7 @@ def examine(order: Order) -> Report:
         return Report(host=host, checks=[versions], began=began, took_s=time.monotonic() - t0)
     from megagpt.check.network import check_network
     from megagpt.check.run_file import check_run
-    from megagpt.cluster.agreement import facts_of_code, facts_of_run
+    from megagpt.cluster.agreement import facts_of_code, facts_of_devices, facts_of_run
     from megagpt.config import load_run
 
     cards = gpus()
@@ -39,7 +39,7 @@ def examine(order: Order) -> Report:
         checks += check_run(config, order, cards)
     # check_run has said what is wrong with a DeepSpeed JSON that cannot be read.
     with contextlib.suppress(UsageError):
-        facts |= facts_of_run(config) if config else facts_of_code()
+        facts |= facts_of_run(config) if config else facts_of_code() | facts_of_devices()
     took_s = time.monotonic() - t0
     return Report(host=host, checks=checks, facts=facts, began=began, took_s=took_s)
 

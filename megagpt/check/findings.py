@@ -103,12 +103,14 @@ def merged(reports: Sequence[Report]) -> list[Check]:
 
 def check_same(reports: Sequence[Report]) -> list[Check]:
     """One check for each fact in which hosts differ; one that all is well where there is none."""
-    from megagpt.cluster.agreement import disagreements
+    from megagpt.cluster.agreement import DRIVER, disagreements
 
     checks = []
     for problem in disagreements([r.host for r in reports], [r.facts for r in reports]):
-        if problem.startswith(GPUS):
+        if problem.startswith((GPUS, DRIVER)):
             remedy = "train on hosts of one kind: the slowest GPU sets the pace"
+            if problem.startswith(DRIVER):
+                remedy = "let the site bring all hosts to one driver"
             checks.append(Check("same on all", WARN, problem, remedy))
         else:
             remedy = "give every host the same checkout, packages, run file and shards"

@@ -1,4 +1,4 @@
-"""What must be the same on every host before they train together (L2, no torch).
+"""What must be the same on every host before they train together (L2; torch for its devices alone).
 
 Each rank says the facts of its host, rank 0 compares them and names what differs, and where. An
 older copy of the code, another run file or a shard that one host lacks would otherwise train a
@@ -18,6 +18,11 @@ from megagpt.errors import MegagptError
 from megagpt.plan.ds_config import read_ds_config
 
 PACKAGE = Path(__file__).resolve().parents[1]
+DRIVER = "the driver of the GPUs"
+DRIVERS = {"NVIDIA": Path("/sys/module/nvidia/version"), "AMD": Path("/sys/module/amdgpu/version")}
+"""Where a driver tells its version."""
+TOLERATED = (DRIVER,)
+"""Facts in which hosts may differ for a while, as when a site renews its drivers: only told."""
 COMPUTING = ("torch", "deepspeed", "numpy")
 """Packages whose version decides what is computed."""
 MOST_HOSTS = 4
@@ -35,12 +40,26 @@ def facts_of_code() -> dict[str, str]:
     return facts
 
 
+def facts_of_devices(drivers: Mapping[str, Path] = DRIVERS) -> dict[str, str]:
+    """The GPUs' driver on this host, and with one the CUDA or ROCm and the NCCL that torch has."""
+    found = {name: path.read_text().strip() for name, path in drivers.items() if path.exists()}
+    facts = {DRIVER: ", ".join(f"{name} {version}" for name, version in found.items()) or "none"}
+    if found:
+        import torch
+
+        facts["CUDA or ROCm"] = str(torch.version.cuda or torch.version.hip)
+        has_nccl = torch.cuda.is_available() and torch.distributed.is_nccl_available()
+        facts["NCCL"] = ".".join(map(str, torch.cuda.nccl.version())) if has_nccl else "none"
+    return facts
+
+
 def facts_of_run(config: RunConfig) -> dict[str, str]:
     """What holds on this host; of the shards only that they are there, with the right sizes."""
     ds_config = json.dumps(read_ds_config(config.parallel.ds_config), sort_keys=True)
     sources = [*config.data.train, *config.data.validation]
     return {
         **facts_of_code(),
+        **facts_of_devices(),
         "the run file with its overrides": _short(_sha256(dump_run(config))),
         f"DeepSpeed's {config.parallel.ds_config}": _short(_sha256(ds_config)),
         **{source.path: _corpus(Path(source.path)) for source in sources},

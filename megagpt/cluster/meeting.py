@@ -5,6 +5,7 @@ word, and what gloo or NCCL fail at can still be told. Values are what JSON can 
 """
 
 import json
+import logging
 import os
 import secrets
 import socket
@@ -14,11 +15,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from megagpt.cluster.agreement import disagreements
+from megagpt.cluster.agreement import TOLERATED, disagreements
 from megagpt.cluster.interface import outward
 from megagpt.cluster.ranks import Ranks
 from megagpt.errors import EXIT_FAILURE, EXIT_USAGE, MegagptError, UsageError
 from megagpt.files import write_file
+
+log = logging.getLogger(__name__)
 
 TELL_S = 10.0
 """Seconds between two signs that a rank's work goes on."""
@@ -85,6 +88,9 @@ class Meeting:
         said = [self.get(key) for key in keys]
         hosts, addresses, facts = (list(column) for column in zip(*said, strict=True))
         problems = disagreements(hosts, facts)
+        for problem in [p for p in problems if p.startswith(TOLERATED)]:
+            log.warning("%s", problem)
+            problems.remove(problem)
         return (EXIT_USAGE if problems else 0), "\n".join(problems), hosts, addresses
 
     def put(self, name: str, value: Any) -> None:

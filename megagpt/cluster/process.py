@@ -8,6 +8,7 @@
 | mallopt of glibc, on CPUs | join | the memory of a step is kept for the next one |
 | DeepSpeed's logger and inference extension, a filter of warnings | join | noise and a compiler |
 | the GPU of this rank, the process group | join | |
+| TORCH_FR_BUFFER_SIZE | prepare_environment | the latest collectives, told when a run hangs |
 | the meeting with the other ranks | meet | one rank reports what ends all |
 | GLOO_SOCKET_IFNAME NCCL_SOCKET_IFNAME | meet | each rank of several hosts by its way to rank 0 |
 | exit without Python's teardown | end | threads of groups that DeepSpeed keeps would abort it |
@@ -46,6 +47,8 @@ MEETING_MINUTES = 10.0
 log.watchdog_minutes is less."""
 GROUP_MINUTES = 30.0
 """Longest collective of the group; a hung step is the watchdog's."""
+COLLECTIVES = 2000
+"""Collectives that torch remembers: some steps of a large model."""
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 """Parameters of mallopt(3)."""
 REAPERS = ("init", "systemd", "tini", "dumb-init", "docker-init", "containerd-shim-runc-v2")
@@ -71,6 +74,7 @@ def prepare_environment(ranks: Ranks, environ: MutableMapping[str, str]) -> None
         environ["MASTER_ADDR"], environ["MASTER_PORT"] = "127.0.0.1", str(_free_port())
     # Idle threads that spin would starve the other ranks of a shared CPU.
     environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    environ.setdefault("TORCH_FR_BUFFER_SIZE", str(COLLECTIVES))
     environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // max(1, ranks.local_world))))
 
 

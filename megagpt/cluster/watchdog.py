@@ -1,10 +1,10 @@
 """A hung step, and ranks whose launcher has died, end the job instead of burning its hours (L2).
 
 A thread on every rank watches for two things. When the present phase lasts beyond its limit, it
-writes the Python stacks of all threads to RUN/stacks/rank_00000.txt and ends the process: a
-collective that hangs cannot be unwound. When the launcher is gone, it asks for a joint save as a
-signal would, and ends the process where none is done in time. A launcher that sees one rank end
-stops the others.
+writes the Python stacks of all threads to RUN/stacks/rank_00000.txt, the latest collectives beside
+it, and ends the process: a collective that hangs cannot be unwound. When the launcher is gone, it
+asks for a joint save as a signal would, and ends the process where none is done in time. A launcher
+that sees one rank end stops the others.
 """
 
 import contextlib
@@ -35,6 +35,8 @@ LOOK_S = 0.5
 """Seconds between two looks."""
 FOLDER = "stacks"
 """In the run folder."""
+COLLECTIVES = "collectives_"
+"""Before the rank, in the names of files beside the stacks."""
 SHELLS = ("sh", "bash", "dash", "zsh", "ksh", "csh", "tcsh")
 
 
@@ -123,6 +125,21 @@ class Watchdog:
             faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
             where = f"above ({self.path}: {error.strerror})"
         _say(f"{head} (log.watchdog_minutes); its stacks: {where}; ending without saving")
+        record_collectives(self.path.with_name(f"{COLLECTIVES}{self.rank}"))
+
+
+def record_collectives(path: Path) -> None:
+    """Writes which collectives this rank has begun and ended, pickled; those of NCCL torchfrtrace
+    reads from all ranks, to tell which was behind. Nothing where no group is joined, or where the
+    disk refuses."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.distributed.is_initialized():
+        return
+    library = torch._C._distributed_c10d
+    nccl = torch.distributed.get_backend() == "nccl"
+    dump = library._dump_nccl_trace if nccl else library._dump_fr_trace
+    with contextlib.suppress(OSError, RuntimeError):
+        path.write_bytes(dump())
 
 
 def _say(text: str) -> None:

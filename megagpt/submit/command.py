@@ -25,14 +25,15 @@ from megagpt.plan.corpora import mismatches
 from megagpt.plan.ds_config import read_ds_config, resolve
 from megagpt.plan.layout import layout_of, spans_hosts
 from megagpt.submit.job import lead_s, pattern, script, seconds_of, sweep_of
-from megagpt.submit.systems import Facts, lsf, pbs, pytorch_job
+from megagpt.submit.pods import KINDS, Pods, manifest
+from megagpt.submit.systems import Facts, lsf, pbs
 
 RECENT = 100
 """Steps that tell a run's speed."""
 OTHERS = {
     "pbs": ("RUN_DIR/job.pbs, a job of PBS", "qsub JOB"),
     "lsf": ("RUN_DIR/job.lsf, a job of LSF", "bsub < JOB"),
-    "kubernetes": ("RUN_DIR/job.json, a PyTorchJob of Kubeflow", "kubectl apply -f JOB"),
+    "kubernetes": ("RUN_DIR/job.json, a job of Kubeflow", "kubectl apply -f JOB"),
 }
 """System -> what is written, how it is submitted."""
 FURTHER = ("gres", "constraint", "exclude", "reservation", "mem", "container")
@@ -66,6 +67,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
             help="a further line of options, as the system reads it")  # fmt: skip
         other.set_defaults(run=run_other, system=name)
         if name == "kubernetes":
+            other.add_argument("--kind", choices=KINDS, default=KINDS[0],
+                help="of the Training Operator (the default), or of the Trainer")  # fmt: skip
             other.add_argument("--image", required=True, help="with Python and the packages")
             other.add_argument("--claim", required=True, help="volume claim that all pods share")
             other.add_argument("--mount", required=True, metavar="DIR",
@@ -153,7 +156,7 @@ def run_other(args: argparse.Namespace) -> int:
     )
     name, text = "job.json", ""
     if args.system == "kubernetes":
-        text = pytorch_job(facts, args.image, args.claim, args.mount)
+        text = manifest(args.kind, facts, Pods(args.image, args.claim, args.mount))
     else:
         name, text = f"job.{args.system}", {"pbs": pbs, "lsf": lsf}[args.system](facts)
     path = folder / name

@@ -1,17 +1,15 @@
-"""Jobs for PBS, LSF and Kubernetes, as pure functions of the same facts (stdlib only).
+"""Jobs for PBS and LSF, as pure functions of the same facts (stdlib only).
 
-How a job trains, saves, stops and is queued again stands in launch/batch.sh and launch/pod.sh; what
-is written here holds the system's options and the run's arguments.
+How a job trains, saves, stops and is queued again stands in launch/batch.sh; what is written here
+holds the system's options and the run's arguments. Kubernetes: megagpt/submit/pods.py.
 """
 
-import json
 import re
 import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megagpt.errors import UsageError
 from megagpt.submit.job import LAUNCH
@@ -122,54 +120,3 @@ def _script(mark: str, system: str, lines: Sequence[str], facts: Facts) -> str:
             "",
         ]
     )
-
-
-def pytorch_job(facts: Facts, image: str, claim: str, mount: str) -> str:
-    """The manifest of a PyTorchJob, in JSON, which kubectl takes as well as YAML.
-
-    image: has megagpt at the folder `mount`, or `claim`, a volume that all pods share, has. The
-    run file and its folders must lie there too. The operator starts a pod again that ends with a
-    code of 128 or more, as launch/pod.sh does where another start may get on.
-    """
-    name = re.sub(r"[^a-z0-9-]+", "-", facts.name.lower()).strip("-")[:50]
-    resources = {"nvidia.com/gpu": str(facts.gpus), "cpu": str(facts.gpus * facts.cores)}
-    values = {"NODES": str(facts.nodes), "GPUS": str(facts.gpus), "PYTHON": "python3"}
-    container: dict[str, Any] = {
-        "name": "pytorch",
-        "image": image,
-        "workingDir": mount,
-        "command": ["bash", "launch/pod.sh", *facts.arguments],
-        "env": [{"name": key, "value": value} for key, value in values.items()],
-        "resources": {"limits": resources, "requests": resources},
-        "volumeMounts": [
-            {"name": "shared", "mountPath": mount},
-            {"name": "memory", "mountPath": "/dev/shm"},
-        ],
-    }
-    pod = {
-        "terminationGracePeriodSeconds": facts.lead,
-        "containers": [container],
-        "volumes": [
-            {"name": "shared", "persistentVolumeClaim": {"claimName": claim}},
-            {"name": "memory", "emptyDir": {"medium": "Memory"}},
-        ],
-    }
-    replicas = {"Master": 1, "Worker": facts.nodes - 1}
-    tree = {
-        "apiVersion": "kubeflow.org/v1",
-        "kind": "PyTorchJob",
-        "metadata": {"name": name or "megagpt"},
-        "spec": {
-            "runPolicy": {"cleanPodPolicy": "Running"},
-            "pytorchReplicaSpecs": {
-                kind: {
-                    "replicas": count,
-                    "restartPolicy": "ExitCode",
-                    "template": {"spec": pod},
-                }
-                for kind, count in replicas.items()
-                if count
-            },
-        },
-    }
-    return json.dumps(tree, indent=2) + "\n"

@@ -4,8 +4,16 @@ import os
 import shutil
 
 import pytest
+import torch
 
-from megagpt.cluster.agreement import PACKAGE, code_digest, disagreements, facts_of_run
+from megagpt.cluster.agreement import (
+    DRIVER,
+    PACKAGE,
+    code_digest,
+    disagreements,
+    facts_of_devices,
+    facts_of_run,
+)
 from megagpt.config import load_run
 from tests.lib.corpus import run_file
 
@@ -28,6 +36,22 @@ def test_another_run_file(config, tmp_path):
     other = load_run(tmp_path / "run.toml", ["schedule.peak_lr=1e-3"])
     (line,) = told(facts_of_run(config), facts_of_run(other))
     assert line.startswith("the run file with its overrides is not the same on all hosts: sha256 ")
+
+
+def test_drivers_and_what_torch_was_built_for(tmp_path):
+    drivers = {"NVIDIA": tmp_path / "nvidia", "AMD": tmp_path / "amdgpu"}
+    without = facts_of_devices(drivers)
+    assert without == {DRIVER: "none"}
+    drivers["NVIDIA"].write_text("580.95.05\n")
+    facts = facts_of_devices(drivers)
+    assert facts[DRIVER] == "NVIDIA 580.95.05"
+    assert facts["CUDA or ROCm"] == str(torch.version.cuda or torch.version.hip)
+    assert told(without, facts) == [
+        f"{DRIVER} is not the same on all hosts: none on a; NVIDIA 580.95.05 on b"
+    ]
+    assert told(facts | {"NCCL": "2.27.5"}, facts | {"NCCL": "2.26.2"}) == [
+        "NCCL is not the same on all hosts: 2.27.5 on a; 2.26.2 on b"
+    ]
 
 
 def test_a_shard_that_one_host_lacks(config, tmp_path):

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from megagpt.cluster import process as group
+from megagpt.cluster.agreement import DRIVER
 from megagpt.cluster.meeting import Meeting, _spans
 from megagpt.cluster.ranks import Ranks
 from megagpt.errors import MegagptError
@@ -54,6 +55,11 @@ def test_ranks_that_differ_say_it_once():
         "(said by another)",
         f"code is not the same on all hosts: a on {host}; b on {host}",
     ]
+
+
+def test_hosts_of_two_drivers_meet_all_the_same():
+    ends = meet([0, 1], 2, facts={0: {DRIVER: "NVIDIA 1"}, 1: {DRIVER: "NVIDIA 2"}})
+    assert ends == [[0, ""], [0, ""]]
 
 
 def test_a_rank_that_does_not_come_is_named():

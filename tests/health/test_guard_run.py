@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -86,6 +87,9 @@ def test_a_hung_rank_ends_the_job_with_stacks(tmp_path: Path, parallel: dict[str
     done = finish(process, timeout_s=90)
     assert done.returncode == 1
     assert "(log.watchdog_minutes); its stacks: " in done.stderr
+    # The rank that waited for the other tells in which collective.
+    told = pickle.loads((stacks / "collectives_0").read_bytes())
+    assert told["entries"][-1]["profiling_name"].startswith("gloo:")
 
 
 @pytest.mark.parametrize(

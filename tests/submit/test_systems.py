@@ -1,12 +1,15 @@
 """Jobs of PBS, LSF and Kubernetes: what they say, and that they are queued again as SLURM's are."""
 
+import gzip
 import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import jsonschema
 import pytest
 
 from megagpt.cli import main
@@ -103,6 +106,59 @@ def test_a_pytorch_job(tmp_path):
         assert container["command"] == ["bash", "launch/pod.sh", f"{tmp_path}/run.toml", "seed=3"]
         assert container["resources"]["limits"] == {"nvidia.com/gpu": "2", "cpu": "8"}
         assert {"name": "NODES", "value": "2"} in container["env"]
+
+
+def test_a_train_job(tmp_path):
+    tree = json.loads(written("kubernetes", tmp_path, *POD, "--kind", "TrainJob", "--name", "a_b"))
+    runtime, job = tree["items"]
+    assert job["spec"]["runtimeRef"]["name"] == runtime["metadata"]["name"] == "a-b"
+    assert job["spec"]["trainer"]["numNodes"] == 2
+    (replicated,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
+    pod = replicated["template"]["spec"]["template"]["spec"]
+    assert pod["containers"][0]["command"] == ["bash", "launch/pod.sh", f"{tmp_path}/run.toml"]
+    (rule,) = replicated["template"]["spec"]["podFailurePolicy"]["rules"]
+    # What launch/pod.sh ends with where another start may get on, and what ends it from outside.
+    assert rule["onExitCodes"] == {"operator": "NotIn", "values": [137, 138, 143]}
+    assert "exit 138" in (ROOT / "launch/pod.sh").read_text()
+
+
+@pytest.mark.parametrize("kind", ["PyTorchJob", "TrainJob"])
+def test_manifests_are_as_their_operators_publish(tmp_path, kind):
+    tree = json.loads(written("kubernetes", tmp_path, *POD, "--kind", kind))
+    for one in tree.get("items", [tree]):
+        assert list(problems(one)) == []
+        one["spec"]["replica"] = 1
+        (problem,) = problems(one)
+        assert "'replica' was unexpected" in problem
+
+
+def problems(tree: dict) -> Iterator[str]:
+    """What the published schema has against a manifest; tests/fixtures/kubeflow tells where it is
+    from. Unknown keys are among it, as for `kubectl apply --validate=strict`."""
+    path = ROOT / "tests/fixtures/kubeflow" / f"{tree['kind'].lower()}.json.gz"
+    published = json.loads(gzip.decompress(path.read_bytes()))
+    assert tree["apiVersion"] == f"{published['group']}/{published['version']}"
+    assert tree["kind"] == published["kind"]
+    # Kubernetes' own types, which the schema leaves out.
+    schema = strict(published["schema"])
+    schema["properties"]["metadata"] = {"type": "object"}
+    for error in jsonschema.Draft202012Validator(schema).iter_errors(tree):
+        yield error.message
+
+
+def strict(schema: dict) -> dict:
+    """The schema with every object closed to keys that it does not name."""
+    made = dict(schema)
+    for key in ("properties",):
+        if key in schema:
+            made[key] = {name: strict(one) for name, one in schema[key].items()}
+            if not schema.get("x-kubernetes-preserve-unknown-fields"):
+                made["additionalProperties"] = False
+    if "items" in schema:
+        made["items"] = strict(schema["items"])
+    if isinstance(schema.get("additionalProperties"), dict):
+        made["additionalProperties"] = strict(schema["additionalProperties"])
+    return made
 
 
 @pytest.mark.parametrize("text", ["a b", "a\nb", "", "x;y", "$HOME", "é"])

@@ -1,4 +1,4 @@
-"""One cluster for all tests here: a login host and two compute hosts, with SLURM."""
+"""One cluster for all tests here: a login host, two compute hosts with SLURM, and a spare one."""
 
 import os
 import shutil
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.virtual.hosts import Cluster, missing, virtual_hosts, wait_until
+from tests.virtual.hosts import Cluster, Host, missing, virtual_hosts, wait_until
 from tests.virtual.slurm import Slurm
 
 
@@ -20,7 +20,7 @@ def cluster() -> Iterator[Cluster]:
         pytest.skip(reason)
     folder = Path(tempfile.mkdtemp(prefix="hosts-"))
     try:
-        with virtual_hosts(folder, "login", "host-a", "host-b") as made:
+        with virtual_hosts(folder, "login", "host-a", "host-b", "host-c") as made:
             yield made
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -30,6 +30,16 @@ def cluster() -> Iterator[Cluster]:
 def slurm(cluster: Cluster) -> Slurm:
     """SLURM on the hosts."""
     return Slurm(cluster)
+
+
+@pytest.fixture
+def spare(slurm: Slurm) -> Iterator[Host]:
+    """A third compute host, which SLURM has for this test alone."""
+    slurm.start_node(slurm.spare)
+    try:
+        yield slurm.spare
+    finally:
+        slurm.stop_node(slurm.spare)
 
 
 @pytest.fixture(autouse=True)

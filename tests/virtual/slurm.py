@@ -3,9 +3,10 @@
 import os
 import re
 import secrets
+import signal
 import time
 
-from tests.virtual.hosts import Cluster, Host, wait_until
+from tests.virtual.hosts import Cluster, Host, program, wait_until
 
 CONFIGURATION = """
 ClusterName=test
@@ -47,10 +48,10 @@ GPU = (1, 3)
 
 
 class Slurm:
-    """SLURM on all hosts of a cluster; its first host is no compute node."""
+    """SLURM on all hosts of a cluster; its first is no compute node, its last one a spare one."""
 
     def __init__(self, cluster: Cluster) -> None:
-        self.folder, self.login, *self.nodes = cluster.folder, *cluster.hosts.values()
+        self.folder, self.login, *self.nodes, self.spare = cluster.folder, *cluster.hosts.values()
         for name in ("state", "spool"):
             (self.folder / name).mkdir()
         key = self.folder / "munge.key"
@@ -58,7 +59,7 @@ class Slurm:
         key.write_bytes(secrets.token_bytes(1024))
         for number in range(2):
             os.mknod(self.folder / f"gpu{number}", 0o020666, os.makedev(*GPU))
-        nodes = ",".join(node.name for node in self.nodes)
+        nodes = ",".join(node.name for node in [*self.nodes, self.spare])
         tree = {"login": self.login.name, "nodes": nodes, "folder": self.folder}
         files = self.folder / "slurm"
         (files / "slurm.conf").write_text(CONFIGURATION.format(**tree))
@@ -81,6 +82,12 @@ class Slurm:
         self._authenticate(node)
         node.check("slurmd")
         wait_until(lambda: self.state(node) == "idle", f"{node.name} is idle")
+
+    def stop_node(self, node: Host) -> None:
+        """SLURM has the node no more."""
+        self.login.check(f"scontrol update nodename={node.name} state=down reason=spare")
+        for process in [p for p in node.processes("slurmd") if program(p) == "slurmd"]:
+            os.kill(process, signal.SIGKILL)
 
     def state(self, node: Host) -> str:
         """What sinfo says of a node."""

@@ -1,0 +1,100 @@
+# shellcheck shell=bash
+# Hosts on which starts fail are left out of the next one, in jobs of SLURM. Sourced by env.sh.
+# RUN/failed_hosts.txt has a line for each failure: the host, the time, what failed. Who takes lines
+# out takes the host back.
+
+EXCLUDE_AFTER=${EXCLUDE_AFTER:-2}             # failures of a host in one run; 0: none is left out
+DOCTOR=${DOCTOR:-0}                           # 1: the doctor examines the hosts before each start
+
+# blame FOLDER HOST WHY [TIMES]
+blame() {
+  local i
+  for ((i = 0; i < ${4:-1}; i++)); do echo "$2 $(date '+%F %T') $3"; done >> "$1/failed_hosts.txt"
+  echo "$(date '+%F %T') $2: $3"
+}
+
+# failed_hosts FOLDER: those that have failed so often that they are left out, one a line.
+failed_hosts() {
+  [ "$EXCLUDE_AFTER" -gt 0 ] && [ -r "$1/failed_hosts.txt" ] || return 0
+  awk -v most="$EXCLUDE_AFTER" '++n[$1] == most { print $1 }' "$1/failed_hosts.txt"
+}
+
+# new_failed_hosts FOLDER: the same, unless there are too few hosts without them, or SLURM was told of
+# them before.
+new_failed_hosts() {
+  local failed others
+  failed=$(failed_hosts "$1" | sort)
+  [ -n "$failed" ] && [ "$failed" != "$(cat "$1/.left_out" 2> /dev/null)" ] || return 0
+  others=$(sinfo -h -N -p "$SLURM_JOB_PARTITION" -t idle,alloc,mix,comp -o %N | sort -u \
+    | comm -23 - <(echo "$failed") | wc -l)
+  if [ "$others" -ge "$SLURM_JOB_NUM_NODES" ]; then
+    echo "$failed"
+  else
+    echo "too few hosts without those that failed: $(echo "$failed" | paste -sd ,)" >&2
+  fi
+}
+
+# blame_by_srun FOLDER FILE: what srun says of a start that failed. The first task that a signal ended
+# is the culprit: srun ends the others, by TERM and then by KILL. A task that ended by itself may
+# have waited in vain for another, so it is none.
+blame_by_srun() {
+  local line
+  while read -r line; do
+    if [[ $line =~ ^srun:\ error:\ Node\ failure\ on\ ([A-Za-z0-9_.-]+)$ ]]; then
+      blame "$1" "${BASH_REMATCH[1]}" "lost, says SLURM"
+      return
+    elif [[ $line =~ ^srun:\ error:\ ([A-Za-z0-9_.-]+):\ task\ [0-9]+:\ (.*)$ ]]; then
+      case ${BASH_REMATCH[2]} in Exited* | Terminated*) return ;; esac
+      blame "$1" "${BASH_REMATCH[1]}" "a rank ended: ${BASH_REMATCH[2]}"
+      return
+    fi
+  done < "$2"
+}
+
+# blame_lost FOLDER: hosts whose SLURM has started anew since a start of this job that ended without a
+# word, because its own script was on the host that was lost.
+blame_lost() {
+  local began hosts host since
+  [ -r "$1/.start" ] && read -r began hosts < "$1/.start" || return 0
+  for host in $hosts; do
+    since=$(scontrol show node "$host" | sed -n 's/.*SlurmdStartTime=\([^ ]*\).*/\1/p')
+    since=$(date -d "$since" +%s 2> /dev/null) || continue
+    [ "$since" -le "$began" ] || blame "$1" "$host" "restarted during a start"
+  done
+}
+
+# leave_out FOLDER ID: the waiting job ID gets no host that failed too often.
+leave_out() {
+  local failed given
+  failed=$(new_failed_hosts "$1")
+  [ -n "$failed" ] || return 0
+  echo "$failed" > "$1/.left_out"
+  failed=$(echo "$failed" | paste -sd ,)
+  # What the job was submitted with stays.
+  given=$(scontrol show job "$2" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p' | grep -v null)
+  scontrol update JobId="$2" ExcNodeList="${given:+$given,}$failed" && echo "left out: $failed"
+}
+
+# examine FOLDER COMMAND...: the doctor on all hosts, by the same command. A host on which something
+# fails is left out at once; 1 then, and where nothing is said of a host.
+examine() {
+  local folder=$1 words=() word code=0 table host
+  shift
+  for word in "$@"; do
+    case $word in --allow-changes) ;; megagpt.train) words+=(megagpt.doctor) ;; *) words+=("$word") ;; esac
+  done
+  table=$(mktemp)
+  "${words[@]}" > >(tee "$table") 2>&1 &
+  step=$!
+  wait_on "$step"
+  sleep 1                                     # for the last lines of the table
+  for host in $(slurm_hosts); do
+    if grep -E '^([0-9]+: )?FAIL ' "$table" | grep -qE " ${host}[:,]"; then
+      blame "$folder" "$host" "failed the doctor's examination" "$EXCLUDE_AFTER"
+      code=1
+    fi
+  done
+  grep -qE '^([0-9]+: )?FAIL ' "$table" && code=1
+  rm -f "$table"
+  return "$code"
+}
