@@ -258,7 +258,7 @@ def test_a_page_is_the_same_page_for_every_name(recorded, tmp_path):
         assert Tags(page).tags == expected, name
         data = re.search(r'<script type="application/json" id="data">(.*?)</script>', page)[1]
         assert "<" not in data
-        loss = json.loads(data)[0]
+        loss = json.loads(data)["charts"][0]
         assert loss["lines"][1]["name"] == name
         assert visible(name) in (text := html_unescaped(page)), name
         assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", text)
@@ -325,7 +325,13 @@ def test_the_card_of_a_model_holds_any_name(tmp_path):
     weights_folder(tmp_path / "made", shape, "bytes")
     made = open_weights(tmp_path / "made")
     found = Comparison(
-        difference=0.0, largest=1.0, tokens=1, other_tokens=0, other_texts=0, tolerance=1e-5
+        difference=0.0,
+        largest=1.0,
+        tokens=1,
+        other_tokens=0,
+        texts=1,
+        other_texts=0,
+        tolerance=1e-5,
     )
     convert = markdown.Markdown(extensions=["tables"]).convert
     for name in TEXTS:

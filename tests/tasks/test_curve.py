@@ -60,7 +60,7 @@ def test_every_checkpoint_is_a_point_of_the_curve(root, capsys):
     assert chart["lines"][0]["x"] == [line["tokens"] for line in lines]
     assert chart["lines"][1]["y"] == [50.0] * 3
     found = re.search(r'id="data">(.*?)</script>', (run / "report.html").read_text())
-    assert found and chart in json.loads(found[1])
+    assert found and chart in json.loads(found[1])["charts"]
 
 
 def write_words(root: Path) -> str:
