@@ -28,7 +28,11 @@ class Network:
 
 def check_network(order: Order, environ: Mapping[str, str]) -> Iterator[Check]:
     """All checks of the network that one host can make."""
-    yield check_interface(look(order.master), order.hosts, environ)
+    net, hosts = look(order.master), order.hosts
+    if order.gpus_per_node and any(not at.startswith("127.") for at in net.interfaces.values()):
+        # A job that is not queued yet, of which this host may be one.
+        hosts = max(hosts, order.ranks // order.gpus_per_node)
+    yield check_interface(net, hosts, environ)
     ports = infiniband_ports()
     if ports:
         yield check_infiniband(ports, environ)

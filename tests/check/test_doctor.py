@@ -250,6 +250,17 @@ def test_the_interface_between_hosts(hosts, environ, status):
     assert network.check_interface(DEBIAN, hosts, environ).status == status
 
 
+def test_a_job_to_come_is_of_several_hosts():
+    def told(gpus_per_node: int) -> str:
+        order = Order(ranks=32, gpus_per_node=gpus_per_node)
+        return next(iter(network.check_network(order, {}))).detail
+
+    assert "on one host" not in told(8)
+    name = network.look()
+    if name.address.startswith("127."):
+        assert "well on one host" in told(32) and "on one host" in told(0)
+
+
 def test_the_trap_of_a_name_that_means_itself():
     found = network.check_interface(DEBIAN, 2, {})
     assert found.detail == (

@@ -153,6 +153,15 @@ def test_a_large_run_has_the_laws_and_its_utilization(tmp_path):
     assert compute["training"]["x"][-1] == pytest.approx(6 * 85_056_000 * 3e11 / 8.64e19)
 
 
+def test_laws_are_not_drawn_for_a_small_vocabulary(tmp_path):
+    """However much compute: its losses are nats of shorter pieces of text."""
+    (tmp_path / "config.toml").write_text(CONFIG + "[model]\nvocab_size = 4096\n")
+    lines = [{"loss": 3.0, "step": i, "tokens": i * 10**9} for i in (1, 300)]
+    [chart] = (c for c in charts([read_facts(tmp_path, lines)]) if c["title"].endswith("compute"))
+    assert [line["name"] for line in chart["lines"]] == ["training"]
+    assert "1e-6 PF-days or more with vocabularies of 32,000 tokens" in chart["note"]
+
+
 @pytest.mark.parametrize("several", [False, True])
 def test_figures_of_a_kind_share_a_chart_of_one_run_and_have_one_each_of_several(tmp_path, several):
     def step(number: int) -> dict:
