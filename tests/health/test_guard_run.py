@@ -29,6 +29,7 @@ from tests.lib.distributed import (
     run_together,
     start,
     steps,
+    wait_for_end,
     wait_for_step,
     workers,
 )
@@ -45,12 +46,10 @@ def torchrun(ranks: int, *words: str) -> list[str]:
 # --- stops --------------------------------------------------------------------------------------
 
 
-def test_the_time_limit_saves_within_it(tmp_path: Path):
+def test_the_time_limit_ends_a_run_that_has_no_other_end(tmp_path: Path):
     file = run_file(tmp_path, schedule=ENDLESS)
-    t0 = time.monotonic()
     done = launch(file, 1, "checkpoint.stop_after_minutes=0.3", launcher="python")
     assert done.returncode == 75, done.stderr
-    assert time.monotonic() - t0 < 30
     assert "stopped by the time limit (checkpoint.stop_after_minutes) at step" in done.stderr
     newest = record.read_record(list_checkpoints(tmp_path / "run")[-1])
     assert newest.step == len(steps(tmp_path / "run")) > 0
@@ -101,10 +100,7 @@ def test_ranks_without_their_launcher_end(tmp_path: Path, launcher: str):
     ranks = workers(process)
     assert len(ranks) == 2
     process.kill()
-    until = time.monotonic() + 40
-    while any(Path(f"/proc/{pid}").exists() for pid in ranks):
-        assert time.monotonic() < until, f"{ranks} outlived their launcher"
-        time.sleep(0.1)
+    wait_for_end(ranks, "outlived their launcher")
     finish(process)
     # They saved where they were.
     newest = record.read_record(list_checkpoints(tmp_path / "run")[-1])

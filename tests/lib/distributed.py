@@ -185,6 +185,14 @@ def kill_all(process: subprocess.Popen[str]) -> None:
             continue
 
 
+def wait_for_end(processes: list[int], why: str, timeout_s: float = 200) -> None:
+    """Returns once none of the processes lives. The limit is for a hang, not for a busy machine."""
+    until = time.monotonic() + timeout_s
+    while any(Path(f"/proc/{pid}").exists() for pid in processes):
+        assert time.monotonic() < until, f"{processes} {why}"
+        time.sleep(0.1)
+
+
 def wait_for_step(run: Path, step: int, timeout_s: float = 90) -> None:
     """Returns once metrics.jsonl has the record of `step`."""
     until = time.monotonic() + timeout_s

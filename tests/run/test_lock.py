@@ -114,10 +114,10 @@ def test_a_holder_that_should_have_ended_is_named(held, tmp_path):
 def test_a_holder_of_an_earlier_version_is_waited_for_as_ever(held, tmp_path):
     process = held(60)
     (tmp_path / ".lock").write_text("process 7 on host-a")
-    t0 = time.monotonic()
     with pytest.raises(UsageError, match="is being trained by process 7 on host-a; stop it first"):
         Lock(tmp_path, wait_s=0.5)
-    assert time.monotonic() - t0 < 5 and process.poll() is None
+    # Not once the holder had ended, but before.
+    assert process.poll() is None
 
 
 def test_a_lock_tells_when_its_process_ends(tmp_path):

@@ -50,7 +50,7 @@ def nothing_is_left(cluster: Cluster, request: pytest.FixtureRequest) -> Iterato
         # After a test that failed; the others left an empty queue.
         request.getfixturevalue("slurm").login.check("scancel --user=root")
     try:
-        wait_until(lambda: not cluster.ranks(), "all ranks and launchers have ended", 30)
+        wait_until(lambda: not cluster.ranks(), "all ranks and launchers have ended")
     finally:
         for process in sum(cluster.ranks().values(), []):
             os.kill(process, signal.SIGKILL)

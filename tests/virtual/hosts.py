@@ -74,8 +74,9 @@ def missing() -> str:
     return ""
 
 
-def wait_until(true: Callable[[], object], what: str, timeout_s: float = 60) -> None:
-    """Returns once `true()` is; fails with `what` was waited for."""
+def wait_until(true: Callable[[], object], what: str, timeout_s: float = 240) -> None:
+    """Returns once `true()` is; fails with `what` was waited for. The limit is for what never
+    comes: a busy machine takes many times as long as an idle one."""
     until = time.monotonic() + timeout_s
     while not true():
         assert time.monotonic() < until, f"after {timeout_s} s still not: {what}"

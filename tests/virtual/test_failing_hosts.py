@@ -13,7 +13,7 @@ from tests.lib.distributed import digest_of_weights, launch, steps
 from tests.virtual.hosts import wait_until
 from tests.virtual.test_faults import another
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
 
 TWO_OF_THREE = ("-N2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1")
 

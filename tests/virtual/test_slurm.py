@@ -15,7 +15,7 @@ from tests.lib.distributed import EXACT, digest_of_weights, exact, launch, steps
 from tests.virtual.hosts import Cluster, wait_until
 from tests.virtual.slurm import Slurm
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
 
 TWO_HOSTS = ("-N2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1")
 
@@ -23,11 +23,13 @@ TWO_HOSTS = ("-N2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task
 class Job:
     """A training of two ranks on two hosts, through launch/slurm.sbatch, and its run folder."""
 
-    def __init__(self, cluster: Cluster, slurm: Slurm, file: Path, *arguments: str) -> None:
+    def __init__(
+        self, cluster: Cluster, slurm: Slurm, file: Path, *arguments: str, minutes: int = 20
+    ) -> None:
         self.cluster, self.slurm, self.run = cluster, slurm, file.parent / "run"
         self.log = file.parent / "log"
         # A minute is the least that SLURM's clock of time limits can tell apart.
-        options = (*TWO_HOSTS, "--time=20", "--signal=B:USR1@60", f"--output={self.log}")
+        options = (*TWO_HOSTS, f"--time={minutes}", "--signal=B:USR1@60", f"--output={self.log}")
         self.number = slurm.submit(*options, "launch/slurm.sbatch", file, *arguments)
 
     @property
@@ -38,9 +40,7 @@ class Job:
     def trains(self) -> None:
         """Returns when this start has saved a checkpoint of its own."""
         before = list_checkpoints(self.run)[-1:]
-        wait_until(
-            lambda: list_checkpoints(self.run)[-1:] != before, self.said("no checkpoint"), 120
-        )
+        wait_until(lambda: list_checkpoints(self.run)[-1:] != before, self.said("no checkpoint"))
 
     def said(self, what: str) -> str:
         """A message with the end of the job's log."""
