@@ -4,6 +4,7 @@ page.html is the frame, page.js draws the charts with uPlot, whose files are in 
 licence. Everything goes into the one file, and its security policy forbids it to load more.
 """
 
+import base64
 import html
 import json
 import time
@@ -194,16 +195,20 @@ def _steps(runs: Sequence[Run]) -> str:
 
 
 def _texts(runs: Sequence[Run]) -> str:
-    """What each model wrote at its evaluations; the latest texts are open."""
-    content = ""
+    """What each model made at its evaluations; the latest is open."""
+    content, title = "", "Texts that the model wrote"
     for run in runs:
         for number, sample in enumerate(samples(run)):
             at = f", {amount(sample.tokens)} tokens" if sample.tokens is not None else ""
             name = escape(f"{run.name}, step {sample.step}{at}")
             opened = "" if number else " open"
-            text = escape(sample.text)
-            content += f"<details{opened}><summary>{name}</summary><pre>{text}</pre></details>"
-    return _card("Texts that the model wrote", content)
+            made = f"<pre>{escape(sample.text)}</pre>"
+            if sample.png:
+                title = "Images that the model made"
+                data = base64.b64encode(sample.png).decode()
+                made = f'<img alt="{name}" src="data:image/png;base64,{data}">'
+            content += f"<details{opened}><summary>{name}</summary>{made}</details>"
+    return _card(title, content)
 
 
 def _predicted(runs: Sequence[Run]) -> str:

@@ -1,5 +1,6 @@
 """The page of a report: its data, its table, and that a browser draws it."""
 
+import base64
 import json
 import re
 import shutil
@@ -240,6 +241,20 @@ def test_the_texts_of_a_run_are_shown(tmp_path):
     text = write_page([run], tmp_path / "report.html").read_text()
     assert "<details open><summary>run, step 60, 60k tokens</summary><pre>--- 1 of 1 ---" in text
     assert "&lt;b&gt;at 48&lt;/b&gt;\\x1b[31m" in text and "mine" not in text
+
+
+def test_the_images_of_a_run_are_in_the_page(tmp_path):
+    folder = make_run(tmp_path / "run")
+    (folder / "samples").mkdir()
+    png = b"\x89PNG\r\n\x1a\n" + bytes(40)
+    (folder / "samples" / "step_00000020.png").write_bytes(png)
+    (folder / "samples" / "step_00000040.png").write_bytes(png + bytes(1_000_000))
+    text = write_page([read_run(folder)], tmp_path / "report.html").read_text()
+    [data] = re.findall(
+        r'<img alt="run, step 20, 20k tokens" src="data:image/png;base64,(.*?)">', text
+    )
+    assert base64.b64decode(data) == png and "Images that the model made" in text
+    assert "img-src data:;" in text
 
 
 def test_the_usual_step_of_several_runs_is_divided(tmp_path):
