@@ -44,7 +44,10 @@ def shapes_of(config: RunConfig) -> dict[str, tuple[int, ...]]:
 
 
 def held(
-    shapes: dict[str, tuple[int, ...]], tensor: tuple[int, int], data: tuple[int, int]
+    shapes: dict[str, tuple[int, ...]],
+    tensor: tuple[int, int],
+    data: tuple[int, int],
+    sparse: bool = False,
 ) -> Iterator[Slice]:
     """The slices of one rank, given as (its number, how many there are); drawn when read."""
     for name, whole in shapes.items():
@@ -65,7 +68,9 @@ def held(
             start=start,
             numel=end - start,
             owned=True,
-            read=lambda key, n=end - start, place=(name, part, start): drawn(n, (key, *place)),
+            read=lambda key, n=end - start, place=(name, part, start): (
+                torch.zeros(n) if sparse and key != "fp32" else drawn(n, (key, *place))
+            ),
             write=lambda key, value: None,
         )
 
@@ -75,16 +80,19 @@ def drawn(numel: int, place: tuple[object, ...]) -> torch.Tensor:
     return torch.empty(numel).uniform_(generator=draw)
 
 
-def write_checkpoint(run: Path, config: RunConfig) -> Path:
-    """A checkpoint of the run's model with random weights and moments, one parameter in memory."""
+def write_checkpoint(run: Path, config: RunConfig, sparse: bool = False) -> Path:
+    """A checkpoint of the run's model with random weights and moments, one parameter in memory.
+    sparse: moments of 0, which take no room on the disk."""
     folder = record.folder_of(run) / record.name_of(1)
     folder.mkdir(parents=True)
     shapes = shapes_of(config)
     places = [(t, d) for d in range(DATA) for t in range(TENSOR)]
-    records = [
-        write_slices(folder / f"rank_{rank:05d}.safetensors", held(shapes, (t, TENSOR), (d, DATA)))
-        for rank, (t, d) in enumerate(places)
-    ]
+    records = []
+    for rank, (t, d) in enumerate(places):
+        path = folder / f"rank_{rank:05d}.safetensors"
+        records.append(write_slices(path, held(shapes, (t, TENSOR), (d, DATA), sparse)))
+        if sparse:
+            subprocess.run(["fallocate", "--dig-holes", path], check=True)
     (folder / "config.toml").write_text(dump_run(config))
     facts = {"step": 1, "tokens": 1, "samples": 1, "seed": 1, "skipped_steps": 0, "updates": 1}
     state = {"loss_scale": {}, "data": {}, "versions": {}, "milestone": False}
