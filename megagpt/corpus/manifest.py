@@ -71,6 +71,12 @@ __all__ = [
     "write_manifest",
 ]
 
+PREPARE = (
+    "prepare a corpus there, by the command that a run file of launch/runs names in its first "
+    "lines, or with data_prep/tokenize_corpus.py"
+)
+"""The remedy where there is no corpus."""
+
 
 @dataclass(frozen=True, slots=True)
 class Subset:
@@ -197,7 +203,7 @@ def read_manifest(folder: Path | str) -> CorpusManifest:
 def _missing(folder: Path) -> str:
     """Why there is no manifest, and what to do."""
     if not folder.exists():
-        return f"{folder} does not exist; prepare a corpus there with data_prep/tokenize_corpus.py"
+        return f"{folder} does not exist; {PREPARE}"
     if (folder / ".preparation").is_dir():
         return (
             f"{folder}: its preparation did not finish; run the same command again (of data_prep, "
@@ -208,7 +214,7 @@ def _missing(folder: Path) -> str:
             f"{folder} holds .bin files but no {MANIFEST}; `megagpt data import {folder}` writes "
             "one for Megatron, nanoGPT and llm.c files"
         )
-    return f"{folder} holds no {MANIFEST}; prepare a corpus there with data_prep/tokenize_corpus.py"
+    return f"{folder} holds no {MANIFEST}; {PREPARE}"
 
 
 def _parse(folder: Path, data: dict[str, Any]) -> CorpusManifest:

@@ -15,6 +15,9 @@ def judgement_as_text(one: Judgement) -> str:
     step = ", ".join(f"{name} {seconds:.3g}" for name, seconds in one.items.items() if seconds)
     mfu, again = one.utilisation("none"), one.utilisation(config.parallel.recompute)
     dollars = one.gpu_hours * cluster.dollars
+    # Below two days a plan is read in hours.
+    unit, per_day = ("hours", 24) if one.days < 2 else ("days", 1)
+    time, short, long = (f"{x * one.days * per_day:,.3g}" for x in (1, low, high))
     lines = [
         f"on {cluster.gpus:,} {cluster.gpu}: {one.candidate}: {one.peak / 1e9:.1f} GB of "
         f"{cluster.device.memory_gb:.0f} (80%: {least:.1f} to {most:.1f})",
@@ -22,7 +25,7 @@ def judgement_as_text(one: Judgement) -> str:
         f"step: {one.step:.3g} s (80%: {one.step * low:.3g} to {one.step * high:.3g}): {step}",
         f"MFU {mfu:.1%} (80%: {mfu / high:.1%} to {mfu / low:.1%}), HFU {again:.1%}; the causal "
         "half of attention counted",
-        f"whole run: {one.days:,.3g} days (80%: {one.days * low:,.3g} to {one.days * high:,.3g}), "
+        f"whole run: {time} {unit} (80%: {short} to {long}), "
         f"{one.gpu_hours:,.0f} GPU-hours, {one.mwh:,.3g} MWh, ${dollars:,.0f} (80%: "
         f"${dollars * low:,.0f} to ${dollars * high:,.0f}) at ${cluster.dollars:.2f} an hour",
     ]
@@ -37,10 +40,12 @@ def _ramp_as_text(one: Judgement) -> str:
     if not days:
         return ""
     tokens = min(schedule.ramp_tokens, schedule.end_tokens)
-    text = f"ramp: {days:.3g} days for {tokens / schedule.end_tokens:.1%} of the tokens"
+    unit, per_day = ("hours", 24) if one.days < 2 else ("days", 1)
+    text = f"ramp: {days * per_day:.3g} {unit} for {tokens / schedule.end_tokens:.1%} of the tokens"
     if higher := with_higher_start(one):
         start = higher.candidate.config.schedule.ramp_start_tokens
-        text += f"; {higher.days:,.3g} days in all with a ramp that starts at {start} tokens"
+        text += f"; {higher.days * per_day:,.3g} {unit} in all with a ramp that starts at {start}"
+        text += " tokens"
     return text
 
 

@@ -41,7 +41,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     made.add_argument(
         "--data", nargs="+", type=Path, default=[], metavar="DIR",
-        help="prepared corpora, mixed by their sizes; default: the one in data/",
+        help="prepared corpora, mixed by their sizes; default: data/NAME, or the one in data/",
     )  # fmt: skip
     made.add_argument(
         "--size", default="", metavar="SIZE",
@@ -62,8 +62,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def run(args: argparse.Namespace) -> int:
     """Writes the file and says what comes next. Raises UsageError for what cannot be."""
-    corpora = [_corpus(path) for path in args.data or [_only_corpus()]]
-    name = args.name.removesuffix(".toml") or corpora[0].folder.name
+    name = args.name.removesuffix(".toml")
+    corpora = [_corpus(path) for path in args.data or [_meant_corpus(name)]]
+    name = name or corpora[0].folder.name
     path = Path(f"{name}.toml")
     if path.exists():
         raise UsageError(f"{path}: is there already; give another NAME, or remove it")
@@ -129,8 +130,11 @@ def machine_of(args: argparse.Namespace, cards: list[Gpu]) -> Cluster | int:
 # --- corpora ------------------------------------------------------------------------------------
 
 
-def _only_corpus() -> Path:
-    """The one corpus below data/. Raises UsageError where there is none, or are several."""
+def _meant_corpus(name: str) -> Path:
+    """data/NAME, or the one corpus below data/. Raises UsageError where there is none, or are
+    several."""
+    if name and (DATA / name / MANIFEST).is_file():
+        return DATA / name
     found = sorted(path.parent for path in DATA.glob(f"*/{MANIFEST}"))
     found = [path for path in found if not path.name.endswith(("-validation", "-test"))]
     if not found:

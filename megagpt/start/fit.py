@@ -187,7 +187,8 @@ def _tokens(
         return wish.tokens, "as asked for"
     if isinstance(machine, int):
         tokens = wish.minutes * 60 * machine * CORE_FLOPS / flops_per_token(model)
-        why = f"about {wish.minutes:g} minutes on {machine} CPU core{'s' * (machine > 1)}"
+        minutes = f"{wish.minutes:g} minute{'s' * (wish.minutes != 1)}"
+        why = f"about {minutes} on {machine} CPU core{'s' * (machine > 1)}"
     else:
         tokens, why = TOKENS_PER_PARAMETER * parameters(model), "20 a parameter"
     epochs = MOST_EPOCHS if size in PRESETS else SMALL_EPOCHS

@@ -108,7 +108,8 @@ def test_the_command_simulates_and_writes(run_file, tmp_path, capsys):
     # What was written is planned like what it was written from.
     assert main(["plan", str(folder / "run.toml"), "--gpus", "16"]) == 0
     days = json.loads((folder / "plan.json").read_text())["days"]
-    assert f"whole run: {days:,.3g} days" in capsys.readouterr().out
+    time = f"{days:,.3g} days" if days >= 2 else f"{days * 24:,.3g} hours"
+    assert f"whole run: {time}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -127,6 +127,9 @@ def test_a_corpus_is_found_or_asked_for(corpora, monkeypatch, capsys):
     write_corpus(corpora / "data/other", sentences(10, 3))
     assert main(["init"]) == 2
     assert "--data: name one or several of data/mine, data/other" in capsys.readouterr().err
+    assert main(["init", "mine", "--minutes", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "wrote mine.toml" in said and "about 1 minute on" in said
     assert main(["init", "--data", "data/other"]) == 2
     assert re.search(r"data/other: \d+ tokens are too few", capsys.readouterr().err)
     monkeypatch.chdir(corpora / "data")
