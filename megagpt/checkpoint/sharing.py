@@ -43,7 +43,7 @@ def load_shared(
     if ranks.world < 2:
         raise UsageError(
             "--split: one process has nobody to share with; start it as deepspeed --num_gpus 4 "
-            "--module megagpt generate RUN_DIR --split"
+            "--module megagpt generate RUN_DIR --split (or chat, or serve)"
         )
     weights = open_weights(run, compare=ranks.local_rank == 0)
     config = shared_config(weights.config.model, ranks.world)

@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from megagpt.errors import UsageError
 from megagpt.serve.limits import Limits
-from megagpt.use.loading import add_placing, cache_bytes, load_reader
+from megagpt.use.loading import add_placing, add_split, cache_bytes, load_reader
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from megagpt.model import GPT
     from megagpt.serve.answering import Served
+    from megagpt.use.generator import Generator
 
 log = logging.getLogger("megagpt.serve")
 
@@ -87,6 +90,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "takes as long as its texts one after another",
     )
     add_placing(parser)
+    add_split(parser, "serve")
     parser.set_defaults(run=run)
 
 
@@ -103,17 +107,62 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--api-key: must be ASCII without spaces, since it travels in a header")
     try:
         import fastapi  # noqa: F401
-        import uvicorn
+        import uvicorn  # noqa: F401
     except ImportError as error:
         raise UsageError(
             f"megagpt serve needs FastAPI and uvicorn ({error}); pip install 'megagpt[serve]'"
         ) from None
+    from megagpt.use.generator import Generator
+
+    if args.split:
+        return _run_shared(args, limits)
     # A port that is taken is told before the model is loaded.
     listener = _bound(args.host, args.port)
+    rows = 1 if args.batch_invariant else limits.concurrent
+    model, encoding, facts = load_reader(args.folder, args.dtype, args.device, rows)
+
+    def make() -> Generator:
+        return Generator(model, encoding, limits.concurrent, args.batch_invariant)
+
+    _listen(args, limits, listener, _served(args, limits, make, facts))
+    return 0
+
+
+def _run_shared(args: argparse.Namespace, limits: Limits) -> int:
+    """The first rank of a launcher serves, the others compute with it."""
+    from megagpt.use.generator import Generator
+    from megagpt.use.together import LeadingGenerator, follow, shared
+
+    with shared(args.folder, args.dtype) as share:
+        parts = (share.model, share.encoding, limits.concurrent, args.batch_invariant)
+        if not share.leads:
+            follow(Generator(*parts))
+        else:
+            listener = _bound(args.host, args.port)
+            made: list[LeadingGenerator] = []
+
+            def make() -> LeadingGenerator:
+                if made:
+                    # The ranks no longer agree on what has been done; the launcher ends them all.
+                    log.error("the model failed on one of several ranks; start the server again")
+                    os._exit(1)
+                made.append(LeadingGenerator(*parts))
+                return made[0]
+
+            _listen(args, limits, listener, _served(args, limits, make, share.facts))
+            made[0].dismiss()
+    return 0
+
+
+def _listen(
+    args: argparse.Namespace, limits: Limits, listener: socket.socket, served: "Served"
+) -> None:
+    """Answers until a signal."""
+    import uvicorn
+
     from megagpt.serve.app import build_app
     from megagpt.serve.gate import punctual
 
-    served = _served(args, limits)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     config = uvicorn.Config(
         build_app(served, args.api_key, args.allow_origin),
@@ -141,7 +190,6 @@ def run(args: argparse.Namespace) -> int:
     log.info("serving %s at http://%s:%d (API: /v1)", served.name, shown, port)
     server.run(sockets=[listener])
     log.info("stopped")
-    return 0
 
 
 def _is_loopback(host: str) -> bool:
@@ -174,26 +222,25 @@ def _bound(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _served(args: argparse.Namespace, limits: Limits) -> "Served":
+def _served(
+    args: argparse.Namespace,
+    limits: Limits,
+    make: "Callable[[], Generator]",
+    facts: dict[str, Any],
+) -> "Served":
     from megagpt.serve.answering import Served
     from megagpt.serve.scheduler import Scheduler
-    from megagpt.use.generator import Generator
-
-    rows = 1 if args.batch_invariant else limits.concurrent
-    model, encoding, facts = load_reader(args.folder, args.dtype, args.device, rows)
-
-    def make() -> Generator:
-        return Generator(model, encoding, limits.concurrent, args.batch_invariant)
 
     log.info("{checkpoint}: step {step}, trained on {tokens:,} tokens".format(**facts))
+    generator = make()
     log.info(
         "keys and values: %s at most for %d texts of %d tokens",
-        _gigabytes(model, limits.concurrent),
+        _gigabytes(generator.model, limits.concurrent),
         limits.concurrent,
-        model.config.n_ctx,
+        generator.n_ctx,
     )
     name = args.name or args.folder.absolute().name
-    scheduler = Scheduler(make(), make, limits)
+    scheduler = Scheduler(generator, make, limits)
     return Served(
         name=name, facts=facts, scheduler=scheduler, limits=limits, created=int(time.time())
     )

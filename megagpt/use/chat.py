@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from megagpt.errors import MegagptError, UsageError, print_exactly
 from megagpt.files import write_file
 from megagpt.use.generate import add_drawing, drawing
-from megagpt.use.loading import add_placing, load_reader
+from megagpt.use.loading import add_placing, add_split, load_reader
 from megagpt.use.options import TextOptions
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--system", metavar="TEXT", default="", help="the model's instruction")
     add_drawing(parser)
     add_placing(parser)
+    add_split(parser, "chat")
     parser.set_defaults(run=run)
 
 
@@ -60,15 +61,32 @@ def run(args: argparse.Namespace) -> int:
     """Talks until the end of the input."""
     options = TextOptions(**drawing(args), slide=False)  # type: ignore[arg-type]
     options.check()
-    from megagpt.use.dialogue import PlainTurns, special_tokens
     from megagpt.use.generator import Generator
 
-    model, encoding, _ = load_reader(args.folder, args.dtype, args.device, rows=1)
-    form = special_tokens(encoding)
+    if not args.split:
+        model, encoding, _ = load_reader(args.folder, args.dtype, args.device, rows=1)
+        _talk(Generator(model, encoding, rows=1), options, args.system)
+        return 0
+    from megagpt.use.together import LeadingGenerator, follow, shared
+
+    with shared(args.folder, args.dtype) as share:
+        if share.leads:
+            leading = LeadingGenerator(share.model, share.encoding, rows=1)
+            _talk(leading, options, args.system)
+            leading.dismiss()
+        else:
+            follow(Generator(share.model, share.encoding, rows=1))
+    return 0
+
+
+def _talk(generator: "Generator", options: TextOptions, system: str) -> None:
+    """The dialogue itself."""
+    from megagpt.use.dialogue import PlainTurns, special_tokens
+
+    form = special_tokens(generator.encoding)
     if form is None:
         log.info("the tokenizer has no tokens for turns: they are written as lines of text")
-    generator = Generator(model, encoding, rows=1)
-    dialogue = Dialogue(generator, form or PlainTurns(encoding), options, args.system)
+    dialogue = Dialogue(generator, form or PlainTurns(generator.encoding), options, system)
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives the line its history and editing)
     if isinstance(sys.stdin, io.TextIOWrapper):
@@ -87,7 +105,6 @@ def run(args: argparse.Namespace) -> int:
                     dialogue.answer(line, lambda: interrupt.pressed)
             except (MegagptError, OSError) as error:
                 print(f"megagpt: {error}")
-    return 0
 
 
 _ENDS = {

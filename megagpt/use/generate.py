@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megagpt.errors import UsageError, print_exactly
-from megagpt.use.loading import add_placing, load_reader
+from megagpt.use.loading import add_placing, add_split, load_reader
 from megagpt.use.options import TextOptions
 
 if TYPE_CHECKING:
@@ -85,12 +85,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "long; otherwise rounding differs, and now and then a token",
     )
     add_placing(parser)
-    parser.add_argument(
-        "--split",
-        action="store_true",
-        help="share the model out over the ranks of a launcher, for one that no device holds: "
-        "deepspeed --num_gpus 4 --module megagpt generate RUN_DIR --split",
-    )
+    add_split(parser, "generate")
     parser.add_argument("--json", action="store_true", help="one JSON object a text on stdout")
     parser.set_defaults(run=run)
 

@@ -29,6 +29,16 @@ def add_placing(parser: "argparse.ArgumentParser") -> None:
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: cuda if any)")
 
 
+def add_split(parser: "argparse.ArgumentParser", command: str) -> None:
+    """Adds --split."""
+    parser.add_argument(
+        "--split",
+        action="store_true",
+        help="share the model out over the ranks of a launcher, for one that no device holds: "
+        f"deepspeed --num_gpus 4 --module megagpt {command} RUN_DIR --split",
+    )
+
+
 def load_placed(
     folder: Path, dtype: str, device: str | None
 ) -> tuple["GPT", "tiktoken.Encoding", dict[str, Any]]:
