@@ -112,19 +112,11 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(
             f"megagpt serve needs FastAPI and uvicorn ({error}); pip install 'megagpt[serve]'"
         ) from None
-    from megagpt.use.generator import Generator
-
     if args.split:
         return _run_shared(args, limits)
     # A port that is taken is told before the model is loaded.
     listener = _bound(args.host, args.port)
-    rows = 1 if args.batch_invariant else limits.concurrent
-    model, encoding, facts = load_reader(args.folder, args.dtype, args.device, rows)
-
-    def make() -> Generator:
-        return Generator(model, encoding, limits.concurrent, args.batch_invariant)
-
-    _listen(args, limits, listener, _served(args, limits, make, facts))
+    _listen(args, limits, listener, _served(args, limits))
     return 0
 
 
@@ -149,7 +141,7 @@ def _run_shared(args: argparse.Namespace, limits: Limits) -> int:
                 made.append(LeadingGenerator(*parts))
                 return made[0]
 
-            _listen(args, limits, listener, _served(args, limits, make, share.facts))
+            _listen(args, limits, listener, _served_by(args, limits, make, share.facts))
             made[0].dismiss()
     return 0
 
@@ -222,7 +214,19 @@ def _bound(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _served(
+def _served(args: argparse.Namespace, limits: Limits) -> "Served":
+    from megagpt.use.generator import Generator
+
+    rows = 1 if args.batch_invariant else limits.concurrent
+    model, encoding, facts = load_reader(args.folder, args.dtype, args.device, rows)
+
+    def make() -> Generator:
+        return Generator(model, encoding, limits.concurrent, args.batch_invariant)
+
+    return _served_by(args, limits, make, facts)
+
+
+def _served_by(
     args: argparse.Namespace,
     limits: Limits,
     make: "Callable[[], Generator]",
