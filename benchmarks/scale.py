@@ -367,6 +367,7 @@ def main() -> None:
     parser.add_argument("--zero3", action="store_true", help="cut as ZeRO-3 does, not as ZeRO-1")
     args = parser.parse_args()
     threading.stack_size(STACK)
+    sys.setswitchinterval(1.0)  # a thousand threads that ask for the lock every 5 ms hold up all
     listen()
     keys = ("opens", "stats", "listings", "requests", "messages", "bytes")
     print(f"| ranks | what | {' | '.join(keys)} |\n|{'---|' * (len(keys) + 2)}")

@@ -131,7 +131,11 @@ tell_step() {
 # back_in_time: queues the job again a moment before its end, should ranks still save then: SLURM ends
 # such a job for good.
 back_in_time() {
-  local left=$((${SLURM_JOB_END_TIME:-0} - $(date +%s) - 20))
+  local end left
+  # SLURM 22.05 tells a batch script of no end, and a later one of none that was changed meanwhile.
+  end=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.* EndTime=\([^ ]*\).*/\1/p')
+  end=$(date -d "${end:-none}" +%s 2> /dev/null) || end=${SLURM_JOB_END_TIME:-0}
+  left=$((end - $(date +%s) - 20))
   [ "$left" -gt 0 ] || return 0
   {
     sleep "$left"

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -271,11 +272,17 @@ def test_a_step_that_is_not_made_yet_is_told_once_it_is(job, tmp_path):
     assert job.told() == ["requeue 7"]
 
 
-def test_a_save_that_lasts_beyond_the_end_of_the_job_queues_it_again(job, tmp_path):
+@pytest.mark.parametrize("by", ["variable", "scontrol"])
+def test_a_save_that_lasts_beyond_the_end_of_the_job_queues_it_again(job, tmp_path, by):
     told = f"until grep -q requeue {tmp_path}/scontrol; do sleep 0.1; done"
     training = f"kill -USR1 $PPID; {told}; exit 1"
-    end = str(int(time.time()) + 22)
-    job.start(training, SLURM_JOB_END_TIME=end, RETRIES="2")
+    end = int(time.time()) + 22
+    if by == "scontrol":
+        shown = (
+            f"   StartTime=Unknown EndTime={datetime.fromtimestamp(end).isoformat()} Deadline=N/A"
+        )
+        job.stands_in("scontrol", f'echo "$@" >> {tmp_path}/scontrol; echo "{shown}"')
+    job.start(training, SLURM_JOB_END_TIME=str(end) if by == "variable" else "", RETRIES="2")
     # By the watch before the end, and by the start that it ended here.
     assert job.told()[0] == "requeue 7"
     assert (job.folder / ".retries").read_text() == "7 1\n"
