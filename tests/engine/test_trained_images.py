@@ -1,4 +1,4 @@
-"""Image GPT trains on images, mirrored and moved, as plain torch does, under every layout."""
+"""Image GPT trains on images, mirrored and moved, as plain torch does, under ZeRO 0 to 3."""
 
 from pathlib import Path
 
@@ -56,11 +56,9 @@ def test_one_process(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_every_layout(tmp_path: Path) -> None:
+def test_every_zero_stage_on_two_ranks(tmp_path: Path) -> None:
     file = images_run(tmp_path)
     expected = plain_losses(load_run(file))
-    plans = [[((2, f"zero{stage}", 1, 1), 2) for stage in (1, 3)]]
-    plans += [[((2, "pipeline", *split), 4)] for split in ((2, 1), (1, 2))]
-    for plan in plans:
-        for run in run_layouts(file, plan):
-            compare(run, expected)
+    # A pipeline and a tensor split carry GPT-2 and GPT-3 only.
+    for run in run_layouts(file, [((2, f"zero{stage}", 1, 1), 2) for stage in range(4)]):
+        compare(run, expected)
