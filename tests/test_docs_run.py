@@ -111,6 +111,10 @@ def world(tmp_path_factory):
     (root / "input").mkdir()
     (root / "input/own.txt").write_text("".join(sentences(400, 5)))
     (root / "mine.toml").write_text(file.read_text().replace(f'"{root}/run"', '"runs/mine"'))
+    # A batch that any number of a site's GPUs can share.
+    large = file.read_text().replace("batch_tokens = 1024", "batch_tokens = 655360")
+    large = re.sub(r"ramp_(start_)?tokens = \d+", r"ramp_\1tokens = 0", large)
+    (root / "RUN.toml").write_text(large.replace(f'"{root}/run"', '"runs/large"'))
     for name, rows in sets().items():
         for place in (root, root / "my-sets"):
             place.mkdir(exist_ok=True)
