@@ -17,7 +17,7 @@ UNMEASURED_S = 120.0
 LEAVE_S = 10.0
 """Seconds to close files and the process group."""
 SLURM_END = "SLURM_JOB_END_TIME"
-"""When SLURM ends the job, in seconds since 1970; set by SLURM 22.05 and later."""
+"""When SLURM ends the job, in seconds since 1970; 22.05.8 was seen not to set it."""
 
 
 @dataclass
