@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megagpt.corpus.manifest import read_manifest
 from megagpt.corpus.verify import verify_shards
+from megagpt.tasks.arithmetic import arithmetic
 from tests.lib.corpus import sentences
 from tests.lib.distributed import ROOT, digest_of_weights, environment, kill_all, steps
 from tests.lib.distributed import wait_for_step as wait
@@ -81,6 +82,25 @@ def test_text8_in_miniature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     example = runpy.run_path(str(ROOT / "examples/text8.py"))
     assert example["in_its_alphabet"]("Act II:\n10 Men") == "act ii one zero men"
+
+
+def test_questions_are_those_of_the_task(monkeypatch) -> None:
+    """What the model is trained on has the form of what it is asked."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    example = runpy.run_path(str(ROOT / "examples/questions.py"))
+    asked = arithmetic("two_digit_addition", count=2).examples[0]
+    question, answer = asked.contexts[0], asked.choices[0]
+    [record] = example["records"]({question: answer})
+    scored = [int(token) for token, one in zip(*record, strict=True) if one]
+    assert bytes(scored).decode() == answer + "\n"
+    text = (question + answer + "\n").encode()
+    assert bytes(record.ids[: len(text)].tolist()) == text and set(record.ids[len(text) :]) == {256}
+
+
+@pytest.mark.slow
+def test_questions_run(tmp_path: Path) -> None:
+    figure = run(tmp_path, "questions.py", "--steps", 20)
+    assert re.fullmatch(r"test: \d+ of 2000", figure)
 
 
 def test_fine_tuning_learns_the_new_text_and_forgets_the_old(chargpt) -> None:
