@@ -56,7 +56,6 @@ _DEFAULTS = {
     "seq_len": None,
     "global_batch_seqs": None,
     "vocab": 51_200.0,
-    "n_gpus": 1.0,
     "tp": 1.0,
     "pp": 1.0,
     "zero_stage": 0.0,
@@ -158,7 +157,7 @@ def jobs_from_rows(rows: Sequence[Mapping[str, str]], origin: str = "rows") -> J
 def read_rows(path: str | Path) -> list[dict[str, str]]:
     """Rows of a CSV file. Raises UsageError for one that cannot be read or lacks a column."""
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        with open(path, newline="", encoding="utf-8-sig") as file:
             rows = [
                 {k: (v or "").strip() for k, v in row.items() if k} for row in csv.DictReader(file)
             ]
@@ -182,7 +181,7 @@ def _number(row: Mapping[str, str], name: str, default: float | None, where: str
     except ValueError:
         value = None
     if value is None or not np.isfinite(value) or value < 0:
-        raise UsageError(f"{where}: {name} = {text!r}: must be a number")
+        raise UsageError(f"{where}: {name} = {text!r}: must be a number, 0 or more")
     return value
 
 
@@ -197,6 +196,7 @@ def _filled(row: Mapping[str, str], where: str) -> dict[str, Any]:
 
     base = {name: least(name, default) for name, default in _DEFAULTS.items()}
     tp, pp = base["tp"], base["pp"]
+    base["n_gpus"] = least("n_gpus", tp * pp * least("dp", 1.0))
     dp = least("dp", max(1.0, base["n_gpus"] // (tp * pp)))
     name, device = accelerator(row.get("gpu_type", ""))
     framework = framework_of(row.get("system", ""), base["zero_stage"], tp * pp, name)

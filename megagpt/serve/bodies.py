@@ -14,14 +14,12 @@ from pydantic_core import PydanticCustomError
 
 from megagpt.errors import UsageError
 from megagpt.serve.limits import ApiRefusal
-from megagpt.use.options import BIAS, TextOptions
+from megagpt.use.options import BIAS, SHOWN, TextOptions
 
 MOST_STOPS = 16
 """Stop texts of a request."""
 MOST_ENTRIES = 1024
 """Entries of a field that is no prompt: tokens with a bias, tokens that stop."""
-SHOWN = 80
-"""Characters of a wrong value that an error repeats."""
 
 
 class _Body(BaseModel):

@@ -188,15 +188,16 @@ def _check_documents(manifest: "CorpusManifest") -> None:
 def _lines(result: Result) -> Iterator[str]:
     """A result for people."""
     unscored = f", {result.left_out:,} tokens left out" if result.left_out else ""
-    yield (
-        f"{result.data}: {result.tokens:,} tokens and {result.bytes:,} bytes of "
-        f"{result.documents:,} documents{unscored}"
-    )
+    size = f" and {result.bytes:,} bytes" if result.bytes else ""
+    scored = f"{result.tokens:,} tokens{size} of {result.documents:,} documents"
+    yield f"{result.data}: {scored}{unscored}"
     for name, estimate, unit in (
         ("loss", result.loss, " nats per token"),
         ("perplexity", result.perplexity, ""),
         ("bits per byte", result.bits_per_byte, ""),
     ):
+        if math.isnan(estimate.value):  # ids that stand for no text
+            continue
         interval = ""
         if not math.isnan(estimate.low):
             interval = f"   {CONFIDENCE:.0%}: {estimate.low:.4f} to {estimate.high:.4f}"

@@ -1,5 +1,6 @@
 """How a text is made: what a caller may ask for (L3, without torch)."""
 
+import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ REPETITION = 1000.0
 """Largest repetition penalty, and one over the smallest: beyond them logits would overflow."""
 BIAS = 100.0
 """Largest bias of a token's logit, either way: it forbids or forces it."""
+SHOWN = 80
+"""Characters of a wrong value that an error repeats."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,7 +68,7 @@ class TextOptions:
     def check(self) -> None:
         """Raises UsageError that names every value that makes no sense, with its rule."""
         problems = [
-            f"{name} = {getattr(self, name)}: must be {rule}"
+            f"{name} = {_shown(getattr(self, name))}: must be {rule}"
             for name, sound, rule in chain(self._lengths(), self._draws())
             if not sound
         ]
@@ -100,3 +103,9 @@ class TextOptions:
         """Whether anything is done to the logits before a token is drawn."""
         penalties = (self.frequency_penalty, self.presence_penalty, self.repetition_penalty)
         return penalties != (0.0, 0.0, 1.0) or bool(self.logit_bias) or self.min_tokens > 0
+
+
+def _shown(value: object) -> str:
+    """A wrong value as people write it: a list as JSON does."""
+    text = json.dumps(value) if isinstance(value, tuple) else str(value)
+    return text if len(text) <= SHOWN else text[:SHOWN] + "..."

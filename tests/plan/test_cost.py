@@ -229,7 +229,7 @@ def test_outcomes_are_not_read(tmp_path):
         (HEAD := "row_id,n_layers,d_model,n_heads,seq_len,global_batch_seqs\n", "needs rows"),
         (HEAD + "7,x,2,3,4,5\n", "row 7: n_layers = 'x': must be a number"),
         (HEAD + "7,,2,3,4,5\n", "row 7: n_layers = '': must be a number"),
-        (HEAD + "7,-1,2,3,4,5\n", "row 7: n_layers = '-1': must be a number"),
+        (HEAD + "7,-1,2,3,4,5\n", "row 7: n_layers = '-1': must be a number, 0 or more"),
         (HEAD + "7,0,2,3,4,5\n", "row 7: n_layers = 0: must be above 0"),
     ],
 )
@@ -238,6 +238,18 @@ def test_tables_that_cannot_be_predicted(tmp_path, capsys, text, message):
     arguments = ["plan", "--batch", str(tmp_path / "rows.csv"), "--output", str(tmp_path / "o.csv")]
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_devices_that_are_not_counted_are_those_of_the_layout():
+    assert jobs(n_gpus="").gpus == jobs().gpus == 1024
+    alone = jobs(n_gpus="", dp="")
+    assert (alone.gpus, alone.dp) == (128, 1)
+
+
+def test_a_table_as_spreadsheets_save_it(tmp_path):
+    text = ",".join(ROW) + "\n" + ",".join(ROW.values()) + "\n"
+    (tmp_path / "rows.csv").write_text(text, encoding="utf-8-sig")
+    assert read_rows(tmp_path / "rows.csv") == [ROW]
 
 
 def test_files_that_cannot_be_read_or_written(tmp_path):

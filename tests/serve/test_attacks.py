@@ -38,7 +38,7 @@ BODIES = [
     ({"frequency_penalty": 3}, "frequency_penalty = 3.0: must be -2.0 to 2.0"),
     ({"logprobs": 21}, "logprobs = 21: must be 0 to 20"),
     ({"logprobs": -2}, "logprobs = -2"),
-    ({"stop": [""]}, "stop = .*: must be without an empty text"),
+    ({"stop": [""]}, r'stop = \[""\]: must be without an empty text'),
     ({"stop": ["a"] * 17}, "stop: 17 texts; 16 at most"),
     ({"stop_token_ids": [261]}, "stop_token_ids: 261 is no token"),
     ({"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias: 1025 entries; 1024"),

@@ -2,7 +2,9 @@
 
 import argparse
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megagpt.checkpoint import list_checkpoints
@@ -10,6 +12,7 @@ from megagpt.checkpoint.export import consolidate
 from megagpt.cli import main
 from megagpt.errors import UsageError
 from megagpt.use import evaluate as command
+from megagpt.use.score import totals
 from tests.lib.distributed import undisturbed
 from tests.use.test_evaluate import last_validation
 
@@ -52,6 +55,14 @@ def test_the_command_tells_people(capsys, caplog):
     assert "validation: 512 tokens and " in lines[0] and "tokens left out" in lines[0]
     assert lines[1].startswith("  loss") and "nats per token   95%: " in lines[1]
     assert lines[2].startswith("  perplexity") and lines[3].startswith("  bits per byte")
+
+
+def test_ids_that_stand_for_no_text_have_no_bytes():
+    nats, tokens = np.array([3.0, 5.0]), np.array([4, 4])
+    image = totals(Path("digits"), nats, tokens, np.zeros(2, np.int64), 0)
+    first, *figures = command._lines(image)
+    assert first == "digits: 8 tokens of 2 documents"
+    assert [line.split()[0] for line in figures] == ["loss", "perplexity"]
 
 
 def test_16_bits_are_the_runs_own_figure_in_16_bits(capsys):
