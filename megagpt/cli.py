@@ -101,7 +101,7 @@ def _run(argv: Sequence[str]) -> int:
     if later and (not hasattr(args, "overrides") or any(word.startswith("-") for word in later)):
         made.error(f"unrecognized arguments: {' '.join(later)}")
     if later:
-        args.overrides += later
+        args.overrides = [*args.overrides, *later]
     for name, value in vars(args).items():
         _check(name.replace("_", "-"), value)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)

@@ -43,7 +43,9 @@ def parser() -> argparse.ArgumentParser:
         "checkpoint saved; 1 anything else.",
     )
     made.add_argument("run", help="run file (.toml), for example launch/runs/quickstart.toml")
-    made.add_argument("overrides", nargs="*", metavar="section.key=value", help="override of a key")
+    made.add_argument(
+        "overrides", nargs="*", default=[], metavar="section.key=value", help="override of a key"
+    )
     made.add_argument(
         "--allow-changes",
         action="store_true",

@@ -29,6 +29,15 @@ def test_every_command_is_there_and_explains_itself(name, capsys):
     assert capsys.readouterr().out.startswith(f"usage: megagpt {name}")
 
 
+@pytest.mark.parametrize("name", ["train", "launch slurm", "parity", "verify-resume"])
+def test_overrides_are_not_called_required(name, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(name.split())
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and "required: RUN.toml" in said
+    assert "key=value" not in said.splitlines()[-1]
+
+
 def test_version(capsys):
     with pytest.raises(SystemExit) as end:
         main(["--version"])

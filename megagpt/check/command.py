@@ -38,7 +38,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def add_arguments(made: argparse.ArgumentParser) -> None:
     """The command's options."""
     made.add_argument("run_file", nargs="?", metavar="RUN.toml", help="run file to prepare for")
-    made.add_argument("overrides", nargs="*", metavar="section.key=value", help="override of a key")
+    made.add_argument(
+        "overrides", nargs="*", default=[], metavar="section.key=value", help="override of a key"
+    )
     made.add_argument(
         "--hostfile", type=Path, metavar="FILE", help="examine its hosts by ssh, before a launch"
     )

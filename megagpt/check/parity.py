@@ -77,7 +77,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         description=__doc__.split("\n\n")[1],
     )
     made.add_argument("file", metavar="RUN.toml", help="run file; its shards must be prepared")
-    made.add_argument("overrides", nargs="*", metavar="section.key=value", help="override of a key")
+    made.add_argument(
+        "overrides", nargs="*", default=[], metavar="section.key=value", help="override of a key"
+    )
     made.add_argument("--steps", type=int, default=30, help="steps (default: %(default)s)")
     made.add_argument("--dtype", choices=list(TOLERANCE), default="fp32", help="default: fp32")
     made.add_argument(

@@ -35,7 +35,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "3 damaged input.",
     )
     made.add_argument("file", metavar="RUN.toml", help="run file; its shards must be prepared")
-    made.add_argument("overrides", nargs="*", metavar="section.key=value", help="override of a key")
+    made.add_argument(
+        "overrides", nargs="*", default=[], metavar="section.key=value", help="override of a key"
+    )
     made.add_argument(
         "--steps", type=int, default=10, help="steps before the restart, n (default: %(default)s)"
     )

@@ -21,8 +21,8 @@ _SAME = {
     "gradient_accumulation_steps grad_accum_steps grad_accum accumulate_grad_batches": (
         "leave it out; it follows from schedule.batch_tokens, parallel.micro_batch and the ranks"
     ),
-    "block_size seq_len seq_length sequence_length context_length max_seq_len n_positions "
-    "max_position_embeddings": "model.n_ctx, in tokens",
+    "block_size ctx_len context_len max_length seq_len seq_length sequence_length context_length "
+    "max_seq_len n_positions max_position_embeddings": "model.n_ctx, in tokens",
     "n_embd hidden_size embed_dim dim d_embed": "model.d_model",
     "n_layers num_layers num_hidden_layers": "model.n_layer",
     "n_heads num_heads num_attention_heads": "model.n_head",
@@ -45,6 +45,10 @@ _SAME = {
     "eval_iters": "evaluate.batches",
     "log_interval logging_steps": "log.every_steps",
     "wandb_project": "log.wandb",
+    "num_gpus n_gpus gpus ngpus world_size nproc_per_node num_nodes nnodes": (
+        "leave it out; ranks are the launcher's: megagpt train RUN.toml --ranks N"
+    ),
+    "device accelerator": "leave it out; each rank takes a GPU of its host, or the CPU without one",
 }
 """Names, separated by blanks -> the key here, and its unit where that is another one."""
 HERE = {name: key for names, key in _SAME.items() for name in names.split()}

@@ -52,7 +52,7 @@ def add_batch(subparsers: Any) -> None:
     )
     parser.add_argument("file", metavar="RUN", type=Path, help="run file (.toml) or run folder")
     parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="override of a key"
+        "overrides", nargs="*", default=[], metavar="section.key=value", help="override of a key"
     )
     parser.add_argument(
         "--step",

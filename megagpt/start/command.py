@@ -5,6 +5,7 @@ megagpt init web --data data/fineweb --size gpt3-1.3b --gpus 32 --gpu h100
 """
 
 import argparse
+import math
 import shlex
 from pathlib import Path
 
@@ -25,7 +26,11 @@ from megagpt.start.run_text import run_text
 
 DATA = Path("data")
 """Where a corpus is looked for when none is named."""
-PREPARE = "python data_prep/tokenize_corpus.py TEXT... --output data/NAME --validation-fraction 0.1"
+PREPARE = (
+    "python data_prep/tokenize_corpus.py TEXT... --output data/NAME --validation-fraction 0.1 "
+    "--validation-by-place"
+)
+"""By place, because of one text nothing else is kept aside."""
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -47,7 +52,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--size", default="", metavar="SIZE",
         help=f"{', '.join(SIZES)}, or a preset: {', '.join(PRESETS)}",
     )  # fmt: skip
-    made.add_argument("--tokens", type=float, default=0, metavar="N", help="to train on, as 3e9")
+    made.add_argument("--tokens", type=float, metavar="N", help="to train on, as 3e9")
     made.add_argument(
         "--minutes", type=float, default=MINUTES, metavar="M",
         help="of training on a CPU, where --tokens is not given (default: %(default)g)",
@@ -63,15 +68,19 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def run(args: argparse.Namespace) -> int:
     """Writes the file and says what comes next. Raises UsageError for what cannot be."""
     name = args.name.removesuffix(".toml")
+    if not name and len(args.data) > 1 and not args.data[-1].exists():
+        raise UsageError(f"--data {args.data[-1]}: no such folder; a NAME stands before --data")
     corpora = [_corpus(path) for path in args.data or [_meant_corpus(name)]]
     name = name or corpora[0].folder.name
     path = Path(f"{name}.toml")
     if path.exists():
         raise UsageError(f"{path}: is there already; give another NAME, or remove it")
+    if not path.parent.is_dir():
+        raise UsageError(f"{path}: there is no folder {path.parent}; make it, or give another NAME")
     for option, value in (("tokens", args.tokens), ("minutes", args.minutes)):
-        if value < 0 or value != value:
+        if value is not None and not value > 0:
             raise UsageError(f"--{option} {value:g}: must be above 0")
-    wish = Wish(size=args.size, tokens=int(args.tokens), minutes=args.minutes)
+    wish = Wish(size=args.size, tokens=math.ceil(args.tokens or 0), minutes=args.minutes)
     cards = [] if args.gpus else gpus()
     machine = machine_of(args, cards)
     fitted = fit(corpora, _validation(corpora[0]), machine, f"runs/{path.stem}", wish)

@@ -39,7 +39,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "that cannot be; 75 stopped with a checkpoint saved; 1 anything else.",
     )
     made.add_argument("file", metavar="RUN.toml", help="run file")
-    made.add_argument("overrides", nargs="*", metavar="section.key=value", help="override of a key")
+    made.add_argument(
+        "overrides", nargs="*", default=[], metavar="section.key=value", help="override of a key"
+    )
     made.add_argument(
         "--ranks", type=int, default=0, metavar="N",
         help="processes that train; default: one for each GPU, on a CPU the fewest that can",

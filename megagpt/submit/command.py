@@ -79,7 +79,7 @@ def add_facts(parser: argparse.ArgumentParser) -> None:
     """The options of a job on any system."""
     parser.add_argument("file", metavar="RUN.toml", help="run file")
     parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="override of a key"
+        "overrides", nargs="*", default=[], metavar="section.key=value", help="override of a key"
     )
     parser.add_argument("--nodes", type=int, required=True, metavar="N", help="hosts of the job")
     parser.add_argument(

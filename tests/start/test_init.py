@@ -112,7 +112,9 @@ def test_tokens_follow_their_rules(corpora):
         (["--gpus", "-1"], "--gpus -1: must be above 0"),
         (["--gpus", "1", "--gpus-per-node", "0"], "--gpus-per-node 0: must be above 0"),
         (["--minutes", "-1"], "--minutes -1: must be above 0"),
+        (["--minutes", "0"], "--minutes 0: must be above 0"),
         (["--tokens", "nan"], "must be"),
+        (["--tokens", "0"], "--tokens 0: must be above 0"),
         (["--gpus", "1", "--gpu", "v100", "--size", "gpt3-13b"], "nothing works on 1 v100"),
     ],
 )
@@ -121,6 +123,16 @@ def test_what_cannot_be_is_refused_with_what_can(corpora, words, message, capsys
     assert main(["init", "x", *data, *words]) == 2
     assert message in capsys.readouterr().err
     assert not (corpora / "x.toml").exists()
+
+
+def test_a_name_behind_the_corpora_or_in_no_folder_is_refused(corpora, capsys):
+    assert main(["init", "--data", "data/mine", "x"]) == 2
+    assert "--data x: no such folder; a NAME stands before --data" in capsys.readouterr().err
+    assert main(["init", "runs/x", "--data", "data/mine"]) == 2
+    assert "runs/x.toml: there is no folder runs; make it" in capsys.readouterr().err
+    (corpora / "runs").mkdir()
+    assert main(["init", "runs/x", "--data", "data/mine", "--tokens", "999.5"]) == 0
+    assert "total_tokens = 1_000 " in (corpora / "runs/x.toml").read_text()
 
 
 def test_a_corpus_is_found_or_asked_for(corpora, monkeypatch, capsys):
@@ -134,7 +146,8 @@ def test_a_corpus_is_found_or_asked_for(corpora, monkeypatch, capsys):
     assert re.search(r"data/other: \d+ tokens are too few", capsys.readouterr().err)
     monkeypatch.chdir(corpora / "data")
     assert main(["init"]) == 2
-    assert "tokenize_corpus.py TEXT... --output data/NAME" in capsys.readouterr().err
+    command = "tokenize_corpus.py TEXT... --output data/NAME --validation-fraction 0.1"
+    assert f"{command} --validation-by-place" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", [".", "../mine/shards/.."])
