@@ -19,12 +19,14 @@ class ForeignModel:
     config: dict[str, Any]
     """As a config.json of transformers says it; model_type may be NANOGPT."""
     names: frozenset[str]
-    read: Callable[[str], Tensor]
-    """Name -> tensor as it is stored."""
+    read: Callable[[str], Any]
+    """Name -> tensor as it is stored; of a pickle it may be anything."""
 
     def fp32(self, name: str) -> Tensor:
         """A tensor in fp32. Raises UsageError for one of whole numbers, which is quantised."""
         found = self.read(name)
+        if not isinstance(found, Tensor):
+            raise UsageError(f"{self.path}: {name} is {type(found).__name__}: must be a tensor")
         if not found.is_floating_point():
             raise UsageError(f"{self.path}: {name} is of {found.dtype}: must be of a float type")
         return found.float()
@@ -34,7 +36,7 @@ def json_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises DamageError when there is none."""
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DamageError(f"{path}: not readable as JSON ({error}); copy it again") from None
     if not isinstance(tree, dict):
         raise DamageError(f"{path}: not a JSON object; copy it again")

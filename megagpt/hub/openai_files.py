@@ -113,6 +113,9 @@ def openai_gpt1(folder: Path) -> ForeignModel:
         ends = np.cumsum([int(np.prod(shape)) for shape in shapes])
         if ends[-1] != flat.size:
             raise ValueError(f"its shapes tell of {ends[-1]} numbers, its files hold {flat.size}")
+        if len(shapes) % 12 != 2 or min(map(len, shapes)) < 1 or min(map(min, shapes)) < 1:
+            raise ValueError("its shapes are not those of two embeddings and 12 tensors a layer")
+        n_ctx, d_model = shapes[0]
         values = np.split(flat, ends[:-1])
     except (OSError, ValueError, TypeError, IndexError) as error:
         raise DamageError(
@@ -124,7 +127,6 @@ def openai_gpt1(folder: Path) -> ForeignModel:
         else torch.from_numpy(value.reshape(shape))
         for name, value, shape in zip(_gpt1_names(len(shapes)), values, shapes, strict=True)
     }
-    n_ctx, d_model = shapes[0]
     return ForeignModel(
         path=folder,
         config={

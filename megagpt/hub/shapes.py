@@ -88,7 +88,7 @@ def read_config(theirs: Mapping[str, Any], name: str) -> ModelConfig:
     values = {**_DEFAULTS[kind], **theirs}
     sizes: dict[str, Any] = {ours: _size(values, keys, name) for ours, keys in _SIZES.items()}
     _refuse(kind, values, sizes["d_model"], name)
-    more: dict[str, Any] = {"dropout": _dropout(values)}
+    more: dict[str, Any] = {"dropout": _dropout(values, name)}
     if kind == "gpt_neo":
         more |= _bands(values, sizes["n_layer"], name)
     if kind == "openai-gpt":
@@ -149,12 +149,15 @@ def _refuse(kind: str, values: Mapping[str, Any], d_model: int, name: str) -> No
             )
 
 
-def _dropout(values: Mapping[str, Any]) -> float:
+def _dropout(values: Mapping[str, Any], name: str) -> float:
     """The three rates, where they are one; 0 where they differ. It never changes the logits."""
     keys = _NEO_DROPOUTS if values["model_type"] == "gpt_neo" else _DROPOUTS
     # nanoGPT has one rate alone.
-    rates = {values.get(key, values.get("dropout", 0.0)) for key in keys}
-    return float(rates.pop()) if len(rates) == 1 else 0.0
+    rates = [values.get(key, values.get("dropout", 0.0)) for key in keys]
+    for key, rate in zip(keys, rates, strict=True):
+        if not isinstance(rate, int | float):
+            raise UsageError(f"{name}: {key} = {rate!r}: must be a number")
+    return float(rates[0]) if len(set(rates)) == 1 else 0.0
 
 
 def _bands(values: Mapping[str, Any], n_layer: int, name: str) -> dict[str, Any]:

@@ -112,7 +112,7 @@ def _file_of(folder: Path) -> dict[str, str]:
     files: dict[str, str] = {}
     for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
         if not files and (folder / index).exists():
-            files = json_object(folder / index).get("weight_map", {})
+            files = json_object(folder / index).get("weight_map") or {}
     for single in ("model.safetensors", "pytorch_model.bin"):
         if not files and (folder / single).exists():
             files = dict.fromkeys(_names(folder / single), single)
@@ -120,8 +120,8 @@ def _file_of(folder: Path) -> dict[str, str]:
         raise UsageError(
             f"{folder}: holds no model.safetensors or pytorch_model.bin, whole or in shards"
         )
-    for file in set(files.values()):
-        if Path(file).name != file:
+    for file in files.values():
+        if not isinstance(file, str) or Path(file).name != file:
             raise DamageError(f"{folder}: its index names {file!r}, which is no file of the folder")
     return files
 
@@ -150,8 +150,14 @@ def _pickled(path: Path) -> dict[str, Any]:
     except (OSError, RuntimeError, ValueError, EOFError) as error:
         reason = str(error).splitlines()[0]
         raise DamageError(f"{path}: not readable ({reason}); copy it again") from None
+    return _table(tree, path)
+
+
+def _table(tree: Any, path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise UsageError(f"{path}: holds {type(tree).__name__}, not a table of tensors")
+    if strange := [key for key in tree if not isinstance(key, str)]:
+        raise UsageError(f"{path}: has the key {strange[0]!r}, which names no tensor")
     return tree
 
 
@@ -162,7 +168,7 @@ def _nanogpt(path: Path) -> ForeignModel:
     """ckpt.pt, as nanoGPT's train.py saves it: {"model", "model_args", ...}."""
     tree = _pickled(path)
     try:
-        state, args = tree["model"], dict(tree["model_args"])
+        state, args = _table(tree["model"], path), dict(tree["model_args"])
         args["n_positions"] = args.pop("block_size")
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{path}: no ckpt.pt of nanoGPT ({error} is missing)") from None

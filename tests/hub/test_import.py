@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -197,14 +198,21 @@ def test_damaged_files_are_named(tmp_path):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(UsageError, match="tensors are not those of the model"):
         import_model(str(folder), tmp_path / "in")
+    index = {"weight_map": {"wte.weight": 1}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(DamageError, match="its index names 1, which is no file of the folder"):
+        import_model(str(folder), tmp_path / "in")
+    index = {"weight_map": {"wte.weight": "absent.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(DamageError, match="wte.weight is not readable"):
         open_foreign(str(folder)).read("wte.weight")
     (folder / "config.json").write_text("[]")
     with pytest.raises(DamageError, match="config.json: not a JSON object"):
         import_model(str(folder), tmp_path / "in")
-    (folder / "config.json").write_text("{")
-    with pytest.raises(DamageError, match="config.json: not readable as JSON"):
-        import_model(str(folder), tmp_path / "in")
+    for broken in ("{", "[" * 100_000):
+        (folder / "config.json").write_text(broken)
+        with pytest.raises(DamageError, match="config.json: not readable as JSON"):
+            import_model(str(folder), tmp_path / "in")
 
 
 # --- the other classes ----------------------------------------------------------------------------
@@ -257,6 +265,12 @@ def test_gpt1_of_transformers_and_of_openai(tmp_path):
     for name in ("openai", "theirs"):
         import_model(str(tmp_path / name), tmp_path / f"{name}-in", tokenizer="bytes")
         same_logits(tmp_path / f"{name}-in", model)
+    shapes = tmp_path / "openai" / "params_shapes.json"
+    whole = shapes.read_text()
+    shapes.write_text(json.dumps([[sum(math.prod(shape) for shape in json.loads(whole))]]))
+    with pytest.raises(DamageError, match="its shapes are not those of two embeddings and 12"):
+        import_model(str(tmp_path / "openai"), tmp_path / "other")
+    shapes.write_text(whole)
     (tmp_path / "openai" / "params_9.npy").unlink()
     with pytest.raises(DamageError, match="not OpenAI's files of GPT-1 .its shapes tell of"):
         import_model(str(tmp_path / "openai"), tmp_path / "other")
@@ -302,6 +316,18 @@ def test_nanogpt_is_refused_where_it_is_none(tmp_path):
         import_model(str(path), tmp_path / "in")
     torch.save({"model": Bundle}, path)
     with pytest.raises(UsageError, match="holds more than tensors and plain values"):
+        import_model(str(path), tmp_path / "in")
+    torch.save({"model": {3: torch.zeros(1)}, "model_args": {"block_size": 1}}, path)
+    with pytest.raises(UsageError, match="ckpt.pt: has the key 3, which names no tensor"):
+        import_model(str(path), tmp_path / "in")
+    nano(path, True, dropout=None)
+    with pytest.raises(UsageError, match="resid_pdrop = None: must be a number"):
+        import_model(str(path), tmp_path / "in")
+    nano(path, True)
+    tree = torch.load(path)
+    tree["model"]["_orig_mod.transformer.wte.weight"] = "x"
+    torch.save(tree, path)
+    with pytest.raises(UsageError, match="transformer.wte.weight is str: must be a tensor"):
         import_model(str(path), tmp_path / "in")
     torch.save([1], path)
     with pytest.raises(UsageError, match="holds list, not a table of tensors"):
