@@ -19,19 +19,20 @@ from megagpt.engine.engine import Engine
 from megagpt.engine.slices import OptimizerState
 from megagpt.errors import MegagptError, UsageError
 from megagpt.model import initial_value
+from megagpt.tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
 
 
-def start_from(config: RunConfig, engine: Engine, vocabulary: str) -> dict[str, Any]:
+def start_from(config: RunConfig, engine: Engine, tokenizer: tuple[str, str]) -> dict[str, Any]:
     """Fills the engine with the weights at `config.init_from`; all ranks call it together.
 
-    `vocabulary`: fingerprint of the training data's tokenizer, "" where it is not known. Returns
+    `tokenizer`: name and fingerprint of the training data's, "" where it is not known. Returns
     what run.json keeps: path, sha256, step and tokens. Raises, on every rank, UsageError for
     weights of another model or tokenizer and for none, DamageError for damaged ones.
     """
     weights = _opened(Path(config.init_from), engine)
-    _refuse(weights, config.model, vocabulary)
+    _refuse(weights, config.model, tokenizer)
     name, whole = "", torch.empty(0)
     for piece in engine.slices():
         kind, part, parts = piece.split.kind, piece.split.part, piece.split.parts
@@ -46,11 +47,11 @@ def start_from(config: RunConfig, engine: Engine, vocabulary: str) -> dict[str, 
     return facts | {key: weights.facts[key] for key in ("step", "tokens")}
 
 
-def check_start(config: RunConfig, vocabulary: str) -> Weights:
+def check_start(config: RunConfig, tokenizer: tuple[str, str]) -> Weights:
     """The weights at `config.init_from`, unread but for what they say of themselves. Raises
     UsageError where start_from would refuse them."""
     weights = open_weights(Path(config.init_from), compare=False)
-    _refuse(weights, config.model, vocabulary)
+    _refuse(weights, config.model, tokenizer)
     return weights
 
 
@@ -64,7 +65,7 @@ def _opened(path: Path, engine: Engine) -> Weights:
     return open_weights(folder, compare=False)
 
 
-def _refuse(weights: Weights, model: ModelConfig, vocabulary: str) -> None:
+def _refuse(weights: Weights, model: ModelConfig, tokenizer: tuple[str, str]) -> None:
     """Raises UsageError for weights of another model or tokenizer; says what differs else."""
     old = weights.config.model
     if problems := _differences(old, model):
@@ -73,12 +74,11 @@ def _refuse(weights: Weights, model: ModelConfig, vocabulary: str) -> None:
             + "\n".join(f"  - {problem}" for problem in problems)
             + "\nset these keys of [model] to what they are there"
         )
-    known = weights.facts["vocabulary"]
     same_size = old.vocab_size == model.vocab_size
-    if same_size and known and vocabulary not in ("", known):
+    if problem := _other_tokenizer(weights, tokenizer, same_size):
         raise UsageError(
             f"init_from: the weights of {weights.folder} were trained with another tokenizer than "
-            "the corpora of data.train, though as large; prepare the corpora with "
+            f"the corpora of data.train, {problem}; prepare the corpora with "
             f"{weights.facts['tokenizer']!r}"
         )
     log.info("starting from %s (step %s)", weights.folder, f"{weights.facts['step']:,}")
@@ -90,6 +90,24 @@ def _refuse(weights: Weights, model: ModelConfig, vocabulary: str) -> None:
     if not same_size:
         added = model.vocab_size - old.vocab_size
         log.info("model.vocab_size: %d rows of the embedding begin at random", added)
+
+
+def _other_tokenizer(weights: Weights, tokenizer: tuple[str, str], same_size: bool) -> str:
+    """Why the ids of the corpora mean something else than those of the weights; "" where they do
+    not, as far as is known: a larger tokenizer has every token of the weights' under its id."""
+    known, (name, vocabulary) = weights.facts["vocabulary"], tokenizer
+    if not known or vocabulary in ("", known):
+        return ""
+    if same_size:
+        return "though as large"
+    try:
+        old, new = weights.tokenizer(), load_tokenizer(name, vocabulary)
+    except MegagptError:  # one of them is not to be had here
+        return ""
+    tables = ((e._mergeable_ranks.items(), e._special_tokens.items()) for e in (old, new))
+    if all(few <= many for few, many in zip(*tables, strict=True)):
+        return ""
+    return "whose ids mean other text, and not only more of it"
 
 
 def _differences(old: ModelConfig, new: ModelConfig) -> list[str]:
@@ -106,7 +124,8 @@ def _differences(old: ModelConfig, new: ModelConfig) -> list[str]:
     found = [key for key in keys if getattr(old, key) != getattr(new, key)]
     if old.n_layer == new.n_layer:
         bands = [[model.band(i) for i in range(new.n_layer)] for model in (old, new)]
-        found += ["attention", "band_width"] if bands[0] != bands[1] else []
+        keys = ["attention", "band_width"] if bands[0] != bands[1] else []
+        found += [key for key in keys if getattr(old, key) != getattr(new, key)]
     return [f"model.{key}: {getattr(old, key)!r} -> {getattr(new, key)!r}" for key in found]
 
 

@@ -89,6 +89,7 @@ def _start(config: RunConfig) -> Iterator[str]:
         yield f"init_from = {path!r}: not on this machine, so it is not looked at"
         return
     there = all((Path(source.path) / MANIFEST).exists() for source in config.data.train)
-    vocabulary = training_loader(config).tokenizer_fingerprint if there else ""
-    facts = check_start(config, vocabulary).facts
+    loader = training_loader(config) if there else None
+    tokenizer = (loader.tokenizer_name, loader.tokenizer_fingerprint) if loader else ("", "")
+    facts = check_start(config, tokenizer).facts
     yield f"init_from = {path!r}: weights of step {facts['step']:,} are there and fit the model"

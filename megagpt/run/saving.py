@@ -103,8 +103,8 @@ class Checkpoints:
         known = self.loader.known_fingerprints
         saved = resume(self.folder, self.config, self.engine, known, allow_changes)
         if saved is None and self.config.init_from:
-            vocabulary = self.loader.tokenizer_fingerprint
-            self.init_from = start_from(self.config, self.engine, vocabulary)
+            tokenizer = self.loader.tokenizer_name, self.loader.tokenizer_fingerprint
+            self.init_from = start_from(self.config, self.engine, tokenizer)
         return saved
 
     def _set_aside(self, problems: list[str]) -> None:

@@ -1,7 +1,9 @@
 """init_from: a new run that starts from weights which are there, under any layout."""
 
+import dataclasses
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -9,10 +11,12 @@ import torch
 
 from megagpt.checkpoint import list_checkpoints
 from megagpt.checkpoint.export import load_model, open_weights
+from megagpt.checkpoint.start import check_start
 from megagpt.cluster.ranks import Ranks
 from megagpt.cluster.stop import StopRequest
 from megagpt.config import load_run
 from megagpt.errors import DamageError, UsageError
+from megagpt.files import write_file
 from megagpt.hub.exporting import write_export
 from megagpt.hub.importing import import_model
 from megagpt.log import read_metrics
@@ -21,6 +25,9 @@ from megagpt.model import initial_value
 from megagpt.order.loader import training_loader
 from megagpt.plan.ds_config import read_ds_config, resolve
 from megagpt.plan.layout import layout_of
+from megagpt.tokenizer import fingerprint, load_tokenizer
+from megagpt.tokenizer.portable import described
+from megagpt.use.dialogue import with_turns
 from tests.lib.corpus import run_file
 from tests.lib.distributed import free_port, group_of_one, run_together, steps
 from tests.lib.reshape import train
@@ -142,7 +149,7 @@ def test_a_resume_does_not_read_the_weights_again(root):
         ("model.n_head=4", "model.n_head: 2 -> 4"),
         ("model.d_model=64", "model.d_model: 32 -> 64"),
         ("model.n_ctx=64", "model.n_ctx: 32 -> 64"),
-        ("model.band_width=4", "model.band_width: 8 -> 4"),
+        ("model.band_width=4", "asked):\n  - model.band_width: 8 -> 4\nset"),
         ('model.attention=["dense"]', "model.attention: "),
         ('model.activation="gelu"', "model.activation: 'gelu_tanh' -> 'gelu'"),
     ],
@@ -162,6 +169,19 @@ def test_damaged_weights_another_tokenizer_and_no_weights_are_refused(root):
     weights_folder(root / "other", config, "bytes", vocabulary="of another tokenizer")
     with pytest.raises(UsageError, match="were trained with another tokenizer"):
         go(root, "two", f'init_from="{root / "other"}"')
+    few, more = load_tokenizer("bytes"), with_turns(load_tokenizer("bytes"))
+    known = root / "known"
+    weights_folder(known, config, "bytes", vocabulary=fingerprint(few))
+    write_file(root / "turns.json", described(more))
+    start = dataclasses.replace(load_run(root / "run.toml"), init_from=str(known))
+    for name, size, told in (
+        (str(root / "turns.json"), more.n_vocab, ""),
+        ("gpt2", 50257, "whose ids mean other text, and not only more of it; prepare the corpora"),
+    ):
+        larger = dataclasses.replace(start, model=dataclasses.replace(config, vocab_size=size))
+        tokenizer = name, fingerprint(load_tokenizer(name))
+        with pytest.raises(UsageError, match=told) if told else nullcontext():
+            check_start(larger, tokenizer)
     index.write_text(index.read_text().replace('"step": 0', '"step": 1'))
     with pytest.raises(DamageError, match="its checksum is not that of its content"):
         go(root, "three")
