@@ -186,6 +186,8 @@ def _file(path: Path, size: int, draw: np.random.Generator | None = None) -> NDA
 
     try:
         with Image.open(path) as image:
+            if image.mode[0] in "IF":  # Pillow would cut every number off at 255
+                raise UsageError(f"{path}: has more than 8 bits a pixel ({image.mode}); give it 8")
             whole = image.convert("RGBA")
     except (OSError, ValueError, SyntaxError) as error:
         raise DamageError(f"{path}: not an image that Pillow reads ({error})") from None
@@ -224,6 +226,10 @@ def sampled(found: list[Block], fraction: float, seed: int) -> NDArray[np.uint8]
         if total > PIXELS:
             pixels = pixels[draw.random(len(pixels)) < PIXELS / total]
         parts.append(pixels)
+    if not any(len(pixels) for pixels in parts):
+        raise UsageError(
+            f"--validation-fraction {fraction}: leaves no image for the training split; lower it"
+        )
     return np.concatenate(parts)
 
 
@@ -288,7 +294,9 @@ def work(args: argparse.Namespace) -> int:
         )
     if args.copies < 1:
         raise UsageError(f"--copies {args.copies}: must be 1 or more")
-    found = list(blocks(args.source, args.size))
+    found = [block for block in blocks(args.source, args.size) if block.images.size]
+    if not any(block.split == "train" for block in found):
+        raise UsageError(f"{args.source}: holds no images to train on")
     if args.copies > 1 and not args.field and not (found[0].paths and args.size):
         raise UsageError(
             f"--copies {args.copies}: needs --field, or a folder of files and the --size of crops"

@@ -17,8 +17,9 @@ def check_vocabulary(config: RunConfig, loaders: "Sequence[TokenLoader]") -> Non
     another tokenizer than those of the first loader."""
     first = loaders[0].stores[0].manifest
     for loader in loaders:
+        for store in loader.stores:
+            check_kind(config.model, store.manifest)
         manifest = loader.stores[0].manifest
-        check_kind(config.model, manifest)
         if manifest.vocab_size != config.model.vocab_size:
             raise UsageError(
                 f"{manifest.folder}: its tokenizer {manifest.tokenizer!r} has "

@@ -152,6 +152,10 @@ def test_models_and_corpora_of_images_go_together_alone(images: Path, tmp_path: 
         check_vocabulary(placeholder_run(wanted), [text])
     with pytest.raises(UsageError, match="images behind a start vector, which model.family = .gpt"):
         check_vocabulary(placeholder_run(ModelConfig(**shape, vocab_size=20)), [pictures])
+    prepare(tmp_path / "ids", records=[[0] * 17], vocabulary=20)
+    mixed = TokenLoader([(tmp_path / n, 1.0) for n in ("images", "ids")], 16, 0)
+    with pytest.raises(UsageError, match="ids: its windows begin with any token"):
+        check_vocabulary(placeholder_run(image), [mixed])
 
 
 # --- augmentation --------------------------------------------------------------------------------
@@ -328,6 +332,10 @@ def test_hostile_and_broken_inputs_are_named(tmp_path: Path) -> None:
     np.save(tmp_path / "float.npy", np.zeros((2, 4, 4)))
     np.save(tmp_path / "flat.npy", np.zeros((2, 4, 5), np.uint8))
     np.savez(tmp_path / "other.npz", pictures=np.zeros((2, 4, 4), np.uint8))
+    np.save(tmp_path / "none.npy", np.zeros((0, 4, 4), np.uint8))
+    np.save(tmp_path / "one.npy", np.zeros((1, 4, 4), np.uint8))
+    (tmp_path / "deep").mkdir()
+    Image.fromarray(np.full((4, 4), 300, np.uint16)).save(tmp_path / "deep/a.png")
     (tmp_path / "sizes").mkdir()
     for size in (4, 8):
         Image.new("RGB", (size, size)).save(tmp_path / f"sizes/{size}.png")
@@ -339,9 +347,14 @@ def test_hostile_and_broken_inputs_are_named(tmp_path: Path) -> None:
         (tmp_path / "flat.npy", 2, "shape (2, 4, 5, 1): must be (N, S, S)"),
         (tmp_path / "other.npz", 3, "no arrays of images ("),
         (tmp_path / "sizes", 2, "sizes: images of several sizes; choose one with --size"),
+        (tmp_path / "deep", 2, "a.png: has more than 8 bits a pixel (I;16); give it 8"),
+        (tmp_path / "none.npy", 2, "none.npy: holds no images to train on"),
+        (tmp_path / "one.npy", 2, "leaves no image for the training split; lower it"),
         ("nothing", 2, "nothing: neither `digits` nor a folder of images"),
     ):
-        made = script("images", source, "--output", tmp_path / "out")
+        fraction = 0.9999999999 if source == tmp_path / "one.npy" else 0.04
+        words = ["--output", tmp_path / "out", "--validation-fraction", fraction]
+        made = script("images", source, *words)
         assert made.returncode == code and why in made.stderr, made.stderr
     made = script("images", "digits", "--validation-fraction", 1, "--output", tmp_path / "out")
     assert made.returncode == 2 and "--validation-fraction 1.0: must be" in made.stderr
