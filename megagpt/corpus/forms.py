@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megagpt.corpus.records import Masked
+from megagpt.errors import UsageError
 
 Text = Sequence[int]
 """Ids of a tokenizer, without END-OF-DOCUMENT."""
@@ -25,7 +26,10 @@ Text = Sequence[int]
 
 @dataclass(frozen=True)
 class Forms:
-    """Writes samples. Texts that do not fit are cut at their end; two share the room evenly."""
+    """Writes samples. Texts that do not fit are cut at their end; two share the room evenly.
+
+    Raises UsageError for a length without room for a token of each text, and ids of no tokenizer.
+    """
 
     tokens: int
     """Ids of the tokenizer; the three of the forms stand behind them."""
@@ -79,7 +83,17 @@ class Forms:
 
     def _part(self, texts: Sequence[Text]) -> list[int]:
         room = (self.length - 1 - len(texts)) // len(texts)
+        if room < 1:
+            raise UsageError(
+                f"length {self.length}: has no room for {len(texts)} texts between their tokens; "
+                f"must be {1 + 2 * len(texts)} or more"
+            )
         row = [self.start]
         for text in texts:
+            if wrong := [id_ for id_ in text if not 0 <= id_ < self.tokens]:
+                raise UsageError(
+                    f"a text holds the id {wrong[0]}; a tokenizer of {self.tokens} tokens has 0 to "
+                    f"{self.tokens - 1}, and those behind are of the forms"
+                )
             row += [*text[:room], self.delimiter]
         return [*row[:-1], self.extract]

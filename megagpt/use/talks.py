@@ -8,7 +8,8 @@ A line of JSON is a dialogue, as OpenAI's fine-tuning or ShareGPT writes it:
     {"conversations": [{"from": "human", "value": "Hi."}, {"from": "gpt", "value": "Hello!"}]}
 
 Each becomes a document, its turns between tokens of their own. What an assistant says is scored,
-with the token that ends it; an answer with "weight": 0 is read alone, as with OpenAI.
+with the token that ends it, and END-OF-DOCUMENT behind a last answer; an answer with "weight": 0 is
+read alone, as with OpenAI.
 """
 
 import json
@@ -82,7 +83,9 @@ def _talk(data: Any) -> Talk:
             raise ValueError(f"{content} of a turn is {type(text).__name__}: must be a text")
         said = SPEAKERS[speaker]
         talk.turns.append((said, text))
-        talk.scored.append(said == "assistant" and found.get("weight", 1) != 0)
+        if (weight := found.get("weight", 1)) not in (0, 1):
+            raise ValueError(f"weight of a turn is {weight!r}: must be 0 or 1")
+        talk.scored.append(said == "assistant" and weight != 0)
     return talk
 
 

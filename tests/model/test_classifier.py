@@ -54,6 +54,10 @@ def test_the_forms_are_the_papers():
     assert FORMS.entailment(long, long, 0).ids.tolist()[:8] == [
         start, 10, 11, delimiter, 10, 11, extract, 0,
     ]  # fmt: skip
+    with pytest.raises(UsageError, match="length 4: has no room for 2 texts .*must be 5 or more"):
+        Forms(tokens=20, length=4).entailment([1], [2], 0)
+    with pytest.raises(UsageError, match="a text holds the id 22; a tokenizer of 20 tokens has 0"):
+        FORMS.classification([1, extract], 0)
 
 
 def samples(config: ModelConfig) -> list[Masked]:

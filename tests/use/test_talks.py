@@ -118,6 +118,7 @@ def test_what_is_no_dialogue_is_named_by_its_line(tmp_path):
         ({"messages": []}, "its messages are no list of turns"),
         ({"messages": [1]}, "role is None: must be one of system, user, assistant, developer"),
         ({"messages": [{"role": "tool", "content": ""}]}, "role is 'tool': must be one of"),
+        ({"messages": [OPENAI[2] | {"weight": 0.5}]}, "weight of a turn is 0.5: must be 0 or 1"),
         ({"conversations": [{"from": "gpt", "value": [1]}]}, "value of a turn is list: must be a"),
     ):
         file = written(tmp_path / "a.jsonl", {"messages": OPENAI}, wrong)
