@@ -160,12 +160,12 @@ train_in_job() {
   # Where the run file was read by srun, that was the job's first step.
   case ${READER:-} in srun*) nth=1 ;; esac
   mkdir -p "$folder"
-  blame_lost "$folder"
+  blame_lost "$folder" "$id"
   # A start that had no time to leave hosts out.
-  if slurm_hosts | grep -qxF -f <(new_failed_hosts "$folder") && again "$id" "$folder"; then
+  if slurm_hosts | grep -qxF -f <(new_failed_hosts "$folder" "$id") && again "$id" "$folder"; then
     exit 75
   fi
-  echo "$(date +%s) $(slurm_hosts | paste -sd ' ')" > "$folder/.start"
+  echo "$id $(date +%s) $(slurm_hosts | paste -sd ' ')" > "$folder/.start"
   if [ -z "${asked:-}" ] && [ "$DOCTOR" = 1 ]; then
     examine "$folder" "$@" && nth=$((nth + 1)) || code=1
   fi

@@ -19,12 +19,12 @@ failed_hosts() {
   awk -v most="$EXCLUDE_AFTER" '++n[$1] == most { print $1 }' "$1/failed_hosts.txt"
 }
 
-# new_failed_hosts FOLDER: the same, unless there are too few hosts without them, or SLURM was told of
-# them before.
+# new_failed_hosts FOLDER ID: the same, unless there are too few hosts without them, or SLURM was told
+# of them for this job before.
 new_failed_hosts() {
   local failed others
   failed=$(failed_hosts "$1" | sort)
-  [ -n "$failed" ] && [ "$failed" != "$(cat "$1/.left_out" 2> /dev/null)" ] || return 0
+  [ -n "$failed" ] && [ "$2 $(echo "$failed" | paste -sd ,)" != "$(cat "$1/.left_out" 2> /dev/null)" ] || return 0
   others=$(sinfo -h -N -p "$SLURM_JOB_PARTITION" -t idle,alloc,mix,comp -o %N | sort -u \
     | comm -23 - <(echo "$failed") | wc -l)
   if [ "$others" -ge "$SLURM_JOB_NUM_NODES" ]; then
@@ -38,24 +38,28 @@ new_failed_hosts() {
 # is the culprit: srun ends the others, by TERM and then by KILL. A task that ended by itself may
 # have waited in vain for another, so it is none.
 blame_by_srun() {
-  local line
+  local line host
   while read -r line; do
     if [[ $line =~ ^srun:\ error:\ Node\ failure\ on\ ([A-Za-z0-9_.-]+)$ ]]; then
       blame "$1" "${BASH_REMATCH[1]}" "lost, says SLURM"
       return
-    elif [[ $line =~ ^srun:\ error:\ ([A-Za-z0-9_.-]+):\ task\ [0-9]+:\ (.*)$ ]]; then
-      case ${BASH_REMATCH[2]} in Exited* | Terminated*) return ;; esac
-      blame "$1" "${BASH_REMATCH[1]}" "a rank ended: ${BASH_REMATCH[2]}"
+    elif [[ $line =~ ^srun:\ error:\ ([^:\ ]+):\ tasks?\ [0-9,-]+:\ (.*)$ ]]; then
+      host=${BASH_REMATCH[1]} line=${BASH_REMATCH[2]}
+      case $line in Exited* | Terminated*) return ;; esac
+      # Of several hosts in one line none is known to be the first.
+      case $host in *[!A-Za-z0-9_.-]*) return ;; esac
+      blame "$1" "$host" "a rank ended: $line"
       return
     fi
   done < "$2"
 }
 
-# blame_lost FOLDER: hosts whose SLURM has started anew since a start of this job that ended without a
-# word, because its own script was on the host that was lost.
+# blame_lost FOLDER ID: hosts whose SLURM has started anew since a start of this job that ended without
+# a word, because its own script was on the host that was lost. Since a start of an earlier job a site
+# may have renewed all of its hosts.
 blame_lost() {
-  local began hosts host since
-  [ -r "$1/.start" ] && read -r began hosts < "$1/.start" || return 0
+  local of began hosts host since
+  [ -r "$1/.start" ] && read -r of began hosts < "$1/.start" && [ "$of" = "$2" ] || return 0
   for host in $hosts; do
     since=$(scontrol show node "$host" | sed -n 's/.*SlurmdStartTime=\([^ ]*\).*/\1/p')
     since=$(date -d "$since" +%s 2> /dev/null) || continue
@@ -66,12 +70,11 @@ blame_lost() {
 # leave_out FOLDER ID: the waiting job ID gets no host that failed too often.
 leave_out() {
   local failed given
-  failed=$(new_failed_hosts "$1")
+  failed=$(new_failed_hosts "$1" "$2" | paste -sd ,)
   [ -n "$failed" ] || return 0
-  echo "$failed" > "$1/.left_out"
-  failed=$(echo "$failed" | paste -sd ,)
+  echo "$2 $failed" > "$1/.left_out"
   # What the job was submitted with stays.
-  given=$(scontrol show job "$2" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p' | grep -v null)
+  given=$(scontrol show job "$2" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p' | grep -vF '(null)')
   scontrol update JobId="$2" ExcNodeList="${given:+$given,}$failed" && echo "left out: $failed"
 }
 
@@ -89,7 +92,7 @@ examine() {
   wait_on "$step"
   sleep 1                                     # for the last lines of the table
   for host in $(slurm_hosts); do
-    if grep -E '^([0-9]+: )?FAIL ' "$table" | grep -qE " ${host}[:,]"; then
+    if grep -E '^([0-9]+: )?FAIL ' "$table" | grep -qE " ${host}(\.[A-Za-z0-9.-]+)?[:,]"; then
       blame "$folder" "$host" "failed the doctor's examination" "$EXCLUDE_AFTER"
       code=1
     fi

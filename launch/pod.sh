@@ -22,5 +22,7 @@ deepspeed --hostfile "$hosts" --no_ssh --node_rank "$node" --master_addr "$addre
 wait_on $!
 case $code in 0 | 2 | 3) exit "$code" ;; esac
 # The first pod counts starts that save nothing, for all; what it ends with ends the job.
-[ "$node" != 0 ] || gets_on "$code" "$folder" "$before" "${HOSTNAME:-pod}" || exit "$((code % 128))"
+if [ "$node" = 0 ] && ! gets_on "$code" "$folder" "$before" "${HOSTNAME:-pod}"; then
+  exit "$((code % 128 ? code % 128 : 1))"
+fi
 exit 138

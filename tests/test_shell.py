@@ -191,6 +191,9 @@ WHO_FAILED = {
     "srun: error: host-a: task 0: Exited with exit code 1\nsrun: error: host-b: task 1: Killed": "",
     "srun: error: host-[a-b]: tasks 0-1: Killed": "",
     "1: srun: error: host-b: task 1: Killed": "",
+    # srun names tasks that ended alike together; what comes later is what it ended itself.
+    "srun: error: host-b: tasks 0-2,7: Killed\nsrun: error: host-a: task 8: Killed": "host-b",
+    "srun: error: host-[a-b]: tasks 0-1: Killed\nsrun: error: host-c: task 2: Killed": "",
 }
 
 
@@ -201,6 +204,39 @@ def test_which_host_a_start_failed_on(job, said, host):
     assert (told.read_text().split()[0] if told.exists() else "") == host
     job.start(f"printf '%s\\n' {shlex.quote(said)} >&2; exit 75")
     assert not told.exists() or len(told.read_text().splitlines()) == 1
+
+
+IN_PARTITION = {"SLURM_JOB_PARTITION": "all", "SLURM_JOB_NUM_NODES": "1"}
+
+
+def test_a_host_that_failed_is_left_out_of_each_job_once(job):
+    (job.folder / "failed_hosts.txt").write_text("host-b x\nhost-a x\nhost-b x\n")
+    job.stands_in("sinfo", "printf 'host-a\\nhost-b\\n'")
+    left_out = []
+    for number in ("7", "7", "8", "8_3"):
+        job.start("exit 1", number, **IN_PARTITION)
+        left_out += [line for line in job.told() if line.startswith("update")]
+    assert left_out == [f"update JobId={job} ExcNodeList=host-b" for job in ("7", "8", "8_3")]
+
+
+@pytest.mark.parametrize(("number", "blamed"), [("7", "host-a"), ("6", "")])
+def test_a_host_that_was_lost_counts_for_the_job_that_it_was_lost_to(job, number, blamed):
+    (job.folder / ".start").write_text(f"{number} 1700000000 host-a\n")
+    job.stands_in("scontrol", 'echo "   SlurmdStartTime=2026-01-01T00:00:00 LastBusyTime=None"')
+    job.start("exit 0")
+    told = job.folder / "failed_hosts.txt"
+    assert (told.read_text().split()[0] if told.exists() else "") == blamed
+
+
+def test_the_doctor_may_know_a_host_by_its_longer_name(job):
+    job.stands_in("scontrol", '[ "$1 $2" != "show hostnames" ] || printf "n1\\nn10\\n"')
+    table = "FAIL  disk  n10.site.org: 3 GB free"
+    script = f'source launch/env.sh; examine "$1" echo {shlex.quote(table)}'
+    more = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1,10]"}
+    path = f"{job.root}/bin:{os.environ['PATH']}"
+    done = run("bash", "-c", script, "job", job.folder, PATH=path, **more)
+    words = (job.folder / "failed_hosts.txt").read_text().split("\n")
+    assert done.returncode == 1 and [line.split()[0] for line in words[:-1]] == ["n10", "n10"]
 
 
 @pytest.fixture

@@ -150,6 +150,7 @@ def run_other(args: argparse.Namespace) -> int:
         lead=lead,
         folder=folder,
         arguments=[args.file, *args.overrides],
+        own_minutes=config.checkpoint.stop_after_minutes,
         queue=args.partition,
         account=args.account,
         options=args.option,

@@ -107,8 +107,15 @@ def _job_set(facts: Facts, pods: Pods, label: str) -> dict[str, Any]:
 
 
 def _name(facts: Facts) -> str:
-    """A name as Kubernetes takes it."""
-    return re.sub(r"[^a-z0-9-]+", "-", facts.name.lower()).strip("-")[:50] or "megagpt"
+    """A name as Kubernetes takes it for a job and its service (RFC 1035): it begins with a letter
+    and ends with none but a letter or digit."""
+    name = re.sub(r"[^a-z0-9-]+", "-", facts.name.lower()).strip("-") or "run"
+    return (name if name[0].isalpha() else f"run-{name}")[:50].rstrip("-")
+
+
+def _literal(word: str) -> str:
+    """A word of a command, of which Kubernetes replaces $(NAME) by a variable, and $$ by $."""
+    return word.replace("$", "$$")
 
 
 def _pod(facts: Facts, pods: Pods, container: str) -> dict[str, Any]:
@@ -122,7 +129,7 @@ def _pod(facts: Facts, pods: Pods, container: str) -> dict[str, Any]:
                 "name": container,
                 "image": pods.image,
                 "workingDir": pods.mount,
-                "command": ["bash", "launch/pod.sh", *facts.arguments],
+                "command": ["bash", "launch/pod.sh", *map(_literal, facts.arguments)],
                 "env": [{"name": key, "value": value} for key, value in values.items()],
                 "resources": {"limits": resources, "requests": resources},
                 "volumeMounts": [

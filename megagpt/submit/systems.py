@@ -36,6 +36,8 @@ class Facts:
     """The run folder, absolute."""
     arguments: Sequence[str]
     """Run file and overrides."""
+    own_minutes: float = 0.0
+    """checkpoint.stop_after_minutes of the run itself; 0: none."""
     queue: str = ""
     account: str = ""
     options: Sequence[str] = ()
@@ -45,6 +47,8 @@ class Facts:
     def words(self) -> list[str]:
         """The run's arguments, with the time after which the ranks save and stop by themselves."""
         minutes = max(1, (self.seconds - START_S) // 60)
+        if 0 < self.own_minutes <= minutes:
+            return list(self.arguments)
         return [*self.arguments, f"checkpoint.stop_after_minutes={minutes}"]
 
     @property

@@ -108,6 +108,30 @@ def test_a_pytorch_job(tmp_path):
         assert {"name": "NODES", "value": "2"} in container["env"]
 
 
+@pytest.mark.parametrize(
+    ("name", "made"),
+    [("1.3b", "run-1-3b"), ("é", "run"), (f"{'a' * 49}.b", "a" * 49), ("-x-", "x")],
+)
+def test_names_that_kubernetes_takes(tmp_path, name, made):
+    tree = json.loads(written("kubernetes", tmp_path, *POD, f"--name={name}"))
+    assert tree["metadata"]["name"] == made and re.fullmatch("[a-z]([a-z0-9-]*[a-z0-9])?", made)
+
+
+def test_words_of_a_command_that_kubernetes_would_replace(tmp_path):
+    tree = json.loads(written("kubernetes", tmp_path, *POD, "log.wandb=$(NODES) $$ $x"))
+    pod = tree["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]
+    # An even number of them in front of a bracket is read as text.
+    assert pod["containers"][0]["command"][-1] == "log.wandb=$$(NODES) $$$$ $$x"
+
+
+def test_a_run_may_stop_earlier_than_its_job(tmp_path):
+    assert shell_words(written("pbs", tmp_path, "checkpoint.stop_after_minutes=90"))[1:] == [
+        "checkpoint.stop_after_minutes=90"
+    ]
+    later = shell_words(written("lsf", tmp_path, "checkpoint.stop_after_minutes=9000"))
+    assert later[-1] == "checkpoint.stop_after_minutes=1437"
+
+
 def test_a_train_job(tmp_path):
     tree = json.loads(written("kubernetes", tmp_path, *POD, "--kind", "TrainJob", "--name", "a_b"))
     runtime, job = tree["items"]
@@ -247,6 +271,11 @@ def test_a_pod_gives_up_as_a_job_does(site):
     site.stands_in("deepspeed", "exit 137")
     ends = [site.run("launch/pod.sh", site.file, RETRIES="1").returncode for _ in range(2)]
     assert ends == [138, 9]
+
+
+def test_a_pod_that_gives_up_never_ends_as_if_it_were_done(site):
+    site.stands_in("deepspeed", "exit 128")
+    assert site.run("launch/pod.sh", site.file, RETRIES="0").returncode == 1
 
 
 def test_several_hosts_until_the_run_is_done(site):
