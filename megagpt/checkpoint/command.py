@@ -78,19 +78,35 @@ def check(args: argparse.Namespace) -> int:
         print(f"{args.folder.absolute().name}  {_verdict(problems, names)}")
         return EXIT_DAMAGE if problems else EXIT_OK
     for folder in record.checkpoints_of(args.folder):
-        problems = verify(folder)
-        damaged = damaged or bool(problems)
-        saved = None if problems else record.read_record(folder)
+        try:
+            saved, line = _examined(folder)
+        except (OSError, DamageError):
+            if folder.exists():
+                raise
+            saved = None
+        if saved is None and not folder.exists():
+            # A run that trains meanwhile keeps only its newest.
+            print(f"{folder.name}  no longer there: its run has removed it meanwhile")
+            continue
+        damaged = damaged or saved is None
         sealed = saved.rollbacks if saved else sealed
-        line = _verdict(problems, record.strangers(folder, saved.files) if saved else [])
-        if not problems and (paths := data_of_another_tokenizer(folder)):
-            line += "; of another tokenizer by now: " + ", ".join(map(repr, paths))
         print(f"{folder.name}  {line}", flush=True)
     if (args.folder / NAME).exists():
         problems = journal_problems(args.folder, sealed)
         damaged = damaged or bool(problems)
         print(f"{NAME}  {_verdict(problems, [])}")
     return EXIT_DAMAGE if damaged else EXIT_OK
+
+
+def _examined(folder: Path) -> tuple[record.CheckpointRecord | None, str]:
+    """The manifest of a checkpoint, None where it is damaged, and what is said of it."""
+    if problems := verify(folder):
+        return None, _verdict(problems, [])
+    saved = record.read_record(folder)
+    line = _verdict([], record.strangers(folder, saved.files))
+    if paths := data_of_another_tokenizer(folder):
+        line += "; of another tokenizer by now: " + ", ".join(map(repr, paths))
+    return saved, line
 
 
 def _verdict(problems: Sequence[str], strangers: Sequence[str]) -> str:

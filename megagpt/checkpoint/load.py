@@ -12,7 +12,7 @@ import torch
 
 from megagpt.checkpoint import record
 from megagpt.checkpoint.record import CONFIG, INDEX, CheckpointRecord
-from megagpt.checkpoint.slice_file import SLICES, SliceReader, rank_of
+from megagpt.checkpoint.slice_file import MOST_PROBLEMS, SLICES, SliceReader, rank_of
 from megagpt.checkpoint.slice_index import index_text
 from megagpt.config import ModelConfig, RunConfig, load_run
 from megagpt.corpus.manifest import MANIFEST, read_manifest
@@ -227,6 +227,7 @@ def _share_problems(folder: Path, opened: _Opened, share: slice) -> list[str]:
 
 def _whole(folder: Path, opened: _Opened, problems: list[str]) -> _Opened:
     """The rest of what every rank has to know of a checkpoint, where its files are whole."""
+    assert opened.saved is not None
     if problems:
         # Of a damaged index every rank has said that it cannot be read.
         return _Opened(problems=list(dict.fromkeys(problems)))
@@ -235,7 +236,10 @@ def _whole(folder: Path, opened: _Opened, problems: list[str]) -> _Opened:
         reader = SliceReader(folder, index=opened.index)
     except DamageError as error:
         return _Opened(problems=[str(error)])
-    problems = reader.problems(shapes_of(config.model))
+    # What the manifest does not name has no checksum, so nothing of it may be read.
+    unknown = sorted(reader.files - {file.name for file in opened.saved.files})
+    problems = [f"{folder / INDEX}: names {name}, but the manifest does not" for name in unknown]
+    problems = problems[:MOST_PROBLEMS] or reader.problems(shapes_of(config.model))
     index = index_text(reader.parameters) if opened.index is None else opened.index
     return replace(opened, problems=problems, config=config, index=index)
 

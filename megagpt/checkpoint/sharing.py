@@ -50,6 +50,11 @@ def load_shared(
     encoding = weights.tokenizer()
     prepare_environment(ranks, os.environ)
     join(ranks)
+    agreed: list[Any] = [weights.folder, seed]
+    dist.broadcast_object_list(agreed, src=0)
+    if agreed[0] != weights.folder:
+        # A run that trains meanwhile has saved between the looks of two ranks.
+        weights = open_weights(agreed[0], compare=ranks.local_rank == 0)
     with torch.device("meta"):
         # None: all ranks. The group itself, held by the model, would outlive leave(), and its
         # threads would now and then abort the process at exit.
@@ -62,9 +67,7 @@ def load_shared(
         return split.take(whole, kind, ranks.rank, ranks.world)
 
     filled(model, "cuda" if torch.cuda.is_available() else "cpu", part)
-    agreed = [seed]
-    dist.broadcast_object_list(agreed, src=0)
-    return model, encoding, weights.told(), ranks, agreed[0]
+    return model, encoding, weights.told(), ranks, agreed[1]
 
 
 def shared_config(config: ModelConfig, ranks: int) -> ModelConfig:

@@ -189,11 +189,20 @@ class SliceReader:
         if names is None and index is None:
             names = [file.name for file in read_record(folder).files]
             if INDEX in names:
-                index = (folder / INDEX).read_text()
+                index = self._index_text()
         if index is not None:
             self.parameters = self._of_index(index)
         else:
             self.parameters = self._of_headers([n for n in names or () if SLICES.fullmatch(n)])
+
+    def _index_text(self) -> str:
+        path = self.folder / INDEX
+        try:
+            return path.read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            if isinstance(error, OSError) and error.errno in NO_DAMAGE:
+                raise
+            raise _unreadable(path, error) from None
 
     def _of_index(self, text: str) -> Parameters:
         try:
@@ -230,6 +239,12 @@ class SliceReader:
             if other := [n for n in names if there.get(n) != expected[rank].get(n)]:
                 problems.append(f"{self.folder / file_name(rank)}: {_otherwise(other[0])}")
         return problems
+
+    @property
+    def files(self) -> set[str]:
+        """Names of the files that hold something, by the index or by their headers."""
+        held = self.parameters.values()
+        return {file_name(rank) for rank in {s.rank for one in held for s in one.stretches}}
 
     @property
     def names(self) -> list[str]:

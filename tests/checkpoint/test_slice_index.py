@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import threading
 from pathlib import Path
@@ -9,7 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from megagpt.checkpoint import Saver, list_checkpoints, record, resume, verify
+from megagpt.checkpoint import (
+    CheckpointRecord,
+    Saver,
+    list_checkpoints,
+    record,
+    resume,
+    verify,
+)
 from megagpt.checkpoint.slice_file import SliceReader, write_slices
 from megagpt.checkpoint.slice_index import index_of_packed, index_text, packed, parse_index
 from megagpt.cli import main
@@ -135,3 +143,43 @@ def test_training_does_not_wait_for_the_removal_of_older_checkpoints(
     saver.settle()
     assert not record.unfinished_of(first).exists()
     assert [f.name[-1] for f in list_checkpoints(tmp_path / "new")] == ["2", "3", "4"]
+
+
+def test_an_index_names_no_file_without_a_checksum(run, config, engine, caplog):
+    *_, older, newest = list_checkpoints(run)
+    names = [file.name for file in record.read_record(newest).files]
+    names.remove("rank_00001.safetensors")
+    (newest / "rank_00001.safetensors").rename(newest / "rank_00007.safetensors")
+    tree = json.loads((newest / record.INDEX).read_text())
+    tree["cuts"] = [re.sub(r"\b1:", "7:", cut) for cut in tree["cuts"]]
+    (newest / record.INDEX).write_text(json.dumps(tree))
+    renewed(newest, names)
+    assert "is in no file" in verify(newest)[0]
+    saved = resume(run, config, engine, fingerprint(run))
+    assert saved is not None and saved.step == record.step_of(older)
+    assert "slices.json: names rank_00007.safetensors, but the manifest does not" in caplog.text
+
+
+def test_an_index_that_is_no_text_is_damage(run):
+    newest = list_checkpoints(run)[-1]
+    (newest / record.INDEX).write_bytes(b"\xff{}")
+    renewed(newest, [file.name for file in record.read_record(newest).files])
+    assert "slices.json: not a readable file of slices" in verify(newest)[0]
+
+
+def test_a_checkpoint_that_its_run_removes_meanwhile_is_not_damaged(run, capsys, monkeypatch):
+    first, second, *_ = list_checkpoints(run)
+    read = CheckpointRecord.__init__
+
+    def retiring(self, **facts):
+        read(self, **facts)
+        if facts["step"] == record.step_of(first) and second.exists():
+            second.rename(record.unfinished_of(second))
+
+    monkeypatch.setattr(CheckpointRecord, "__init__", retiring)
+    assert main(["checkpoint", "verify", str(run)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[:2] == [
+        f"{first.name}  whole",
+        f"{second.name}  no longer there: its run has removed it meanwhile",
+    ]

@@ -46,6 +46,30 @@ def test_two_ranks_write_what_one_writes(launcher, tmp_path, capsys):
         assert len(launched(launcher, *words, "--split")) == 4
 
 
+EACH_ITS_OWN = """
+import os, sys
+from pathlib import Path
+import torch
+from megagpt.checkpoint.sharing import leave, load_shared
+from megagpt.cluster.process import end
+own = Path(sys.argv[1]) / ("weights" + os.environ["RANK"])
+print("read:", load_shared(own, torch.float32, 0)[2]["checkpoint"].name, flush=True)
+leave()
+end(0)
+"""
+
+
+def test_ranks_that_see_two_newest_checkpoints_read_one(tmp_path):
+    for rank in range(2):
+        weights_folder(tmp_path / f"weights{rank}", CONFIG, "bytes")
+    (tmp_path / "read.py").write_text(EACH_ITS_OWN)
+    line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    line += [f"--master-port={free_port()}", str(tmp_path / "read.py"), str(tmp_path)]
+    done = subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    said = [row for row in done.stdout.splitlines() if row.startswith("read:")]
+    assert said == ["read: weights0"] * 2, done.stderr
+
+
 def test_what_cannot_be_shared_is_told(tmp_path, capsys):
     weights_folder(tmp_path / "weights", CONFIG, "bytes")
     assert main(["generate", str(tmp_path / "weights"), "--split"]) == 2
