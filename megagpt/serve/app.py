@@ -25,7 +25,7 @@ from megagpt.serve.bodies import (
 )
 from megagpt.serve.gate import Gate, Receive, Scope, Send
 from megagpt.serve.limits import ApiRefusal
-from megagpt.serve.replies import Reply, models, prometheus
+from megagpt.serve.replies import Reply, event, models, prometheus
 from megagpt.use.generator import Continuation
 
 PAGE = Path(__file__).with_name("playground.html")
@@ -55,6 +55,8 @@ class _Events(Response):
                 async for content in self._answer.events(self._ticket, receive):
                     await send({**part, "body": content})
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except asyncio.CancelledError:
+            await send({"type": "http.response.body", "body": event(_stopped().body())})
         finally:
             scheduler.cancel(self._ticket)
 
@@ -183,7 +185,16 @@ async def _respond(answer: Delivery, request: Request) -> Response:
     if answer.wanted.stream:
         return _Events(answer)
     with answer.served.scheduler.made(answer.texts) as ticket:
-        return _json(await answer.whole(ticket, request.receive))
+        try:
+            return _json(await answer.whole(ticket, request.receive))
+        except asyncio.CancelledError:
+            raise _stopped() from None
+
+
+def _stopped() -> ApiRefusal:
+    """What a request is told that is cut off: uvicorn cancels those that are not finished when the
+    time to drain is over."""
+    return ApiRefusal("the server stops, and the texts are not finished", 503, code="stopped")
 
 
 def _completion(served: Served, content: bytes) -> Delivery:

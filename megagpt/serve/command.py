@@ -3,6 +3,7 @@
 import argparse
 import ipaddress
 import logging
+import math
 import os
 import signal
 import socket
@@ -166,7 +167,7 @@ def _listen(
         server_header=False,
         limit_concurrency=CONNECTIONS,
         timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=int(limits.drain_s) + 1,
+        timeout_graceful_shutdown=math.ceil(limits.drain_s),
     )
     server = uvicorn.Server(config)
 

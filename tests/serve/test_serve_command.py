@@ -9,11 +9,13 @@ import socket
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
 import pytest
 
 from megagpt.cli import main
+from megagpt.config.presets import ModelConfig
 from megagpt.errors import UsageError
 from megagpt.serve import command
 from megagpt.serve.app import build_app
@@ -87,6 +89,30 @@ def test_a_key_guards_and_a_signal_drains(tmp_path):
         assert last["finish_reason"] == "length"
         assert server.process.wait(timeout=20) == 0
         assert server.log.read_text().rstrip().endswith("stopped")
+
+
+def test_what_a_signal_cuts_off_is_told_so(tmp_path):
+    config = ModelConfig(n_layer=2, n_head=2, d_model=32, n_ctx=20_000, vocab_size=257)
+    weights_folder(tmp_path / "long", config, "bytes")
+    body = {"model": "long", "prompt": "a", "max_tokens": 19_000, "ignore_eos": True}
+    with (
+        serving(tmp_path / "long", tmp_path / "log", "--drain-s", "1") as server,
+        ThreadPoolExecutor() as pool,
+    ):
+        ask = f"{server.url}/v1/completions"
+        whole = pool.submit(httpx2.post, ask, json=body, timeout=60)
+        with httpx2.stream("POST", ask, json={**body, "stream": True}, timeout=60) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            while "megagpt_texts_unfinished 2" not in httpx2.get(server.url + "/metrics").text:
+                time.sleep(0.05)
+            server.process.send_signal(signal.SIGTERM)
+            last = [line for line in lines if line][-1]
+        for error in (json.loads(last.removeprefix("data: ")), whole.result().json()):
+            assert error["error"]["message"] == "the server stops, and the texts are not finished"
+        assert whole.result().status_code == 503
+        assert server.process.wait(timeout=20) == 0
+    assert "Traceback" not in server.log.read_text()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
