@@ -125,7 +125,12 @@ def _samples(folder: Path, vocabulary: Any, documents: bool) -> tuple[_Samples, 
     if isinstance(vocabulary, tiktoken.Encoding):
         end = end_of_document(vocabulary) if documents else None
         return _Samples(folder, vocabulary.n_vocab, end), fingerprint(vocabulary)
-    return _Samples(folder, int(str(vocabulary)), None), ""  # also one of numpy's
+    if not isinstance(vocabulary, int | np.integer) or isinstance(vocabulary, bool):
+        raise UsageError(
+            f"{folder}: vocabulary {vocabulary!r}: must be a tokenizer's name or file, a palette, "
+            "or the number of ids"
+        )
+    return _Samples(folder, int(vocabulary), None), ""
 
 
 def _written(
@@ -200,8 +205,8 @@ class _Samples:
     def __init__(self, folder: Path, size: int, end: int | None, start: int | None = None) -> None:
         """size: of the vocabulary. end: what follows each document; None for records. start: what
         is put in front of each record; None: nothing."""
-        if size < 1:
-            raise UsageError(f"{folder}: vocabulary {size}: must have at least 1 id")
+        if not 1 <= size < 2**31:
+            raise UsageError(f"{folder}: vocabulary {size}: must have 1 to {2**31 - 1} ids")
         self._folder, self.size, self._end, self._start = folder, size, end, start
         self.length = 0
         """Tokens of each record."""

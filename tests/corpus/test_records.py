@@ -217,7 +217,9 @@ def test_a_manifest_that_contradicts_itself(masked: Path, changes: dict, message
         ({"records": [[1, 2]], "split": "dev"}, "split 'dev': must be train, validation or test"),
         ({"records": [[1, 2]], "vocabulary": Path("absent.json")}, "absent.json"),
         ({"records": [[1, 2]], "vocabulary": np.int64(2)}, "sample 0 holds the id 2"),
-        ({"records": [[1, 2]], "vocabulary": 0}, "vocabulary 0: must have at least 1 id"),
+        ({"records": [[1, 2]], "vocabulary": 0}, "vocabulary 0: must have 1 to 2147483647 ids"),
+        ({"records": [[1, 2]], "vocabulary": 2**31}, "vocabulary 2147483648: must have 1 to"),
+        ({"records": [[1, 2]], "vocabulary": 5.5}, "vocabulary 5.5: must be a tokenizer's name or"),
         ({"documents": [[1, 256]], "vocabulary": "bytes"}, r"sample 0 holds END-OF-DOCUMENT \(256"),
     ],
 )
