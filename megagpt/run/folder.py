@@ -8,8 +8,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from megagpt.checkpoint.record import list_checkpoints, read_record
-from megagpt.config import RunConfig, dump_run
+from megagpt.checkpoint.load import differences
+from megagpt.checkpoint.record import CONFIG, list_checkpoints, read_record
+from megagpt.config import RunConfig, dump_run, load_run
 from megagpt.errors import MegagptError, UsageError
 from megagpt.files import Lock, write_file
 from megagpt.log import RunLog, read_metrics
@@ -78,14 +79,24 @@ def open_log(config: RunConfig, run: RunState, writer: bool) -> RunLog:
     )
 
 
-def finished(config: RunConfig) -> bool:
-    """Whether the run folder's newest checkpoint is the run's end, so that no rank need start."""
+def finished(config: RunConfig, of_any_recipe: bool = False) -> bool:
+    """Whether the run folder's newest checkpoint is the run's end, so that no rank need start. One
+    of another recipe or other data is not: ranks that start refuse it, key by key."""
     folders = list_checkpoints(Path(config.output))
     try:
-        return bool(folders) and read_record(folders[-1]).tokens >= config.schedule.total_tokens
+        if not folders or read_record(folders[-1]).tokens < config.schedule.total_tokens:
+            return False
+        return of_any_recipe or _same_run(load_run(folders[-1] / CONFIG), config)
     except MegagptError:
         # Training names what is damaged, and sets it aside.
         return False
+
+
+def _same_run(saved: RunConfig, asked: RunConfig) -> bool:
+    """Whether recipe and data are the same; how far either goes is no matter."""
+    keys = {change.partition(":")[0] for change in differences(saved, asked)}
+    data = [(config.data.train, config.data.changes) for config in (saved, asked)]
+    return data[0] == data[1] and keys <= {"schedule.total_tokens", "schedule.decay_tokens"}
 
 
 def summary(config: RunConfig) -> str:

@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         # Torch comes with it: not before the run file is known to be sound.
         from megagpt.run.folder import finished, summary
 
-        if finished(config):
+        if finished(config, of_any_recipe=args.allow_changes):
             print(summary(config))
             return EXIT_OK
     for oddity in oddities(config):

@@ -75,6 +75,15 @@ def test_one_process_trains(run_file):
     assert again.returncode == 0 and "run complete" in again.stdout
     assert "1 rank" not in again.stdout
     assert (run_file.parent / "runs/x/metrics.jsonl").read_bytes() == before
+    # With another recipe or other data it is another run, which its place does not hold.
+    write_corpus(run_file.parent / "data/other", sentences(100, 2))
+    for change, word in (
+        ("schedule.peak_lr=2e-3", "schedule.peak_lr: "),
+        ("data.train=[{path='data/other'}]", "data: other shards"),
+    ):
+        other = train(run_file.parent, change)
+        assert other.returncode == 2 and word in other.stderr and "run complete" not in other.stdout
+    assert (run_file.parent / "runs/x/metrics.jsonl").read_bytes() == before
     # Longer: what that does to the learning rate is said first.
     longer = ["schedule.total_tokens=1024"]
     refused = train(run_file.parent, *longer)
