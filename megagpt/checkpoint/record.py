@@ -14,6 +14,7 @@ everything else is the user's, and neither read nor removed.
 """
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -26,6 +27,8 @@ from typing import Any
 from megagpt.errors import DamageError, UsageError
 from megagpt.files import file_sha256, sealed_json, sync_folder, write_file
 from megagpt.tokenizer.portable import FILE
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -261,12 +264,21 @@ def set_aside(folder: Path) -> Path:
 
 
 def remove_unfinished(run: Path) -> list[Path]:
-    """Removes what a crash left half-written; returns the paths removed. One rank calls this."""
+    """Removes what a crash left half-written; returns the paths removed. One rank calls this.
+
+    What cannot be removed (on NFS a folder in which another process has a file open) stays, and is
+    told: it is no checkpoint, and no reason for a run to end.
+    """
     names = sorted(folder_of(run).glob(f"step_*{TEMPORARY}"))
     unfinished = [path for path in names if step_of(path.with_suffix("")) is not None]
+    removed = []
     for path in unfinished:
-        remove(path)
-    return unfinished
+        try:
+            remove(path)
+            removed.append(path)
+        except OSError as error:
+            log.warning("%s is no checkpoint, but stays: %s", path, error.strerror)
+    return removed
 
 
 def remove(path: Path) -> None:

@@ -189,20 +189,11 @@ class SliceReader:
         if names is None and index is None:
             names = [file.name for file in read_record(folder).files]
             if INDEX in names:
-                index = self._index_text()
+                index = (folder / INDEX).read_bytes().decode(errors="replace")
         if index is not None:
             self.parameters = self._of_index(index)
         else:
             self.parameters = self._of_headers([n for n in names or () if SLICES.fullmatch(n)])
-
-    def _index_text(self) -> str:
-        path = self.folder / INDEX
-        try:
-            return path.read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            if isinstance(error, OSError) and error.errno in NO_DAMAGE:
-                raise
-            raise _unreadable(path, error) from None
 
     def _of_index(self, text: str) -> Parameters:
         try:

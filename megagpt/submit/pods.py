@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from megagpt.errors import UsageError
 from megagpt.submit.systems import Facts
 
 AGAIN = 138
@@ -32,7 +33,11 @@ class Pods:
 
 
 def manifest(kind: str, facts: Facts, pods: Pods) -> str:
-    """The manifest of a job of one of KINDS."""
+    """The manifest of a job of one of KINDS. Raises UsageError."""
+    if not re.fullmatch("/[^:]*", pods.mount):
+        raise UsageError(
+            f"--mount {pods.mount}: must be an absolute path without a colon, as it is in the pods"
+        )
     make = {"PyTorchJob": pytorch_job, "TrainJob": train_job}[kind]
     return json.dumps(make(facts, pods), indent=2) + "\n"
 

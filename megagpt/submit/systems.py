@@ -58,9 +58,11 @@ class Facts:
         return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
 
-def plain(text: str) -> str:
-    """A value in a line of options, which PBS and LSF split at blanks. Raises UsageError."""
-    if not re.fullmatch(r"[\w./:@%+,=-]+", text, re.ASCII):
+def plain(text: str, also: str = ":@%") -> str:
+    """A value in a line of options, which PBS and LSF split at blanks. also: "" for the name of a
+    log, of which PBS takes what is before a colon for a host, and LSF replaces %J. Raises
+    UsageError."""
+    if not re.fullmatch(rf"[\w./{also}+,=-]+", text, re.ASCII):
         raise UsageError(
             f"{text!r}: a name or path in a job of this system must be of letters, digits and "
             "._/+-; choose another"
@@ -77,7 +79,7 @@ def pbs(facts: Facts) -> str:
         f"-l select={facts.nodes}:{chunk}",
         f"-l walltime={facts.clock}",
         "-j oe",
-        f"-o {plain(str(facts.folder / 'job.log'))}",
+        f"-o {plain(str(facts.folder / 'job.log'), '')}",
         *([f"-q {plain(facts.queue)}"] if facts.queue else []),
         *([f"-A {plain(facts.account)}"] if facts.account else []),
         *facts.options,
@@ -93,7 +95,7 @@ def lsf(facts: Facts) -> str:
         f'-R "span[ptile={facts.gpus}] affinity[core({facts.cores})]"',
         f'-gpu "num={facts.gpus}"',
         f"-W {facts.seconds // 3600}:{facts.seconds // 60 % 60:02d}",
-        f"-o {plain(str(facts.folder / 'job.log'))}",
+        f"-o {plain(str(facts.folder / 'job.log'), '')}",
         "-r",
         '-Q "75"',
         "-wa USR2",

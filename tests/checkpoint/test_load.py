@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -162,6 +163,17 @@ def test_what_a_crash_left_is_removed(run, config, engine, caplog):
     assert saved is not None and list_checkpoints(run) == folders
     assert not list((run / "checkpoints").glob("*.tmp"))
     assert "step_00000099.tmp, which was never finished" in caplog.text
+
+
+def test_what_a_crash_left_and_no_one_can_remove_ends_no_run(
+    run, config, engine, caplog, monkeypatch
+):
+    left = run / "checkpoints" / "step_00000099.tmp"
+    left.mkdir()
+    monkeypatch.setattr(shutil, "rmtree", os.rmdir)
+    (left / ".nfs0001").touch()
+    saved = resume(run, config, engine, fingerprint(run))
+    assert saved is not None and f"{left} is no checkpoint, but stays: Directory not" in caplog.text
 
 
 def test_a_new_run_has_nothing_to_resume(tmp_path, config, engine):

@@ -191,6 +191,21 @@ def test_names_that_these_systems_cannot_carry(text):
         plain(text)
 
 
+@pytest.mark.parametrize("system", ["pbs", "lsf"])
+@pytest.mark.parametrize("name", ["a:b", "50%J"])
+def test_names_that_mean_something_else_in_the_name_of_a_log(tmp_path, capsys, system, name):
+    words = (str(run_file(tmp_path)), *SIZE, f'output="{tmp_path}/{name}"')
+    assert main(["launch", system, *words]) == 2
+    assert "must be of letters, digits and" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mount", ["work", "/a:b"])
+def test_a_mount_that_no_pod_can_have(tmp_path, capsys, mount):
+    words = (str(run_file(tmp_path)), *SIZE, *POD[:4], "--mount", mount)
+    assert main(["launch", "kubernetes", *words]) == 2
+    assert f"--mount {mount}: must be an absolute path" in capsys.readouterr().err
+
+
 def test_an_option_of_two_lines_is_refused(tmp_path, capsys):
     path = run_file(tmp_path)
     assert main(["launch", "pbs", str(path), *SIZE, "--option", "-N x\necho PWNED"]) == 2
