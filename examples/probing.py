@@ -8,6 +8,7 @@ import warnings
 from typing import NamedTuple
 
 import numpy as np
+from scipy.stats import t as student
 
 FEW = (4, 10, 25)
 """Labels a class."""
@@ -81,6 +82,6 @@ def few_labels(train: Labelled, test: Labelled, few: int, raw: str, draws: int) 
     for names in ([name for name in train.kinds if name != raw], [raw]):
         how = chosen(train, names, few)
         found = scores(train, test, how, few, range(1000, 1000 + draws))
-        reach = 1.96 * np.std(found, ddof=1) / np.sqrt(draws)
+        reach = student.ppf(0.975, draws - 1) * np.std(found, ddof=1) / np.sqrt(draws)
         told.append(f"{how[0]} {np.mean(found):.1f}% +- {reach:.1f}")
     return f"{few} labels a class: {', '.join(told)} (mean of {draws} draws)"
