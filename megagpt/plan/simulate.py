@@ -7,6 +7,7 @@ intervals, unless a notice leaves time to save (spot machines).
 
 import math
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 
@@ -119,9 +120,11 @@ def simulate(
 
 def spread_of(ends: tuple[float, float], runs: int = 1000, seed: int = 1) -> Column:
     """Factors of a step's time: 10% lie below `ends`, 10% above, half below 1, which is the
-    prediction; each side of it is half of a log-normal distribution."""
+    prediction; each side of it is half of a log-normal distribution. Evenly spread, in an order
+    that `seed` decides: their median is the prediction itself, in a thousand runs too."""
     low, high = np.abs(np.log(ends)) / 1.2816
-    drawn = np.random.default_rng(seed).standard_normal(runs)
+    even = [NormalDist().inv_cdf((n + 0.5) / runs) for n in range(runs)]
+    drawn = np.random.default_rng(seed).permutation(even)
     return np.asarray(np.exp(drawn * np.where(drawn < 0, low, high)))
 
 
