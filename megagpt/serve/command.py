@@ -53,7 +53,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="a trained model behind OpenAI's API, and a page to try it",
         description="Serves /v1/completions, /v1/chat/completions (where the tokenizer has tokens "
         "for turns), /v1/models, /tokenize, /detokenize, /health, /metrics, and a page at /. "
-        "Needs FastAPI and uvicorn: pip install 'megagpt[serve]'.",
+        "Needs FastAPI and uvicorn: pip install -e '.[serve]' in megagpt's checkout.",
         epilog="SIGTERM and Ctrl-C take no more requests, finish those that are there and exit "
         "with 0.",
     )
@@ -111,7 +111,8 @@ def run(args: argparse.Namespace) -> int:
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise UsageError(
-            f"megagpt serve needs FastAPI and uvicorn ({error}); pip install 'megagpt[serve]'"
+            f"megagpt serve needs FastAPI and uvicorn ({error}); pip install -e '.[serve]' in "
+            "megagpt's checkout"
         ) from None
     if args.split:
         return _run_shared(args, limits)

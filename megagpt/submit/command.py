@@ -86,7 +86,10 @@ def add_facts(parser: argparse.ArgumentParser) -> None:
         "--gpus-per-node", type=int, required=True, metavar="N", help="GPUs of each, a rank for one"
     )
     parser.add_argument(
-        "--time", required=True, metavar="T", help="limit of each start, as SLURM reads it"
+        "--time",
+        required=True,
+        metavar="T",
+        help="limit of each start, as SLURM reads it: minutes, M:S, H:M:S, D-H, D-H:M or D-H:M:S",
     )
     parser.add_argument("--cpus-per-task", type=int, default=8, metavar="N", help="cores of a rank")
     for name in ("partition", "account"):

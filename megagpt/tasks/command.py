@@ -43,7 +43,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     """Adds the command to the command line."""
     parser = corpora.add_parser(subparsers)
     _add_tasks(parser.add_argument_group("tasks"))
-    harness = parser.add_argument_group("EleutherAI's harness, with pip install 'megagpt[harness]'")
+    harness = parser.add_argument_group(
+        "EleutherAI's harness, with pip install -e '.[harness]' in megagpt's checkout"
+    )
     harness.add_argument(
         "--harness", metavar="TASKS", default="", help="names of its tasks, with commas between"
     )
@@ -140,7 +142,8 @@ def _harness(args: argparse.Namespace) -> int:
         from megagpt.tasks.harness import harness_lines, run_harness
     except ImportError as error:
         raise UsageError(
-            f"--harness: lm_eval cannot be imported ({error}); pip install 'megagpt[harness]'"
+            f"--harness: lm_eval cannot be imported ({error}); pip install -e '.[harness]' in "
+            "megagpt's checkout"
         ) from None
     from megagpt.log.metrics import encode
     from megagpt.use.likelihood import Scorer

@@ -56,7 +56,7 @@ def test_what_cannot_be_served_is_told_before_the_model_is_loaded(monkeypatch):
 def test_the_extra_that_is_missing_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     with pytest.raises(
-        UsageError, match=r"needs FastAPI and uvicorn .*pip install 'megagpt\[serve\]'"
+        UsageError, match=r"needs FastAPI and uvicorn .*pip install -e '\.\[serve\]' in megagpt's"
     ):
         command.run(parse("nowhere"))
 
