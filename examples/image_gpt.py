@@ -77,7 +77,7 @@ def draw(model: GPT, palette: Palette, held: Part, folder: Path, seed: int) -> N
 
 def labelled(model: GPT, palette: Palette, part: Part) -> Labelled:
     """What each layer knows of images, and their pixels as numbers; grey ones have one channel."""
-    kinds = {f"layer {i}": f.numpy() for i, f in enumerate(features(model, part.pixels))}
+    kinds = {f"layer {i}": f.cpu().numpy() for i, f in enumerate(features(model, part.pixels))}
     shown = palette.decode(part.pixels.numpy()).astype(float)
     grey = (shown == shown[..., :1]).all()
     raw = (shown[..., :1] if grey else shown).reshape(len(shown), -1)

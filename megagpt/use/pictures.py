@@ -53,15 +53,17 @@ def completions(model: GPT, images: Tensor, seed: int, samples: int = 1) -> Tens
 
 @torch.no_grad()
 def features(model: GPT, images: Tensor, batch: int = 256) -> list[Tensor]:
-    """What each layer knows of images (B, n_ctx), for a linear probe: n_layer + 1 of (B, D) fp32.
+    """What each layer knows of images (B, n_ctx), for a linear probe: n_layer + 1 of (B, D) fp32 on
+    the model's device.
 
     Entry l is what block l reads, ln_1(h^l), and the last what the head reads, ln_f(h^L), each the
     mean over the positions (Chen et al. 2020, section 2.4). Position p has read the start vector
     and the pixels before p.
     """
     model, parts = model.eval(), []
-    for some in images.split(batch):
-        start = torch.full((len(some), 1), model.config.n_embedding - 1)
+    device = next(model.parameters()).device
+    for some in images.to(device).split(batch):
+        start = torch.full((len(some), 1), model.config.n_embedding - 1, device=device)
         hidden = model.wpe(model.wte(torch.cat([start, some[:, :-1]], 1)))
         means = []
         for block in model.h:
