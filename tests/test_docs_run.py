@@ -34,6 +34,8 @@ ELSEWHERE = {
     r"python -m tests\.lib\.wild": "tests/run/test_wild.py",
     r"python -m tests\.lib\.hostile_commands": "tests/test_hostile_commands.py",
     r"python -m tests\.lib\.power_cuts": "tests/run/test_faults.py",
+    r"python -m tests\.virtual\.ten_days": "tests/virtual/test_ten_days.py",
+    r"megagpt evaluate runs/questions": "tests/examples/test_examples.py",
     r"python -m tests\.lib\.hostile ": "tests/corpus/test_hostile.py",
     r"python examples/": "tests/examples/test_examples.py",
     r"python data_prep/(openwebtext|fineweb)\.py": "tests/start/test_run_files.py",

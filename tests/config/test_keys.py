@@ -148,7 +148,18 @@ def runs(draw: st.DrawFn) -> RunConfig:
     """Configurations that keep every bound; keys that are tied to others are drawn after them."""
     model = draw(st.from_type(ModelConfig))
     heads = draw(st.integers(1, 128))
-    model = dataclasses.replace(model, n_head=heads, d_model=heads * draw(st.integers(1, 256)))
+    parts = draw(st.integers(1, 8)) if model.classes and model.family != "igpt" else 1
+    classes = (
+        0 if model.family == "igpt" else max(model.classes, 2) if parts == 1 else model.classes
+    )
+    model = dataclasses.replace(
+        model,
+        n_head=heads,
+        d_model=heads * draw(st.integers(1, 256)),
+        n_ctx=parts * draw(st.integers(1, 10**6)),
+        classes=classes if model.classes else 0,
+        parts=parts,
+    )
     increment = model.n_ctx * draw(st.integers(1, 1000))
     start = increment * draw(st.integers(1, 1000))
     schedule = dataclasses.replace(

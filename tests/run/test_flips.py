@@ -29,7 +29,7 @@ def believed(flips: Flips, group: str) -> dict[str, int]:
 def test_no_bit_of_a_checkpoint_is_believed(flips):
     flips.checkpoint(60)
     assert not believed(flips, "checkpoint")
-    assert len([name for name in flips.tallies if name.startswith("checkpoint/")]) == 4
+    assert len([name for name in flips.tallies if name.startswith("checkpoint/")]) == 5
 
 
 def test_no_bit_of_consolidated_weights_is_believed(flips):
