@@ -87,13 +87,13 @@ def test_hosts_that_the_doctor_does_not_reach(cluster, hostfile, tmp_path):
 
 
 def test_a_host_of_the_hostfile_that_is_not_there(cluster, file, hostfile):
-    hostfile.write_text("host-a slots=1\nhost-c slots=1\n")
+    hostfile.write_text("host-a slots=1\nhost-x slots=1\n")
     code, (row,) = doctor(cluster, file, hostfile)
-    assert code == 2 and "host-c: " in row
+    assert code == 2 and "host-x: " in row
     environ = {"HOSTFILE": str(hostfile)}
     code, said = cluster["login"].run("launch/multinode.sh", str(file), environ=environ)
     assert code == 2
-    assert said.startswith(f"multinode.sh: host-c of {hostfile}: ssh does not reach it, or ")
+    assert said.startswith(f"multinode.sh: host-x of {hostfile}: ssh does not reach it, or ")
     assert len(said.splitlines()) == 1
 
 
