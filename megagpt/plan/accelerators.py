@@ -58,6 +58,12 @@ def check_gpu(name: str) -> None:
 def accelerator(text: str) -> tuple[str, Accelerator]:
     """The accelerator whose name the text holds, as a driver or a paper writes it; an A100 of
     80 GB where nothing fits."""
+    name = accelerator_in(text) or "a100"
+    return name, ACCELERATORS[name]
+
+
+def accelerator_in(text: str) -> str:
+    """The name of the accelerator that the text holds; "" where nothing fits."""
     low = text.lower()
     for name, parts in (
         ("gb200", ("gb200",)),
@@ -71,5 +77,5 @@ def accelerator(text: str) -> tuple[str, Accelerator]:
         ("v100", ("v100",)),
     ):
         if any(part in low for part in parts):
-            return name, ACCELERATORS[name]
-    return "a100", ACCELERATORS["a100"]
+            return name
+    return ""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megagpt.config.flops import flops_per_token, parameters, pf_days
+from megagpt.plan.corpora import missing
 from megagpt.plan.drawing import draw
 from megagpt.plan.failures import Outlook, Storm, outlooks
 from megagpt.plan.judge import Judgement, decided_by, ramp_days, with_higher_start
@@ -79,7 +80,7 @@ class Answer:
             f"run: {schedule.end_tokens:,} tokens in {schedule.n_steps:,} steps, {flops:.3e} model "
             f"FLOPs, {days:,.3g} PF-days (6 a parameter and token)",
             disk(config),
-            *(f"note: {text}" for text in oddities(config)),
+            *(f"note: {text}" for text in self._notes()),
             "",
         ]
         if layout.pipeline > 1:
@@ -106,7 +107,7 @@ class Answer:
             "checkpoint_bytes": checkpoint_bytes(config.model),
             "checkpoints_kept": checkpoints_kept(config),
             "epochs": dict(epochs_of(config)),
-            "notes": list(oddities(config)),
+            "notes": self._notes(),
             "stages": [dataclasses.asdict(row) for row in stage_rows(config, layout)],
             "ramp": [dataclasses.asdict(row) for row in rows],
             "idle": idle_as_text(config, layout, rows),
@@ -121,6 +122,13 @@ class Answer:
             "simulation": [dataclasses.asdict(one) for one in self.outlooks],
             "wrote": [str(path) for path in self.wrote],
         }
+
+    def _notes(self) -> list[str]:
+        """What is odd about the run, and what training will miss."""
+        config = self.best.candidate.config
+        absent = ", ".join(missing(config))
+        text = f"{absent}: no prepared corpus there, and training will refuse to begin without it"
+        return [*oddities(config), *([text] if absent else [])]
 
     def _judgement(self, one: Judgement) -> dict[str, object]:
         """One layout, and what it loses to the first by."""

@@ -1,11 +1,15 @@
 """Predictions for rows of a CSV file: step time, TFLOP/s and memory with their intervals (L0)."""
 
 import csv
+import io
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from megagpt.errors import UsageError
+from megagpt.files import write_file
+from megagpt.plan.accelerators import accelerator_in
 from megagpt.plan.constants import CONSTANTS, interval
 from megagpt.plan.cost import layer_parameters, step_time
 from megagpt.plan.footprint import fullest
@@ -25,8 +29,9 @@ COLUMNS = (
 )
 
 
-def predict_file(rows_file: str | Path, output: str | Path) -> int:
-    """Writes a prediction for every row of `rows_file`; returns their number.
+def predict_file(rows_file: str | Path, output: str | Path) -> tuple[int, list[str]]:
+    """Writes a prediction for every row of `rows_file`; returns their number, and a sentence for
+    each row that may mean something else than was read.
 
     Raises UsageError for a file that cannot be read or written, or a cell that is no number.
     """
@@ -51,15 +56,30 @@ def predict_file(rows_file: str | Path, output: str | Path) -> int:
             memory * more,
         ]
     ).T
+    text = io.StringIO(newline="")
+    written = csv.writer(text)
+    written.writerow(COLUMNS)
+    for row, values in zip(rows, table, strict=True):
+        written.writerow([row["row_id"], *(f"{value:.6g}" for value in values)])
     try:
-        with open(output, "w", newline="", encoding="utf-8") as file:
-            written = csv.writer(file)
-            written.writerow(COLUMNS)
-            for row, values in zip(rows, table, strict=True):
-                written.writerow([row["row_id"], *(f"{value:.6g}" for value in values)])
+        write_file(Path(output), text.getvalue())
     except OSError as error:
         raise UsageError(f"--output {output}: cannot be written: {error.strerror}") from None
-    return len(rows)
+    return len(rows), list(_doubts(rows, jobs))
+
+
+def _doubts(rows: Sequence[Mapping[str, str]], jobs: Jobs) -> Iterator[str]:
+    """Rows whose device is not known, or whose devices are not those of the layout."""
+    for n, row in enumerate(rows):
+        where, gpu = f"row {row.get('row_id') or n}", row.get("gpu_type", "")
+        if gpu and not accelerator_in(gpu):
+            yield f"{where}: gpu_type = {gpu!r} is not known; predicted for an A100 of 80 GB"
+        shape = jobs.tp[n], jobs.pp[n], jobs.dp[n]
+        if np.prod(shape) != jobs.gpus[n]:
+            yield (
+                f"{where}: tp x pp x dp = {' x '.join(f'{size:g}' for size in shape)} = "
+                f"{np.prod(shape):g}, but n_gpus = {jobs.gpus[n]:g}"
+            )
 
 
 def counted_flops(jobs: Jobs, conventions: list[str]) -> Column:

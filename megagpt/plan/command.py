@@ -111,9 +111,10 @@ def _without_run_file(args: argparse.Namespace) -> int:
     if args.batch:
         if not args.output or args.file:
             raise UsageError("--batch ROWS.csv needs --output OUT.csv, and no run file beside it")
-        rows = predict_file(args.batch, args.output)
-        told = f"{args.output}: {rows} rows"
-        print(json.dumps({"output": args.output, "rows": rows}) if args.json else told)
+        rows, notes = predict_file(args.batch, args.output)
+        told = "\n".join([f"{args.output}: {rows} rows", *(f"note: {note}" for note in notes)])
+        tree = {"output": args.output, "rows": rows, "notes": notes}
+        print(json.dumps(tree) if args.json else told)
         return 0
     if args.file:
         raise UsageError("--calibrate RUN_DIR... takes no run file")

@@ -11,6 +11,7 @@ from typing import Any
 
 from megagpt.config import RunConfig
 
+MANIFEST = "manifest.json"
 BY_HASH = "a document belongs to validation when"
 """How the rule of a split begins that is drawn by each document's hash."""
 
@@ -18,7 +19,7 @@ BY_HASH = "a document belongs to validation when"
 def manifest(path: str) -> dict[str, Any]:
     """The manifest of a prepared corpus as JSON; {} where none can be read."""
     try:
-        tree = json.loads((Path(path) / "manifest.json").read_text(encoding="utf-8"))
+        tree = json.loads((Path(path) / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return tree if isinstance(tree, dict) else {}
@@ -26,18 +27,35 @@ def manifest(path: str) -> dict[str, Any]:
 
 def mismatches(config: RunConfig) -> Iterator[str]:
     """A sentence for each corpus that does not fit the run, or is trained and validated on."""
+    window = config.model.n_ctx + 1
     vocabulary = config.model.vocab_size
-    paths = [source.path for source in (*config.data.train, *config.data.validation)]
-    for path in dict.fromkeys(paths):
-        size = _get(manifest(path), "tokenizer", "vocab_size")
+    for path in _paths(config):
+        tree = manifest(path)
+        size, tokens = _get(tree, "tokenizer", "vocab_size"), _get(tree, "totals", "tokens")
         if size not in (None, vocabulary):
             yield (
                 f"{path}: {size} tokens in its vocabulary, but model.vocab_size = {vocabulary}: "
                 f"training will refuse it; set model.vocab_size = {size}, or prepare it with the "
                 "model's tokenizer"
             )
+        if isinstance(tokens, int) and tokens < window:
+            yield (
+                f"{path}: {tokens} tokens do not fill one window of n_ctx + 1 = {window}: training "
+                "will refuse it; prepare a larger corpus or lower model.n_ctx"
+            )
     for shared in overlaps(config):
         yield "; ".join(shared)
+
+
+def missing(config: RunConfig) -> list[str]:
+    """Folders of the run where no corpus is prepared."""
+    return [path for path in _paths(config) if not (Path(path) / MANIFEST).is_file()]
+
+
+def _paths(config: RunConfig) -> list[str]:
+    """Folders of all corpora of the run, each once."""
+    sources = (*config.data.train, *config.data.validation)
+    return list(dict.fromkeys(source.path for source in sources))
 
 
 def overlaps(config: RunConfig) -> Iterator[tuple[str, str]]:

@@ -100,6 +100,12 @@ def ramp_as_text(rows: Sequence[Row], most: int = 16) -> str:
     return as_text(shown) + f"\n{len(shown)} of {len(rows)} rows; all of them with --json"
 
 
+def time_unit(days: float) -> tuple[str, int]:
+    """The largest unit of which a time has two or more, and how many of it a day has."""
+    units = ("days", 1), ("hours", 24), ("minutes", 24 * 60)
+    return next((unit for unit in units if days * unit[1] >= 2), ("seconds", 86_400))
+
+
 def idle_as_text(config: RunConfig, layout: Layout, rows: Sequence[Row]) -> str:
     """How long which share of the ranks has nothing to do, and how to avoid it; empty: never."""
     idle = [row for row in rows if row.idle]
@@ -108,7 +114,8 @@ def idle_as_text(config: RunConfig, layout: Layout, rows: Sequence[Row]) -> str:
     # Tokens that each data rank goes through, those of no weight included.
     tokens = [r.n_steps * r.accumulation * r.micro_batch * config.model.n_ctx for r in idle]
     rate = UTILISATION * PEAK_TFLOPS["H100"] * 1e12 * layout.pipeline * layout.tensor
-    hours = sum(tokens) * flops_per_token(config.model) / rate / 3600
+    days = sum(tokens) * flops_per_token(config.model) / rate / 86_400
+    unit, per_day = time_unit(days)
     share = sum(t * row.idle for t, row in zip(tokens, idle, strict=True)) / sum(tokens)
     start = busy_start_tokens(config, layout)
     remedy = f"; none with schedule.ramp_start_tokens = {start}" if start else ""
@@ -116,8 +123,9 @@ def idle_as_text(config: RunConfig, layout: Layout, rows: Sequence[Row]) -> str:
         # Else the batch would go on growing by what no rank count can share.
         remedy += f" and schedule.ramp_increment_tokens = {start}"
     return (
-        f"idle: {share:.0%} of the ranks for {hours:,.2g} hours of H100s at {UTILISATION:.0%} of "
-        f"their peak, while {layout.data} data ranks cannot share the batch evenly{remedy}"
+        f"idle: {share:.0%} of the ranks for {days * per_day:,.2g} {unit} of H100s at "
+        f"{UTILISATION:.0%} of their peak, while {layout.data} data ranks cannot share the "
+        f"batch evenly{remedy}"
     )
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from megagpt.plan.failures import Outlook
 from megagpt.plan.judge import Judgement, decided_by, ramp_days, with_higher_start
-from megagpt.plan.ramp import aligned
+from megagpt.plan.ramp import aligned, time_unit
 
 
 def judgement_as_text(one: Judgement) -> str:
@@ -15,8 +15,7 @@ def judgement_as_text(one: Judgement) -> str:
     step = ", ".join(f"{name} {seconds:.3g}" for name, seconds in one.items.items() if seconds)
     mfu, again = one.utilisation("none"), one.utilisation(config.parallel.recompute)
     dollars = one.gpu_hours * cluster.dollars
-    # Below two days a plan is read in hours.
-    unit, per_day = ("hours", 24) if one.days < 2 else ("days", 1)
+    unit, per_day = time_unit(one.days)
     time, short, long = (f"{x * one.days * per_day:,.3g}" for x in (1, low, high))
     lines = [
         f"on {cluster.gpus:,} {cluster.gpu}: {one.candidate}: {one.peak / 1e9:.1f} GB of "
@@ -40,10 +39,11 @@ def _ramp_as_text(one: Judgement) -> str:
     if not days:
         return ""
     tokens = min(schedule.ramp_tokens, schedule.end_tokens)
-    unit, per_day = ("hours", 24) if one.days < 2 else ("days", 1)
+    unit, per_day = time_unit(days)
     text = f"ramp: {days * per_day:.3g} {unit} for {tokens / schedule.end_tokens:.1%} of the tokens"
     if higher := with_higher_start(one):
         start = higher.candidate.config.schedule.ramp_start_tokens
+        unit, per_day = time_unit(higher.days)
         text += f"; {higher.days * per_day:,.3g} {unit} in all with a ramp that starts at {start}"
         text += " tokens"
     return text
@@ -62,10 +62,11 @@ def _stages_as_text(one: Judgement) -> str:
 
 def search_as_text(found: Sequence[Judgement]) -> str:
     """The best layouts, and what the two nearest losers lose by."""
-    cells: list[Sequence[str]] = [("", "layout", "step s", "GB", "MFU", "days")]
+    unit, per_day = time_unit(found[0].days)
+    cells: list[Sequence[str]] = [("", "layout", "step s", "GB", "MFU", unit)]
     for rank, one in enumerate(found, 1):
         figures = f"{one.step:.3g}", f"{one.peak / 1e9:.1f}", f"{one.utilisation('none'):.1%}"
-        cells.append((f"{rank}", str(one.candidate), *figures, f"{one.days:,.3g}"))
+        cells.append((f"{rank}", str(one.candidate), *figures, f"{one.days * per_day:,.3g}"))
     lines = [aligned(cells)]
     for one in found[1:3]:
         item, seconds = decided_by(one, found[0])

@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from megagpt.config import RunConfig, load_run
-from megagpt.corpus.manifest import MANIFEST
 from megagpt.errors import EXIT_OK, UsageError
 from megagpt.files import write_durably
-from megagpt.plan.corpora import mismatches
+from megagpt.plan.corpora import mismatches, missing
 from megagpt.plan.ds_config import read_ds_config, resolve
 from megagpt.plan.layout import layout_of, spans_hosts
 from megagpt.submit.job import lead_s, pattern, script, seconds_of, sweep_of
@@ -221,10 +220,9 @@ def check_corpora(config: RunConfig, submit: bool) -> None:
 
     Raises UsageError where the job would be submitted all the same.
     """
-    paths = [source.path for source in (*config.data.train, *config.data.validation)]
-    if missing := [path for path in paths if not (Path(path) / MANIFEST).is_file()]:
+    if absent := missing(config):
         text = (
-            f"{', '.join(missing)}: no prepared corpus there, and the job will end at once without "
+            f"{', '.join(absent)}: no prepared corpus there, and the job will end at once without "
             "it; prepare it, or correct the paths in [data]"
         )
         if submit:

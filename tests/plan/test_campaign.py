@@ -1,6 +1,7 @@
 """Runs with failures, files of a plan, and constants learnt from runs."""
 
 import json
+import re
 import subprocess
 
 import numpy as np
@@ -111,6 +112,10 @@ def test_the_command_simulates_and_writes(run_file, tmp_path, capsys):
     days = json.loads((folder / "plan.json").read_text())["days"]
     time = f"{days:,.3g} days" if days >= 2 else f"{days * 24:,.3g} hours"
     assert f"whole run: {time}" in capsys.readouterr().out
+    # A run of seconds is told in seconds.
+    short = ["schedule.total_tokens=1e6", "schedule.ramp_start_tokens=524288"]
+    assert main(["plan", str(run_file), *short, "--gpus", "16"]) == 0
+    assert re.search(r"whole run: [\d.]+ seconds \(80%: [\d.]+ to ", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,14 @@
 """A plan, the doctor and a job name corpora that do not fit the run, or that are not there."""
 
+import json
+
 import pytest
 
 from megagpt.check.findings import OK, WARN
 from megagpt.check.run_file import check_reading
 from megagpt.cli import main
 from megagpt.config import load_run
-from megagpt.corpus.manifest import SPLIT_RULE
+from megagpt.corpus.manifest import SPLIT_RULE, read_manifest
 from megagpt.plan.corpora import BY_HASH, mismatches
 from tests.lib.corpus import edit_manifest, run_file, sentences, write_corpus
 
@@ -35,6 +37,22 @@ def test_another_vocabulary_is_named_by_the_plan(path, capsys):
     assert "validation: 257" in other
     assert main(["plan", str(path), "model.vocab_size=300"]) == 0
     assert text in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_plan_says_what_training_refuses_to_begin_without(path, tmp_path, capsys):
+    words = ["plan", str(path), f"data.train=[{{path='{tmp_path}/none'}}]"]
+    assert main(words) == 0
+    assert f"note: {tmp_path}/none: no prepared corpus there" in capsys.readouterr().out
+    assert main([*words, "--json"]) == 0
+    [note] = json.loads(capsys.readouterr().out)["notes"]
+    assert note.startswith(f"{tmp_path}/none: no prepared corpus there, and training will refuse")
+    tokens = read_manifest(tmp_path / "train").tokens
+    exactly = ["schedule.ramp_start_tokens=0", "schedule.ramp_tokens=0", "data.validation=[]"]
+    for n_ctx, count in ((tokens - 1, 0), (tokens, 1)):
+        words = [f"model.n_ctx={n_ctx}", f"schedule.batch_tokens={n_ctx}", *exactly]
+        assert len(texts := found(path, *words)) == count
+    [text] = texts
+    assert f"train: {tokens} tokens do not fill one window of n_ctx + 1 = {tokens + 1}" in text
 
 
 def test_documents_that_are_trained_and_validated_on(path, tmp_path):

@@ -260,6 +260,27 @@ def test_files_that_cannot_be_read_or_written(tmp_path):
         predict_file(tmp_path / "rows.csv", tmp_path)
 
 
+def test_rows_that_may_mean_something_else_are_named(tmp_path, capsys):
+    rows = [
+        ROW | {"row_id": "7", "gpu_type": "TPUv9"},
+        ROW | {"row_id": "8", "n_gpus": "1000"},
+        ROW,
+    ]
+    lines = [",".join(ROW), *(",".join(row.values()) for row in rows)]
+    (tmp_path / "rows.csv").write_text("\n".join(lines) + "\n")
+    words = ["plan", "--batch", str(tmp_path / "rows.csv"), "--output", str(tmp_path / "out.csv")]
+    assert main(words) == 0
+    _, *notes = capsys.readouterr().out.splitlines()
+    assert notes == [
+        "note: row 7: gpu_type = 'TPUv9' is not known; predicted for an A100 of 80 GB",
+        "note: row 8: tp x pp x dp = 8 x 16 x 8 = 1024, but n_gpus = 1000",
+    ]
+    # A table that cannot be written leaves what was there.
+    (tmp_path / "rows.csv").write_text("nothing\n")
+    before = (tmp_path / "out.csv").read_bytes()
+    assert main(words) == 2 and (tmp_path / "out.csv").read_bytes() == before
+
+
 def csv_rows(path: Path) -> list[dict[str, str]]:
     names, *lines = path.read_text().splitlines()
     return [dict(zip(names.split(","), line.split(","), strict=True)) for line in lines]
