@@ -16,16 +16,8 @@ from megagpt.plan.footprint import fullest
 from megagpt.plan.jobs import Column, Jobs, jobs_from_rows, read_rows
 
 COLUMNS = (
-    "row_id",
-    "predicted_step_time_s",
-    "predicted_tflops_per_gpu",
-    "predicted_memory_gb",
-    "step_time_low",
-    "step_time_high",
-    "tflops_low",
-    "tflops_high",
-    "memory_low",
-    "memory_high",
+    *("row_id", "predicted_step_time_s", "predicted_tflops_per_gpu", "predicted_memory_gb"),
+    *("step_time_low", "step_time_high", "tflops_low", "tflops_high", "memory_low", "memory_high"),
 )
 
 
@@ -43,19 +35,8 @@ def predict_file(rows_file: str | Path, output: str | Path) -> tuple[int, list[s
     low, high = interval(jobs, "time")
     less, more = interval(jobs, "memory")
     rate = flops / jobs.gpus / 1e12
-    table = np.array(
-        [
-            seconds,
-            rate / seconds,
-            memory,
-            seconds * low,
-            seconds * high,
-            rate / (seconds * high),
-            rate / (seconds * low),
-            memory * less,
-            memory * more,
-        ]
-    ).T
+    ends = [seconds * low, seconds * high, rate / (seconds * high), rate / (seconds * low)]
+    table = np.array([seconds, rate / seconds, memory, *ends, memory * less, memory * more]).T
     text = io.StringIO(newline="")
     written = csv.writer(text)
     written.writerow(COLUMNS)
