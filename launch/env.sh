@@ -118,6 +118,9 @@ gets_on() {
 
 slurm_hosts() { scontrol show hostnames "$SLURM_JOB_NODELIST"; }
 
+# among_hosts COMMAND...: whether one of the job's hosts is among those that the command prints.
+among_hosts() { grep -qxF -f <("$@") <(slurm_hosts); }
+
 slurm_port() { echo $((20000 + SLURM_JOB_ID % 12000)); }
 
 # tell_step: ranks save and end. SLURM may not have made the step yet, nor may its ranks listen:
@@ -151,7 +154,7 @@ back_in_time() {
 # a trap that sets `asked`: SLURM sends USR1 before the end of the time, and where it is set up so,
 # when it preempts, which may be before anything has begun.
 train_in_job() {
-  local folder=$1 before code=143 step='' told id=$SLURM_JOB_ID nth=0 said
+  local folder=$1 before code=143 step='' told id=$SLURM_JOB_ID nth=0 said unfit=''
   shift
   # In an array this task alone: the job id of its last task means all of them.
   id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$id}
@@ -162,14 +165,17 @@ train_in_job() {
   mkdir -p "$folder"
   blame_lost "$folder" "$id"
   # A start that had no time to leave hosts out.
-  if slurm_hosts | grep -qxF -f <(new_failed_hosts "$folder" "$id") && again "$id" "$folder"; then
+  if among_hosts new_failed_hosts "$folder" "$id" && again "$id" "$folder"; then
     exit 75
   fi
+  # SLURM has not left out what it was told to: it is told again after this start.
+  ! among_hosts failed_hosts "$folder" || rm -f "$folder/.left_out"
   echo "$id $(date +%s) $(slurm_hosts | paste -sd ' ')" > "$folder/.start"
   if [ -z "${asked:-}" ] && [ "$DOCTOR" = 1 ]; then
-    examine "$folder" "$@" && nth=$((nth + 1)) || code=1
+    examine "$folder" "$@" || unfit=$?
+    code=${unfit:-$code} nth=$((nth + 1))
   fi
-  if [ -z "${asked:-}" ] && [ "$code" != 1 ]; then
+  if [ -z "${asked:-}$unfit" ]; then
     said=$(mktemp)
     "$@" 2> >(tee >(grep --line-buffered '^srun: error: ' > "$said") >&2) &
     step=$!

@@ -79,7 +79,8 @@ leave_out() {
 }
 
 # examine FOLDER COMMAND...: the doctor on all hosts, by the same command. A host on which something
-# fails is left out at once; 1 then, and where nothing is said of a host.
+# fails is left out at once; 1 then, and where nothing is said of a host. Where nothing failed, what
+# the command ended with: 2 for words that the doctor does not take.
 examine() {
   local folder=$1 words=() word code=0 table host
   shift

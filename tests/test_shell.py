@@ -219,6 +219,28 @@ def test_a_host_that_failed_is_left_out_of_each_job_once(job):
     assert left_out == [f"update JobId={job} ExcNodeList=host-b" for job in ("7", "8", "8_3")]
 
 
+def test_slurm_is_told_again_of_a_host_that_it_did_not_leave_out(job):
+    (job.folder / "failed_hosts.txt").write_text("host-b x\nhost-b x\n")
+    job.stands_in("sinfo", "printf 'host-a\\nhost-b\\n'")
+    does = 'case "$*" in show\\ hostn*) echo host-b ;; update*) exit 1 ;; esac'
+    job.stands_in("scontrol", f'echo "$@" >> {job.root}/scontrol; {does}')
+    for number in range(3):
+        done = job.start("exit 1", **IN_PARTITION)
+        assert job.told() == ["requeue 7", "update JobId=7 ExcNodeList=host-b"], done.stderr
+        # The first is queued again before it trains; the others train where SLURM has put them.
+        assert ("ended with code 1" in done.stdout) == (number > 0)
+
+
+FAILED = "FAIL  disk  host-b: 3 GB free"
+
+
+@pytest.mark.parametrize(("said", "code", "queued"), [("", 2, 0), (FAILED, 2, 1), ("", 1, 1)])
+def test_words_that_the_doctor_does_not_take_end_the_job(job, said, code, queued):
+    done = job.start(f"echo '{said}'; exit {code}", DOCTOR="1")
+    assert job.told() == ["requeue 7"] * queued, done.stderr
+    assert queued or done.returncode == 2
+
+
 @pytest.mark.parametrize(("number", "blamed"), [("7", "host-a"), ("6", "")])
 def test_a_host_that_was_lost_counts_for_the_job_that_it_was_lost_to(job, number, blamed):
     (job.folder / ".start").write_text(f"{number} 1700000000 host-a\n")
