@@ -246,6 +246,8 @@ class Trainer:
             self.finish_saving(last=True)
             if self.finished(run):
                 self.log.complete()
+                # A run that is stopped has no time for it; its next start removes the rest.
+                self.checkpoints.saver.settle()
 
     def give_up_if_idle(self, run: RunState) -> None:
         """Raises UnsoundError for a run that makes no update any more or ends without a loss that

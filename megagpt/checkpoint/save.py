@@ -118,8 +118,6 @@ class Saver:
         if problem := self._on_rank_0(lambda: self._commit(folder, state, results)):
             self._fail(problem, last)
             return None
-        if last:
-            self.settle()
         self.stall_s += time.perf_counter() - t0
         return folder
 
@@ -170,13 +168,17 @@ class Saver:
         except OSError as error:
             log.warning("%s is saved, but %s", folder, _reason(error, folder.parent))
         if advances:
-            self.settle()
-            self._removal = threading.Thread(target=self._retire, daemon=True)
+            self._removal = threading.Thread(
+                target=self._retire, args=(self._removal,), daemon=True
+            )
             self._removal.start()
 
-    def _retire(self) -> None:
-        """Removes what is no longer kept. Thousands of files of terabytes take minutes on some file
-        systems; what is left half-done at a crash the next start removes."""
+    def _retire(self, before: threading.Thread | None) -> None:
+        """Removes what is no longer kept, once the removal `before` is over. Thousands of files of
+        terabytes take minutes on some file systems; what is left half-done at a stop or a crash the
+        next start removes."""
+        if before is not None:
+            before.join()
         try:
             record.retire(self.run, self.config.checkpoint.keep_last)
         except OSError as error:

@@ -1,6 +1,9 @@
 """Saving: copies that training does not change, one rename that counts, disks that refuse."""
 
 import dataclasses
+import shutil
+import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -49,6 +52,27 @@ def test_an_old_checkpoint_that_rotted_does_not_stop_the_run(tmp_path, run, conf
     # It may be a milestone that can be restored: it stays.
     names = [f.name[-1] for f in list_checkpoints(tmp_path / "new")]
     assert names == ["1", "3", "4", "5"]
+
+
+def test_no_save_waits_for_the_removal_of_older_ones(tmp_path, run, config, engine, monkeypatch):
+    like = resume(run, config, engine, fingerprint(run))
+    remove, goes_on, kept = shutil.rmtree, threading.Event(), config.checkpoint.keep_last
+
+    def slow(path: Path, *args: object, **how: object) -> None:
+        assert goes_on.wait(60)
+        remove(path, *args, **how)
+
+    monkeypatch.setattr(shutil, "rmtree", slow)
+    saver = Saver(tmp_path / "new", config, engine)
+    for step in range(1, kept + 3):
+        saver.begin(state(step, like))
+        assert saver.finish(last=step > kept) is not None
+    left = sorted(path.name for path in (tmp_path / "new" / "checkpoints").glob("step_*"))
+    assert len(left) == kept + 2
+    goes_on.set()
+    saver.settle()
+    left = sorted(path.name for path in (tmp_path / "new" / "checkpoints").glob("step_*"))
+    assert left == [record.name_of(step) for step in range(3, kept + 3)]
 
 
 def failing(config: RunConfig, on_failure: str) -> RunConfig:
