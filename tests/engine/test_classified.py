@@ -13,11 +13,11 @@ from megagpt.corpus.forms import Forms
 from megagpt.corpus.records import Masked, prepare
 from megagpt.errors import UsageError
 from megagpt.hub.exporting import export_model
-from megagpt.model import initial_value
+from megagpt.model import GPT, initial_value
 from megagpt.order.fitting import check_vocabulary
 from megagpt.order.loader import TokenLoader
 from megagpt.use.score import evaluate
-from tests.engine.test_masked import compare, run_layouts
+from tests.engine.test_masked import compare, plain_losses, run_layouts
 from tests.lib.corpus import run_file
 from tests.lib.distributed import group_of_one
 from tests.lib.here import train_here
@@ -70,44 +70,15 @@ def file(tmp_path: Path) -> Path:
     return run_file(tmp_path, model=MODEL, **RUN)
 
 
-def plain(file: Path) -> tuple[list[float], list[float]]:
-    """(losses of the steps, of the evaluations) in plain torch, each step in one pass."""
-    from megagpt.model import GPT, decays, initialise
-    from megagpt.order.loader import training_loader
-    from megagpt.run.state import RunState
-
-    config = load_run(file)
-    model = GPT(config.model)
-    initialise(model.named_parameters(), config.model, config.seed)
-    wanted = config.optimizer
-    groups = [
-        {"params": [p], "weight_decay": wanted.weight_decay if decays(n) else 0.0}
-        for n, p in model.named_parameters()
-    ]
-    optimizer = torch.optim.AdamW(groups, betas=wanted.betas, eps=wanted.eps)
-    held = TokenLoader([(Path(config.data.validation[0].path), 1.0)], N_CTX, 0)
-    [held_out] = held.micro_batches(0, 6, 0, 1, 6)
-    loader, run, losses = training_loader(config), RunState(), []
-    evaluations = [model(*held_out).item()]
-    while run.tokens < config.schedule.total_tokens:
-        step = run.next_step(config)
-        [whole] = loader.micro_batches(step.first_sample, 6, 0, 1, 6)
-        loss = model(*whole)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), wanted.gradient_clipping)
-        for group in optimizer.param_groups:
-            group["lr"] = step.lr
-        optimizer.step()
-        losses.append(loss.item())
-        run = run.replaced(step=step.number, tokens=step.tokens)
-        if run.tokens % config.evaluate.every_tokens == 0:
-            evaluations.append(model(*held_out).item())
-    return losses, evaluations
+def own_loss(model: GPT, loader: TokenLoader, first: int, count: int) -> torch.Tensor:
+    """The model's own loss of some samples in one pass."""
+    [samples] = loader.micro_batches(first, count, 0, 1, count)
+    loss: torch.Tensor = model(*samples)
+    return loss
 
 
 def test_every_stage_trains_as_plain_torch(file):
-    expected = plain(file)
+    expected = plain_losses(load_run(file), own_loss)
     with group_of_one():
         for stage, micro in ((0, 2), (3, 3)):
             run = file.parent / f"alone-{stage}"

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -67,9 +68,20 @@ def masked_run(root: Path, kind: str = "records") -> Path:
     return run_file(root, **RUN)
 
 
-def plain_losses(config: RunConfig) -> tuple[list[float], list[float]]:
+def mean_loss(model: GPT, loader: TokenLoader, first: int, count: int) -> torch.Tensor:
+    """Torch's own cross-entropy over the scored targets of some samples."""
+    ids = torch.from_numpy(loader.samples(first, count))
+    places, store = loader.places(first, count), loader.stores[0]
+    scored = torch.from_numpy(store.scored(places.window, loader.n_ctx))
+    logits = model.logits(ids[:, :-1])
+    return F.cross_entropy(logits[scored], ids[:, 1:][scored])
+
+
+def plain_losses(
+    config: RunConfig, mean_loss: Callable[[GPT, TokenLoader, int, int], torch.Tensor] = mean_loss
+) -> tuple[list[float], list[float]]:
     """(loss of each step, loss of each evaluation) of a loop in plain torch: whole steps at once,
-    torch's own cross-entropy over the scored targets and torch's own AdamW."""
+    and torch's own AdamW."""
     model = GPT(config.model)
     initialise(model.named_parameters(), config.model, config.seed)
     wanted = config.optimizer
@@ -99,14 +111,6 @@ def plain_losses(config: RunConfig) -> tuple[list[float], list[float]]:
         if before // every != run.tokens // every or done:
             evaluations.append(mean_loss(model, held, 0, count).item())
     return losses, evaluations
-
-
-def mean_loss(model: GPT, loader: TokenLoader, first: int, count: int) -> torch.Tensor:
-    ids = torch.from_numpy(loader.samples(first, count))
-    places, store = loader.places(first, count), loader.stores[0]
-    scored = torch.from_numpy(store.scored(places.window, loader.n_ctx))
-    logits = model.logits(ids[:, :-1])
-    return F.cross_entropy(logits[scored], ids[:, 1:][scored])
 
 
 def compare(run: Path, expected: tuple[list[float], list[float]]) -> None:
