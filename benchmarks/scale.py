@@ -243,14 +243,12 @@ def piece(name: str, shape: tuple[int, ...], start: int, numel: int) -> Slice:
 def on_all(world: int, work: Callable[[int], None]) -> dict[str, tuple[float, int]]:
     """Runs `work` on a thread a rank; what -> (mean of a rank, most of a rank)."""
     counted.clear()
-    failed: list[BaseException] = []
 
     def body(rank: int) -> None:
         rank_of[threading.get_ident()] = rank
         try:
             work(rank)
         except BaseException as error:
-            failed.append(error)
             os._exit(print(f"rank {rank}: {error!r}", file=sys.stderr) or 1)
         finally:
             rank_of.pop(threading.get_ident(), None)

@@ -103,8 +103,10 @@ def _check_store(config: RunConfig, store: TokenWindows, full: bool) -> Check:
 
 def check_start_weights(config: RunConfig) -> Iterator[Check]:
     """Whether what a new run starts from is there; megagpt.train --dry-run says whether it fits."""
+    from megagpt.checkpoint.record import list_checkpoints
+
     path = config.init_from
-    if not path or (Path(config.output) / "checkpoints").exists():
+    if not path or list_checkpoints(Path(config.output)):
         return
     there = Path(path).exists()
     remedy = "" if there else "copy the weights there, or correct init_from"

@@ -83,8 +83,11 @@ def test_weights_to_start_from(tmp_path):
     (tmp_path / "weights").mkdir()
     [found] = checks.check_start_weights(config)
     assert found.status == OK
-    # A run that has begun never reads them again.
-    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    # A run that has saved never reads them again.
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    assert list(checks.check_start_weights(config)) == [found]
+    (folder / "step_00000001").mkdir()
     assert list(checks.check_start_weights(config)) == []
 
 

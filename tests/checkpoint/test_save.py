@@ -3,7 +3,6 @@
 import dataclasses
 import shutil
 import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -54,25 +53,26 @@ def test_an_old_checkpoint_that_rotted_does_not_stop_the_run(tmp_path, run, conf
     assert names == ["1", "3", "4", "5"]
 
 
-def test_no_save_waits_for_the_removal_of_older_ones(tmp_path, run, config, engine, monkeypatch):
+def test_neither_training_nor_a_stop_waits_for_the_removal_of_older_checkpoints(
+    tmp_path, run, config, engine, monkeypatch
+):
     like = resume(run, config, engine, fingerprint(run))
-    remove, goes_on, kept = shutil.rmtree, threading.Event(), config.checkpoint.keep_last
-
-    def slow(path: Path, *args: object, **how: object) -> None:
-        assert goes_on.wait(60)
-        remove(path, *args, **how)
-
-    monkeypatch.setattr(shutil, "rmtree", slow)
     saver = Saver(tmp_path / "new", config, engine)
-    for step in range(1, kept + 3):
+    slow, remove = threading.Event(), shutil.rmtree
+    for step in range(1, 6):
+        if step == 4:
+            monkeypatch.setattr(
+                shutil, "rmtree", lambda path, **how: (slow.wait(60), remove(path, **how))
+            )
         saver.begin(state(step, like))
-        assert saver.finish(last=step > kept) is not None
-    left = sorted(path.name for path in (tmp_path / "new" / "checkpoints").glob("step_*"))
-    assert len(left) == kept + 2
-    goes_on.set()
+        folder = saver.finish(last=step == 5)
+    assert folder is not None and verify(folder) == []
+    first = record.folder_of(tmp_path / "new") / record.name_of(1)
+    assert not slow.is_set() and not first.exists() and record.unfinished_of(first).exists()
+    slow.set()
     saver.settle()
-    left = sorted(path.name for path in (tmp_path / "new" / "checkpoints").glob("step_*"))
-    assert left == [record.name_of(step) for step in range(3, kept + 3)]
+    assert not list(first.parent.glob("*.tmp"))
+    assert [f.name[-1] for f in list_checkpoints(tmp_path / "new")] == ["3", "4", "5"]
 
 
 def failing(config: RunConfig, on_failure: str) -> RunConfig:

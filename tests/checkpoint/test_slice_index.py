@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import re
-import shutil
-import threading
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,6 @@ import torch
 
 from megagpt.checkpoint import (
     CheckpointRecord,
-    Saver,
     list_checkpoints,
     record,
     resume,
@@ -23,7 +20,7 @@ from megagpt.checkpoint.slice_index import index_of_packed, index_text, packed, 
 from megagpt.cli import main
 from megagpt.engine.slices import Slice, TensorShare
 from megagpt.errors import DamageError
-from tests.lib.checkpoints import fingerprint, state
+from tests.lib.checkpoints import fingerprint
 
 VALUES = {"a": torch.arange(12.0), "b": torch.arange(100.0, 104.0)}
 CUT = [[("a", 0, 5)], [("a", 5, 7)], [("b", 0, 4)], []]
@@ -121,28 +118,6 @@ def test_an_index_of_other_files_is_damage(run, config, engine, caplog, capsys):
     saved = resume(run, config, engine, fingerprint(run))
     assert saved is not None and saved.step == record.step_of(older)
     assert "what slices.json says" in caplog.text
-
-
-def test_training_does_not_wait_for_the_removal_of_older_checkpoints(
-    tmp_path, run, config, engine, monkeypatch
-):
-    like = resume(run, config, engine, fingerprint(run))
-    saver = Saver(tmp_path / "new", config, engine)
-    slow, remove = threading.Event(), shutil.rmtree
-    for step in range(1, 5):
-        if step == 4:
-            monkeypatch.setattr(
-                shutil, "rmtree", lambda path, **how: (slow.wait(60), remove(path, **how))
-            )
-        saver.begin(state(step, like))
-        folder = saver.finish()
-    assert folder is not None and verify(folder) == []
-    first = record.folder_of(tmp_path / "new") / record.name_of(1)
-    assert not slow.is_set() and not first.exists() and record.unfinished_of(first).exists()
-    slow.set()
-    saver.settle()
-    assert not record.unfinished_of(first).exists()
-    assert [f.name[-1] for f in list_checkpoints(tmp_path / "new")] == ["2", "3", "4"]
 
 
 def test_an_index_names_no_file_without_a_checksum(run, config, engine, caplog):
