@@ -6,18 +6,16 @@ looked at, and the tensors of its core's GPTModel with its `local` layers. Its q
 heads, [head][q, k, v], where ours lie [q, k, v][head].
 """
 
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from megagpt.errors import DamageError, UsageError
-from megagpt.hub.foreign_model import ForeignModel
-from megagpt.hub.shapes import NANOGPT
+from megagpt.hub.foreign_model import ForeignModel, saved_by_torch, table
+from megagpt.hub.shapes import NANOGPT, refuse_others
 
 FILE = "model_optim_rng.pt"
 LATEST = "latest_checkpointed_iteration.txt"
@@ -97,7 +95,8 @@ def open_megatron(path: Path) -> ForeignModel:
     """The model in a model_optim_rng.pt. Raises UsageError that names what our model cannot
     compute, DamageError for a file that is not readable."""
     tree = _read(path)
-    if set(tree) & {"language_model", "module"} or "language_model" in tree.get("model", {}):
+    state = table(tree.get("model", {}), path)
+    if set(tree) & {"language_model", "module"} or "language_model" in state:
         raise UsageError(
             f"{path}: language_model: is the layout before Megatron-LM's core, which Megatron-"
             "DeepSpeed has too and which is not read; let Megatron-LM's "
@@ -105,7 +104,7 @@ def open_megatron(path: Path) -> ForeignModel:
             "transformers"
         )
     try:
-        args, state = vars(tree["args"]), tree["model"]
+        args = vars(tree["args"])
         version = tree["checkpoint_version"]
         config = _config(args, state, path)
     except (KeyError, TypeError, AttributeError) as error:
@@ -123,18 +122,7 @@ def open_megatron(path: Path) -> ForeignModel:
 
 def _read(path: Path) -> dict[str, Any]:
     """What is in the file, mapped; classes of others are made inert, and nothing is executed."""
-    try:
-        classes = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        with torch.serialization.safe_globals([(_Inert, name) for name in classes]):
-            tree = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError:
-        raise UsageError(
-            f"{path}: holds what would have to execute code to be read; save its state as "
-            "safetensors where you trust it"
-        ) from None
-    except (OSError, RuntimeError, ValueError, EOFError, AttributeError) as error:
-        reason = str(error).splitlines()[0]
-        raise DamageError(f"{path}: not readable ({reason}); copy it again") from None
+    tree = saved_by_torch(path, stand_in=_Inert)
     if not isinstance(tree, dict):
         raise UsageError(f"{path}: holds {type(tree).__name__}, not a checkpoint of Megatron-LM")
     return tree
@@ -142,16 +130,15 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _config(args: Mapping[str, Any], state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
     """As a config.json of GPT-2 says it."""
+    for key in ("hidden_size", "num_attention_heads"):
+        if not isinstance(args[key], int) or args[key] < 1:
+            raise UsageError(
+                f"{path}: args.{key} = {args[key]!r}: must be a whole number of 1 or more"
+            )
     width, heads = args["hidden_size"], args["num_attention_heads"]
     computed = _COMPUTED | {"ffn_hidden_size": (None, 4 * width)}
     computed |= {"kv_channels": (None, width // heads)}
-    for key, values in computed.items():
-        if key in args and args[key] not in values:
-            known = ", ".join(map(repr, values))
-            raise UsageError(
-                f"{path}: args.{key} = {args[key]!r}: our model computes only {known}; its logits "
-                "would be others"
-            )
+    refuse_others(args, computed, f"{path}: args.")
     # The fused form of its GELU is the tanh approximation, the other is GELU itself.
     tanh = args["bias_gelu_fusion"] or args.get("openai_gelu")
     return {

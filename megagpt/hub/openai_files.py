@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megagpt.errors import DamageError, UsageError
+from megagpt.files import UNREADABLE
 from megagpt.hub.foreign_model import ForeignModel, json_object
 
 if TYPE_CHECKING:
@@ -117,10 +118,10 @@ def openai_gpt1(folder: Path) -> ForeignModel:
             raise ValueError("its shapes are not those of two embeddings and 12 tensors a layer")
         n_ctx, d_model = shapes[0]
         values = np.split(flat, ends[:-1])
-    except (OSError, ValueError, TypeError, IndexError) as error:
+    except UNREADABLE as error:
         raise DamageError(
             f"{folder}: not OpenAI's files of GPT-1 ({error}); copy them again"
-        ) from (None)
+        ) from None
     tensors = {
         name: torch.from_numpy(value.reshape(shape)).squeeze(0)
         if len(shape) == 3

@@ -140,12 +140,19 @@ def _refuse(kind: str, values: Mapping[str, Any], d_model: int, name: str) -> No
         "quantization_config": (None,),
         "pruned_heads": (None, {}),
     }
-    for key, computed in rules.items():
-        if key in values and values[key] not in computed:
-            known = ", ".join(map(repr, computed))
+    refuse_others(values, rules, f"{name}: ")
+
+
+def refuse_others(
+    values: Mapping[str, Any], computed: Mapping[str, tuple[object, ...]], where: str
+) -> None:
+    """Raises UsageError for the first of `values` that is there and none of those that our model
+    computes. where: what stands before its key in the message."""
+    for key, known in computed.items():
+        if key in values and values[key] not in known:
             raise UsageError(
-                f"{name}: {key} = {values[key]!r}: our model computes only {known}; its logits "
-                "would be others"
+                f"{where}{key} = {values[key]!r}: our model computes only "
+                f"{', '.join(map(repr, known))}; its logits would be others"
             )
 
 

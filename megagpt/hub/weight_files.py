@@ -5,19 +5,16 @@ naming.py does the rest.
 """
 
 import logging
-import pickle
 import re
-import zipfile
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megagpt.errors import DamageError, UsageError
-from megagpt.hub.foreign_model import ForeignModel, json_object
+from megagpt.hub.foreign_model import ForeignModel, json_object, saved_by_torch, table
 from megagpt.hub.megatron import FILE, megatron_file, open_megatron
 from megagpt.hub.openai_files import openai_gpt1, openai_gpt2, openai_image_gpt
 from megagpt.hub.shapes import NANOGPT
@@ -91,7 +88,7 @@ def _transformers(folder: Path) -> ForeignModel:
 
     @cache
     def pickled(file: str) -> dict[str, Any]:
-        return _pickled(folder / file)
+        return table(saved_by_torch(folder / file), folder / file)
 
     def read(name: str) -> Tensor:
         file = files[name]
@@ -128,7 +125,7 @@ def _file_of(folder: Path) -> dict[str, str]:
 
 def _names(path: Path) -> list[str]:
     if path.suffix == ".bin":
-        return list(_pickled(path))
+        return list(table(saved_by_torch(path), path))
     try:
         with safe_open(path, framework="pt") as file:
             return list(file.keys())
@@ -136,39 +133,14 @@ def _names(path: Path) -> list[str]:
         raise DamageError(f"{path}: not readable ({error}); copy it again") from None
 
 
-def _pickled(path: Path) -> dict[str, Any]:
-    """What torch.save wrote, mapped where its format allows it. Nothing in it is executed."""
-    try:
-        # Files of before 2020 are no zip: they are read whole.
-        mapped = zipfile.is_zipfile(path)
-        tree = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError:
-        raise UsageError(
-            f"{path}: holds more than tensors and plain values, and would have to execute code to "
-            "be read; save its state_dict as safetensors where you trust it"
-        ) from None
-    except (OSError, RuntimeError, ValueError, EOFError) as error:
-        reason = str(error).splitlines()[0]
-        raise DamageError(f"{path}: not readable ({reason}); copy it again") from None
-    return _table(tree, path)
-
-
-def _table(tree: Any, path: Path) -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        raise UsageError(f"{path}: holds {type(tree).__name__}, not a table of tensors")
-    if strange := [key for key in tree if not isinstance(key, str)]:
-        raise UsageError(f"{path}: has the key {strange[0]!r}, which names no tensor")
-    return tree
-
-
 # --- nanoGPT ------------------------------------------------------------------------------------
 
 
 def _nanogpt(path: Path) -> ForeignModel:
     """ckpt.pt, as nanoGPT's train.py saves it: {"model", "model_args", ...}."""
-    tree = _pickled(path)
+    tree = table(saved_by_torch(path), path)
     try:
-        state, args = _table(tree["model"], path), dict(tree["model_args"])
+        state, args = table(tree["model"], path), dict(tree["model_args"])
         args["n_positions"] = args.pop("block_size")
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{path}: no ckpt.pt of nanoGPT ({error} is missing)") from None

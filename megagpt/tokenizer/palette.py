@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megagpt.errors import DamageError, UsageError
+from megagpt.files import UNREADABLE
 
 MOST = 512
 """Colours at most, as in the paper."""
@@ -121,7 +122,7 @@ def read_palette(path: Path | str, expected: str = "") -> Palette:
         else:
             colours = np.array(json.loads(path.read_text())["colours"])
         palette = Palette(colours.astype(np.float32))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except UNREADABLE as error:
         raise DamageError(
             f"{path}: not a palette ({type(error).__name__}: {error}); copy it again"
         ) from None

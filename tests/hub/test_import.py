@@ -1,7 +1,6 @@
 """What others trained comes in exactly, or is refused by the name of what we cannot compute."""
 
 import json
-import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -13,43 +12,10 @@ from safetensors.torch import save_file
 
 from megagpt.checkpoint import load_model
 from megagpt.checkpoint.export import open_weights
-from megagpt.cli import main
 from megagpt.errors import DamageError, UsageError
 from megagpt.hub.importing import import_model
-from megagpt.hub.tensorflow import Bundle
 from megagpt.hub.weight_files import open_foreign
-from megagpt.tokenizer import fingerprint, load_tokenizer
-
-transformers = pytest.importorskip("transformers")
-
-SIZES = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 12, "vocab_size": 257}
-IDS = torch.randint(257, (2, 12), generator=torch.Generator().manual_seed(3))
-
-
-def theirs(**more: Any) -> Any:
-    """A GPT-2 of transformers with random weights, biases too."""
-    torch.manual_seed(5)
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**SIZES, **more)).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, 0, 0.1)
-    return model
-
-
-def ours(folder: Path) -> torch.Tensor:
-    """Our logits of IDS."""
-    with torch.no_grad():
-        return load_model(folder)[0].logits(IDS)
-
-
-def same_logits(folder: Path, model: Any) -> None:
-    with torch.no_grad():
-        torch.testing.assert_close(ours(folder), model(IDS).logits, rtol=1e-5, atol=2e-6)
-
-
-def with_config(folder: Path, **keys: Any) -> None:
-    config = json.loads((folder / "config.json").read_text()) | keys
-    (folder / "config.json").write_text(json.dumps(config))
-
+from tests.lib.foreign import SIZES, same_logits, theirs, transformers, with_config
 
 # --- GPT-2 in all the forms that it lies in -------------------------------------------------------
 
@@ -176,6 +142,10 @@ def test_tensors_are_those_of_the_model(tmp_path):
     refused("transformer.h.2.x is none of the model's", **{"h.2.x": torch.zeros(1)})
     refused("ln_2.weight: has shape .*but .16,. in the model", **{norm: torch.zeros(17)})
     refused("is of torch.int8: must be of a float type", **{norm: torch.ones(16).to(torch.int8)})
+    for value in (math.nan, math.inf, 1e39):
+        broken = torch.ones(16, dtype=torch.float64)
+        broken[3] = value
+        refused("ln_2.weight holds 1 of 16 numbers like (nan|inf): all must be f", **{norm: broken})
     refused("lm_head.weight: is not the embedding", **{"lm_head.weight": torch.ones(257, 16)})
     (folder / "model.safetensors").unlink()
     with pytest.raises(UsageError, match="holds no model.safetensors or pytorch_model.bin"):
@@ -277,133 +247,3 @@ def test_gpt1_of_transformers_and_of_openai(tmp_path):
     with_config(tmp_path / "theirs", afn="relu")
     with pytest.raises(UsageError, match="afn = 'relu': our model computes only 'gelu'"):
         import_model(str(tmp_path / "theirs"), tmp_path / "other")
-
-
-def nano(path: Path, bias: bool, **more: Any) -> Any:
-    """ckpt.pt as nanoGPT saves it, and a GPT-2 of transformers that computes what it does."""
-    model = theirs(activation_function="gelu")
-    state = {}
-    for name, value in model.state_dict().items():
-        turned = name.endswith(".weight") and any(
-            c in name for c in (".c_attn", ".c_fc", ".c_proj")
-        )
-        if name.endswith(".bias") and not bias:
-            value.zero_()
-        else:
-            state[f"_orig_mod.{name}"] = (value.t() if turned else value).contiguous()
-    args = {k: SIZES[k] for k in ("n_layer", "n_head", "n_embd", "vocab_size")}
-    args |= {"block_size": 12, "bias": bias, "dropout": 0.1, **more}
-    torch.save({"model": state, "model_args": args, "iter_num": 7}, path)
-    return model
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_nanogpt(bias, tmp_path):
-    model = nano(tmp_path / "ckpt.pt", bias)
-    import_model(str(tmp_path / "ckpt.pt"), tmp_path / "in", tokenizer="bytes")
-    same_logits(tmp_path / "in", model)
-    found = open_weights(tmp_path / "in").config.model
-    assert found.activation == "gelu" and found.dropout == 0.1
-
-
-def test_nanogpt_is_refused_where_it_is_none(tmp_path):
-    path = tmp_path / "ckpt.pt"
-    nano(path, True, use_relu=True)
-    with pytest.raises(UsageError, match="model_args has 'use_relu', which nanoGPT's own"):
-        import_model(str(tmp_path), tmp_path / "in")
-    torch.save({"model": {}}, path)
-    with pytest.raises(UsageError, match="no ckpt.pt of nanoGPT .'model_args' is missing"):
-        import_model(str(path), tmp_path / "in")
-    torch.save({"model": Bundle}, path)
-    with pytest.raises(UsageError, match="holds more than tensors and plain values"):
-        import_model(str(path), tmp_path / "in")
-    torch.save({"model": {3: torch.zeros(1)}, "model_args": {"block_size": 1}}, path)
-    with pytest.raises(UsageError, match="ckpt.pt: has the key 3, which names no tensor"):
-        import_model(str(path), tmp_path / "in")
-    nano(path, True, dropout=None)
-    with pytest.raises(UsageError, match="resid_pdrop = None: must be a number"):
-        import_model(str(path), tmp_path / "in")
-    nano(path, True)
-    tree = torch.load(path)
-    tree["model"]["_orig_mod.transformer.wte.weight"] = "x"
-    torch.save(tree, path)
-    with pytest.raises(UsageError, match="transformer.wte.weight is str: must be a tensor"):
-        import_model(str(path), tmp_path / "in")
-    torch.save([1], path)
-    with pytest.raises(UsageError, match="holds list, not a table of tensors"):
-        import_model(str(path), tmp_path / "in")
-    path.write_bytes(b"no zip")
-    with pytest.raises((UsageError, DamageError), match="ckpt.pt"):
-        import_model(str(path), tmp_path / "in")
-
-
-# --- tokenizers and places ------------------------------------------------------------------------
-
-
-def test_the_tokenizer_comes_along(tmp_path, caplog):
-    folder = tmp_path / "theirs"
-    model = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(**SIZES | {"vocab_size": 50_257, "n_embd": 4, "n_layer": 1})
-    )
-    model.save_pretrained(folder)
-    from megagpt.tokenizer.gpt2 import gpt2_merges
-    from megagpt.tokenizer.json import tokenizer_json
-
-    words = tokenizer_json(gpt2_merges())["model"]["vocab"]
-    lines = ["#version: 0.2", *(f"{a} {b}" for a, b in gpt2_merges())]
-    for vocabulary, merges in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
-        ids = words | {"<|endoftext|>": len(words)}
-        (folder / vocabulary).write_text(json.dumps(ids))
-        (folder / merges).write_text("\n".join(lines) + "\n", encoding="utf-8")
-        import_model(str(folder), tmp_path / vocabulary)
-        found = open_weights(tmp_path / vocabulary)
-        assert fingerprint(found.tokenizer()) == fingerprint(load_tokenizer("gpt2"))
-        (folder / vocabulary).write_text(json.dumps(ids | {"a": ids["b"]}))
-        with caplog.at_level(logging.WARNING):
-            import_model(str(folder), tmp_path / f"{vocabulary}-other")
-        assert "its ids are not GPT-2's" in caplog.text
-        assert "name one with --tokenizer" in caplog.text
-        (folder / merges).write_text("a\n")
-        caplog.clear()
-        import_model(str(folder), tmp_path / f"{vocabulary}-broken")
-        assert "not GPT-2's merges" in caplog.text
-        (folder / vocabulary).unlink()
-    with pytest.raises(UsageError, match="not empty; give a folder that does not exist yet"):
-        import_model(str(folder), folder)
-
-
-def test_rows_that_are_no_token_are_cut_when_the_tokenizer_is_named(tmp_path):
-    config = transformers.GPT2Config(**SIZES | {"vocab_size": 320})
-    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "theirs")
-    import_model(str(tmp_path / "theirs"), tmp_path / "in", tokenizer="bytes")
-    found = open_weights(tmp_path / "in")
-    assert found.config.model.vocab_size == 257 and found.read("wte.weight").shape == (257, 16)
-    with pytest.raises(UsageError, match="'gpt2' has 50257 tokens, but the model 320"):
-        import_model(str(tmp_path / "theirs"), tmp_path / "other", tokenizer="gpt2")
-
-
-def test_places_that_hold_nothing(tmp_path, monkeypatch, capsys):
-    (tmp_path / "empty").mkdir()
-    assert main(["import", str(tmp_path / "empty"), str(tmp_path / "out")]) == 2
-    assert "nothing here that can be imported; give a folder of" in capsys.readouterr().err
-    assert main(["import", "/no/such/folder", str(tmp_path / "out")]) == 2
-    assert "/no/such/folder: is not there; give" in capsys.readouterr().err
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    assert main(["import", "nobody/nothing", str(tmp_path / "out")]) == 2
-    assert "no repository that the Hugging Face hub gives" in capsys.readouterr().err
-
-
-def test_a_name_of_the_hub_is_read_from_its_cache(tmp_path, monkeypatch):
-    """The layout that huggingface_hub keeps: what was fetched once needs no network."""
-    repository = tmp_path / "cache" / "models--somebody--tiny"
-    (repository / "refs").mkdir(parents=True)
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    (repository / "refs" / "main").write_text(commit)
-    model = theirs()
-    model.save_pretrained(repository / "snapshots" / commit)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    import_model("somebody/tiny", tmp_path / "in", tokenizer="bytes")
-    same_logits(tmp_path / "in", model)
