@@ -5,10 +5,11 @@
     python data_prep/images.py images.npy --output data/mine            # (N, S, S) or (N, S, S, 3)
     python data_prep/images.py cifar-10-batches-py --output data/cifar  # or -bin; CIFAR-100's too
 
-An image becomes one record: the start vector's id, then its pixels in raster order. Files are cut
-to the square in their middle and made smaller by averaging; what is transparent becomes white. The
-palette is k-means' of a million pixels of the training split, 512 colours or fewer; --palette takes
-one that is there: a tokenizer.json of another corpus, or OpenAI's kmeans_centers.npy.
+An image becomes one record: the start vector's id, then its pixels in raster order. Files are
+turned as their camera says (EXIF), cut to the square in their middle and made smaller by averaging;
+what is transparent becomes white. The palette is k-means' of a million pixels of the training
+split, 512 colours or fewer; --palette takes one that is there: a tokenizer.json of another corpus,
+or OpenAI's kmeans_centers.npy.
 
 --field F puts each image, such as one of the digits, at a place of its own in a black field of F
 pixels a side, and each of the training split --copies times at others. Without a field the copies
@@ -21,7 +22,6 @@ split has each image's class, where the input tells them: a folder's name, a .np
 
 import argparse
 import hashlib
-import io
 import pickle
 import sys
 from collections.abc import Iterator
@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 from megagpt.corpus.command import run
 from megagpt.corpus.records import prepare
 from megagpt.errors import DamageError, UsageError
+from megagpt.files import UNREADABLE, whole_file
 from megagpt.tokenizer.palette import MOST, Palette, fit_palette, read_palette
 
 PIXELS = 1_000_000
@@ -47,8 +48,14 @@ CIFAR = {
     "train": ("data_batch_*", "train", "train.bin"),
     "test": ("test_batch*", "test", "test.bin"),
 }
-NUMPY = {("_codecs", "encode"), ("numpy", "dtype"), ("numpy", "ndarray")}
-"""What a pickle of CIFAR calls, beside numpy's _reconstruct."""
+NUMPY = {
+    ("_codecs", "encode"),
+    ("numpy", "dtype"),
+    ("numpy", "ndarray"),
+    ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "_reconstruct"),
+}
+"""What a pickle of CIFAR calls."""
 
 
 class Block(NamedTuple):
@@ -106,7 +113,7 @@ def _arrays(path: Path) -> Iterator[Block]:
             there = dict(tree) if path.suffix == ".npz" else {"images": tree}
         images = there["images"]
         labels = there.get("labels", np.full(len(images), -1)).astype(np.int64)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except UNREADABLE as error:
         raise DamageError(
             f'{path}: no arrays of images ({error}); a .npz has "images" and perhaps "labels"'
         ) from None
@@ -134,7 +141,9 @@ def _cifar(folder: Path, kind: str) -> Iterator[Block]:
             try:
                 rows, labels = _binary(path, kind) if path.suffix == ".bin" else _pickled(path)
                 images = rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-            except (OSError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+                if len(labels) != len(images):
+                    raise ValueError(f"{len(labels)} labels of {len(images)} images")
+            except UNREADABLE as error:
                 raise DamageError(f"{path}: not CIFAR's ({error}); copy it again") from None
             yield Block(split, images, labels)
 
@@ -150,7 +159,7 @@ class _Numbers(pickle.Unpickler):
     """Reads arrays and plain values; nothing else in a pickle is called."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in NUMPY or (module.startswith("numpy") and name == "_reconstruct"):
+        if (module, name) in NUMPY:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it would call {module}.{name}")
 
@@ -182,14 +191,14 @@ def _folder(folder: Path, size: int) -> Iterator[Block]:
 def _file(path: Path, size: int, draw: np.random.Generator | None = None) -> NDArray[np.uint8]:
     """(S, S, 3) of a file: the square in its middle, or one of SHARE of its shorter side that is
     drawn, averaged down to `size`."""
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as image:
             if image.mode[0] in "IF":  # Pillow would cut every number off at 255
                 raise UsageError(f"{path}: has more than 8 bits a pixel ({image.mode}); give it 8")
-            whole = image.convert("RGBA")
-    except (OSError, ValueError, SyntaxError) as error:
+            whole = ImageOps.exif_transpose(image).convert("RGBA")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DamageError(f"{path}: not an image that Pillow reads ({error})") from None
     white = Image.new("RGBA", whole.size, "white")
     side = min(whole.size)
@@ -286,14 +295,20 @@ def splits(
     }
 
 
-def work(args: argparse.Namespace) -> int:
-    """Prepares the splits, and tells what the palette costs."""
+def check(args: argparse.Namespace) -> None:
+    """Raises UsageError for an option's value that makes no sense."""
     if not 0 <= args.validation_fraction < 1:
         raise UsageError(
             f"--validation-fraction {args.validation_fraction}: must be 0 or more and below 1"
         )
-    if args.copies < 1:
-        raise UsageError(f"--copies {args.copies}: must be 1 or more")
+    for name, least in (("copies", 1), ("size", 0), ("field", 0), ("seed", 0)):
+        if (value := getattr(args, name)) < least:
+            raise UsageError(f"--{name} {value}: must be {least} or more")
+
+
+def work(args: argparse.Namespace) -> int:
+    """Prepares the splits, and tells what the palette costs."""
+    check(args)
     found = [block for block in blocks(args.source, args.size) if block.images.size]
     if not any(block.split == "train" for block in found):
         raise UsageError(f"{args.source}: holds no images to train on")
@@ -312,9 +327,8 @@ def work(args: argparse.Namespace) -> int:
         place = args.output if name == "train" else Path(f"{args.output}-{name}")
         prepare(place, records=ids, vocabulary=palette, split=name)
         if (labels >= 0).any():
-            content = io.BytesIO()
-            np.save(content, labels)
-            (place / "labels.npy").write_bytes(content.getvalue())
+            with whole_file(place / "labels.npy") as file:
+                np.save(file, labels)
         print(f"{place}: {len(ids):,} images of {ids.shape[1]} pixels")
     loss = psnr(found[0].images[:BLOCK], palette)
     print(f"palette of {palette.size} colours, {palette.fingerprint[:12]}: PSNR {loss:.1f} dB")

@@ -245,6 +245,8 @@ def test_images_are_put_at_places_of_their_own(tmp_path: Path) -> None:
         (["--copies", 0], "--copies 0: must be 1 or more"),
         (["--copies", 2], "--copies 2: needs --field, or a folder of files and the --size"),
         (["--field", 2], "--field 2: must be 3 or more, an image's own side"),
+        (["--seed", -1], "--seed -1: must be 0 or more"),
+        (["--size", -1], "--size -1: must be 0 or more"),
     ):
         made = script("images", tmp_path / "in.npz", *more, "--output", tmp_path / "other")
         assert made.returncode == 2 and why in made.stderr
@@ -267,6 +269,19 @@ def test_folders_of_images_are_cropped_and_averaged(tmp_path: Path) -> None:
     assert (shown[:, :, :2] == 255).all()
     assert (shown[0, :, 2:] == (200, 10, 10)).all() and (shown[1, :, 2:] == (10, 10, 200)).all()
     assert np.load(tmp_path / "out/labels.npy").tolist() == [0, 1]
+
+
+def test_a_photograph_is_turned_as_its_camera_says(tmp_path: Path) -> None:
+    shown = DRAW.integers(0, 256, (6, 6, 3)).astype(np.uint8)
+    (tmp_path / "in").mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by 90 degrees, clockwise
+    Image.fromarray(np.rot90(shown)).save(tmp_path / "in/a.png", exif=exif)
+    made = script("images", tmp_path / "in", "--validation-fraction", 0, "--output", tmp_path / "o")
+    assert made.returncode == 0, made.stderr
+    loader = TokenLoader([(tmp_path / "o", 1.0)], 36, 0, shuffle=False)
+    palette = read_palette(tmp_path / "o/tokenizer.json")
+    assert np.array_equal(palette.decode(loader.samples(0, 1)[:, 1:])[0], shown)
 
 
 def test_copies_of_files_are_crops(tmp_path: Path) -> None:
@@ -331,6 +346,11 @@ def test_hostile_and_broken_inputs_are_named(tmp_path: Path) -> None:
     (tmp_path / "broken/a.png").write_bytes(b"no picture")
     np.save(tmp_path / "float.npy", np.zeros((2, 4, 4)))
     np.save(tmp_path / "flat.npy", np.zeros((2, 4, 5), np.uint8))
+    np.savez(tmp_path / "cut.npz", images=np.zeros((2, 4, 4), np.uint8))
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "cut.npz").read_bytes()[:-9])
+    cifar(tmp_path / "lost", binary=False)
+    few = {b"data": np.zeros((2, 3072), np.uint8), b"labels": [3]}
+    (tmp_path / "lost/data_batch_1").write_bytes(pickle.dumps(few, protocol=2))
     np.savez(tmp_path / "other.npz", pictures=np.zeros((2, 4, 4), np.uint8))
     np.save(tmp_path / "none.npy", np.zeros((0, 4, 4), np.uint8))
     np.save(tmp_path / "one.npy", np.zeros((1, 4, 4), np.uint8))
@@ -346,6 +366,8 @@ def test_hostile_and_broken_inputs_are_named(tmp_path: Path) -> None:
         (tmp_path / "float.npy", 2, "float64 images with 2 labels: must be uint8"),
         (tmp_path / "flat.npy", 2, "shape (2, 4, 5, 1): must be (N, S, S)"),
         (tmp_path / "other.npz", 3, "no arrays of images ("),
+        (tmp_path / "cut.npz", 3, "cut.npz: no arrays of images ("),
+        (tmp_path / "lost", 3, "data_batch_1: not CIFAR's (1 labels of 2 images); copy it again"),
         (tmp_path / "sizes", 2, "sizes: images of several sizes; choose one with --size"),
         (tmp_path / "deep", 2, "a.png: has more than 8 bits a pixel (I;16); give it 8"),
         (tmp_path / "none.npy", 2, "none.npy: holds no images to train on"),
