@@ -98,7 +98,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def run(args: argparse.Namespace) -> int:
     """Serves until a signal."""
     limits = Limits(**{field: getattr(args, field) for field, _ in LIMITS.values()})
-    limits.check()
+    limits.check({field: f"--{option}" for option, (field, _) in LIMITS.items()})
     if not args.api_key and not _is_loopback(args.host):
         raise UsageError(
             f"--host {args.host}: other machines could use the model; give --api-key or the "

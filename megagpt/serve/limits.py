@@ -1,5 +1,7 @@
 """What a server takes on at most, with units, and how it refuses (L3, without torch)."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -29,13 +31,14 @@ class Limits:
     drain_s: float = 30.0
     """Seconds that unfinished requests are given when the server is told to stop."""
 
-    def check(self) -> None:
-        """Raises UsageError that names every limit that is none."""
+    def check(self, options: Mapping[str, str]) -> None:
+        """Raises UsageError that names every limit that is none. options: field -> what sets it."""
         unlimited = ("prompt_tokens", "new_tokens")
         problems = [
-            f"{one.name} = {value}: must be greater than 0"
+            f"{options[one.name]} {value}: must be "
+            + ("0 or more" if one.name in unlimited else "greater than 0, and finite")
             for one in fields(self)
-            if not (value := getattr(self, one.name)) > 0
+            if not 0 < (value := getattr(self, one.name)) < math.inf
             and not (one.name in unlimited and value == 0)
         ]
         if problems:

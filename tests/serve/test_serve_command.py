@@ -46,8 +46,10 @@ def test_what_cannot_be_served_is_told_before_the_model_is_loaded(monkeypatch):
             (("--api-key", "from a file\n"), "--api-key: must be ASCII without spaces"),
             (("--port", "70000"), "--port 70000: must be 0 to 65535"),
             (("--port", port), f"--port {port}: cannot listen there .*; choose another"),
-            (("--max-concurrent", "0"), "concurrent = 0: must be greater than 0"),
-            (("--timeout-s", "-1"), "timeout_s = -1.0: must be greater than 0"),
+            (("--max-concurrent", "0"), "--max-concurrent 0: must be greater than 0"),
+            (("--timeout-s", "-1"), "--timeout-s -1.0: must be greater than 0"),
+            (("--drain-s", "inf"), "--drain-s inf: must be greater than 0, and finite"),
+            (("--max-new-tokens", "-1"), "--max-new-tokens -1: must be 0 or more"),
         ):
             with pytest.raises(UsageError, match=message):
                 command.run(parse("nowhere", *words))
