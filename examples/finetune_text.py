@@ -69,8 +69,10 @@ def main() -> None:
     add("--sample", type=int, default=300, help="tokens of a sample")
     args = made.parse_args()
     weights = start(args.start)
+    data = weights.config.data  # of imported weights: a placeholder
+    if args.keep and not all(Path(s.path).exists() for s in data.train):
+        sys.exit(f"--keep {args.keep}: what {args.start} was trained on is not here; leave it out")
     new = write(args, weights)
-    data = weights.config.data  # of imported weights: none
     old = [Path(s.path) for s in data.validation if Path(s.path).exists()]
     share = args.keep / sum(s.weight for s in data.train)
     kept = [(s.path, share * s.weight) for s in data.train if args.keep]

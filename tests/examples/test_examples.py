@@ -14,12 +14,14 @@ import tomli_w
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megagpt.config.presets import ModelConfig
 from megagpt.corpus.manifest import read_manifest
 from megagpt.corpus.verify import verify_shards
 from megagpt.tasks.arithmetic import arithmetic
 from tests.lib.corpus import sentences
 from tests.lib.distributed import ROOT, digest_of_weights, environment, kill_all, steps
 from tests.lib.distributed import wait_for_step as wait
+from tests.lib.weights import weights_folder
 
 
 def line(name: str, *words: object) -> list[str]:
@@ -112,6 +114,17 @@ def test_fine_tuning_learns_the_new_text_and_forgets_the_old(chargpt) -> None:
     new, tuned, old, forgotten = map(float, re.fullmatch(told, figure).groups())
     assert tuned < 0.5 * new and forgotten > 1.2 * old
     assert read_manifest(root / "data/finetune-validation").tokenizer_name == "bytes"
+
+
+def test_an_old_text_that_is_not_here_cannot_be_kept(tmp_path: Path) -> None:
+    """As with imported weights, whose run file is a placeholder."""
+    size = {"n_layer": 1, "n_head": 1, "d_model": 8, "n_ctx": 16, "vocab_size": 257}
+    weights_folder(tmp_path / "imported", ModelConfig(**size), "bytes")
+    asked = line("finetune_text.py", "--start", "imported", "--keep", 0.3)
+    done = subprocess.run(asked, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "--keep 0.3: what imported was trained on is not here; leave it out" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["imported"]
 
 
 def test_image_gpt_draws_completes_and_is_probed(tmp_path: Path) -> None:
