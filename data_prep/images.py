@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from megagpt.corpus.command import run
 from megagpt.corpus.records import prepare
 from megagpt.errors import DamageError, UsageError
-from megagpt.files import UNREADABLE, whole_file
+from megagpt.files import whole_file
 from megagpt.tokenizer.palette import MOST, Palette, fit_palette, read_palette
 
 PIXELS = 1_000_000
@@ -113,7 +113,7 @@ def _arrays(path: Path) -> Iterator[Block]:
             there = dict(tree) if path.suffix == ".npz" else {"images": tree}
         images = there["images"]
         labels = there.get("labels", np.full(len(images), -1)).astype(np.int64)
-    except UNREADABLE as error:
+    except Exception as error:  # zipfile, zlib and numpy's headers have a dozen kinds
         raise DamageError(
             f'{path}: no arrays of images ({error}); a .npz has "images" and perhaps "labels"'
         ) from None
@@ -143,7 +143,7 @@ def _cifar(folder: Path, kind: str) -> Iterator[Block]:
                 images = rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
                 if len(labels) != len(images):
                     raise ValueError(f"{len(labels)} labels of {len(images)} images")
-            except UNREADABLE as error:
+            except Exception as error:  # a pickle has a dozen kinds
                 raise DamageError(f"{path}: not CIFAR's ({error}); copy it again") from None
             yield Block(split, images, labels)
 

@@ -6,14 +6,9 @@ import hashlib
 import json
 import logging
 import os
-import pickle
 import shutil
 import socket
-import struct
 import time
-import tokenize
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,24 +22,6 @@ BLOCK = 1 << 20
 NAME = ".lock"
 ENDS = ", ends by itself by "
 """Before the time, in seconds since 1970, that a lock tells."""
-UNREADABLE = (
-    OSError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    RuntimeError,
-    AssertionError,
-    SyntaxError,
-    EOFError,
-    struct.error,
-    zlib.error,
-    zipfile.BadZipFile,
-    tokenize.TokenError,
-    pickle.UnpicklingError,
-)
-"""What the readers of others' formats raise for damaged bytes: json, pickle, zipfile, numpy's
-files and torch's."""
 _BUSY = (BlockingIOError, PermissionError)
 """What POSIX raises for a lock that another process holds."""
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from megagpt.errors import DamageError, UsageError
-from megagpt.files import UNREADABLE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +79,7 @@ def saved_by_torch(path: Path, stand_in: type | None = None) -> Any:
             f"{path}: holds more than tensors and plain values, and would have to execute code to "
             "be read; save its state_dict as safetensors where you trust it"
         ) from None
-    except UNREADABLE as error:
+    except Exception as error:  # torch has a dozen kinds for damaged bytes
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DamageError(f"{path}: not readable ({reason}); copy it again") from None
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from megagpt.errors import DamageError, UsageError
-from megagpt.files import UNREADABLE
 from megagpt.hub.foreign_model import ForeignModel, json_object
 
 if TYPE_CHECKING:
@@ -118,7 +117,7 @@ def openai_gpt1(folder: Path) -> ForeignModel:
             raise ValueError("its shapes are not those of two embeddings and 12 tensors a layer")
         n_ctx, d_model = shapes[0]
         values = np.split(flat, ends[:-1])
-    except UNREADABLE as error:
+    except Exception as error:  # numpy's headers have many errors
         raise DamageError(
             f"{folder}: not OpenAI's files of GPT-1 ({error}); copy them again"
         ) from None

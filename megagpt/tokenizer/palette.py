@@ -21,7 +21,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megagpt.errors import DamageError, UsageError
-from megagpt.files import UNREADABLE
 
 MOST = 512
 """Colours at most, as in the paper."""
@@ -122,12 +121,12 @@ def read_palette(path: Path | str, expected: str = "") -> Palette:
         else:
             colours = np.array(json.loads(path.read_text())["colours"])
         palette = Palette(colours.astype(np.float32))
-    except UNREADABLE as error:
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
+    except Exception as error:  # numpy reads the header as Python, which has many errors
         raise DamageError(
             f"{path}: not a palette ({type(error).__name__}: {error}); copy it again"
         ) from None
-    except UsageError as error:
-        raise UsageError(f"{path}: {error}") from None
     if expected and palette.fingerprint != expected:
         raise DamageError(
             f"{path}: another palette than the images were made with (fingerprint "
