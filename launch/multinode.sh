@@ -52,7 +52,11 @@ done; wait)
 if [ "$DOCTOR" = 1 ]; then
   words=()
   for word in "$@"; do [ "$word" = --allow-changes ] || words+=("$word"); done
-  "$PYTHON" -m megagpt doctor "${words[@]}" --hostfile "$scratch/hosts" || DIE=1 die "see the table above"
+  code=0
+  table=$("$PYTHON" -m megagpt doctor "${words[@]}" --hostfile "$scratch/hosts") || code=$?
+  [ -z "$table" ] || echo "$table"
+  ! grep -q '^FAIL ' <<< "$table" || DIE=1 die "see the table above"
+  [ "$code" = 0 ] || exit "$code"           # words that it does not take
 fi
 
 deepspeed_env > "$scratch/env"

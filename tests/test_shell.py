@@ -241,6 +241,18 @@ def test_words_that_the_doctor_does_not_take_end_the_job(job, said, code, queued
     assert queued or done.returncode == 2
 
 
+@pytest.mark.parametrize(("word", "code", "said"), [("--none", 2, "--none"), ("seed=1", 1, "FAIL")])
+def test_what_the_doctor_says_before_a_start_on_several_hosts(job, word, code, said):
+    """Words that it does not take are wrong for good; a host may be well the next time."""
+    job.stands_in("ssh", "exit 0")
+    (job.root / "hosts").write_text("host-a slots=1\nhost-b slots=1\n")
+    more = {"HOSTFILE": str(job.root / "hosts"), "DOCTOR": "1"}
+    more["PATH"] = f"{job.root}/bin:{os.environ['PATH']}"
+    done = run("launch/multinode.sh", run_file(job.root), word, **more)
+    assert done.returncode == code and said in done.stdout + done.stderr, done.stderr
+    assert ("multinode.sh: see the table above" in done.stderr) == (code == 1)
+
+
 @pytest.mark.parametrize(("number", "blamed"), [("7", "host-a"), ("6", "")])
 def test_a_host_that_was_lost_counts_for_the_job_that_it_was_lost_to(job, number, blamed):
     (job.folder / ".start").write_text(f"{number} 1700000000 host-a\n")
