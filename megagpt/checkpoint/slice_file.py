@@ -46,6 +46,10 @@ MOST_OPEN = 32
 """Files of a checkpoint that are open at once."""
 MOST_PROBLEMS = 5
 """Parameters that are named when slices are not those of the model."""
+NO_DAMAGE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""Errors that say nothing about a file."""
+SLICES = re.compile(r"rank_[0-9]{5,}\.safetensors")
+"""Names of the files of ranks."""
 
 
 def file_name(rank: int) -> str:
@@ -56,12 +60,6 @@ def file_name(rank: int) -> str:
 def rank_of(name: str) -> int:
     """The rank of such a name."""
     return int(name.removeprefix("rank_").removesuffix(".safetensors"))
-
-
-NO_DAMAGE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-"""Errors that say nothing about a file."""
-SLICES = re.compile(r"rank_[0-9]{5,}\.safetensors")
-"""Names of such files."""
 
 
 def write_slices(path: Path, slices: Iterable[Slice]) -> FileRecord:
