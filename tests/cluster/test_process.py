@@ -2,14 +2,12 @@
 
 import json
 import platform
-import subprocess
-import sys
 
 import pytest
 
 from megagpt.cluster.process import keep_freed_memory, set_device
 from megagpt.cluster.ranks import Ranks
-from tests.lib.distributed import environment
+from tests.lib.distributed import python
 
 FAULTS = """
 import resource, torch
@@ -49,10 +47,7 @@ process.end(7)
 
 @pytest.mark.parametrize("joined", [False, True])
 def test_a_process_ends_with_its_code_and_a_rank_without_the_teardown(joined):
-    code = LAST.format(joined=joined)
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True
-    )
+    done = python(LAST.format(joined=joined))
     assert done.returncode == 7, done.stderr
     told = ["said", "first of all", "kept for the end"]
     assert done.stdout.splitlines() == told + ["torn down"] * (not joined)
@@ -60,8 +55,8 @@ def test_a_process_ends_with_its_code_and_a_rank_without_the_teardown(joined):
 
 def faults(keep: bool) -> list[int]:
     """Page faults of each of six allocations of 128 MiB."""
-    code = FAULTS.format(keep=keep)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = python(FAULTS.format(keep=keep))
+    assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
@@ -119,6 +114,5 @@ join(ranks)
 
 
 def test_deepspeed_is_imported_with_the_rank_of_the_visible_gpu():
-    line = [sys.executable, "-c", ONE_GPU]
-    done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=60)
+    done = python(ONE_GPU)
     assert done.stdout.splitlines() == ["bound to 0", "imported with 0"], done.stderr
