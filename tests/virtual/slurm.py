@@ -43,6 +43,8 @@ NodeName={nodes} CPUs=2 RealMemory=4000 Gres=gpu:2 State=UNKNOWN
 PartitionName=low Nodes={nodes} Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=20
 PartitionName=high Nodes={nodes} PriorityTier=10 PreemptMode=OFF
 """
+READY = ("idle", "mixed", "allocated")
+"""States of a node that answers."""
 GPU = (1, 3)
 """Device numbers of /dev/null, which stands in for a GPU."""
 
@@ -77,11 +79,12 @@ class Slurm:
         host.check(f"munged --force --key-file={self.folder}/munge.key {places}")
 
     def start_node(self, node: Host) -> None:
-        """SLURM's daemons on a compute node, after it was switched on; returns when it is idle."""
+        """SLURM's daemons on a compute node, after it was switched on; returns when jobs run there
+        or may. A job that waited for the node may have it at once, so that it is never idle."""
         (self.folder / "spool" / node.name).mkdir(exist_ok=True)
         self._authenticate(node)
         node.check("slurmd")
-        wait_until(lambda: self.state(node) == "idle", f"{node.name} is idle")
+        wait_until(lambda: self.state(node) in READY, f"{node.name} takes jobs")
 
     def stop_node(self, node: Host) -> None:
         """SLURM has the node no more."""
