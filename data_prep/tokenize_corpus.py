@@ -34,6 +34,7 @@ def main() -> int:
     )
     file_options(options)
     args = options.parse_args()
+    print(f"tokenizer: {args.tokenizer} (--tokenizer)", file=sys.stderr)
     return run(lambda: prepare_with(args, [source(text, args.text_field) for text in args.inputs]))
 
 

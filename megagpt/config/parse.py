@@ -28,8 +28,8 @@ RULES = {
     "finite_number": "a finite number",
     "string_type": "text",
     "bool_type": "true or false",
-    "dataclass_type": "a table of keys",
-    "tuple_type": "a list",
+    "dataclass_type": "a table of keys{form}",
+    "tuple_type": "a list{form}",
     "literal_error": "one of {choices}",
     "greater_than": "above {gt:.10g}",
     "greater_than_equal": "{ge:.10g} or more",
@@ -237,5 +237,7 @@ def _problem(error: Mapping[str, Any], tree: Any, schema: dict[str, Any]) -> str
     if kind == "missing":
         return f"missing key {key!r}: the run file must say it{meaning}"
     figures |= {"choices": ", ".join(json.dumps(c).strip('"') for c in node.get("enum", []))}
+    source = "DataSource" in str(node.get("items", node))
+    figures["form"] = f", as \"{key.partition('[')[0]}=[{{path='DIR'}}]\"" if source else ""
     rule = RULES[kind].format(length=node.get("maxItems"), **figures)
     return f"{key} = {value!r:.100}: must be {rule}{meaning}"

@@ -126,6 +126,9 @@ def summary(config: RunConfig) -> str:
     writes = f"next: megagpt generate {folder} --prompt TEXT      what it writes"
     if config.model.start_token is not None:
         writes = f"next: {folder}/samples                         what it draws (evaluate.samples)"
+    # Where less was asked for now, what was trained says how long the rate fell.
+    with contextlib.suppress(MegagptError, IndexError):
+        config = load_run(saved[-1] / CONFIG)
     lines += [
         writes,
         f"      megagpt report {folder}                      its curves as a page",

@@ -9,6 +9,7 @@ need a launcher that reaches them: docs/how-to/clusters.md.
 
 import argparse
 import os
+import re
 import shutil
 import socket
 import sys
@@ -21,6 +22,7 @@ from megagpt.cluster.ranks import discover
 from megagpt.config import RunConfig, load_run
 from megagpt.errors import EXIT_OK, UsageError
 from megagpt.order.loader import check_corpora
+from megagpt.plan.corpora import missing
 from megagpt.plan.ds_config import read_ds_config, resolve
 from megagpt.plan.layout import layout_of
 from megagpt.plan.sanity import oddities
@@ -64,7 +66,10 @@ def run(args: argparse.Namespace) -> int:
         _become(command_line(words, 1, args.launcher))
     cards = visible_gpus(os.environ)
     ranks = ranks_of(args.ranks, config, len(cards))
-    check(config, ranks)
+    try:
+        check(config, ranks)
+    except UsageError as error:
+        raise UsageError(f"{error}{_preparation(args.file, config)}") from None
     if Path(config.output).exists():
         # Torch comes with it: not before the run file is known to be sound.
         from megagpt.run.folder import finished, summary
@@ -79,6 +84,17 @@ def run(args: argparse.Namespace) -> int:
         # The launcher would warn that it found no accelerator.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     _become(command_line(words, ranks, args.launcher))
+
+
+def _preparation(file: str, config: RunConfig) -> str:
+    """The commands by which the head of a run file says that a corpus which is not there is made;
+    "" where it says none."""
+    text = Path(file).read_text(encoding="utf-8-sig")
+    found = re.findall(r"(?m)^# *\w+ +(python data_prep/\S.*?)(?:  .*)?$", text)
+    words = {word for line in found for word in line.split()}
+    if not words.intersection(missing(config)):
+        return ""
+    return "".join([f"; {file} says how:", *(f"\n  {line}" for line in found)])
 
 
 def _become(line: list[str]) -> NoReturn:

@@ -114,6 +114,14 @@ def test_every_problem_is_reported_at_once():
         ("log.tensorboard=1", "log.tensorboard = 1: must be true or false"),
         ("schedule.peak_lr=high", "schedule.peak_lr = 'high': must be a number"),
         ("data.train=3", "data.train = 3: must be a list"),
+        (
+            "data.train=data/mine",
+            "data.train = 'data/mine': must be a list, as \"data.train=[{path='DIR'}]\" (Corpora",
+        ),
+        (
+            "data.validation=['a']",
+            "[0] = 'a': must be a table of keys, as \"data.validation=[{path='DIR'}]\"",
+        ),
         ("data.train=[3]", "data.train[0] = 3: must be a table of keys"),
         ("optimizer.betas=[0.9]", "optimizer.betas = [0.9]: must be a list of 2 values"),
         ("parallel=3", "parallel = 3: must be a table of keys"),

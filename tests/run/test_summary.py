@@ -45,3 +45,6 @@ def test_lost_lines_make_no_other_run_of_it(tmp_path):
     assert told(0) == [f"{losses[4]} after"]
     assert told(4) == [f"{losses[0]} before"]
     assert told(0, 4) == []
+    # Asked for less than was trained, the rate of what was trained is told.
+    smaller = load_run(file, ["schedule.total_tokens=512"])
+    assert "set schedule.decay_tokens = 1024 to keep the learning rate low" in summary(smaller)

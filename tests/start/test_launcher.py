@@ -62,6 +62,18 @@ def test_what_is_wrong_is_said_at_once(run_file, words, message, capsys):
     assert not (run_file.parent / "runs").exists()
 
 
+def test_a_corpus_that_is_not_there_is_made_by_the_commands_of_the_run_file(run_file, capsys):
+    head = "# Data     python data_prep/text8.py --output data/none     (by hand)\n# Train    x\n"
+    run_file.write_text(head + RUN)
+    assert main(["train", "run.toml", "data.train=[{path='data/none'}]"]) == 2
+    told = capsys.readouterr().err
+    assert told.endswith("; run.toml says how:\n  python data_prep/text8.py --output data/none\n")
+    # It says nothing of another corpus, nor where the corpus is there.
+    for words in (["data.train=[{path='data/no'}]"], ["model.vocab_size=300"]):
+        assert main(["train", "run.toml", *words]) == 2
+        assert "says how" not in capsys.readouterr().err
+
+
 def test_one_process_trains(run_file):
     done = train(run_file.parent)
     assert done.returncode == 0, done.stderr
