@@ -91,8 +91,7 @@ def _preparation(file: str, config: RunConfig) -> str:
     "" where it says none."""
     text = Path(file).read_text(encoding="utf-8-sig")
     found = re.findall(r"(?m)^# *\w+ +(python data_prep/\S.*?)(?:  .*)?$", text)
-    words = {word for line in found for word in line.split()}
-    if not words.intersection(missing(config)):
+    if not set(" ".join(found).split()).intersection(missing(config)):
         return ""
     return "".join([f"; {file} says how:", *(f"\n  {line}" for line in found)])
 
