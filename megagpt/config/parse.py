@@ -237,7 +237,7 @@ def _problem(error: Mapping[str, Any], tree: Any, schema: dict[str, Any]) -> str
     if kind == "missing":
         return f"missing key {key!r}: the run file must say it{meaning}"
     figures |= {"choices": ", ".join(json.dumps(c).strip('"') for c in node.get("enum", []))}
-    source = "DataSource" in str(node.get("items", node))
-    figures["form"] = f", as \"{key.partition('[')[0]}=[{{path='DIR'}}]\"" if source else ""
+    form = f", as \"{key.partition('[')[0]}=[{{path='DIR'}}]\""
+    figures["form"] = form * ("DataSource" in str(node.get("items", node)))
     rule = RULES[kind].format(length=node.get("maxItems"), **figures)
     return f"{key} = {value!r:.100}: must be {rule}{meaning}"
