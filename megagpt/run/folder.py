@@ -120,8 +120,7 @@ def summary(config: RunConfig) -> str:
         lines.append(f"validation loss: {', '.join(told)}")
     lines.append(f"checkpoints: {config.output}/checkpoints")
     if config.log.tensorboard:
-        boards = shlex.quote(f"{config.output}/tensorboard")
-        lines.append(f"curves: tensorboard --logdir {boards}")
+        lines.append(f"curves: tensorboard --logdir {shlex.quote(config.output + '/tensorboard')}")
     folder = shlex.quote(config.output)
     writes = f"next: megagpt generate {folder} --prompt TEXT      what it writes"
     if config.model.start_token is not None:
