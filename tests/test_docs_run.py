@@ -27,7 +27,7 @@ from tests.test_docs import PAGES, ROOT, commands, without_redirect
 ELSEWHERE = {
     r"make |python3 -m venv": "tests/test_docs.py",
     r"python benchmarks/": "tests/test_docs.py",
-    r"python -m pytest": "tests/hub/test_export.py",
+    r"(MEGAGPT_TEST_GB=\d+ )?python -m pytest": "tests/test_docs_run.py",
     r"python -m tests\.lib\.campaign": "tests/run/test_faults.py",
     r"python -m tests\.lib\.flips": "tests/run/test_flips.py",
     r"python -m tests\.lib\.corpus_flips": "tests/corpus/test_corpus_flips.py",
@@ -43,11 +43,11 @@ ELSEWHERE = {
     r"python -m megagpt\.tasks\.harness|.*--harness": "tests/tasks/test_harness.py",
     r"python -m megagpt\.train .*--dry-run": "tests/run/test_dry_run.py",
     r"deepspeed .*--split": "tests/use/test_shared.py",
-    r"deepspeed .*spike_action": "tests/run/test_resume.py",
+    r"deepspeed .*spike_action": "tests/health/test_guard.py",
     r"(deepspeed|torchrun) .*megagpt\.doctor|.*--hostfile": "tests/check/test_doctor_hosts.py",
     r"megagpt parity": "tests/check/test_parity.py",
-    r"megagpt verify-resume": "tests/run/test_resume.py",
-    r"megagpt export": "tests/hub/test_weights_page.py",
+    r"megagpt verify-resume": "tests/health/test_guard_run.py",
+    r"megagpt export": "tests/hub/test_export.py",
     r"megagpt chat": "tests/use/test_chat.py",
     r"megagpt serve": "tests/serve/test_serve_command.py",
     r"megagpt plan --calibrate": "tests/plan/test_beside.py",
@@ -204,8 +204,18 @@ def elsewhere(line: str) -> str:
 def test_what_runs_elsewhere_is_there():
     lines = [line for page in PAGES for line in commands(page)]
     for pattern, test in ELSEWHERE.items():
-        assert (ROOT / test).is_file(), test
+        text = (ROOT / test).read_text(encoding="utf-8")
         assert any(re.match(pattern, line) for line in lines), pattern
+        words = re.findall(
+            r"[a-z_-]{4,}", re.sub(r"\\.[a-z]*|python|megagpt|deepspeed", " ", pattern)
+        )
+        assert any(word.strip("-") in text for word in words), f"{pattern}: {test}"
+
+
+def test_tests_that_the_docs_name_are_there():
+    lines = [line for page in PAGES for line in commands(page) if "-m pytest" in line]
+    files = [word for line in lines for word in line.split() if word.startswith("tests/")]
+    assert files and all((ROOT / file).is_file() for file in files), files
 
 
 def test_the_tutorials_print_what_the_commands_say(world, monkeypatch, capsys):

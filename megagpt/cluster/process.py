@@ -47,7 +47,7 @@ MEETING_MINUTES = 10.0
 log.watchdog_minutes is less."""
 GROUP_MINUTES = 30.0
 """Longest collective of the group; a hung step is the watchdog's."""
-COLLECTIVES = 2000
+FLIGHT_RECORDER_SIZE = 2000
 """Collectives that torch remembers: some steps of a large model."""
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 """Parameters of mallopt(3)."""
@@ -74,7 +74,7 @@ def prepare_environment(ranks: Ranks, environ: MutableMapping[str, str]) -> None
         environ["MASTER_ADDR"], environ["MASTER_PORT"] = "127.0.0.1", str(_free_port())
     # Idle threads that spin would starve the other ranks of a shared CPU.
     environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    environ.setdefault("TORCH_FR_BUFFER_SIZE", str(COLLECTIVES))
+    environ.setdefault("TORCH_FR_BUFFER_SIZE", str(FLIGHT_RECORDER_SIZE))
     environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // max(1, ranks.local_world))))
 
 
