@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from megagpt.cluster.slurm import expand_hosts
+from megagpt.errors import MegagptError
 from tests.lib.corpus import run_file
 from tests.lib.distributed import digest_of_weights, exact, launch, steps
 from tests.virtual.hosts import Cluster, Host, virtual_hosts, wait_until
@@ -79,9 +80,9 @@ class Unattended:
 
     def hosts(self) -> list[Host]:
         """Where the job has ranks now."""
-        if self.state != "RUNNING":
-            return []
-        names = expand_hosts(self.slurm.job(self.number)["NodeList"])
+        # One look: between two the job may have ended, and has no nodes then.
+        job = self.slurm.job(self.number)
+        names = expand_hosts(job["NodeList"]) if job["JobState"] == "RUNNING" else []
         return [self.cluster[name] for name in names if self.cluster[name].ranks()]
 
     def until_step(self, step: float) -> bool:
@@ -181,7 +182,7 @@ def main() -> int:
                     break
                 try:
                     told = Unattended(cluster, slurm, file, seed).live(args.days)
-                except AssertionError as error:
+                except (AssertionError, MegagptError) as error:
                     wrong += 1
                     told = {"wrong": str(error)}
                     slurm.login.check("scancel --user=root")
