@@ -19,17 +19,18 @@ from megagpt.tokenizer.encoder import MARGIN, PIECE, Encoder, pieces
 BATCH = 1 << 20
 """Characters that are encoded at a time: bounds a worker's memory."""
 
+Waiting = list[tuple[str, Text | None]]
+"""Pieces of text in a row, each with the document that it ends, if it does."""
+
 
 class Encoded(NamedTuple):
-    """Tokens of documents in a row."""
+    """Tokens of documents in a row; those behind the last end belong to one that goes on."""
 
     tokens: npt.NDArray
     documents: list[Text]
     """The last pieces of those that end in `tokens`."""
-    sizes: list[int]
-    """Tokens of each, END-OF-DOCUMENT included."""
-    unfinished: int
-    """Tokens of a document that does not end here, from its start on; they come last."""
+    ends: npt.NDArray[np.intp]
+    """The place in `tokens` behind the END-OF-DOCUMENT of each."""
 
 
 def encode(
@@ -37,90 +38,60 @@ def encode(
 ) -> Iterator[Encoded | Problem | Note]:
     """Encode the texts, END-OF-DOCUMENT after each document; everything else passes.
 
-    A problem means that the unfinished tokens before it are no document.
+    A problem means that the tokens before it, behind the last end, are no document.
     """
-    batch = _Batch(encoder)
+    waiting: Waiting = []
+    size = 0  # characters that wait
+    rest = ""  # text behind the last safe cut: a token may join it with the next piece
+    searched = 0  # characters of it in which there is no other
+    goes_on = False  # whether the last text was a piece of a document that has more
     for step in steps:
         if isinstance(step, Text):
-            batch.add(step)
-            if batch.characters >= BATCH:
-                yield from batch.encode()
+            rest += step.text
+            # Most texts are short, and a generator for each would take a tenth of all time.
+            if len(rest) > PIECE:
+                *parts, rest = pieces(rest, encoder.encoding, searched)
+                waiting += [(part, None) for part in parts]
+                searched = max(len(rest) - MARGIN, 0)
+            if step.last:
+                waiting.append((rest, step))
+                rest, searched = "", 0
+            size += len(step.text)
+            # The end of a document whose beginning is written does not wait: a problem of the
+            # next one would be taken for its own.
+            if size >= BATCH or (goes_on and step.last):
+                yield from _encoded(waiting, encoder)
+                waiting, size = [], 0
+            goes_on = not step.last
             continue
         if isinstance(step, Problem):
-            batch.drop_unfinished()
+            rest, searched, goes_on = "", 0, False
+            while waiting and waiting[-1][1] is None:
+                waiting.pop()
         yield step
-    yield from batch.encode()
+    yield from _encoded(waiting, encoder)
 
 
-class _Batch:
-    """Texts that wait to be encoded together."""
-
-    def __init__(self, encoder: Encoder) -> None:
-        self._encoder = encoder
-        self._end = end_of_document(encoder.encoding)
-        self._parts: list[str] = []
-        self._ends: list[int] = []
-        """Number of parts up to the end of each document."""
-        self._documents: list[Text] = []
-        self._rest = ""
-        """Text after the last safe cut: a token may join it with the next piece."""
-        self._searched = 0
-        """Characters of it in which there is no other."""
-        self._unfinished = 0
-        self.characters = 0
-
-    def add(self, text: Text) -> None:
-        """The next text."""
-        rest = self._rest + text.text
-        # Most texts are short, and a generator for each would take a tenth of all time.
-        if len(rest) > PIECE:
-            *parts, rest = pieces(rest, self._encoder.encoding, self._searched)
-            self._parts += parts
-            self._searched = max(len(rest) - MARGIN, 0)
-        self.characters += len(text.text)
-        self._rest = rest
-        if text.last:
-            self._parts.append(rest)
-            self._rest, self._searched = "", 0
-            self._ends.append(len(self._parts))
-            self._documents.append(text)
-
-    def drop_unfinished(self) -> None:
-        """Forget the pieces after the last whole document."""
-        del self._parts[self._ends[-1] if self._ends else 0 :]
-        self._rest, self._searched, self._unfinished = "", 0, 0
-
-    def encode(self) -> Iterator[Encoded | Problem]:
-        """Encode what waits."""
-        parts, ends, documents = self._parts, self._ends, self._documents
-        self._parts, self._ends, self._documents, self.characters = [], [], [], 0
-        if parts:
-            yield from self._encode(parts, ends, documents)
-
-    def _encode(
-        self, parts: list[str], ends: list[int], documents: list[Text]
-    ) -> Iterator[Encoded | Problem]:
-        try:
-            tokens, sizes = self._encoder.encode_pieces(parts)
-        except ValueError as error:
-            # A text that comes in several pieces is cut small enough for the tokenizer.
-            if not documents:
-                raise
-            if len(documents) == 1 and ends[-1] == len(parts):
-                detail = f"the tokenizer gave up: {error}"
-                yield Problem(documents[0].item, "cannot be encoded", detail)
-                return
-            for document, start, end in zip(documents, [0, *ends], ends, strict=False):
-                yield from self._encode(parts[start:end], [end - start], [document])
-            if ends[-1] < len(parts):
-                yield from self._encode(parts[ends[-1] :], [], [])
+def _encoded(waiting: Waiting, encoder: Encoder) -> Iterator[Encoded | Problem]:
+    """Encode what waits."""
+    if not waiting:
+        return
+    documents = [text for _, text in waiting if text]
+    try:
+        tokens, sizes = encoder.encode_pieces([part for part, _ in waiting])
+    except ValueError as error:
+        # A text that comes in several pieces is cut small enough for the tokenizer.
+        if not documents:
+            raise
+        if len(documents) == 1 and waiting[-1][1]:
+            yield Problem(documents[0].item, "cannot be encoded", f"the tokenizer gave up: {error}")
             return
-        bounds = np.concatenate(([0], np.cumsum(sizes)))
-        stops = bounds[np.array(ends, np.intp)]
-        lengths = np.diff(stops, prepend=0) + 1
-        lengths[:1] += self._unfinished
-        if documents:
-            self._unfinished = 0
-        self._unfinished += int(bounds[-1] - (stops[-1] if documents else 0))
-        tokens = np.insert(tokens, stops, self._end)
-        yield Encoded(tokens, documents, lengths.tolist(), self._unfinished)
+        start = 0
+        for stop, (_, text) in enumerate(waiting, 1):
+            if text or stop == len(waiting):
+                yield from _encoded(waiting[start:stop], encoder)
+                start = stop
+        return
+    stops = np.cumsum(sizes)[[text is not None for _, text in waiting]]
+    tokens = np.insert(tokens, stops, end_of_document(encoder.encoding))
+    yield Encoded(tokens, documents, stops + np.arange(1, len(stops) + 1))

@@ -9,7 +9,6 @@ exists is done. `.doc` is a line of JSON and the raw arrays of `Part`.
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from megagpt.corpus.clean import Rules, clean
+from megagpt.corpus.clean import Note, Rules, clean
 from megagpt.corpus.encode import Encoded, encode
 from megagpt.corpus.summary import SHOWN
 from megagpt.corpus.texts import Problem, read
@@ -89,7 +88,7 @@ class PartMaker:
         items = read(unit, self._text_field)
         steps = encode(clean(items, self._rules), self._encoder)
         with whole_file(unit_path(self._folder, unit.number, "bin")) as file:
-            writer = _PartWriter(file)
+            writer = _PartWriter(file, self._encoder.dtype.itemsize)
             for step in steps:
                 writer.take(step)
             document = writer.document(payload_digest(unit.payload), self._rules.minhashes)
@@ -100,9 +99,10 @@ class PartMaker:
 class _PartWriter:
     """Tokens into an open file, the rest in memory until `document`."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._unfinished_bytes = 0
+    def __init__(self, file: BinaryIO, item_bytes: int) -> None:
+        self._file, self._item_bytes = file, item_bytes
+        self._written = self._whole = 0
+        """Tokens in the file, and those of whole documents."""
         self._n_items = 0
         self._records: list[tuple[int, int, int, int, bool]] = []
         self._signatures: list[npt.NDArray[np.uint32]] = []
@@ -110,8 +110,8 @@ class _PartWriter:
         self._notes: Counter[str] = Counter()
         self._problems: list[list[Any]] = []
 
-    def take(self, step: Any) -> None:
-        """The next step of the pipe: Encoded, Problem or Note."""
+    def take(self, step: Encoded | Problem | Note) -> None:
+        """The next step of the pipe."""
         if isinstance(step, Encoded):
             self._write(step)
         elif isinstance(step, Problem):
@@ -121,20 +121,21 @@ class _PartWriter:
 
     def _write(self, encoded: Encoded) -> None:
         self._file.write(np.ascontiguousarray(encoded.tokens).view(np.uint8).data)
-        self._unfinished_bytes = encoded.unfinished * encoded.tokens.itemsize
-        for document, size in zip(encoded.documents, encoded.sizes, strict=True):
+        for document, stop in zip(encoded.documents, encoded.ends.tolist(), strict=True):
             item, _, _, length, code, validation, signature = document
-            self._records.append((item, size, length, code, validation))
+            end = self._written + stop
+            self._records.append((item, end - self._whole, length, code, validation))
+            self._whole, self._n_items = end, max(self._n_items, item + 1)
             if signature is not None:
                 self._signatures.append(signature)
-        if encoded.documents:
-            self._n_items = max(self._n_items, encoded.documents[-1].item + 1)
+        self._written += len(encoded.tokens)
 
     def _leave_out(self, problem: Problem) -> None:
-        if self._unfinished_bytes:
-            self._file.seek(-self._unfinished_bytes, os.SEEK_END)
+        """Count the problem, and drop what is written of its document."""
+        if self._written > self._whole:
+            self._file.seek(self._whole * self._item_bytes)
             self._file.truncate()
-            self._unfinished_bytes = 0
+            self._written = self._whole
         self._n_items = max(self._n_items, problem.item + 1)
         if problem.reason:
             self._counts[problem.reason] += 1

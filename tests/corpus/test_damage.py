@@ -338,6 +338,24 @@ def test_large_text_files_are_read_in_pieces(
     assert content(tmp_path / "large/out") == content(tmp_path / "whole/out")
 
 
+def test_a_problem_costs_no_text_of_the_file_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever of that file is written when the problem comes."""
+    for module, name, value in (
+        (reading, "PIECE_BYTES", 100), (encode_module, "BATCH", 1000),
+        (encode_module, "PIECE", 50), (encoder_module, "PIECE", 50),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, value)
+    texts = ["one word more " * count for count in (50, 73, 80, 150, 10)]
+    for number, text in enumerate(texts):
+        (tmp_path / f"{number}.txt").write_text(text)
+        (tmp_path / f"{number}a.txt").write_bytes(b"" if number % 2 else b"lost " * 99 + b"\xff")
+    summary = prepare([tmp_path / "*.txt"], options(tmp_path, workers=1))
+    assert decoded(tmp_path / "out") == texts
+    assert summary.left_out == {"invalid UTF-8": 3, "empty document": 2}
+
+
 def test_a_text_that_tiktoken_cannot_split_is_left_out(tmp_path: Path) -> None:
     gpt2 = load_tokenizer("gpt2")
     other = tiktoken.Encoding(
