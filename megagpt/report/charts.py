@@ -14,7 +14,7 @@ vocabularies of 32k to 50k: for other text, or another tokenizer, slopes compare
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -43,7 +43,12 @@ LAWLESS = (
     f"fitted to runs of {scientific(LEAST_PF_DAYS)} PF-days or more with vocabularies of "
     f"{LEAST_VOCABULARY:,} tokens or more."
 )
+LAWS = (
+    "Compute is 6 N a token, N without the embeddings. The laws were fitted to English web text "
+    "with vocabularies of 32k to 50k tokens: for other text, slopes compare and levels do not."
+)
 Chart = dict[str, Any]
+Curve = tuple[Floats, Floats]
 Number = TypeVar("Number", float, Floats)
 _FIGURES: tuple[tuple[str, str, str, str, dict[str, Any]], ...] = (
     ("lr", "learning rate", RATE, "line", {}),
@@ -76,18 +81,14 @@ def chinchilla(n: float, tokens: Number) -> Number:
 
 def charts(runs: Sequence[Run]) -> list[Chart]:
     """All charts that have something to show, the most asked for first."""
-    figures = {
-        key: _figure(runs, key, title, colour, kind, options)
-        for key, title, colour, kind, options in _FIGURES
-    }
-    loss_scale, step_time = figures.pop("loss_scale"), figures.pop("step_s")
-    parts = _parts(runs[0]) if len(runs) == 1 else step_time
+    *figures, loss_scale, step_time = (_figure(runs, *figure) for figure in _FIGURES)
+    parts = _parts(runs)
     candidates = [
         _loss(runs),
         _compute(runs),
         *_tasks(runs),
         *_validation_sets(runs),
-        *figures.values(),
+        *figures,
         parts if parts["lines"] else step_time,
         *_sources(runs),
         *_memory(runs),
@@ -105,9 +106,7 @@ def _chart(title: str, **options: Any) -> Chart:
     return {"title": title, **empty, "note": "", **options}
 
 
-def _line(
-    name: str, colour: str, curve: tuple[Floats, Floats], kind: str = "line", run: int = 0
-) -> dict[str, Any]:
+def _line(name: str, colour: str, curve: Curve, kind: str = "line", run: int = 0) -> dict[str, Any]:
     # An axis has no point for what is not finite: the line goes on at the next value.
     x, y = curve
     finite = np.isfinite(x) & np.isfinite(y)
@@ -138,53 +137,42 @@ def _marks(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Restarts, rollbacks and spikes along the axis of tokens; of several runs in their colours."""
     marks = []
     for index, run in enumerate(runs):
-        found = [
-            (
-                event["tokens"],
-                event["cause"],
-                f"{event['cause']} at step {event['step']}: "
-                f"{event.get('lost_steps', 0)} steps again",
-            )
-            for event in run.restarts
-        ]
-        found += [
-            (spike.tokens, "spike", f"spike at step {spike.step}: {spike.reason}")
-            for spike in run.spikes
-        ]
-        for tokens, kind, text in found:
-            colour = ALARM if kind == "spike" else GREY
-            mark = {"x": tokens, "kind": kind, "colour": colour, "text": text, "run": index}
+        for event in (*run.restarts, *run.spikes):
+            kind, colour = event["cause"], GREY
+            told = f"{event.get('lost_steps', 0)} steps again"
+            if kind == "spike":
+                told, colour = event["reason"], ALARM
+            text = f"{kind} at step {event['step']}: {told}"
             if len(runs) > 1:
-                mark |= {"colour": colour_of(index), "text": f"{run.name}: {text}"}
-            marks.append(mark)
+                text, colour = f"{run.name}: {text}", colour_of(index)
+            mark = {"x": event["tokens"], "kind": kind, "colour": colour}
+            marks.append(mark | {"text": text, "run": index})
     return sorted(marks, key=lambda mark: mark["x"])
 
 
 def _loss(runs: Sequence[Run]) -> Chart:
     chart = _chart("loss", unit="nats per token", ylog=True, marks=_marks(runs))
-    if len(runs) == 1:
-        [run] = runs
-        chart["lines"] = [
-            _line("each step", TRAIN, (run.tokens, run.column("loss")), "faint"),
-            _line("training", TRAIN, (run.tokens, run.smoothed("loss"))),
-        ]
-        if run.evaluations:
-            chart["lines"].append(_line("validation", VALIDATION, run.validation, "dots"))
-        return chart
     for index, run in enumerate(runs):
         colour, training = colour_of(index), (run.tokens, run.smoothed("loss"))
-        if run.evaluations:
-            chart["lines"] += [
-                _line(f"{run.name}, training", colour, training, "faint", index),
-                _line(run.name, colour, run.validation, "dots", index),
+        lines = [(run.name, colour, training, "line")]
+        if len(runs) == 1:
+            lines = [
+                ("each step", TRAIN, (run.tokens, run.column("loss")), "faint"),
+                ("training", TRAIN, training, "line"),
+                ("validation", VALIDATION, run.validation, "dots"),
             ]
-        else:
-            chart["lines"].append(_line(run.name, colour, training, run=index))
+        elif run.evaluations:
+            lines = [
+                (f"{run.name}, training", colour, training, "faint"),
+                (run.name, colour, run.validation, "dots"),
+            ]
+        chart["lines"] += [_line(*line, index) for line in lines]
     return chart
 
 
 def _compute(runs: Sequence[Run]) -> Chart:
     """Loss over compute on log axes, with what the scaling laws say."""
+    lawful = [run for run in runs if _lawful(run)]
     chart = _chart(
         "loss over compute",
         x="PF-days without embeddings",
@@ -192,35 +180,27 @@ def _compute(runs: Sequence[Run]) -> Chart:
         xlog=True,
         ylog=True,
         wide=True,
-        note="Compute is 6 N a token, N without the embeddings. The laws were fitted to English "
-        "web text with vocabularies of 32k to 50k tokens: for other text, slopes compare and "
-        "levels do not.",
+        note=LAWS if lawful else LAWLESS,
     )
-    reach: list[float] = []
-    lawful = [run for run in runs if _lawful(run)]
-    if not lawful:
-        chart["note"] = LAWLESS
-    several = len(runs) > 1
     for index, run in enumerate(runs):
-        compute = run.pf_days(run.tokens)
-        if compute is None:
+        if run.parameters is None:
             continue
-        if run in lawful:
-            reach += [compute[0], compute[-1]]
-        colour = colour_of(index)
-        name = run.name if several else "training"
-        chart["lines"].append(_line(name, colour, (compute, run.smoothed("loss"))))
-        tokens, losses = run.validation
-        # A logarithmic axis has no zero, where the first evaluation lies.
-        x = run.pf_days(tokens[tokens > 0])
-        if x is not None and len(x):
-            name = f"{run.name}, validation" if several else "validation"
-            shade = colour if several else VALIDATION
-            chart["lines"].append(_line(name, shade, (x, losses[tokens > 0]), "dots"))
-        if not several and run in lawful:
-            chart["lines"] += _laws(run)
-    if reach:
-        x = np.geomspace(min(reach), max(reach) * 2, 40)
+        for name, colour, kind, (tokens, losses) in (
+            ("training", TRAIN, "line", (run.tokens, run.smoothed("loss"))),
+            ("validation", VALIDATION, "dots", run.validation),
+        ):
+            if len(runs) > 1:
+                name = run.name if kind == "line" else f"{run.name}, {name}"
+                colour = colour_of(index)
+            # A logarithmic axis has no zero, where the first evaluation lies.
+            later = tokens > 0
+            curve = run.pf_days(tokens[later]), losses[later]
+            chart["lines"].append(_line(name, colour, curve, kind, index))
+    if lawful:
+        if len(runs) == 1:
+            chart["lines"] += _laws(runs[0])
+        reach = [run.pf_days(run.tokens[[0, -1]]) for run in lawful]
+        x = np.geomspace(np.min(reach), np.max(reach) * 2, 40)
         chart["lines"].append(_line("GPT-3 frontier 2.57 C^-0.048", GREY, (x, frontier(x)), "dash"))
     return chart
 
@@ -228,10 +208,9 @@ def _compute(runs: Sequence[Run]) -> Chart:
 def _lawful(run: Run) -> bool:
     """Whether the published laws say anything of a run: they were fitted to more compute, and to
     vocabularies of some ten thousand tokens, whose losses are nats of a longer piece of text."""
-    compute = run.pf_days(run.tokens)
-    if compute is None or run.config is None:
+    if run.config is None or run.config.model.vocab_size < LEAST_VOCABULARY:
         return False
-    return compute[-1] >= LEAST_PF_DAYS and run.config.model.vocab_size >= LEAST_VOCABULARY
+    return bool(run.pf_days(run.tokens)[-1] >= LEAST_PF_DAYS)
 
 
 def _laws(run: Run) -> list[dict[str, Any]]:
@@ -255,14 +234,10 @@ def _figure(
     runs: Sequence[Run], key: str, title: str, colour: str, kind: str, options: dict[str, Any]
 ) -> Chart:
     """One figure of every run over tokens."""
-    chart = _chart(title, **options)
+    chart = _chart(title, marks=_marks(runs) if key == "grad_norm" else [], **options)
     scale = 100.0 if key == "mfu" else 1.0
-    if key == "grad_norm":
-        chart["marks"] = _marks(runs)
     for index, run in enumerate(runs):
         values = scale * (run.step_s if key == "step_s" else run.column(key))
-        if not np.isfinite(values).any():
-            continue
         shade, name = (colour, title) if len(runs) == 1 else (colour_of(index), run.name)
         if kind == "smooth":
             chart["lines"] += [
@@ -277,77 +252,70 @@ def _figure(
 # --- several figures of a kind ------------------------------------------------------------------
 
 
-class Found:
-    """The curves of each figure of a kind, by its name and the number of the run."""
+def _of_each(
+    runs: Sequence[Run],
+    found: Iterable[tuple[str, int, Curve]],
+    titles: tuple[str, str],
+    kind: str,
+    **options: Any,
+) -> list[Chart]:
+    """All figures of one run in a chart; of several runs a chart for each figure.
 
-    def __init__(self) -> None:
-        self.curves: dict[str, list[tuple[int, tuple[Floats, Floats]]]] = {}
-
-    def add(self, name: str, run: int, x: Floats, y: Floats) -> None:
-        """A curve that is finite somewhere."""
-        if np.isfinite(y).any():
-            self.curves.setdefault(name, []).append((run, (x, y)))
-
-    def charts(
-        self, runs: Sequence[Run], titles: tuple[str, str], kind: str, **options: Any
-    ) -> list[Chart]:
-        """All figures of one run in a chart; of several runs a chart for each figure.
-
-        titles: of the one chart, and of each of several, with {} for the figure.
-        """
-        if len(runs) == 1:
-            chart = _chart(titles[0], **options)
-            for name, [(_, curve)] in self.curves.items():
-                chart["lines"].append(_line(name, colour_of(len(chart["lines"])), curve, kind))
-            return [chart]
-        made = []
-        for name, of_runs in self.curves.items():
-            chart = _chart(titles[1].replace("{}", name), **options)
-            chart["lines"] = [
-                _line(runs[index].name, colour_of(index), curve, kind, index)
-                for index, curve in of_runs
-            ]
-            made.append(chart)
-        return made
+    found: name of the figure, number of the run, curve. titles: of the one chart, and what the
+    figure's name follows in those of several.
+    """
+    made: dict[str, Chart] = {}
+    for name, index, curve in found:
+        if not np.isfinite(curve[1]).any():
+            continue
+        several = len(runs) > 1
+        title = titles[1] + name if several else titles[0]
+        lines = made.setdefault(title, _chart(title, **options))["lines"]
+        shown, colour = (runs[index].name, index) if several else (name, len(lines))
+        lines.append(_line(shown, colour_of(colour), curve, kind, index))
+    return list(made.values())
 
 
 def _validation_sets(runs: Sequence[Run]) -> list[Chart]:
-    found = Found()
-    for index, run in enumerate(runs):
-        for name, losses in run.validation_sets.items():
-            found.add(name, index, run.validation[0], losses)
-    titles = ("validation loss of each set", "validation loss of {}")
-    return found.charts(runs, titles, "dots", unit="nats per token", ylog=True)
+    found = (
+        (name, index, (run.validation[0], losses))
+        for index, run in enumerate(runs)
+        for name, losses in run.validation_sets.items()
+    )
+    titles = ("validation loss of each set", "validation loss of ")
+    return _of_each(runs, found, titles, "dots", unit="nats per token", ylog=True)
 
 
 def _sources(runs: Sequence[Run]) -> list[Chart]:
     """Epochs of each source of data."""
-    found = Found()
+    found = []
     for index, run in enumerate(runs):
         for name in table(run.steps[-1].get("sources")):
             of_each = [table(table(step.get("sources")).get(name)) for step in run.steps]
-            found.add(name, index, run.tokens, column(of_each, "epochs"))
-    return found.charts(runs, ("epochs of each source", "epochs of {}"), "line")
+            found.append((name, index, (run.tokens, column(of_each, "epochs"))))
+    return _of_each(runs, found, ("epochs of each source", "epochs of "), "line")
 
 
 def _memory(runs: Sequence[Run]) -> list[Chart]:
-    found = Found()
+    found = []
     for index, run in enumerate(runs):
         # Some figures are measured every hundred steps.
         names = {name for step in run.steps[:200] for name in step if name.endswith("_bytes")}
         for name in sorted(names):
             shown = name.removesuffix("_bytes").replace("_", " ")
-            found.add(shown, index, run.tokens, run.smoothed(name))
-    titles = ("memory of rank 0", "memory of rank 0: {}")
-    return found.charts(runs, titles, "line", unit="bytes")
+            found.append((shown, index, (run.tokens, run.smoothed(name))))
+    titles = ("memory of rank 0", "memory of rank 0: ")
+    return _of_each(runs, found, titles, "line", unit="bytes")
 
 
-def _parts(run: Run) -> Chart:
-    """The parts of a step upon one another: together they are the step."""
+def _parts(runs: Sequence[Run]) -> Chart:
+    """The parts of a step of one run upon one another: together they are the step."""
     note = "Together the parts are the step; click a name to take it out of the stack."
     chart = _chart("time of a step by part", unit="s", note=note)
-    for name, seconds in reversed(parts_of(run).items()):
-        chart["lines"].append(_line(name, PART_COLOURS[name], (run.tokens, seconds), "area"))
+    for run in runs if len(runs) == 1 else ():
+        for name, seconds in reversed(parts_of(run).items()):
+            line = _line(name, PART_COLOURS[name], (run.tokens, seconds), "area")
+            chart["lines"].append(line)
     return chart
 
 

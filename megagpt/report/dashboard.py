@@ -43,8 +43,8 @@ def alerts(run: Run, now: float) -> list[str]:
     quiet_s = now - max(line.get("time", now) for line in recent)
     if not finished(run) and quiet_s > max(_QUIET_S, _QUIET_STEPS * usual_s):
         found.append(f"no step for {duration(quiet_s)}; a step takes {usual_s:.2g} s")
-    leaps = [spike for spike in run.spikes if spike.step >= recent[0]["step"]]
-    found += [f"spike at step {spike.step}: {spike.reason}" for spike in leaps[-3:]]
+    leaps = [spike for spike in run.spikes if spike["step"] >= recent[0]["step"]]
+    found += [f"spike at step {spike['step']}: {spike['reason']}" for spike in leaps[-3:]]
     skipped = [step.get("skipped_steps", 0) for step in recent]
     if skipped[-1] > skipped[0]:
         found.append(f"{skipped[-1] - skipped[0]} of the last {len(recent)} steps were skipped")

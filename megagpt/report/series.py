@@ -19,16 +19,6 @@ from megagpt.log.metrics import read_metrics
 Floats = NDArray[np.float64]
 
 
-@dataclass(frozen=True, slots=True)
-class Spike:
-    """A step whose loss or gradient norm leapt."""
-
-    step: int
-    tokens: int
-    """Consumed after the step."""
-    reason: str
-
-
 @dataclass(frozen=True)
 class Run:
     """The record of one run folder."""
@@ -87,20 +77,16 @@ class Run:
         return resumes
 
     @property
-    def spikes(self) -> list[Spike]:
+    def spikes(self) -> list[dict[str, Any]]:
         """The steps that the run recorded as spikes, and the first of any in a row whose loss is no
-        number, in order."""
-        spikes = {
-            event["step"]: Spike(event["step"], event["tokens"], event.get("reason", ""))
-            for event in self.events
-            if event["event"] == "spike"
-        }
+        number, in order: step, tokens, reason, and "spike" as their cause."""
+        found = [event for event in self.events if event["event"] == "spike"]
         sound = True
         for step in self.steps:
             before, sound = sound, math.isfinite(step["loss"])
             if before and not sound:
-                reason = f"loss {step['loss']:g}"
-                spikes[step["step"]] = Spike(step["step"], step["tokens"], reason)
+                found.append({**step, "reason": f"loss {step['loss']:g}"})
+        spikes = {one["step"]: {"reason": "", **one, "cause": "spike"} for one in found}
         return [spikes[step] for step in sorted(spikes)]
 
     @property
@@ -149,10 +135,11 @@ class Run:
         embeddings = kinds["wte"] + kinds["wpe"] + kinds["head"]
         return sum(kinds.values()), sum(kinds.values()) - embeddings
 
-    def pf_days(self, tokens: Floats) -> Floats | None:
+    def pf_days(self, tokens: Floats) -> Floats:
         """Compute of so many tokens in PF-days without embeddings: 6 N per token with N outside
-        them (Kaplan et al. 2020, section 2.1)."""
-        return pf_days(self.parameters[1], tokens) if self.parameters else None
+        them (Kaplan et al. 2020, section 2.1), which a configuration tells."""
+        assert self.parameters is not None
+        return pf_days(self.parameters[1], tokens)
 
     @property
     def span_steps(self) -> int:

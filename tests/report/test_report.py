@@ -159,7 +159,8 @@ def test_spikes_are_what_the_run_recorded_and_losses_that_are_no_number(tmp_path
         # The same step again, after a restart: its spike is told again.
         {**spike, "step": 2, "tokens": 20},
     ]
-    found = [(one.step, one.tokens, one.reason) for one in read_facts(tmp_path, lines).spikes]
+    spikes = read_facts(tmp_path, lines).spikes
+    found = [(one["step"], one["tokens"], one["reason"]) for one in spikes]
     assert found == [(2, 20, spike["reason"]), (3, 30, "loss nan"), (6, 60, "loss inf")]
 
 
