@@ -7,18 +7,6 @@ NAME = "report.png"
 PAGE = "report.html"
 
 
-def draw(folder: str | Path) -> Path:
-    """Draws the run of `folder` into its report.png and returns the path.
-
-    Raises UsageError when the folder records no step, DamageError for a damaged metrics.jsonl.
-    """
-    from megagpt.report.picture import draw_runs
-    from megagpt.report.series import read_run
-
-    folder = Path(folder)
-    return draw_runs([read_run(folder)], folder / NAME)
-
-
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Adds the command to the command line."""
     parser = subparsers.add_parser(

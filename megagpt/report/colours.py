@@ -18,8 +18,14 @@ PART_COLOURS = {
     "communication": COLOURS[3],
     "optimizer": COLOURS[2],
     "the loop itself": GREY,
+    "useful steps": COLOURS[2],
+    "steps done again": COLOURS[1],
+    "down": ALARM,
+    "evaluation": COLOURS[0],
+    "checkpoints": COLOURS[5],
+    "the rest": GREY,
 }
-"""Of the parts of a step."""
+"""Of the parts of a step, and of a run's wall time."""
 NIGHT = dict(
     zip(
         [*COLOURS, ALARM, GREY],

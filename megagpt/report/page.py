@@ -8,7 +8,9 @@ import base64
 import html
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from string import Template
 
@@ -18,20 +20,12 @@ from megagpt.errors import visible
 from megagpt.files import write_file
 from megagpt.log.units import amount, duration
 from megagpt.report.charts import charts
-from megagpt.report.colours import ALARM, COLOURS, GREY, PART_COLOURS, colour_of, style, variable
-from megagpt.report.series import Floats, Run, parts_of, thin
+from megagpt.report.colours import PART_COLOURS, colour_of, style, variable
+from megagpt.report.series import Run, parts_of, thin
 from megagpt.report.table import beside_rows, facts, headline, restart_rows, shares
 from megagpt.report.written import samples
 
 _FOLDER = Path(__file__).parent
-_SHARE_COLOURS = {
-    "useful steps": COLOURS[2],
-    "steps done again": COLOURS[1],
-    "down": ALARM,
-    "evaluation": COLOURS[0],
-    "checkpoints": COLOURS[5],
-    "the rest": GREY,
-}
 _BESIDE = ("run", "item", "predicted", "measured", "difference")
 _RESTARTS = "run,what,when,at step,at tokens,steps again,their time,time down,cost".split(",")
 
@@ -91,26 +85,23 @@ def _tiles(run: Run) -> str:
 def _heads(runs: Sequence[Run]) -> str:
     """The tiles of several runs: a row for each, which is also the key to the colours."""
     columns = [dict(headline(run)) for run in runs]
-    names = dict.fromkeys(name for column in columns for name in column)
-    head = "".join(f"<th>{escape(name)}</th>" for name in names)
+    names = dict.fromkeys(chain(*columns))
     rows = (
-        f"<tr><th>{_square(colour_of(index))} {escape(run.name)}</th>"
-        f"{_cells(column.get(name, '') for name in names)}</tr>"
-        for index, (run, column) in enumerate(zip(runs, columns, strict=True))
+        f"<tr>{head}{_cells(column.get(name, '') for name in names)}</tr>"
+        for head, column in zip(_names(runs), columns, strict=True)
     )
-    return f'<div class="card scroll heads">{_table(f"<tr><th></th>{head}</tr>", rows)}</div>'
+    return f'<div class="card scroll heads">{_table(["", *names], rows)}</div>'
 
 
 def _axes(run: Run) -> dict[str, object]:
     """By which tokens become steps and hours: the same rows of each, the run's begin first."""
-    steps, hours = run.column("step"), run.hours
-    of_each = {"steps": steps} if hours is None else {"steps": steps, "hours": hours}
-    axes: dict[str, object] = {"name": run.name, "tokens": _column(run.tokens, run.tokens)}
-    return axes | {name: _column(run.tokens, values) for name, values in of_each.items()}
-
-
-def _column(tokens: Floats, values: Floats) -> list[float]:
-    return [0.0, *(float(f"{value:.7g}") for value in thin(tokens, values)[1])]
+    axes = {"tokens": run.tokens, "steps": run.column("step"), "hours": run.hours}
+    columns = {
+        name: [0.0, *(float(f"{value:.7g}") for value in thin(run.tokens, values)[1])]
+        for name, values in axes.items()
+        if values is not None
+    }
+    return {"name": run.name, **columns}
 
 
 def _square(colour: str) -> str:
@@ -122,38 +113,45 @@ def _card(title: str, content: str) -> str:
     return f'<h2>{title}</h2><div class="card scroll">{content}</div>' if content else ""
 
 
-def _table(head: str, rows: Iterable[str]) -> str:
-    return f"<table>{head}{''.join(rows)}</table>"
+def _table(names: Iterable[str], rows: Iterable[str]) -> str:
+    head = "".join(f"<th>{escape(name)}</th>" for name in names)
+    return f"<table><tr>{head}</tr>{''.join(rows)}</table>"
 
 
 def _cells(texts: Iterable[str]) -> str:
     return "".join(f"<td>{escape(text)}</td>" for text in texts)
 
 
+def _names(runs: Sequence[Run]) -> list[str]:
+    """The runs with their colours, as heads of a table's columns or rows."""
+    return [
+        f"<th>{_square(colour_of(index))} {escape(run.name)}</th>" for index, run in enumerate(runs)
+    ]
+
+
 def _facts(runs: Sequence[Run]) -> str:
     columns = [dict(facts(run)) for run in runs]
-    names = dict.fromkeys(name for column in columns for name in column)
-    heads = (
-        f"<th>{_square(colour_of(index))} {escape(run.name)}</th>" for index, run in enumerate(runs)
-    )
-    head = f"<tr><th></th>{''.join(heads)}</tr>" if len(runs) > 1 else ""
+    head = f"<tr><th></th>{''.join(_names(runs))}</tr>" if len(runs) > 1 else ""
     rows = (
         f"<tr><th>{escape(name)}</th>{_cells(column.get(name, '') for column in columns)}</tr>"
-        for name in names
+        for name in dict.fromkeys(chain(*columns))
     )
-    return _card("The run" if len(runs) == 1 else "The runs", _table(head, rows))
+    title = "The run" if len(runs) == 1 else "The runs"
+    return _card(title, f"<table>{head}{''.join(rows)}</table>")
 
 
-def _bar(named: Sequence[tuple[str, float, str]], of: float) -> str:
-    """(name, seconds, colour) side by side, as long as their share `of` so many seconds; below it
-    what they are."""
+def _bar(parts: Mapping[str, float], longest: float) -> str:
+    """Seconds by name side by side, as long as their share of the longest bar; below it what they
+    are."""
     bar = key = ""
-    total = sum(seconds for _, seconds, _ in named)
-    for name, seconds, colour in named:
+    total = sum(parts.values())
+    for name, seconds in parts.items():
         text = escape(f"{name} {_seconds(seconds)} ({100 * seconds / total:.1f}%)")
-        size = f"width:{100 * seconds / of:.4f}%;background:var({variable(colour)})"
+        size = (
+            f"width:{100 * seconds / longest:.4f}%;background:var({variable(PART_COLOURS[name])})"
+        )
         bar += f'<div title="{text}" style="{size}"></div>'
-        key += f"<span>{_square(colour)} {text}</span>"
+        key += f"<span>{_square(PART_COLOURS[name])} {text}</span>"
     return f'<div class="bar">{bar}</div><div class="key">{key}</div>'
 
 
@@ -161,19 +159,21 @@ def _seconds(seconds: float) -> str:
     return duration(seconds) if seconds >= 10 else f"{amount(seconds)} s"
 
 
-def _titled(run: Run, runs: Sequence[Run]) -> str:
-    return f"<b>{escape(run.name)}</b>" if len(runs) > 1 else ""
+def _bars(
+    title: str, runs: Sequence[Run], of_runs: Sequence[Mapping[str, float]], longest: float = 0.0
+) -> str:
+    """A bar for each run that has parts; without the `longest` all are of one length."""
+    content = ""
+    for run, parts in zip(runs, of_runs, strict=True):
+        if parts:
+            name = f"<b>{escape(run.name)}</b>" if len(runs) > 1 else ""
+            content += name + _bar(parts, longest or sum(parts.values()))
+    return _card(title, content)
 
 
 def _goodput(runs: Sequence[Run]) -> str:
     """A bar for each run, divided by what its wall time was used for."""
-    content = ""
-    for run in runs:
-        named = [(name, seconds, _SHARE_COLOURS[name]) for name, seconds in shares(run)]
-        if named:
-            total = sum(seconds for _, seconds, _ in named)
-            content += _titled(run, runs) + _bar(named, total)
-    return _card("Where the wall time went", content)
+    return _bars("Where the wall time went", runs, [dict(shares(run)) for run in runs])
 
 
 def _steps(runs: Sequence[Run]) -> str:
@@ -184,14 +184,9 @@ def _steps(runs: Sequence[Run]) -> str:
     usual = []
     for run in runs:
         medians = {name: float(np.nanmedian(of)) for name, of in parts_of(run).items()}
-        usual.append([(name, s, PART_COLOURS[name]) for name, s in medians.items() if s > 0])
-    longest = max(sum(seconds for _, seconds, _ in parts) for parts in usual)
-    content = "".join(
-        _titled(run, runs) + _bar(parts, longest)
-        for run, parts in zip(runs, usual, strict=True)
-        if parts
-    )
-    return _card("Where the time of a step goes (medians)", content)
+        usual.append({name: seconds for name, seconds in medians.items() if seconds > 0})
+    longest = max(sum(parts.values()) for parts in usual)
+    return _bars("Where the time of a step goes (medians)", runs, usual, longest)
 
 
 def _texts(runs: Sequence[Run]) -> str:
@@ -211,16 +206,16 @@ def _texts(runs: Sequence[Run]) -> str:
     return _card(title, content)
 
 
-def _predicted(runs: Sequence[Run]) -> str:
-    rows = [f"<tr>{_cells([run.name, *row])}</tr>" for run in runs for row in beside_rows(run)]
-    head = "".join(f"<th>{name}</th>" for name in _BESIDE)
-    return _card("Predicted beside measured", _table(f"<tr>{head}</tr>", rows) if rows else "")
+def _listed(
+    title: str, names: Sequence[str], rows_of: Callable[[Run], list[list[str]]], runs: Sequence[Run]
+) -> str:
+    """A table of the rows of all runs, if there are any."""
+    rows = [f"<tr>{_cells([run.name, *row])}</tr>" for run in runs for row in rows_of(run)]
+    return _card(title, _table(names, rows) if rows else "")
 
 
-def _restarts(runs: Sequence[Run]) -> str:
-    rows = [f"<tr>{_cells([run.name, *row])}</tr>" for run in runs for row in restart_rows(run)]
-    head = "".join(f"<th>{name}</th>" for name in _RESTARTS)
-    return _card("What the restarts cost", _table(f"<tr>{head}</tr>", rows) if rows else "")
+_predicted = partial(_listed, "Predicted beside measured", _BESIDE, beside_rows)
+_restarts = partial(_listed, "What the restarts cost", _RESTARTS, restart_rows)
 
 
 def _configurations(runs: Sequence[Run]) -> str:
