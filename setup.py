@@ -41,7 +41,7 @@ setup(
         "megagpt.ds_configs": ["*.json"],
         "megagpt.launch": ["*.sh", "*.sbatch", "runs/*.toml", "sites/*.sh"],
         "megagpt.plan": ["*.json"],
-        "megagpt.report": ["*.css", "*.html", "*.js", "uplot/*"],
+        "megagpt.report": ["*.css", "*.html", "*.js", "*.mplstyle", "uplot/*"],
         "megagpt.serve": ["*.html"],
         "megagpt.tokenizer": ["*.bpe", "LICENSE*"],
     },

@@ -144,22 +144,22 @@ def _curve(
     known = np.isfinite(means)
     if not known.any():
         return []
-    low, high = means[known].min(), means[known].max()
-    # Heights from 0 to 1; a flat curve runs in the middle.
-    heights = (means[known] - low) / (high - low) if high > low else 0.5 + 0 * means[known]
-    edges = {0.0: low, 1.0: high} if high > low else {0.5: low}
+    low, high = float(means[known].min()), float(means[known].max())
+    # A flat curve runs in the middle.
+    margin = 0.0 if high > low else abs(low) or 1.0
+    edges = sorted({low, high})
     ticks = np.linspace(0, run.tokens[-1], 5)
     plotext.clear_figure()
     plotext.theme("clear")
     plotext.limit_size(False, False)  # the panel knows the width, the terminal may be none
     plotext.plotsize(width, height)
     plotext.xlim(0, run.tokens[-1])
-    plotext.ylim(0, 1)
-    plotext.plot(tokens[known].tolist(), heights.tolist(), marker="braille", color=colour)
+    plotext.ylim(low - margin, high + margin)
+    plotext.plot(tokens[known].tolist(), means[known].tolist(), marker="braille", color=colour)
     plotext.xaxes(True, False)
     plotext.yaxes(True, False)
     plotext.xticks(ticks.tolist(), [amount(tick) for tick in ticks])
-    plotext.yticks(list(edges), [f"{amount(value, 4):>7}" for value in edges.values()])
+    plotext.yticks(edges, [f"{amount(value, 4):>7}" for value in edges])
     title = Text(f"{name}  ", style="bold").append(amount(values[-1], 5), style=f"bold {colour}")
     return [title, Text.from_ansi(plotext.build().rstrip("\n"))]
 

@@ -12,28 +12,8 @@ from megagpt.report.charts import Chart, charts
 from megagpt.report.series import Run
 from megagpt.report.table import count, headline
 
-INK, FAINT, GRID = "#1f2933", "#66727f", "#e6e9ed"
-_STYLE: dict[Any, Any] = {
-    "font.size": 10,
-    "text.color": INK,
-    "axes.labelcolor": FAINT,
-    "axes.edgecolor": "#c3cad2",
-    "axes.titlesize": 10.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.8,
-    "xtick.color": FAINT,
-    "ytick.color": FAINT,
-    "legend.frameon": False,
-    # Texts in a picture are as small as they look: no font file is needed beyond matplotlib's.
-    "font.family": "DejaVu Sans",
-    # "$" in a name begins no formula.
-    "text.parse_math": False,
-}
+STYLE = Path(__file__).with_name("picture.mplstyle")
+FAINT = "#66727f"
 _PANELS = (
     ("loss", (0, slice(0, 6))),
     ("loss over compute", (1, slice(0, 3))),
@@ -62,7 +42,7 @@ def draw_runs(runs: Sequence[Run], path: Path) -> Path:
     from matplotlib import pyplot
 
     by_title = {chart["title"]: chart for chart in charts(runs)}
-    with pyplot.rc_context(_STYLE):
+    with pyplot.style.context(STYLE):
         figure = pyplot.figure(figsize=(10, 9.2), dpi=150)
         grid = figure.add_gridspec(3, 6, height_ratios=(2.1, 1.5, 1), hspace=0.4, wspace=1.1)
         figure.subplots_adjust(left=0.07, right=0.975, top=0.89, bottom=0.055)

@@ -151,20 +151,15 @@ def shares(run: Run) -> list[tuple[str, float]]:
 
 def restart_rows(run: Run) -> list[list[str]]:
     """One row a restart or rollback: what, when, where, and what it cost."""
-
-    def row(event: dict[str, Any]) -> list[str]:
-        again, down = event.get("lost_s", 0.0), event.get("down_s", 0.0)
-        return [
-            event["cause"],
-            time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(event["time"])) + " UTC"
-            if "time" in event
-            else "",
-            str(event["step"]),
-            amount(event["tokens"]),
-            f"{event.get('lost_steps', 0)} ({amount(event.get('lost_tokens', 0))} tokens)",
-            duration(again),
-            duration(down),
-            duration(again + down),
-        ]
-
-    return [row(event) for event in run.restarts if event["cause"] != "extension"]
+    rows = []
+    for event in run.restarts:
+        if event["cause"] == "extension":
+            continue
+        again, down, when = event.get("lost_s", 0.0), event.get("down_s", 0.0), ""
+        if "time" in event:
+            when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(event["time"]))
+        steps_again = f"{event.get('lost_steps', 0)} ({amount(event.get('lost_tokens', 0))} tokens)"
+        costs = [duration(again), duration(down), duration(again + down)]
+        place = [event["cause"], when, str(event["step"]), amount(event["tokens"])]
+        rows.append([*place, steps_again, *costs])
+    return rows

@@ -42,10 +42,8 @@ def samples(run: Run) -> list[Written]:
 
 def _read(path: Path, step: int, tokens: float | None) -> Written:
     content = path.read_bytes()
-    picture = path.suffix == ".png"
-    return Written(step, tokens, "" if picture else _text(content), content if picture else b"")
-
-
-def _text(content: bytes) -> str:
+    if path.suffix == ".png":
+        return Written(step, tokens, "", content)
     text = content.decode("utf-8", errors="replace").rstrip("\n")
-    return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]} ..."
+    more = " ..." if len(text) > MOST_CHARACTERS else ""
+    return Written(step, tokens, text[:MOST_CHARACTERS] + more, b"")
