@@ -25,11 +25,10 @@ from typing import Any, Protocol
 
 from megagpt.errors import UsageError
 from megagpt.files import displaced, write_file
-from megagpt.log.repair import repair_events
+from megagpt.log.repair import EVENTS, event_files, repair_events
 from megagpt.log.tags import FIRST_SCREEN
 
 log = logging.getLogger(__name__)
-_EVENTS = "events.out.tfevents."
 WANDB_ID = "wandb_id"
 """File of the run folder that names the run on the server, so that resuming goes on with it."""
 
@@ -48,20 +47,17 @@ class Board(Protocol):
 
     def sync(self) -> None:
         """Return once what was written survives a power cut, where it is on this disk."""
+        return None
 
     def displaced(self) -> bool:
         """Whether what is written is lost, since its file was moved or removed."""
+        return False
 
     def close(self) -> None:
         """Hand in what is not written yet; a second call does nothing."""
 
 
-def event_files(folder: Path) -> list[Path]:
-    """The event files of `folder` in the order in which TensorBoard reads them."""
-    return sorted(path for path in folder.glob(_EVENTS + "*") if path.is_file())
-
-
-class TensorBoard:
+class TensorBoard(Board):
     """One event file, open for writing."""
 
     def __init__(self, folder: Path, *, resume_tokens: int = 0) -> None:
@@ -135,10 +131,10 @@ class TensorBoard:
 
 def _new_path(folder: Path) -> Path:
     """A name that sorts behind all others, even where this host's clock is behind."""
-    seconds = [path.name.removeprefix(_EVENTS).split(".")[0] for path in event_files(folder)]
+    seconds = [path.name.removeprefix(EVENTS).split(".")[0] for path in event_files(folder)]
     latest = max((int(text) for text in seconds if text.isdigit()), default=0)
     second = max(int(time.time()), latest + 1)
-    return folder / f"{_EVENTS}{second:010d}.{platform.node() or 'localhost'}.{os.getpid()}.0"
+    return folder / f"{EVENTS}{second:010d}.{platform.node() or 'localhost'}.{os.getpid()}.0"
 
 
 def check_wandb(project: str) -> None:
@@ -150,8 +146,8 @@ def check_wandb(project: str) -> None:
         )
 
 
-class Wandb:
-    """A run of a project on the server, open for writing."""
+class Wandb(Board):
+    """A run of a project on the server, which has what is written, or wandb's own files do."""
 
     def __init__(self, folder: Path, project: str, *, resume_tokens: int = 0) -> None:
         check_wandb(project)
@@ -191,13 +187,6 @@ class Wandb:
         from PIL import Image
 
         self._run.log({tag: self._image(Image.open(io.BytesIO(png)))}, step=tokens)
-
-    def sync(self) -> None:
-        """Nothing: the server has it, or wandb's own files."""
-
-    def displaced(self) -> bool:
-        """Never: the server has it."""
-        return False
 
     def close(self) -> None:
         """Hand in what is not sent yet."""

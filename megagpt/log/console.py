@@ -13,7 +13,6 @@ from typing import Any
 from megagpt.log.eta import Eta
 from megagpt.log.units import amount, duration
 
-KINDS = ("auto", "bar", "plain", "off")
 logger = logging.getLogger("megagpt.log")
 _BY_WORTH = ("loss", "skipped", "speed", "mfu", "lr", "batch", "grad")
 """Names of a step's figures, the most telling first."""
@@ -46,40 +45,8 @@ def fitting(texts: Mapping[str, str], width: int) -> str:
     return "  ".join(text for name, text in texts.items() if name in kept)
 
 
-def evaluation_line(record: Mapping[str, Any]) -> str:
-    """One line about an evaluation; each validation set by name where there are several."""
-    text = f"step {record['step']}  validation loss {record['validation_loss']:.4f}"
-    sets = record.get("validation_losses", {})
-    if len(sets) > 1:
-        text += "  (" + "  ".join(f"{name} {loss:.4f}" for name, loss in sets.items()) + ")"
-    return text
-
-
-def event_line(record: Mapping[str, Any]) -> str:
-    """One line about an event: its kind, then its facts."""
-    known = ("event", "step", "tokens", "time")
-    facts = [f"{name} {value}" for name, value in record.items() if name not in known]
-    return "  ".join([f"step {record.get('step', 0)}  {record['event']}", *facts])
-
-
-class Console:
-    """Receives every record of the run, and shows nothing: "off"."""
-
-    def step(self, record: Mapping[str, Any]) -> None:
-        """A training step is done."""
-
-    def evaluation(self, record: Mapping[str, Any]) -> None:
-        """An evaluation is done."""
-
-    def event(self, record: Mapping[str, Any]) -> None:
-        """Something else happened."""
-
-    def close(self) -> None:
-        """The run ends or stops."""
-
-
-class Lines(Console):
-    """A line of logging every `every_steps` steps, and for each evaluation and event: "plain"."""
+class Lines:
+    """A line of logging every `every_steps` steps, and for each evaluation and event."""
 
     def __init__(self, eta: Eta, every_steps: int) -> None:
         self._eta = eta
@@ -87,6 +54,7 @@ class Lines(Console):
         self._first = True
 
     def step(self, record: Mapping[str, Any]) -> None:
+        """A training step is done."""
         tokens, total = record["tokens"], self._eta.total_tokens
         due = self._first or record["step"] % self._every_steps == 0 or tokens >= total
         self._first = False
@@ -101,14 +69,26 @@ class Lines(Console):
             logger.info("%s", "  ".join(texts))
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
-        logger.info("%s", evaluation_line(record))
+        """An evaluation is done."""
+        text = f"step {record['step']}  validation loss {record['validation_loss']:.4f}"
+        sets = record.get("validation_losses", {})
+        if len(sets) > 1:
+            text += "  (" + "  ".join(f"{name} {loss:.4f}" for name, loss in sets.items()) + ")"
+        logger.info("%s", text)
 
     def event(self, record: Mapping[str, Any]) -> None:
-        logger.info("%s", event_line(record))
+        """Something else happened."""
+        known = ("event", "step", "tokens", "time")
+        facts = [f"{name} {value}" for name, value in record.items() if name not in known]
+        line = [f"step {record.get('step', 0)}  {record['event']}", *facts]
+        logger.info("%s", "  ".join(line))
+
+    def close(self) -> None:
+        """The run ends or stops."""
 
 
 class Bar(Lines):
-    """A progress bar in tokens with the last step's figures in it; lines for all else: "bar"."""
+    """A progress bar in tokens with the last step's figures in it; lines for all else."""
 
     def __init__(self, eta: Eta, done_tokens: int) -> None:
         super().__init__(eta, every_steps=1)
@@ -185,12 +165,6 @@ def _move_handlers(
     return moved
 
 
-def open_console(kind: str, eta: Eta, done_tokens: int, every_steps: int) -> Console:
-    """A console of one of KINDS; "auto" is "bar" where stderr is a terminal, "plain" elsewhere."""
-    if kind not in KINDS:
-        raise ValueError(f"console = {kind!r}: must be one of {', '.join(KINDS)}")
-    if kind == "auto":
-        kind = "bar" if sys.stderr.isatty() else "plain"
-    if kind == "bar":
-        return Bar(eta, done_tokens)
-    return Lines(eta, every_steps) if kind == "plain" else Console()
+def open_console(eta: Eta, done_tokens: int, every_steps: int) -> Lines:
+    """A bar where stderr is a terminal, plain lines elsewhere."""
+    return Bar(eta, done_tokens) if sys.stderr.isatty() else Lines(eta, every_steps)

@@ -78,12 +78,11 @@ def decode(line: bytes) -> dict[str, Any]:
     """The record of one line; raises ValueError when the line is not a whole JSON object, or a
     figure that all readers take for a number is none."""
     try:
-        record = json.loads(line)
+        record = json.loads(line, object_hook=_with_numbers)
     except RecursionError:
         raise ValueError("nested too deeply") from None
     if not isinstance(record, dict):
         raise ValueError(f"expected an object, found {type(record).__name__}")
-    record = {key: _number(value) for key, value in record.items()}
     for key in _NUMBERS & record.keys():
         if type(record[key]) not in (int, float):
             raise ValueError(f"{key} is no number")
@@ -93,10 +92,12 @@ def decode(line: bytes) -> dict[str, Any]:
     return record
 
 
-def _number(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _number(item) for key, item in value.items()}
-    return _NON_FINITE.get(value, value) if isinstance(value, str) else value
+def _with_numbers(record: dict[str, Any]) -> dict[str, Any]:
+    """The object with the floats that JSON lacks in place of their names."""
+    for key, value in record.items():
+        if isinstance(value, str):
+            record[key] = _NON_FINITE.get(value, value)
+    return record
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:

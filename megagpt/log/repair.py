@@ -1,19 +1,32 @@
-"""TensorBoard's event files after damage: the sound records stay, the file as it was is kept (L1).
+"""TensorBoard's event files after damage, and what they still tell of damage elsewhere (L1).
 
 A record is its length (8 bytes), a checksum of these, its content, a checksum of that; TensorBoard
-stops at the first that is wrong, whatever follows it. Here the next sound one is looked for.
+stops at the first that is wrong, whatever follows it. Here the next sound one is looked for: the
+sound records stay, and the file as it was is kept.
+
+Steps that metrics.jsonl has lost come back from there. TensorBoard has every figure as a float32,
+and no text: a step comes back with about seven digits of each figure, and without its digest.
 """
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import google_crc32c
 
 from megagpt.files import copy_aside, write_durably
+from megagpt.log.metrics import Place, place_of
+from megagpt.log.tags import record_of
 
+EVENTS = "events.out.tfevents."
 FRAME = 16
 """Bytes of a record beside its content."""
+
+
+def event_files(folder: Path) -> list[Path]:
+    """The event files of `folder` in the order in which TensorBoard reads them."""
+    return sorted(path for path in folder.glob(EVENTS + "*") if path.is_file())
 
 
 def repair_events(path: Path) -> str:
@@ -65,3 +78,32 @@ def _checksum(data: bytes) -> bytes:
     """CRC-32C, masked as TFRecord does."""
     crc = google_crc32c.value(data)
     return struct.pack("<I", (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF)
+
+
+def recorded(folder: Path, wanted: Callable[[Place], bool]) -> dict[Place, dict[str, Any]]:
+    """The steps and evaluations of the wanted places, in order, from the event files of `folder`.
+
+    What a later session of the run took anew counts as that session saw it.
+    """
+    files = event_files(folder)
+    if not files:
+        return {}
+    import numpy as np
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+    found: dict[Place, dict[str, Any]] = {}
+    for content in (frame for path in files for frame in sound_records(path.read_bytes())):
+        event = Event.FromString(content[12:-4])
+        if event.session_log.status == SessionLog.START:
+            found = {at: one for at, one in found.items() if one["tokens"] < event.step}
+        # The shortest decimals that are this float32: 0.001, not 0.0010000000474974513.
+        values = {
+            value.tag: float(str(np.float32(value.simple_value)))
+            for value in event.summary.value
+            if value.WhichOneof("value") == "simple_value"
+        }
+        record = {"tokens": event.step, **record_of(values), "time": round(event.wall_time, 3)}
+        if {"loss", "validation_loss"} & record.keys() and "step" in record:
+            if wanted(place := place_of(record)):
+                found[place] = record | {"restored_from": "tensorboard"}
+    return dict(sorted(found.items()))

@@ -2,19 +2,19 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megagpt.files import write_durably, write_file
 from megagpt.log.boards import Board, open_boards
-from megagpt.log.console import Console, logger, open_console
+from megagpt.log.console import Lines, logger, open_console
 from megagpt.log.environment import environment
 from megagpt.log.eta import Eta
 from megagpt.log.markdown import cell, code_block
 from megagpt.log.metrics import NAME, Cut, MetricsFile, cut, decode, plain
-from megagpt.log.restore import recorded
+from megagpt.log.repair import recorded
 from megagpt.log.tags import derived, tags
 
 _COMPLETE = "complete"
@@ -33,22 +33,21 @@ class RunLog:
     """
 
     folder: Path
-    total_tokens: int = field(kw_only=True)
+    _: KW_ONLY
+    total_tokens: int
     """Tokens of the whole run."""
-    resume_tokens: int = field(kw_only=True)
+    resume_tokens: int
     """Tokens consumed where this session begins; 0 at the start of a run."""
-    resume_step: int = field(kw_only=True)
+    resume_step: int
     """Steps done where this session begins."""
-    tensorboard: bool = field(default=True, kw_only=True)
-    every_steps: int = field(default=1, kw_only=True)
+    tensorboard: bool = True
+    every_steps: int = 1
     """Steps between two plain lines; metrics.jsonl and TensorBoard get every step."""
-    writer: bool = field(default=True, kw_only=True)
+    writer: bool = True
     """True on exactly one rank."""
-    console: str = field(default="auto", kw_only=True)
-    """bar, plain, off, or auto: a bar where stderr is a terminal, plain lines elsewhere."""
-    batch: Callable[[int], int] | None = field(default=None, kw_only=True)
+    batch: Callable[[int], int] | None = None
     """Batch size (tokens) of the step that starts at so many tokens consumed, for the ETA."""
-    wandb: str = field(default="", kw_only=True)
+    wandb: str = ""
     """Project of Weights & Biases; empty: none."""
 
     def __post_init__(self) -> None:
@@ -57,7 +56,7 @@ class RunLog:
         self._eta = Eta(self.total_tokens, self.batch)
         self._metrics: MetricsFile | None = None
         self._boards: list[Board] = []
-        self._console = Console()
+        self._console = Lines(self._eta, self.every_steps)
         if self.writer:
             self._open()
 
@@ -75,7 +74,7 @@ class RunLog:
             # It was done, and trains longer now: the time between is nobody's loss.
             facts |= {"down_s": 0.0, "paused_s": facts["down_s"]}
         self._boards = open_boards(self.folder, self.tensorboard, self.wandb, self.resume_tokens)
-        self._console = open_console(self.console, self._eta, self.resume_tokens, self.every_steps)
+        self._console = open_console(self._eta, self.resume_tokens, self.every_steps)
         # A finished run that is started again only says what it reached: no pause of training.
         if kind == "start" or self.resume_tokens < self.total_tokens:
             self.event(kind, **facts)
@@ -133,18 +132,17 @@ class RunLog:
         """Texts of the model as it is, or a PNG of its images: a file in samples/, and boards."""
         if self._metrics is None or not texts:
             return
-        picture = isinstance(texts, bytes)
-        name = f"step_{self._step:08d}.{'png' if picture else 'txt'}"
-        path = self.folder / "samples" / name
+        path = self.folder / "samples" / f"step_{self._step:08d}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(texts, bytes):
-            write_durably(path, texts)
+            write_durably(path.with_suffix(".png"), texts)
             for board in self._boards:
                 board.image("samples", texts, self._tokens)
             return
-        heads = [f"--- {number + 1} of {len(texts)} ---" for number in range(len(texts))]
-        write_file(path, "".join(f"{a}\n{b}\n" for a, b in zip(heads, texts, strict=True)))
-        for number, text in enumerate(texts, start=1):
+        numbered = list(enumerate(texts, start=1))
+        parts = (f"--- {number} of {len(texts)} ---\n{text}\n" for number, text in numbered)
+        write_file(path, "".join(parts))
+        for number, text in numbered:
             self.text(f"samples/{number}", code_block(text), self._tokens)
 
     def profile(self, table: str) -> None:
@@ -198,7 +196,7 @@ class RunLog:
             board.close()
         if self._metrics:
             self._metrics.close()
-        self._metrics, self._boards, self._console = None, [], Console()
+        self._metrics, self._boards = None, []
 
 
 def _step_s(record: Mapping[str, Any]) -> float:

@@ -10,7 +10,7 @@ with x_ (what says how a step was made with w_), those with a chart for every la
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 _GROUPS = {
@@ -83,12 +83,13 @@ def tags(record: Mapping[str, Any]) -> dict[str, float]:
     Records in records keep their path. Text, lists and the axis itself are left out.
     """
     values: dict[str, float] = {}
-    for name, value in record.items():
-        if isinstance(value, Mapping):
-            values |= _nested(_FOLDED.get(name, name), value)
-        elif isinstance(value, int | float) and name not in (AXIS, "time"):
-            values[f"{_GROUP.get(name, 'more')}/{name}"] = float(value)
-    return {placed(tag): value for tag, value in values.items()}
+    for path, value in _numbers(record):
+        group, slash, rest = path.partition("/")
+        if slash:
+            values[placed(f"{_FOLDED.get(group, group)}/{rest}")] = value
+        elif path not in (AXIS, "time"):
+            values[placed(f"{_GROUP.get(path, 'more')}/{path}")] = value
+    return values
 
 
 def placed(tag: str) -> str:
@@ -96,14 +97,13 @@ def placed(tag: str) -> str:
     return _MARKS.get(tag.partition("/")[0], "x_") + tag
 
 
-def _nested(path: str, record: Mapping[str, Any]) -> dict[str, float]:
-    values: dict[str, float] = {}
+def _numbers(record: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, float]]:
+    """The path of each number in a record, and the number."""
     for name, value in record.items():
         if isinstance(value, Mapping):
-            values |= _nested(f"{path}/{name}", value)
+            yield from _numbers(value, f"{above}{name}/")
         elif isinstance(value, int | float):
-            values[f"{path}/{name}"] = float(value)
-    return values
+            yield above + name, float(value)
 
 
 def record_of(values: Mapping[str, float]) -> dict[str, Any]:
