@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code. Errors go to stderr as one message."""
     if "_ARGCOMPLETE" in os.environ:
         _complete()
-    return ended(lambda: _run(sys.argv[1:] if argv is None else argv))
+    return ended(lambda: run(sys.argv[1:] if argv is None else argv))
 
 
 def _complete() -> None:
@@ -93,7 +93,8 @@ def _complete() -> None:
     argcomplete.autocomplete(parser(words[1] if len(words) > 1 else None))
 
 
-def _run(argv: Sequence[str]) -> int:
+def run(argv: Sequence[str]) -> int:
+    """Runs a command; raises what ended() tells."""
     command = next((word for word in argv if not word.startswith("-")), None)
     made = parser(command)
     args, later = made.parse_known_args(argv)

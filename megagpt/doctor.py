@@ -1,17 +1,14 @@
 """The doctor as a module, which launchers start: deepspeed --module megagpt.doctor RUN.toml."""
 
-import argparse
 import sys
 
-from megagpt.check.command import DESCRIPTION, add_arguments, run
+from megagpt.cli import run
 from megagpt.errors import ended
 
 
 def main() -> int:
     """Runs the command on this rank; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="megagpt.doctor", description=DESCRIPTION)
-    add_arguments(parser)
-    return ended(lambda: run(parser.parse_intermixed_args()), _speaks)
+    return ended(lambda: run(["doctor", *sys.argv[1:]]), _speaks)
 
 
 def _speaks() -> bool:

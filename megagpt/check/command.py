@@ -23,20 +23,17 @@ if TYPE_CHECKING:
 LAUNCHED = ("RANK", "SLURM_STEP_NUM_TASKS")
 """Variables of which a launcher other than MPI's sets one at least: only then are ranks, and torch,
 asked for."""
-DESCRIPTION = (
-    "Examines this machine, or every host that it is launched on: deepspeed --module "
-    "megagpt.doctor RUN.toml, torchrun -m megagpt.doctor, srun python -m megagpt.doctor."
-)
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Adds the command to the command line."""
-    text = "will training work here: versions, GPUs, network, disks, hosts, shards"
-    add_arguments(commands.add_parser("doctor", help=text, description=DESCRIPTION))
-
-
-def add_arguments(made: argparse.ArgumentParser) -> None:
-    """The command's options."""
+    made = commands.add_parser(
+        "doctor",
+        help="will training work here: versions, GPUs, network, disks, hosts, shards",
+        description="Examines this machine, or every host that it is launched on: deepspeed "
+        "--module megagpt.doctor RUN.toml, torchrun -m megagpt.doctor, srun python -m "
+        "megagpt.doctor.",
+    )
     made.add_argument("run_file", nargs="?", metavar="RUN.toml", help="run file to prepare for")
     made.add_argument(
         "overrides", nargs="*", default=[], metavar="section.key=value", help="override of a key"

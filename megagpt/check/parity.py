@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,30 +42,22 @@ PEAK_LR = 1e-3
 """Largest peak learning rate of the miniature: near instability rounding grows without bound."""
 
 
-@dataclass(frozen=True, slots=True)
-class Case:
-    """One layout of the comparison."""
-
-    name: str
-    ranks: int
-    ds_config: str
-    pipeline: int = 1
-    tensor: int = 1
-
-
-REFERENCE = Case("one process", 1, "zero1")
-CASES = (
-    Case("ZeRO-0 x2", 2, "zero0"),
-    Case("ZeRO-1 x2", 2, "zero1"),
-    Case("ZeRO-2 x2", 2, "zero2"),
-    Case("ZeRO-3 x2", 2, "zero3"),
-    Case("ZeRO-1 x4", 4, "zero1"),
-    Case("ZeRO-3 offload x2", 2, "zero3_offload"),
-    Case("PP2", 2, "pipeline", pipeline=2),
-    Case("PP2 x DP2", 4, "pipeline", pipeline=2),
-    Case("TP2", 2, "pipeline", tensor=2),
-    Case("TP2 x PP2", 4, "pipeline", pipeline=2, tensor=2),
-)
+REFERENCE = "one process"
+CASES = {
+    REFERENCE: (1, "zero1", 1, 1),
+    "ZeRO-0 x2": (2, "zero0", 1, 1),
+    "ZeRO-1 x2": (2, "zero1", 1, 1),
+    "ZeRO-2 x2": (2, "zero2", 1, 1),
+    "ZeRO-3 x2": (2, "zero3", 1, 1),
+    "ZeRO-1 x4": (4, "zero1", 1, 1),
+    "ZeRO-3 offload x2": (2, "zero3_offload", 1, 1),
+    "PP2": (2, "pipeline", 2, 1),
+    "PP2 x DP2": (4, "pipeline", 2, 1),
+    "TP2": (2, "pipeline", 1, 2),
+    "TP2 x PP2": (4, "pipeline", 2, 2),
+}
+"""Layout -> (ranks, parallel.ds_config, pipeline, tensor); each is compared with the reference."""
+NAMES = [name for name in CASES if name != REFERENCE]
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -86,39 +77,34 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--full-shape", action="store_true", help="the run's own model, not a miniature of it"
     )
     made.add_argument(
-        "--only", metavar="NAME", action="append", help=f"one of: {', '.join(names())}; repeatable"
+        "--only", metavar="NAME", action="append", help=f"one of: {', '.join(NAMES)}; repeatable"
     )
     made.set_defaults(run=run)
 
 
-def names() -> list[str]:
-    """Names of the layouts that are compared with the reference."""
-    return [case.name for case in CASES]
-
-
 def run(args: argparse.Namespace) -> int:
     """Prints the table; exit code 1 when a layout is beyond the tolerance."""
-    unknown = set(args.only or ()) - set(names())
+    unknown = set(args.only or ()) - set(NAMES)
     if unknown:
-        raise UsageError(f"--only {unknown.pop()!r}: must be one of {', '.join(names())}")
+        raise UsageError(f"--only {unknown.pop()!r}: must be one of {', '.join(NAMES)}")
     config = miniature(load_run(args.file, args.overrides), args.steps, args.dtype, args.full_shape)
     # Its masks are drawn for each data rank and stage, so that no two layouts share them.
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, dropout=0.0))
     # The trainer refuses ZeRO-0 in 16 bits: see megagpt.plan.ds_config.
-    possible = [c for c in CASES if args.dtype == "fp32" or c.ds_config != "zero0"]
-    cases = [c for c in possible if not args.only or c.name in args.only]
+    possible = [name for name in NAMES if args.dtype == "fp32" or CASES[name][1] != "zero0"]
+    names = [name for name in possible if not args.only or name in args.only]
     allowed = TOLERANCE[args.dtype]
     sound = True
     with tempfile.TemporaryDirectory(prefix="megagpt-parity-") as folder:
         expected = train_case(config, REFERENCE, Path(folder))
-        print(f"{len(expected)} steps, {args.dtype}, against {REFERENCE.name}; relative to it:\n")
+        print(f"{len(expected)} steps, {args.dtype}, against {REFERENCE}; relative to it:\n")
         print(f"{'layout':<18}  {'loss':>8}  {'grad norm':>9}")
-        for case in cases:
-            loss, grad_norm = differences(expected, train_case(config, case, Path(folder)))
+        for name in names:
+            loss, grad_norm = differences(expected, train_case(config, name, Path(folder)))
             good = loss <= allowed and grad_norm <= 10 * allowed
             sound = sound and good
             verdict = "" if good else f"  DIFFERS (allowed {allowed:g})"
-            print(f"{case.name:<18}  {loss:8.1e}  {grad_norm:9.1e}{verdict}", flush=True)
+            print(f"{name:<18}  {loss:8.1e}  {grad_norm:9.1e}{verdict}", flush=True)
     return EXIT_OK if sound else EXIT_FAILURE
 
 
@@ -161,17 +147,19 @@ def miniature(config: RunConfig, steps: int, dtype: Dtype, full_shape: bool = Fa
     )
 
 
-def train_case(config: RunConfig, case: Case, folder: Path) -> list[dict[str, Any]]:
+def train_case(config: RunConfig, name: str, folder: Path) -> list[dict[str, Any]]:
     """Trains one layout; its steps' records."""
+    ranks, ds_config, pipeline, tensor = CASES[name]
+    micro_batch = 1 if name == REFERENCE else config.parallel.micro_batch
     parallel = dataclasses.replace(
         config.parallel,
-        ds_config=case.ds_config,
-        micro_batch=1 if case == REFERENCE else config.parallel.micro_batch,
-        pipeline=case.pipeline,
-        tensor=case.tensor,
+        ds_config=ds_config,
+        micro_batch=micro_batch,
+        pipeline=pipeline,
+        tensor=tensor,
     )
     config = dataclasses.replace(config, parallel=parallel)
-    return train(config, folder / case.name.replace(" ", "-"), case.ranks)
+    return train(config, folder / name.replace(" ", "-"), ranks)
 
 
 def train(

@@ -8,7 +8,7 @@ weight's gradient counted twice or lost, replicas counted on each tensor rank.
 
 import pytest
 
-from megagpt.check.parity import differences, launch, names
+from megagpt.check.parity import NAMES, differences, launch
 from megagpt.cli import main
 from megagpt.errors import DamageError, MegagptError
 from tests.lib.corpus import run_file
@@ -25,9 +25,9 @@ def test_every_layout_is_the_single_process(file, capsys):
     code = main(["parity", file, "model.dropout=0.1"])
     table = capsys.readouterr().out
     assert code == 0, table
-    assert all(name in table for name in names())
-    rows = [line.split()[-2:] for line in table.splitlines() if line.startswith(tuple(names()))]
-    assert len(rows) == len(names())
+    assert all(name in table for name in NAMES)
+    rows = [line.split()[-2:] for line in table.splitlines() if line.startswith(tuple(NAMES))]
+    assert len(rows) == len(NAMES)
     assert all(float(loss) <= 1e-5 and float(norm) <= 1e-5 for loss, norm in rows), table
 
 
