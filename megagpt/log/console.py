@@ -13,6 +13,7 @@ from typing import Any
 from megagpt.log.eta import Eta
 from megagpt.log.units import amount, duration
 
+KINDS = ("auto", "bar", "plain", "off")
 logger = logging.getLogger("megagpt.log")
 _BY_WORTH = ("loss", "skipped", "speed", "mfu", "lr", "batch", "grad")
 """Names of a step's figures, the most telling first."""
@@ -45,8 +46,24 @@ def fitting(texts: Mapping[str, str], width: int) -> str:
     return "  ".join(text for name, text in texts.items() if name in kept)
 
 
-class Lines:
-    """A line of logging every `every_steps` steps, and for each evaluation and event."""
+class Console:
+    """Receives every record of the run, and shows nothing: "off"."""
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        """A training step is done."""
+
+    def evaluation(self, record: Mapping[str, Any]) -> None:
+        """An evaluation is done."""
+
+    def event(self, record: Mapping[str, Any]) -> None:
+        """Something else happened."""
+
+    def close(self) -> None:
+        """The run ends or stops."""
+
+
+class Lines(Console):
+    """A line of logging every `every_steps` steps, and for each evaluation and event: "plain"."""
 
     def __init__(self, eta: Eta, every_steps: int) -> None:
         self._eta = eta
@@ -54,7 +71,6 @@ class Lines:
         self._first = True
 
     def step(self, record: Mapping[str, Any]) -> None:
-        """A training step is done."""
         tokens, total = record["tokens"], self._eta.total_tokens
         due = self._first or record["step"] % self._every_steps == 0 or tokens >= total
         self._first = False
@@ -69,7 +85,6 @@ class Lines:
             logger.info("%s", "  ".join(texts))
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
-        """An evaluation is done."""
         text = f"step {record['step']}  validation loss {record['validation_loss']:.4f}"
         sets = record.get("validation_losses", {})
         if len(sets) > 1:
@@ -77,18 +92,14 @@ class Lines:
         logger.info("%s", text)
 
     def event(self, record: Mapping[str, Any]) -> None:
-        """Something else happened."""
         known = ("event", "step", "tokens", "time")
         facts = [f"{name} {value}" for name, value in record.items() if name not in known]
         line = [f"step {record.get('step', 0)}  {record['event']}", *facts]
         logger.info("%s", "  ".join(line))
 
-    def close(self) -> None:
-        """The run ends or stops."""
-
 
 class Bar(Lines):
-    """A progress bar in tokens with the last step's figures in it; lines for all else."""
+    """A progress bar in tokens with the last step's figures in it; lines for all else: "bar"."""
 
     def __init__(self, eta: Eta, done_tokens: int) -> None:
         super().__init__(eta, every_steps=1)
@@ -165,6 +176,12 @@ def _move_handlers(
     return moved
 
 
-def open_console(eta: Eta, done_tokens: int, every_steps: int) -> Lines:
-    """A bar where stderr is a terminal, plain lines elsewhere."""
-    return Bar(eta, done_tokens) if sys.stderr.isatty() else Lines(eta, every_steps)
+def open_console(kind: str, eta: Eta, done_tokens: int, every_steps: int) -> Console:
+    """A console of one of KINDS; "auto" is "bar" where stderr is a terminal, "plain" elsewhere."""
+    if kind not in KINDS:
+        raise ValueError(f"console = {kind!r}: must be one of {', '.join(KINDS)}")
+    if kind == "auto":
+        kind = "bar" if sys.stderr.isatty() else "plain"
+    if kind == "bar":
+        return Bar(eta, done_tokens)
+    return Lines(eta, every_steps) if kind == "plain" else Console()

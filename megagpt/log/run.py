@@ -9,7 +9,7 @@ from typing import Any
 
 from megagpt.files import write_durably, write_file
 from megagpt.log.boards import Board, open_boards
-from megagpt.log.console import Lines, logger, open_console
+from megagpt.log.console import Console, logger, open_console
 from megagpt.log.environment import environment
 from megagpt.log.eta import Eta
 from megagpt.log.markdown import cell, code_block
@@ -45,6 +45,8 @@ class RunLog:
     """Steps between two plain lines; metrics.jsonl and TensorBoard get every step."""
     writer: bool = True
     """True on exactly one rank."""
+    console: str = "auto"
+    """bar, plain, off, or auto: a bar where stderr is a terminal, plain lines elsewhere."""
     batch: Callable[[int], int] | None = None
     """Batch size (tokens) of the step that starts at so many tokens consumed, for the ETA."""
     wandb: str = ""
@@ -56,7 +58,7 @@ class RunLog:
         self._eta = Eta(self.total_tokens, self.batch)
         self._metrics: MetricsFile | None = None
         self._boards: list[Board] = []
-        self._console = Lines(self._eta, self.every_steps)
+        self._console = Console()
         if self.writer:
             self._open()
 
@@ -74,7 +76,7 @@ class RunLog:
             # It was done, and trains longer now: the time between is nobody's loss.
             facts |= {"down_s": 0.0, "paused_s": facts["down_s"]}
         self._boards = open_boards(self.folder, self.tensorboard, self.wandb, self.resume_tokens)
-        self._console = open_console(self._eta, self.resume_tokens, self.every_steps)
+        self._console = open_console(self.console, self._eta, self.resume_tokens, self.every_steps)
         # A finished run that is started again only says what it reached: no pause of training.
         if kind == "start" or self.resume_tokens < self.total_tokens:
             self.event(kind, **facts)

@@ -50,7 +50,7 @@ def draw_runs(runs: Sequence[Run], path: Path) -> Path:
             if title in by_title:
                 _panel(figure.add_subplot(grid[row, columns]), by_title[title], len(runs))
         title, facts = f"{len(runs)} runs", "light: training loss, dots: validation loss"
-        if by_title["loss"]["marks"]:
+        if by_title.get("loss", {}).get("marks"):
             facts += ", dashes: restarts, rollbacks and spikes"
         if len(runs) == 1:
             title, facts = runs[0].name, _facts_line(runs[0])

@@ -27,6 +27,7 @@ def record(step: int, loss: float | None = None) -> dict:
 
 
 def open_log(folder: Path, resume_step: int = 0, **options) -> RunLog:
+    options.setdefault("console", "off")
     return RunLog(
         folder,
         total_tokens=100 * BATCH,

@@ -18,7 +18,7 @@ from tests.lib.recorded import ROOT, open_log, record
 
 def test_plain_lines(tmp_path, caplog):
     caplog.set_level(logging.INFO)
-    log = open_log(tmp_path, every_steps=5)
+    log = open_log(tmp_path, console="plain", every_steps=5)
     for step in range(1, 101):
         log.step(record(step) | {"mfu": 0.412, "step_s": 0.5})
     log.evaluation(
@@ -38,12 +38,17 @@ def test_plain_lines(tmp_path, caplog):
     assert lines[-1] == "step 100  checkpoint  name step-100"
 
 
+def test_console_must_be_known(tmp_path):
+    with pytest.raises(ValueError, match="console = 'loud': must be one of auto, bar, plain, off"):
+        open_log(tmp_path, console="loud")
+
+
 BAR = """
 import logging, sys, time
 from pathlib import Path
 from tests.lib.recorded import open_log, record
 logging.basicConfig(level=logging.INFO, format="%(message)s")
-log = open_log(Path(sys.argv[1]))
+log = open_log(Path(sys.argv[1]), console="auto")
 for step in range(1, 101):
     log.step(record(step))
     if step == 49:

@@ -13,6 +13,7 @@ from megagpt.log import RunLog
 from megagpt.log.metrics import encode
 from megagpt.log.units import scientific
 from megagpt.report.charts import charts
+from megagpt.report.picture import draw_runs
 from megagpt.report.series import read_facts, read_run, read_runs, smooth, thin
 from megagpt.report.table import facts
 
@@ -58,19 +59,22 @@ def parse(*words: object) -> argparse.Namespace:
     return parser.parse_args(["report", *map(str, words)])
 
 
+def draw(folder: Path) -> Path:
+    return draw_runs([read_run(folder)], folder / "report.png")
+
+
 def is_png(path: Path) -> bool:
     return path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
 def test_draw_makes_a_picture(tmp_path):
     folder = make_run(tmp_path / "run", restart=True)
-    assert report.draw(folder) == folder / "report.png"
-    assert is_png(folder / "report.png")
+    assert is_png(draw(folder))
 
 
 def test_a_run_of_one_step_without_configuration_can_be_drawn(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(encode({"step": 1, "tokens": 10, "loss": 3.0}))
-    assert is_png(report.draw(tmp_path))
+    assert is_png(draw(tmp_path))
 
 
 @pytest.mark.parametrize("absent", ["loss", "validation_loss"])
@@ -80,16 +84,21 @@ def test_losses_that_are_never_finite_are_left_out(tmp_path, absent):
     lines.append({"step": 3, "tokens": 30, "validation_loss": 3.0})
     lines = [line | {absent: "NaN"} if absent in line else line for line in lines]
     (tmp_path / "metrics.jsonl").write_bytes(b"".join(map(encode, lines)))
-    assert is_png(report.draw(tmp_path))
+    assert is_png(draw(tmp_path))
     [run] = read_runs([tmp_path])
     found = {chart["title"]: [line["name"] for line in chart["lines"]] for chart in charts([run])}
     assert ("validation" in found["loss"]) == (absent == "loss") and facts(run)
 
 
+def test_a_run_without_any_finite_figure_can_be_drawn(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(encode({"step": 1, "tokens": 10, "loss": math.nan}))
+    assert is_png(draw(tmp_path)) and charts(read_runs([tmp_path])) == []
+
+
 def test_a_run_without_steps_is_named(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(encode({"event": "start", "step": 0, "tokens": 0}))
     with pytest.raises(UsageError, match="no training step is recorded yet"):
-        report.draw(tmp_path)
+        draw(tmp_path)
 
 
 def test_a_folder_named_twice_is_refused(tmp_path):
