@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from megagpt.run import volume
 from megagpt.run.inputs import MEMORY, OWN, _places, check_data, evaluation_samples
 from megagpt.run.volume import volume_of
 from tests.lib.corpus import edit_manifest, run_file
-from tests.lib.distributed import group_of_one
+from tests.lib.distributed import environment, free_port, group_of_one
 
 
 @pytest.fixture(scope="module")
@@ -204,3 +206,76 @@ def test_an_evaluation_is_whole_increments_of_the_batch(config):
     assert evaluation_samples(config, 1000) == 16
     assert evaluation_samples(config, 9) == 8
     assert evaluation_samples(config, 3) == 8
+
+
+# A collective may last SHORT seconds; rank 1 reads its share from storage so slow that it takes
+# twice as long. Then the same with ranks that go on at once to where the others are waited for.
+SLOW = """
+import os, sys, time
+from datetime import timedelta
+from pathlib import Path
+import torch.distributed as dist
+from megagpt.cluster import process as group
+from megagpt.cluster.ranks import discover
+from megagpt.config import load_run
+from megagpt.engine import build_engine
+from megagpt.order.loader import training_loader
+from megagpt.plan.ds_config import read_ds_config, resolve
+from megagpt.plan.layout import layout_of
+from megagpt.run.inputs import check_data
+
+SHORT = 3.0
+config, ranks, run = load_run(sys.argv[1]), discover(os.environ), Path(sys.argv[2])
+group.prepare_environment(ranks, os.environ)
+group.join(ranks)
+layout = layout_of(config, 2)
+engine = build_engine(config, layout, ranks, resolve(config, layout, read_ds_config("zero1")))
+loader = training_loader(config)
+dist.barrier()
+dist.distributed_c10d._set_pg_timeout(timedelta(seconds=SHORT), dist.group.WORLD)
+slow = ranks.rank == 1
+
+def opening(event, arguments):
+    global slow
+    if event == "open" and slow and str(arguments[0]).endswith(".bin"):
+        slow = False
+        time.sleep(2 * SHORT)
+
+sys.addaudithook(opening)
+check_data([loader], run, engine, group.long_work(lambda: None))
+assert not slow
+dist.barrier()
+print("whole", flush=True)
+
+class Hurried:
+    def alive(self):
+        pass
+    def wait(self):
+        pass
+
+slow = ranks.rank == 1
+try:
+    check_data([loader], run / "again", engine, Hurried())
+except RuntimeError as error:
+    print("ended", "imed out" in str(error), flush=True)
+os._exit(0)
+"""
+
+
+def test_reading_may_take_one_rank_longer_than_a_collective_lasts(tmp_path):
+    file = run_file(tmp_path, model={"n_layer": 1})
+    (tmp_path / "run").mkdir()
+    environ = environment() | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    line = [sys.executable, "-c", SLOW, str(file), str(tmp_path / "run")]
+    processes = [
+        subprocess.Popen(
+            line,
+            env=environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=200)[0].split("\n") for process in processes]
+    assert all("whole" in lines for lines in said)
+    assert "ended True" in said[0]
