@@ -150,34 +150,54 @@ back_in_time() {
 . "$(dirname "${BASH_SOURCE[0]}")/hosts.sh"
 
 # train_in_job RUN_FOLDER COMMAND...: runs the command, whose first step of SLURM trains. Queues the
-# job again until the run is done; not when a new start would fail the same way. The script has set
-# a trap that sets `asked`: SLURM sends USR1 before the end of the time, and where it is set up so,
-# when it preempts, which may be before anything has begun.
+# job again until the run is done; not when a new start would fail the same way. A job with spare hosts
+# (SPARE) starts again by itself while enough are well. The script has set a trap that sets
+# `asked`: SLURM sends USR1 before the end of the time, and where it is set up so, when it preempts,
+# which may be before anything has begun.
 train_in_job() {
-  local folder=$1 before code=143 step='' told id=$SLURM_JOB_ID nth=0 said unfit=''
+  local folder=$1 before code step='' told id=$SLURM_JOB_ID nth=0 starts
   shift
   # In an array this task alone: the job id of its last task means all of them.
   id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$id}
-  before=$(newest_checkpoint "$folder")
   trap 'asked=1 told=1; [ -z "$step" ] || { tell_step; back_in_time; }' USR1
   # Where the run file was read by srun, that was the job's first step.
   case ${READER:-} in srun*) nth=1 ;; esac
   mkdir -p "$folder"
+  [ "$1" = srun ] || SPARE=0                  # deepspeed takes all of its hostfile
   blame_lost "$folder" "$id"
   # A start that had no time to leave hosts out.
-  if among_hosts new_failed_hosts "$folder" "$id" && again "$id" "$folder"; then
+  if ! has_spare "$folder" && among_hosts new_failed_hosts "$folder" "$id" && again "$id" "$folder"; then
     exit 75
   fi
   # SLURM has not left out what it was told to: it is told again after this start.
   ! among_hosts failed_hosts "$folder" || rm -f "$folder/.left_out"
+  for ((starts = 1 + ${SLURM_RESTART_COUNT:-0}; ; starts++)); do
+    before=$(newest_checkpoint "$folder")
+    start_in_job "$folder" "$@"
+    echo "$(date "+%F %T") start $starts ended with code $code"
+    gets_on "$code" "$folder" "$before" "$id" "${asked:-}" || exit "$code"
+    if [ -n "${asked:-}" ] || [ "$code" = 75 ] || ! has_spare "$folder"; then break; fi
+    nth=$((nth + 1))
+  done
+  again "$id" "$folder" || exit "$code"       # a site that allows no requeue, a job of a chain
+}
+
+# start_in_job RUN_FOLDER COMMAND...: one start, with `code`, and whom it blames.
+start_in_job() {
+  local folder=$1 said unfit='' words=("${@:2}") where
+  code=143
+  if [ "$SPARE" -gt 0 ]; then
+    read -ra where < <(step_hosts "$folder")
+    words=(srun "${where[@]}" "${@:3}")
+  fi
   echo "$id $(date +%s) $(slurm_hosts | paste -sd ' ')" > "$folder/.start"
   if [ -z "${asked:-}" ] && [ "$DOCTOR" = 1 ]; then
-    examine "$folder" "$@" || unfit=$?
+    examine "$folder" "${words[@]}" || unfit=$?
     code=${unfit:-$code} nth=$((nth + 1))
   fi
   if [ -z "${asked:-}$unfit" ]; then
     said=$(mktemp)
-    "$@" 2> >(tee >(grep --line-buffered '^srun: error: ' > "$said") >&2) &
+    "${words[@]}" 2> >(tee >(grep --line-buffered '^srun: error: ' > "$said") >&2) &
     step=$!
     [ -z "${asked:-}" ] || { tell_step; back_in_time; }
     wait_on "$step"
@@ -186,9 +206,6 @@ train_in_job() {
     rm -f "$said"
   fi
   rm -f "$folder/.start"
-  echo "$(date "+%F %T") start $((${SLURM_RESTART_COUNT:-0} + 1)) ended with code $code"
-  gets_on "$code" "$folder" "$before" "$id" "${asked:-}" || exit "$code"
-  again "$id" "$folder" || exit "$code"       # a site that allows no requeue, a job of a chain
 }
 
 # again ID FOLDER: queues the job again, without the hosts that failed. SLURM ends this script then.

@@ -5,6 +5,7 @@
 
 EXCLUDE_AFTER=${EXCLUDE_AFTER:-2}             # failures of a host in one run; 0: none is left out
 DOCTOR=${DOCTOR:-0}                           # 1: the doctor examines the hosts before each start
+SPARE=${SPARE:-0}                             # hosts of a job that take the place of those that fail
 
 # blame FOLDER HOST WHY [TIMES]
 blame() {
@@ -32,6 +33,29 @@ new_failed_hosts() {
   else
     echo "too few hosts without those that failed: $(echo "$failed" | paste -sd ,)" >&2
   fi
+}
+
+# fit_hosts FOLDER: those of the job that answer and have not failed too often, one a line.
+fit_hosts() {
+  slurm_hosts | grep -xF -f <(sinfo -h -N -n "$SLURM_JOB_NODELIST" -t idle,alloc,mix,comp -o %N) \
+    | grep -vxF -f <(failed_hosts "$1")
+}
+
+# has_spare FOLDER: whether as many hosts of a job with spare ones are fit as train. An address of the
+# site's file is that of the first one.
+has_spare() {
+  local fit
+  [ "$SPARE" -gt 0 ] || return 1
+  fit=$(fit_hosts "$1")
+  [ "$(wc -w <<< "$fit")" -ge "$((SLURM_JOB_NUM_NODES - SPARE))" ] || return 1
+  [ -z "${MASTER_ADDR:-}" ] || [ "${fit%%$'\n'*}" = "$(slurm_hosts | head -n 1)" ]
+}
+
+# step_hosts FOLDER: srun's options for a step on all hosts but the spare ones, fit ones first.
+step_hosts() {
+  local hosts count=$((SLURM_JOB_NUM_NODES - SPARE))
+  hosts=$({ fit_hosts "$1"; slurm_hosts; } | awk '!n[$0]++' | head -n "$count" | paste -sd ,)
+  echo "--nodes=$count --ntasks=$((count * ${SLURM_NTASKS_PER_NODE:-1})) --nodelist=$hosts"
 }
 
 # blame_by_srun FOLDER FILE: what srun says of a start that failed. The first task that a signal ended

@@ -231,6 +231,34 @@ def test_slurm_is_told_again_of_a_host_that_it_did_not_leave_out(job):
         assert ("ended with code 1" in done.stdout) == (number > 0)
 
 
+@pytest.mark.parametrize(
+    ("answer", "address", "trains", "queued"),
+    [
+        ("host-a host-b host-c", "", "host-a,host-c", 0),
+        # The next start goes to the hosts that are left, in the same job.
+        ("host-a host-c", "", "host-a,host-c", 0),
+        ("host-a host-b", "", "host-a,host-b", 1),
+        # Rank 0 has no other address than the one that the site gave it.
+        ("host-b host-c", "host-a-fast", "host-c,host-a", 1),
+    ],
+)
+def test_a_job_with_spare_hosts_starts_again_by_itself(job, answer, address, trains, queued):
+    (job.folder / "failed_hosts.txt").write_text("host-b x\nhost-b x\n")
+    job.stands_in("sinfo", f"echo {answer} | tr ' ' '\\n'")
+    lists = '[ "$2" != hostnames ] || printf "host-a\\nhost-b\\nhost-c\\n"'
+    job.stands_in("scontrol", f'echo "$@" >> {job.root}/scontrol; {lists}')
+    job.stands_in("srun", f'echo "$@" >> {job.root}/srun; exit 1')
+    script = 'source launch/env.sh; MASTER_ADDR=$2; train_in_job "$1" srun -K1 python'
+    more = {"SLURM_JOB_ID": "7", "SLURM_JOB_PARTITION": "all", "SLURM_JOB_NUM_NODES": "3"}
+    more |= {"SLURM_JOB_NODELIST": "host-[a-c]", "SLURM_NTASKS_PER_NODE": "8", "SPARE": "1"}
+    more |= {"PATH": f"{job.root}/bin:{os.environ['PATH']}", "RETRIES": "2"}
+    run("bash", "-c", script, "job", job.folder, address, **more)
+    options = f"--nodes=2 --ntasks=16 --nodelist={trains} -K1 python"
+    # Three starts in a row without a checkpoint end the job.
+    assert job.told("srun") == [options] * (1 if queued else 3)
+    assert job.told().count("requeue 7") == queued
+
+
 FAILED = "FAIL  disk  host-b: 3 GB free"
 
 

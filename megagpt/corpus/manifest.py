@@ -272,7 +272,7 @@ def _contradiction(manifest: CorpusManifest) -> str | None:
 
 def _unlike_records(manifest: CorpusManifest) -> str | None:
     """What contradicts itself in what is said of records and masks."""
-    length = manifest.record_length
+    length, masked = manifest.record_length, manifest.masked
     if length and length < 2:
         return f"records of {length} tokens have no target"
     if manifest.record_start not in (-1, manifest.vocab_size if length else -1):
@@ -280,7 +280,7 @@ def _unlike_records(manifest: CorpusManifest) -> str | None:
     for shard in manifest.shards:
         if length and shard.tokens != shard.documents * length:
             return f"shard {shard.name}: {shard.tokens} tokens are no records of {length}"
-        if bool(shard.mask_sha256) != manifest.masked:
+        if bool(shard.mask_sha256) != masked:
             return f"shard {shard.name} has no mask, though others have one"
     return None
 

@@ -105,6 +105,9 @@ def add_slurm(slurm: argparse.ArgumentParser) -> None:
         slurm.add_argument(f"--{name}", default="", metavar=name.upper(), help=f"sbatch's --{name}")
     slurm.add_argument("--exclusive", action="store_true", help="whole nodes")
     slurm.add_argument(
+        "--spare", type=int, default=0, metavar="K", help="more hosts, for those that fail"
+    )
+    slurm.add_argument(
         "--no-gres", action="store_true", help="ask for no GPUs, where nodes have none to give out"
     )
     slurm.add_argument(
@@ -192,7 +195,7 @@ def run(args: argparse.Namespace) -> int:
     log = f"{pattern(config.output)}/{'job-%a.log' if sweep else 'job.log'}"
     path = Path(config.output) / "job.sbatch"
     options = sbatch_options(args, Path(config.output).resolve().name, lead, log, len(sweep))
-    text = script(options, [args.file, *args.overrides], sweep)
+    text = script(options, [args.file, *args.overrides], sweep, args.spare)
     # SLURM drops the log of a job whose folder is not there.
     path.parent.mkdir(parents=True, exist_ok=True)
     write_durably(path, text.encode("utf-8", errors="surrogateescape"))
@@ -208,10 +211,8 @@ def run(args: argparse.Namespace) -> int:
         print("submitted: " + " ".join(submit(path, count)))
     else:
         ask(path)
-        by_hand = f", or sbatch {shlex.quote(str(path))}"
-        if count > 1:
-            by_hand = f", which queues {count} jobs"
-        print(f"not submitted: say --submit{by_hand}")
+        how = f"which queues {count} jobs" if count > 1 else f"or sbatch {shlex.quote(str(path))}"
+        print(f"not submitted: say --submit, {how}")
     return EXIT_OK
 
 
@@ -234,10 +235,10 @@ def check_corpora(config: RunConfig, submit: bool) -> None:
 
 def check_options(args: argparse.Namespace) -> None:
     """Raises UsageError for what no job can be."""
-    for name in ("nodes", "gpus_per_node", "cpus_per_task"):
-        if getattr(args, name) < 1:
+    for name, least in {"nodes": 1, "gpus_per_node": 1, "cpus_per_task": 1, "spare": 0}.items():
+        if getattr(args, name, least) < least:
             option = name.replace("_", "-")
-            raise UsageError(f"--{option} {getattr(args, name)}: must be 1 or more")
+            raise UsageError(f"--{option} {getattr(args, name)}: must be {least} or more")
     if getattr(args, "chain", None) is not None and args.sweep:
         raise UsageError(
             "--chain with --sweep: the tasks of a sweep are queued again by themselves; leave one "
@@ -254,7 +255,7 @@ def sbatch_options(
     """
     options = {
         "job-name": args.name or name,
-        "nodes": str(args.nodes),
+        "nodes": str(args.nodes + args.spare),
         "ntasks-per-node": str(args.gpus_per_node),
         "gpus-per-node": str(args.gpus_per_node),
         "cpus-per-task": str(args.cpus_per_task),
@@ -267,8 +268,9 @@ def sbatch_options(
     }
     if args.gres or args.no_gres:
         del options["gpus-per-node"]
-    if args.exclusive:
-        options["exclusive"] = ""
+    # With spare hosts, one that is lost ends its step alone.
+    flags = {"exclusive": args.exclusive, "no-kill": args.spare}
+    options |= {name: "" for name, asked in flags.items() if asked}
     more = {key: getattr(args, key) for key in ("partition", "account", "qos", *FURTHER)}
     if tasks:
         more["array"] = f"0-{tasks - 1}"
@@ -281,22 +283,21 @@ def sbatch_options(
     return options
 
 
-def recent_steps(folder: Path) -> list[dict[str, Any]]:
-    """Records of the latest steps of a run; none before the first."""
+def _records(folder: Path) -> list[dict[str, Any]]:
+    """What a run has written down; nothing before its first start."""
     from megagpt.log import read_metrics
 
-    if not (folder / "metrics.jsonl").exists():
-        return []
-    return [record for record in read_metrics(folder) if "loss" in record][-RECENT:]
+    return read_metrics(folder) if (folder / "metrics.jsonl").exists() else []
+
+
+def recent_steps(folder: Path) -> list[dict[str, Any]]:
+    """Records of the latest steps of a run; none before the first."""
+    return [record for record in _records(folder) if "loss" in record][-RECENT:]
 
 
 def longest_save_s(folder: Path) -> float:
     """Seconds of the longest of a run's latest saves; 0 before the first."""
-    from megagpt.log import read_metrics
-
-    if not (folder / "metrics.jsonl").exists():
-        return 0.0
-    saves = [record["save_s"] for record in read_metrics(folder) if "save_s" in record]
+    saves = [record["save_s"] for record in _records(folder) if "save_s" in record]
     return max(saves[-RECENT_SAVES:], default=0.0)
 
 

@@ -9,7 +9,7 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from megagpt.config import RunConfig
 from megagpt.errors import UsageError
@@ -131,17 +131,19 @@ def _folder(overrides: Sequence[str]) -> str:
 
 
 def script(
-    options: Mapping[str, str], arguments: Sequence[str], sweep: Sequence[Sequence[str]] = ()
+    options: dict[str, str], arguments: list[str], sweep: Sequence[list[str]] = (), spare: int = 0
 ) -> str:
     """The job script.
 
     options: sbatch's long options, "" for those without a value. arguments: run file and
-    overrides. sweep: further overrides of each task of an array.
+    overrides. sweep: further overrides of each task of an array. spare: of the nodes.
     """
     lines = [
         f"#SBATCH --{name}" + (f"={directive(value)}" if value else "")
         for name, value in options.items()
     ]
+    if spare:
+        lines.append(f"export SPARE={spare}")
     if sweep:
         lines.append("case $SLURM_ARRAY_TASK_ID in")
         for index, overrides in enumerate(sweep):

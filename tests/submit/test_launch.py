@@ -93,6 +93,14 @@ def test_any_option_of_sbatch(tmp_path, capsys):
     assert "--sbatch -n 3: must be a long option of sbatch" in capsys.readouterr().err
 
 
+def test_spare_hosts_are_asked_for_beside_those_that_train(tmp_path, capsys):
+    text = launched(run_file(tmp_path), *SIZE, "--spare", "2")
+    assert options(text)["nodes"] == "3" and "#SBATCH --no-kill\n" in text
+    assert "\nexport SPARE=2\n" in text
+    assert "1 x 2 GPUs" in capsys.readouterr().out
+    checked_by_shellcheck(tmp_path / "run" / "job.sbatch")
+
+
 def test_all_that_a_job_does_stands_in_the_template(tmp_path):
     text = launched(run_file(tmp_path), *SIZE)
     commands = [line for line in text.splitlines() if line and not line.startswith("#")]
