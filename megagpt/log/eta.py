@@ -8,14 +8,15 @@ left to do is a times the steps left plus b times the tokens left.
 
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable
 
 _SIZES = 8
 """Batch sizes that the fit remembers; older ones may come from another speed of the machine."""
 _GRID = 512
 """Points at which the rest of the ramp is sampled."""
-_WEIGHT = 0.05
-"""Weight of a new step time in the running mean of its batch size."""
+_STEPS = 20
+"""Latest steps of a batch size of whose times the mean is taken."""
 
 
 class Eta:
@@ -28,9 +29,8 @@ class Eta:
     def __init__(self, total_tokens: int, batch: Callable[[int], int] | None = None) -> None:
         self.total_tokens = total_tokens
         self._batch = batch
-        self._means: dict[int, float] = {}
-        """Batch size -> mean seconds of its steps, the oldest size first."""
-        self._counts: dict[int, int] = {}
+        self._times: dict[int, deque[float]] = {}
+        """Batch size -> seconds of its latest steps, the oldest size first."""
         self._last = 0
         self._n_steps = 0
         self._t0 = 0.0
@@ -38,29 +38,25 @@ class Eta:
 
     def observe(self, batch_tokens: int, step_s: float) -> None:
         """Take the time of one step into account."""
-        n = 0
         if self._n_steps:
             self._busy_s += step_s
-            n = self._counts.get(batch_tokens, 0) + 1
         else:
-            # The first step of a session pays for caches, compilation and connections: the
-            # second replaces its time.
             self._t0 = time.monotonic()
-        mean_s = self._means.get(batch_tokens, step_s)
-        self._means[batch_tokens] = mean_s + (step_s - mean_s) * max(1 / max(n, 1), _WEIGHT)
-        self._counts[batch_tokens] = n
+        if self._n_steps == 1:
+            # The first step of a session pays for caches, compilation and connections.
+            self._times.clear()
+        self._times.setdefault(batch_tokens, deque(maxlen=_STEPS)).append(step_s)
         self._n_steps += 1
         self._last = batch_tokens
-        while len(self._means) > _SIZES:
-            oldest = next(iter(self._means))
-            del self._means[oldest], self._counts[oldest]
+        while len(self._times) > _SIZES:
+            del self._times[next(iter(self._times))]
 
     def seconds(self, tokens: int) -> float | None:
         """Seconds left at `tokens` consumed; None before the first step."""
         left = self.total_tokens - tokens
         if left <= 0:
             return 0.0
-        if not self._means:
+        if not self._times:
             return None
         fixed_s, per_token_s = self._fit()
         return (fixed_s * self._steps_left(tokens) + per_token_s * left) * self._stall()
@@ -73,10 +69,11 @@ class Eta:
 
     def _fit(self) -> tuple[float, float]:
         """(a, b) by least squares with both >= 0, through the mean time of the last batch size."""
-        last_s = self._means[self._last]
+        means = {size: statistics.fmean(times) for size, times in self._times.items()}
+        last_s = means[self._last]
         slope = proportional = last_s / self._last
-        if len(self._means) > 1:
-            fitted = statistics.linear_regression(list(self._means), list(self._means.values()))
+        if len(means) > 1:
+            fitted = statistics.linear_regression(list(means), list(means.values()))
             slope = min(max(fitted.slope, 0.0), proportional)
         return last_s - slope * self._last, slope
 

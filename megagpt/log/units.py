@@ -34,16 +34,12 @@ def amounts(numbers: Sequence[float]) -> list[str]:
     step = min((b - a for a, b in pairwise(sorted(set(numbers)))), default=0.0)
     numbers = [0.0 if abs(number) < 1e-9 * step else number for number in numbers]
     figures = 4
-    while figures < 16 and any(abs(_cut(n, figures) - n) > 0.01 * step for n in numbers):
+    while figures < 16 and any(abs(float(f"{n:.{figures}g}") - n) > 0.01 * step for n in numbers):
         figures += 1
     # One way of writing for all: 5e-4 and 1e-3, not 5e-4 and 0.001.
     sizes = [abs(number) for number in numbers if number]
     small = bool(sizes) and min(sizes) < 1e-3 and max(sizes) < 1
     return [scientific(n, figures) if small else amount(n, figures) for n in numbers]
-
-
-def _cut(number: float, figures: int) -> float:
-    return float(f"{number:.{figures}g}")
 
 
 def scientific(value: float, figures: int = 3) -> str:

@@ -12,10 +12,9 @@ import pytest
 
 from megagpt.log.units import amounts
 from megagpt.report.charts import charts, chinchilla, frontier, kaplan
-from megagpt.report.page import write_page
+from megagpt.report.page import samples, write_page
 from megagpt.report.series import read_facts, read_run, read_runs
 from megagpt.report.table import facts, restart_rows, shares
-from megagpt.report.written import samples
 from tests.report.test_report import CONFIG, make_run, parse
 
 
