@@ -17,43 +17,28 @@ from megagpt import __version__
 from megagpt.errors import UsageError, ended
 
 COMMANDS = {
-    "init": ("megagpt.start.command", "write a run file for a corpus, a size and this machine"),
-    "train": ("megagpt.start.launcher", "check a run file, then train it on this machine"),
+    "init": ("start.command", "write a run file for a corpus, a size and this machine"),
+    "train": ("start.launcher", "check a run file, then train it on this machine"),
     "doctor": (
-        "megagpt.check.command",
+        "check.command",
         "will training work here: versions, GPUs, network, disks, hosts, shards",
     ),
-    "plan": ("megagpt.plan.command", "what a run will do: layout, batch ramp, steps"),
-    "launch": (
-        "megagpt.submit.command",
-        "a job for SLURM, PBS, LSF or Kubernetes that is made for a run",
-    ),
-    "data": (
-        "megagpt.order.command",
-        "what is in the shards; are they whole; one step's documents",
-    ),
-    "checkpoint": (
-        "megagpt.checkpoint.command",
-        "list, verify, reshape and consolidate checkpoints",
-    ),
-    "import": ("megagpt.hub.importing", "weights that others trained, as a folder of ours"),
-    "export": ("megagpt.hub.exporting", "a trained model as a folder that transformers opens"),
-    "generate": ("megagpt.use.generate", "text from a trained model"),
-    "chat": ("megagpt.use.chat", "a dialogue with a trained model"),
-    "serve": ("megagpt.serve.command", "a trained model behind OpenAI's API, and a page to try it"),
-    "evaluate": (
-        "megagpt.tasks.command",
-        "loss and bits per byte of a trained model on a corpus; tasks",
-    ),
-    "report": ("megagpt.report", "curves of one or several runs as a picture and a page"),
-    "watch": ("megagpt.report.watch", "follow a run in the terminal"),
-    "parity": (
-        "megagpt.check.parity",
-        "train a run file under every layout and compare the losses",
-    ),
-    "verify-resume": ("megagpt.check.resume", "train with and without a restart, compare bits"),
+    "plan": ("plan.command", "what a run will do: layout, batch ramp, steps"),
+    "launch": ("submit.command", "a job for SLURM, PBS, LSF or Kubernetes that is made for a run"),
+    "data": ("order.command", "what is in the shards; are they whole; one step's documents"),
+    "checkpoint": ("checkpoint.command", "list, verify, reshape and consolidate checkpoints"),
+    "import": ("hub.importing", "weights that others trained, as a folder of ours"),
+    "export": ("hub.exporting", "a trained model as a folder that transformers opens"),
+    "generate": ("use.generate", "text from a trained model"),
+    "chat": ("use.chat", "a dialogue with a trained model"),
+    "serve": ("serve.command", "a trained model behind OpenAI's API, and a page to try it"),
+    "evaluate": ("tasks.command", "loss and bits per byte of a trained model on a corpus; tasks"),
+    "report": ("report", "curves of one or several runs as a picture and a page"),
+    "watch": ("report.watch", "follow a run in the terminal"),
+    "parity": ("check.parity", "train a run file under every layout and compare the losses"),
+    "verify-resume": ("check.resume", "train with and without a restart, compare bits"),
 }
-"""Command -> (module, help)."""
+"""Command -> (module of megagpt, help)."""
 
 
 def parser(command: str | None) -> argparse.ArgumentParser:
@@ -72,7 +57,7 @@ def parser(command: str | None) -> argparse.ArgumentParser:
     commands = made.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (module, text) in COMMANDS.items():
         if name == command:
-            importlib.import_module(module).add_parser(commands)
+            importlib.import_module(f"megagpt.{module}").add_parser(commands)
         else:
             commands.add_parser(name, help=text)
     return made
