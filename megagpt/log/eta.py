@@ -15,7 +15,7 @@ _SIZES = 8
 """Batch sizes that the fit remembers; older ones may come from another speed of the machine."""
 _GRID = 512
 """Points at which the rest of the ramp is sampled."""
-_STEPS = 20
+_STEPS = 40
 """Latest steps of a batch size of whose times the mean is taken."""
 
 
