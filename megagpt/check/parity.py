@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--only {unknown.pop()!r}: must be one of {', '.join(NAMES)}")
     config = miniature(load_run(args.file, args.overrides), args.steps, args.dtype, args.full_shape)
     # Its masks are drawn for each data rank and stage, so that no two layouts share them.
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, dropout=0.0))
+    config = changed(config, model={"dropout": 0.0})
     # The trainer refuses ZeRO-0 in 16 bits: see megagpt.plan.ds_config.
     possible = [name for name in NAMES if args.dtype == "fp32" or CASES[name][1] != "zero0"]
     names = [name for name in possible if not args.only or name in args.only]
@@ -108,58 +108,54 @@ def run(args: argparse.Namespace) -> int:
     return EXIT_OK if sound else EXIT_FAILURE
 
 
+def changed(config: RunConfig, **sections: dict[str, Any]) -> RunConfig:
+    """The run with other values of some keys: section={key: value}."""
+    made = {
+        name: dataclasses.replace(getattr(config, name), **keys) for name, keys in sections.items()
+    }
+    return dataclasses.replace(config, **made)
+
+
 def miniature(config: RunConfig, steps: int, dtype: Dtype, full_shape: bool = False) -> RunConfig:
     """The run cut down to a size that every layout trains in seconds, about `steps` steps."""
     # The mixture with which the run begins: its changes lie beyond the miniature's end.
     train = tuple(source for source in config.data.train if source.weight)
-    model = config.model
+    model: dict[str, Any] = {}
     if not full_shape:
+        model = {"n_layer": 4, "n_head": 4, "d_model": 64, "band_width": 16}
         # A record is one window, and cannot be cut.
-        records = any(read_manifest(source.path).record_length for source in train)
-        n_ctx = model.n_ctx if records else min(64, model.n_ctx)
-        model = dataclasses.replace(
-            model, n_layer=4, n_head=4, d_model=64, n_ctx=n_ctx, band_width=16
-        )
-    start = SEQUENCES * model.n_ctx
+        if not any(read_manifest(source.path).record_length for source in train):
+            model["n_ctx"] = min(64, config.model.n_ctx)
+    start = SEQUENCES * model.get("n_ctx", config.model.n_ctx)
     # Batches of 1, 2, 3 and then 4 starts: ramp steps, then the rest at the full batch.
     total = int(steps * 2.5 * start)
-    schedule = dataclasses.replace(
-        config.schedule,
-        total_tokens=total,
-        warmup_tokens=total // 10,
-        decay_tokens=total * 9 // 10,
-        batch_tokens=4 * start,
-        ramp_start_tokens=start,
-        ramp_increment_tokens=start,
-        ramp_tokens=total // 2,
-        peak_lr=min(PEAK_LR, config.schedule.peak_lr),
-    )
-    return dataclasses.replace(
+    return changed(
         config,
         model=model,
-        schedule=schedule,
-        parallel=dataclasses.replace(
-            config.parallel, micro_batch=MICRO_BATCH, dtype=dtype, pipeline=1, tensor=1
-        ),
-        data=dataclasses.replace(config.data, train=train, changes=(), validation=()),
-        checkpoint=dataclasses.replace(config.checkpoint, every_tokens=0, keep_every_tokens=0),
-        log=dataclasses.replace(config.log, tensorboard=False),
+        schedule={
+            "total_tokens": total,
+            "warmup_tokens": total // 10,
+            "decay_tokens": total * 9 // 10,
+            "batch_tokens": 4 * start,
+            "ramp_start_tokens": start,
+            "ramp_increment_tokens": start,
+            "ramp_tokens": total // 2,
+            "peak_lr": min(PEAK_LR, config.schedule.peak_lr),
+        },
+        parallel={"micro_batch": MICRO_BATCH, "dtype": dtype, "pipeline": 1, "tensor": 1},
+        data={"train": train, "changes": (), "validation": ()},
+        checkpoint={"every_tokens": 0, "keep_every_tokens": 0},
+        log={"tensorboard": False},
     )
 
 
 def train_case(config: RunConfig, name: str, folder: Path) -> list[dict[str, Any]]:
     """Trains one layout; its steps' records."""
     ranks, ds_config, pipeline, tensor = CASES[name]
-    micro_batch = 1 if name == REFERENCE else config.parallel.micro_batch
-    parallel = dataclasses.replace(
-        config.parallel,
-        ds_config=ds_config,
-        micro_batch=micro_batch,
-        pipeline=pipeline,
-        tensor=tensor,
-    )
-    config = dataclasses.replace(config, parallel=parallel)
-    return train(config, folder / name.replace(" ", "-"), ranks)
+    parallel = {"ds_config": ds_config, "pipeline": pipeline, "tensor": tensor}
+    if name == REFERENCE:
+        parallel["micro_batch"] = 1
+    return train(changed(config, parallel=parallel), folder / name.replace(" ", "-"), ranks)
 
 
 def train(

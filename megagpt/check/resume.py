@@ -6,14 +6,13 @@ this machine. Every step's record and the final weights and moments must agree b
 """
 
 import argparse
-import dataclasses
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from megagpt.check.parity import miniature, train
+from megagpt.check.parity import changed, miniature, train
 from megagpt.checkpoint.record import CheckpointRecord, list_checkpoints, read_record
 from megagpt.config import RunConfig, load_run
 from megagpt.errors import EXIT_FAILURE, EXIT_OK, UsageError
@@ -91,16 +90,17 @@ def _say(text: str) -> None:
 def shortened(config: RunConfig, n: int, full_shape: bool) -> RunConfig:
     """The run cut down to about 2n steps, over a ramp of the batch, split as the run is."""
     short = miniature(config, 2 * n, config.parallel.dtype, full_shape)
-    # A GPU's fast kernels round differently each time; on a CPU the mode changes nothing.
-    parallel = dataclasses.replace(
-        short.parallel,
-        pipeline=config.parallel.pipeline,
-        tensor=config.parallel.tensor,
-        deterministic=True,
+    return changed(
+        short,
+        # A GPU's fast kernels round differently each time; on a CPU the mode changes nothing.
+        parallel={
+            "pipeline": config.parallel.pipeline,
+            "tensor": config.parallel.tensor,
+            "deterministic": True,
+        },
+        # The default of a run that saves in the background is what must resume exactly.
+        checkpoint={"stop_after_minutes": 0.0, "stop_after_steps": 0},
     )
-    # The default of a run that saves in the background is what must resume exactly.
-    checkpoint = dataclasses.replace(short.checkpoint, stop_after_minutes=0.0, stop_after_steps=0)
-    return dataclasses.replace(short, parallel=parallel, checkpoint=checkpoint)
 
 
 def compare(expected: Outcome, outcome: Outcome) -> dict[str, str]:

@@ -212,14 +212,13 @@ def _step_s(record: Mapping[str, Any]) -> float:
 def _cost(found: Cut, resume_tokens: int) -> dict[str, Any]:
     """What a restart cost: work done twice, time without work, and what the record has lost."""
     steps = [record for record in found.dropped if "loss" in record]
-    last_time = found.last_time
+    end_tokens = max((record["tokens"] for record in steps), default=resume_tokens)
+    down_s = max(0.0, time.time() - found.last_time) if found.last_time else 0.0
     lost = {"restored_steps": found.restored, "missing_steps": found.missing}
-    lost["broken_file"] = found.aside
     return {
-        **{key: value for key, value in lost.items() if value},
+        **{key: value for key, value in (lost | {"broken_file": found.aside}).items() if value},
         "lost_steps": len(steps),
-        "lost_tokens": max((record["tokens"] for record in steps), default=resume_tokens)
-        - resume_tokens,
+        "lost_tokens": end_tokens - resume_tokens,
         "lost_s": round(sum(_step_s(record) for record in steps), 3),
-        "down_s": round(max(0.0, time.time() - last_time), 3) if last_time else 0.0,
+        "down_s": round(down_s, 3),
     }
