@@ -25,7 +25,11 @@ class Meter:
     def __init__(self, config: RunConfig, layout: Layout, engine: Engine) -> None:
         self.config, self.layout, self.engine = config, layout, engine
         self.speed = Speed(config, layout, engine.peak_tflops)
-        self.profile = _profile(config, layout, engine.ranks.rank)
+        # On one rank of each pipeline stage.
+        rank = engine.ranks.rank
+        alone = not (layout.data_rank(rank) or layout.tensor_rank(rank))
+        first, last = (config.log.profile_steps if alone else ()) or (1, 0)
+        self.profile = Profile(Path(config.output), first_step=first, last_step=last, rank=rank)
         self.table: str | None = None
         """The costliest operations, at the end of the last profiled step."""
         self.noise = NoiseScale()
@@ -41,8 +45,7 @@ class Meter:
         """Step number `step`, counted from 1, begins."""
         every = self.config.log.details_every_steps
         self._details = Details(self.config, self.engine) if every and step % every == 0 else None
-        if self.profile is not None:
-            self.profile.begin(step)
+        self.profile.begin(step)
         if self.engine.device.type == "cuda":
             # The peak is that of this step.
             torch.cuda.reset_peak_memory_stats(self.engine.device)
@@ -57,7 +60,7 @@ class Meter:
         record |= memory(self.engine.device)
         if self.engine.loss_scale is not None:
             record["loss_scale"] = self.engine.loss_scale
-        self.table = self.profile.end(self._step) if self.profile is not None else None
+        self.table = self.profile.end(self._step)
         if self._details is not None:
             t0 = time.perf_counter()
             sequences = micro_batch_of(self.config, self.layout, batch_tokens)
@@ -69,15 +72,7 @@ class Meter:
 
     def close(self) -> str | None:
         """Ends a profile that the run did not live to the end of; its table."""
-        return self.profile.close() if self.profile is not None else None
-
-
-def _profile(config: RunConfig, layout: Layout, rank: int) -> Profile | None:
-    """The profile that the run file asks for, on one rank of each pipeline stage."""
-    steps = config.log.profile_steps
-    if not steps or layout.data_rank(rank) or layout.tensor_rank(rank):
-        return None
-    return Profile(Path(config.output), first_step=steps[0], last_step=steps[1], rank=rank)
+        return self.profile.close()
 
 
 class Details:

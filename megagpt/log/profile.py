@@ -20,10 +20,10 @@ _ROWS = 10
 
 
 class Profile:
-    """Profiles the steps first_step to last_step, both included and counted from 1."""
+    """Profiles the steps first_step to last_step, both included and counted from 1; none where the
+    last is before the first."""
 
     def __init__(self, folder: Path, *, first_step: int, last_step: int, rank: int = 0) -> None:
-        assert 1 <= first_step <= last_step, (first_step, last_step)
         self.first_step, self.last_step = first_step, last_step
         name = f"steps_{first_step}_{last_step}_rank_{rank}"
         self.trace = folder / "profile" / f"{name}.pt.trace.json.gz"
