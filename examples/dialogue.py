@@ -80,7 +80,7 @@ def show(args: argparse.Namespace, questions: list[str], count: int = 6) -> None
 
 def main() -> None:
     """Writes the data, trains, and tells the loss on answers and some of them."""
-    made = options("Learns to answer.", "runs/dialogue", 1500, lr=1e-3)
+    made = options("Learns to answer.", "runs/dialogue", 1200, lr=1e-3)
     add = made.add_argument
     add("--talks", type=Path, nargs="+", help="files of JSON lines instead of the small talks")
     add("--file", type=Path, help="the package's archive, where it is there already")

@@ -11,13 +11,12 @@ unless it is kept in mind: with `--keep 0.3` three samples of ten are of the old
 """
 
 import argparse
-import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from pydoc_data.topics import topics
 
-from training import options, start, text_of, train
+from training import options, script, start, text_of, train
 
 from megagpt.checkpoint import load_model
 from megagpt.checkpoint.export import Weights
@@ -25,8 +24,6 @@ from megagpt.files import write_file
 from megagpt.tokenizer.portable import described
 from megagpt.use.generate import TextOptions, generate
 from megagpt.use.score import ScoreOptions, evaluate
-
-SCRIPT = Path(__file__).resolve().parents[1] / "data_prep/tokenize_corpus.py"
 
 
 def write(args: argparse.Namespace, weights: Weights) -> Path:
@@ -40,10 +37,9 @@ def write(args: argparse.Namespace, weights: Weights) -> Path:
     if name not in ("gpt2", "bytes"):
         name = str(args.data.with_name(f"{args.data.name}-tokenizer.json"))
         write_file(Path(name), described(encoding))
-    words = [str(text), "--format", "text", "--output", str(args.data), "--tokenizer", name]
-    words += ["--validation-fraction", "0.1", "--validation-by-place"]
-    if code := subprocess.run([sys.executable, str(SCRIPT), *words]).returncode:
-        sys.exit(code)
+    words = [text, "--format", "text", "--output", args.data, "--tokenizer", name]
+    words += ["--validation-fraction", 0.1, "--validation-by-place"]
+    script("tokenize_corpus.py", *words)
     return args.data.with_name(f"{args.data.name}-validation")
 
 
@@ -58,7 +54,7 @@ def look(args: argparse.Namespace, folder: Path, held_out: list[Path]) -> list[f
 
 def main() -> None:
     """Writes the data, trains, and tells what was learned and what was forgotten."""
-    made = options("Fine-tunes a model on a text.", "runs/finetuned", 800, lr=1e-3)
+    made = options("Fine-tunes a model on a text.", "runs/finetuned", 600, lr=1e-3)
     add = made.add_argument
     add("--text", type=Path, help="a text file in UTF-8 instead of Python's language reference")
     add("--data", type=Path, default=Path("data/finetune"), help="folder of the shards")

@@ -11,8 +11,6 @@ last line is the figure with 4.
 """
 
 import argparse
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +19,7 @@ import numpy as np
 import tomli_w
 import torch
 from probing import FEW, Labelled, by_layer, few_labels
-from training import train
+from training import SCRIPTS, script, train
 
 from megagpt.checkpoint.export import open_weights
 from megagpt.files import write_durably
@@ -30,7 +28,7 @@ from megagpt.order.loader import TokenLoader
 from megagpt.tokenizer.palette import Palette
 from megagpt.use.pictures import completions, features, grid, half, paint, png
 
-ROOT = Path(__file__).resolve().parents[1]
+RUN = SCRIPTS.parent / "launch/runs/igpt-digits.toml"
 RAW = "raw pixels"
 COLUMNS = 8
 
@@ -91,7 +89,7 @@ def main() -> None:
     )
     add = made.add_argument
     add("--images", default="digits", help="what data_prep/images.py takes")
-    add("--run", type=Path, default=ROOT / "launch/runs/igpt-digits.toml", help="run file")
+    add("--run", type=Path, default=RUN, help="run file")
     add("--data", type=Path, default=Path("data/digits"), help="folder of the shards")
     add("--output", type=Path, default=Path("runs/image_gpt"), help="run folder")
     add("--steps", type=int, default=0, help="steps to train; 0: as the run file says")
@@ -100,12 +98,10 @@ def main() -> None:
     add("--ranks", type=int, default=1, help="processes, started by deepspeed where several")
     add("--seed", type=int, default=1337, help="initial weights and data order")
     args = made.parse_args()
-    script = [sys.executable, str(ROOT / "data_prep/images.py"), args.images]
-    place = ["--output", str(args.data), "--validation-fraction", "0.2"]
+    place = ["--output", args.data, "--validation-fraction", 0.2]
     if args.images == "digits":
-        place += ["--field", "12", "--copies", "8"]
-    if code := subprocess.run([*script, *place]).returncode:
-        sys.exit(code)
+        place += ["--field", 12, "--copies", 8]
+    script("images.py", args.images, *place)
     model = train(args, run_text(args))
     palette, n_ctx = open_weights(args.output).palette(), model.config.n_ctx
     assert palette is not None

@@ -30,7 +30,7 @@ def splits() -> dict[str, list[tuple[int, ...]]]:
 
 def main() -> None:
     """Writes the data, trains, and tells how many inputs come out in order."""
-    made = options("Learns to sort.", "runs/sort", 800, "nano")
+    made = options("Learns to sort.", "runs/sort", 1500, "nano")
     made.add_argument("--data", type=Path, default=Path("data/sort"), help="folder of the shards")
     args = made.parse_args()
     parts = splits()

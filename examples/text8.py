@@ -13,21 +13,15 @@ before it.
 import argparse
 import re
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
-from training import options, run_text, train
+from characters import learn, reading
+from training import SCRIPTS, options, script
 
-from megagpt.checkpoint import load_model
 from megagpt.files import write_file
-from megagpt.use.generate import TextOptions, generate
 from megagpt.use.score import ScoreOptions, evaluate
 
-SCRIPTS = Path(__file__).resolve().parents[1] / "data_prep"
 SPELLED = "zero one two three four five six seven eight nine".split()
-VOCABULARY = 257
-"""The bytes and END-OF-DOCUMENT."""
 
 
 def in_its_alphabet(text: str) -> str:
@@ -49,23 +43,16 @@ def miniature(args: argparse.Namespace) -> Path:
 
 def main() -> None:
     """Writes the data, trains, and tells the bits of a character."""
-    made = options("Learns the characters of Wikipedia.", "runs/text8", 2400, "micro")
+    made = options("Learns the characters of Wikipedia.", "runs/text8", 3000, "micro")
     add = made.add_argument
     add("--file", type=Path, help="text8 or enwik8, plain or zipped; without it the miniature")
     add("--archive", type=Path, help="the miniature's package, where it is there already")
-    add("--data", type=Path, default=Path("data/text8-mini"), help="folder of the shards")
-    add("--context", type=int, default=128, help="characters that the model sees; even")
-    add("--batch", type=int, default=16, help="sequences of a step")
+    reading(made, "data/text8-mini", context=128, batch=8)
     args = made.parse_args()
     file = args.file or miniature(args)
-    words = [str(SCRIPTS / "text8.py"), "--file", str(file), "--output", str(args.data)]
-    words += ["--enwik8"] * ("enwik8" in file.name)
-    if code := subprocess.run([sys.executable, *words]).returncode:
-        sys.exit(code)
-    train(args, run_text(args, args.data, args.context, VOCABULARY, args.batch))
-    model, encoding, _ = load_model(args.output)
-    drawn = TextOptions(max_tokens=300, temperature=0.8, seed=args.seed, start=False)
-    print("".join(generate(model, encoding, " the ", drawn)))
+    kind = ["--enwik8"] * ("enwik8" in file.name)
+    script("text8.py", "--file", file, "--output", args.data, *kind)
+    model, encoding = learn(args, " the ", 300)
     test = args.data.with_name(f"{args.data.name}-test")
     found = evaluate(model, encoding, test, ScoreOptions(stride=args.context // 2))
     print(f"{found.bits_per_byte.value:.4f} bits per character of {test}")

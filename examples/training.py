@@ -17,8 +17,7 @@ from megagpt.model import GPT
 
 MODELS = {"nano": (3, 3, 48), "micro": (4, 4, 128), "mini": (6, 6, 192)}
 """minGPT's sizes: layers, heads, width. Here the output matrix is tied to the embedding."""
-
-
+SCRIPTS = Path(__file__).resolve().parents[1] / "data_prep"
 BASE = Path("runs/chargpt")
 """The model that others start from unless told otherwise: that of examples/chargpt.py."""
 
@@ -96,6 +95,14 @@ def text_of(
     for key, value in more.items():
         tree[key] = tree[key] | value if isinstance(value, dict) else value
     return tomli_w.dumps(tree)
+
+
+def script(name: str, *words: object) -> None:
+    """Runs one of data_prep; where it fails, the example ends with its exit code."""
+    sys.stdout.flush()
+    line = [sys.executable, str(SCRIPTS / name), *map(str, words)]
+    if code := subprocess.run(line).returncode:
+        sys.exit(code)
 
 
 def start(folder: Path) -> Weights:
