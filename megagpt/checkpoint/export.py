@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import tiktoken
 import torch
@@ -39,6 +39,7 @@ from megagpt.tokenizer.portable import FILE, described
 
 log = logging.getLogger(__name__)
 
+Module = TypeVar("Module", bound=torch.nn.Module)
 INDEX = "model.safetensors.index.json"
 """Names the file of each parameter in a folder of consolidated weights."""
 FACTS = ("step", "tokens", "tokenizer", "vocabulary")
@@ -137,8 +138,8 @@ class Weights:
 
 
 @torch.no_grad()
-def filled(model: GPT, device: str, value: Callable[[str, Sequence[int]], Tensor]) -> GPT:
-    """A model of the meta device on another, in eval mode: `value` gives each parameter by its
+def filled(model: Module, device: str, value: Callable[[str, Sequence[int]], Tensor]) -> Module:
+    """A module of the meta device on another, in eval mode: `value` gives each parameter by its
     name and shape, in any dtype."""
     model.to_empty(device=device)
     for name, parameter in model.named_parameters():

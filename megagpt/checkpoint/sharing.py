@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megagpt.checkpoint.export import filled, open_weights
 from megagpt.cluster.process import join, leave, prepare_environment
-from megagpt.cluster.ranks import Ranks, discover
+from megagpt.cluster.ranks import discover
 from megagpt.config import ModelConfig
 from megagpt.engine import split
 from megagpt.engine.pipeline import split_kind
@@ -32,10 +32,10 @@ __all__ = ["leave", "load_shared"]
 
 
 def load_shared(
-    run: Path, dtype: torch.dtype, seed: int
-) -> tuple[GPT, tiktoken.Encoding, dict[str, Any], Ranks, int]:
-    """(this rank's part of the model, its tokenizer, facts, the ranks, the first rank's seed). All
-    ranks call it, and leave() at their end.
+    run: Path, dtype: torch.dtype
+) -> tuple[GPT, tiktoken.Encoding, dict[str, Any], int]:
+    """(this rank's part of the model, its tokenizer, facts, the rank). All ranks call it, and
+    leave() at their end.
 
     Raises UsageError without a launcher and for a model that so many ranks cannot share.
     """
@@ -50,7 +50,7 @@ def load_shared(
     encoding = weights.tokenizer()
     prepare_environment(ranks, os.environ)
     join(ranks)
-    agreed: list[Any] = [weights.folder, seed]
+    agreed = [weights.folder]
     dist.broadcast_object_list(agreed, src=0)
     if agreed[0] != weights.folder:
         # A run that trains meanwhile has saved between the looks of two ranks.
@@ -67,7 +67,7 @@ def load_shared(
         return split.take(whole, kind, ranks.rank, ranks.world)
 
     filled(model, "cuda" if torch.cuda.is_available() else "cpu", part)
-    return model, encoding, weights.told(), ranks, agreed[1]
+    return model, encoding, weights.told(), ranks.rank
 
 
 def shared_config(config: ModelConfig, ranks: int) -> ModelConfig:

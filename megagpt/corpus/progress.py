@@ -8,16 +8,21 @@ from typing import Any
 
 from megagpt.errors import visible
 
+LINE_EVERY_S = 10.0
+"""Between two lines where no terminal is."""
+
 
 class Progress:
-    """Counts bytes (and tokens) of a job; `total_bytes` 0 means that the end is not known."""
+    """Counts bytes (and tokens) of a job, or what else its `unit` says; `total_bytes` 0 means that
+    the end is not known."""
 
-    def __init__(self, label: str, total_bytes: int = 0) -> None:
-        self._label, self._total = label, total_bytes
+    def __init__(self, label: str, total_bytes: int = 0, unit: str = "MB") -> None:
+        self._label, self._total, self._unit = label, total_bytes, unit
+        self._size = 1e6 if unit == "MB" else 1.0
         self._t0 = self._shown = time.monotonic()
         self._bytes = self._skipped = self._tokens = 0
         self._bar = _bar(label, total_bytes) if sys.stderr.isatty() else None
-        self._every_s = 0.2 if self._bar else 10.0
+        self._every_s = 0.2 if self._bar else LINE_EVERY_S
 
     def skip(self, size: int) -> None:
         """Bytes that an earlier run has done: part of the whole, not of the rate."""
@@ -41,10 +46,10 @@ class Progress:
     def state(self, elapsed_s: float) -> str:
         """The figures in words."""
         rate = (self._bytes - self._skipped) / max(elapsed_s, 1e-9)
-        parts = [f"{self._bytes / 1e6:,.0f} MB"]
+        parts = [f"{self._bytes / self._size:,.0f} {self._unit}"]
         if self._total:
-            parts[0] += f" of {self._total / 1e6:,.0f} ({self._bytes / self._total:.0%})"
-        parts.append(f"{rate / 1e6:,.1f} MB/s")
+            parts[0] += f" of {self._total / self._size:,.0f} ({self._bytes / self._total:.0%})"
+        parts.append(f"{rate / self._size:,.1f} {self._unit}/s")
         if self._tokens:
             parts.append(f"{self._tokens / max(elapsed_s, 1e-9):,.0f} tokens/s")
         if self._total and rate:

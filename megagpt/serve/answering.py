@@ -66,12 +66,10 @@ class Served:
     def check_length(self, ids: Sequence[int], max_tokens: int) -> None:
         """Raises ApiRefusal for a prompt and a text that no context or limit holds."""
         generator, limits = self.scheduler.generator, self.limits
-        if limits.prompt_tokens and len(ids) > limits.prompt_tokens:
-            most = limits.prompt_tokens
-            raise ApiRefusal(f"prompt: {len(ids)} tokens; {most} at most here", 400, "prompt")
-        if limits.new_tokens and max_tokens > limits.new_tokens:
-            most = limits.new_tokens
-            raise ApiRefusal(f"max_tokens = {max_tokens}: {most} at most here", 400, "max_tokens")
+        if len(ids) > (most := limits.prompt_tokens or len(ids)):
+            raise ApiRefusal(f"prompt: {len(ids)} tokens; {most} at most here", param="prompt")
+        if max_tokens > (most := limits.new_tokens or max_tokens):
+            raise ApiRefusal(f"max_tokens = {max_tokens}: {most} at most here", param="max_tokens")
         if len(ids) + max_tokens > generator.n_ctx:
             raise ApiRefusal(
                 f"the model's context is {generator.n_ctx} tokens, but {len(ids)} of the prompt "
@@ -87,8 +85,7 @@ class Served:
         most = min(self.limits.texts, self.limits.concurrent + self.limits.queue)
         if count > most:
             raise ApiRefusal(
-                f"n: {count} texts (n times prompts); {most} at most in a request",
-                param="n",
+                f"n: {count} texts (n times prompts); {most} at most in a request", param="n"
             )
 
 
@@ -175,7 +172,7 @@ async def _growth(served: Served, ticket: Ticket, receive: Receive) -> AsyncIter
     """
     deadline = time.monotonic() + served.limits.timeout_s
     gone = asyncio.ensure_future(receive())
-    left = {number for number in range(len(ticket.texts))}
+    left = set(range(len(ticket.texts)))
     try:
         while left:
             coming = asyncio.ensure_future(ticket.grown.get())

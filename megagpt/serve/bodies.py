@@ -144,6 +144,13 @@ def _check_entries(tree: Mapping[str, Any], kind: type[_Body]) -> None:
             raise ApiRefusal(problem, param=field)
 
 
+_SAME = (
+    *("frequency_penalty", "min_tokens", "presence_penalty", "repetition_penalty"),
+    *("temperature", "top_k", "top_p"),
+)
+"""Fields that TextOptions has as well."""
+
+
 @dataclass(frozen=True, slots=True)
 class Demand:
     """What a completion or a chat completion asks for beside its prompt."""
@@ -168,18 +175,9 @@ def wanted(body: _Drawn, n_vocab: int, end: int, more: dict[str, Any]) -> Demand
         raise ApiRefusal(f"stop: {len(stops)} texts; {MOST_STOPS} at most", param="stop")
     stop_tokens = body.stop_token_ids or []
     known_tokens(stop_tokens, n_vocab, "stop_token_ids")
-    given = {
-        name: value
-        for name in (
-            *("frequency_penalty", "min_tokens", "presence_penalty", "repetition_penalty"),
-            *("top_k", "top_p"),
-        )
-        if (value := getattr(body, name)) is not None
-    }
-    temperature = 1.0 if body.temperature is None else body.temperature
+    given = {name: value for name in _SAME if (value := getattr(body, name)) is not None}
     options = TextOptions(
-        **given,
-        temperature=temperature,
+        **{"temperature": 1.0} | given,
         logit_bias=_biases(body.logit_bias or {}, n_vocab),
         seed=secrets.randbelow(2**31) if body.seed is None else body.seed,
         stop=not body.ignore_eos,

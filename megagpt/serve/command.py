@@ -8,18 +8,14 @@ import os
 import signal
 import socket
 import time
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from megagpt.errors import UsageError
 from megagpt.serve.limits import Limits
-from megagpt.use.loading import add_placing, add_split, cache_bytes, load_reader
+from megagpt.use.loading import add_placing, add_run_dir, add_split, cache_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from megagpt.model import GPT
     from megagpt.serve.answering import Served
     from megagpt.use.generator import Generator
 
@@ -57,9 +53,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         epilog="SIGTERM and Ctrl-C take no more requests, finish those that are there and exit "
         "with 0.",
     )
-    parser.add_argument(
-        "folder", metavar="RUN_DIR", type=Path, help="run folder, checkpoint or folder of weights"
-    )
+    add_run_dir(parser)
     option = parser.add_argument
     option("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1)")
     option("--port", type=int, default=8000, help="port; 0: any that is free (default: 8000)")
@@ -114,43 +108,18 @@ def run(args: argparse.Namespace) -> int:
             f"megagpt serve needs FastAPI and uvicorn ({error}); pip install -e '.[serve]' in "
             "megagpt's checkout"
         ) from None
-    if args.split:
-        return _run_shared(args, limits)
-    # A port that is taken is told before the model is loaded.
-    listener = _bound(args.host, args.port)
-    _listen(args, limits, listener, _served(args, limits))
+    from megagpt.use.together import placed_generator
+
+    # A port that is taken is told before the model is loaded; of several ranks one listens.
+    listener = None if args.split else _bound(args.host, args.port)
+    with placed_generator(args, limits.concurrent, args.batch_invariant) as (generator, facts):
+        if generator is not None:
+            served = served_by(generator, facts, args.name or args.folder.absolute().name, limits)
+            _listen(args, listener or _bound(args.host, args.port), served)
     return 0
 
 
-def _run_shared(args: argparse.Namespace, limits: Limits) -> int:
-    """The first rank of a launcher serves, the others compute with it."""
-    from megagpt.use.generator import Generator
-    from megagpt.use.together import LeadingGenerator, follow, shared
-
-    with shared(args.folder, args.dtype) as share:
-        parts = (share.model, share.encoding, limits.concurrent, args.batch_invariant)
-        if not share.leads:
-            follow(Generator(*parts))
-        else:
-            listener = _bound(args.host, args.port)
-            made: list[LeadingGenerator] = []
-
-            def make() -> LeadingGenerator:
-                if made:
-                    # The ranks no longer agree on what has been done; the launcher ends them all.
-                    log.error("the model failed on one of several ranks; start the server again")
-                    os._exit(1)
-                made.append(LeadingGenerator(*parts))
-                return made[0]
-
-            _listen(args, limits, listener, _served_by(args, limits, make, share.facts))
-            made[0].dismiss()
-    return 0
-
-
-def _listen(
-    args: argparse.Namespace, limits: Limits, listener: socket.socket, served: "Served"
-) -> None:
+def _listen(args: argparse.Namespace, listener: socket.socket, served: "Served") -> None:
     """Answers until a signal."""
     import uvicorn
 
@@ -160,7 +129,7 @@ def _listen(
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     config = uvicorn.Config(
         build_app(served, args.api_key, args.allow_origin),
-        http=punctual(limits.receive_s),
+        http=punctual(served.limits.receive_s),
         ws="none",
         lifespan="on",
         log_config=None,
@@ -168,7 +137,7 @@ def _listen(
         server_header=False,
         limit_concurrency=CONNECTIONS,
         timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=math.ceil(limits.drain_s),
+        timeout_graceful_shutdown=math.ceil(served.limits.drain_s),
     )
     server = uvicorn.Server(config)
 
@@ -216,43 +185,22 @@ def _bound(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _served(args: argparse.Namespace, limits: Limits) -> "Served":
-    from megagpt.use.generator import Generator
-
-    rows = 1 if args.batch_invariant else limits.concurrent
-    model, encoding, facts = load_reader(args.folder, args.dtype, args.device, rows)
-
-    def make() -> Generator:
-        return Generator(model, encoding, limits.concurrent, args.batch_invariant)
-
-    return _served_by(args, limits, make, facts)
-
-
-def _served_by(
-    args: argparse.Namespace,
-    limits: Limits,
-    make: "Callable[[], Generator]",
-    facts: dict[str, Any],
-) -> "Served":
+def served_by(generator: "Generator", facts: dict[str, Any], name: str, limits: Limits) -> "Served":
+    """What a server of this name answers with."""
     from megagpt.serve.answering import Served
     from megagpt.serve.scheduler import Scheduler
 
     log.info("{checkpoint}: step {step}, trained on {tokens:,} tokens".format(**facts))
-    generator = make()
+    itemsize = next(generator.model.parameters()).dtype.itemsize
+    positions = [generator.n_ctx] * generator.rows
+    size = cache_bytes(generator.model.config, positions, itemsize)
     log.info(
         "keys and values: %s at most for %d texts of %d tokens",
-        _gigabytes(generator.model, limits.concurrent),
-        limits.concurrent,
+        f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.2f} MB",
+        generator.rows,
         generator.n_ctx,
     )
-    name = args.name or args.folder.absolute().name
-    scheduler = Scheduler(generator, make, limits)
+    scheduler = Scheduler(generator, limits)
     return Served(
         name=name, facts=facts, scheduler=scheduler, limits=limits, created=int(time.time())
     )
-
-
-def _gigabytes(model: "GPT", rows: int) -> str:
-    itemsize: Any = next(model.parameters()).dtype.itemsize
-    size = cache_bytes(model.config, [model.config.n_ctx] * rows, itemsize)
-    return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.2f} MB"

@@ -48,11 +48,8 @@ class Reply:
         """A piece of one text in a stream; `usage`: whether the last event will tell it."""
         choice = {"index": index, "logprobs": logprobs, "finish_reason": finish}
         choice |= {"delta": {"content": text}} if self.chat else {"text": text}
-        return {
-            **self._common(part=True),
-            "choices": [choice],
-            **({"usage": None} if usage else {}),
-        }
+        made = {**self._common(part=True), "choices": [choice]}
+        return {**made, "usage": None} if usage else made
 
     def beginning(self, index: int, usage: bool) -> dict[str, Any]:
         """The first piece of a chat's text, which tells who speaks."""

@@ -11,7 +11,6 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 
 from megagpt.serve.limits import ApiRefusal, Limits
 from megagpt.use.generator import Continuation, Generator
@@ -45,10 +44,8 @@ class Ticket:
 class Scheduler:
     """Starts the model's thread; `submit` and `cancel` are called from the event loop."""
 
-    def __init__(
-        self, generator: Generator, remake: Callable[[], Generator], limits: Limits
-    ) -> None:
-        self.generator, self._remake, self.limits = generator, remake, limits
+    def __init__(self, generator: Generator, limits: Limits) -> None:
+        self.generator, self.limits = generator, limits
         self.started_at = time.time()
         self.requests = self.refused = self.cancelled = self.failed = 0
         self.steps = 0
@@ -95,11 +92,12 @@ class Scheduler:
         """Frees the rows of a request's unfinished texts, before the model's next step."""
         left = [text for text in ticket.texts if self._unfinished.pop(id(text), None)]
         self.cancelled += bool(left)
-        for text in left:
-            self._order(partial(self._forget, text))
 
-    def _forget(self, text: Continuation) -> None:
-        self.generator.cancel(text)
+        def forget() -> None:
+            for text in left:
+                self.generator.cancel(text)
+
+        self._order(forget)
 
     @contextmanager
     def made(self, texts: Sequence[Continuation]) -> Iterator[Ticket]:
@@ -158,7 +156,7 @@ class Scheduler:
             if found := self._unfinished.pop(text, None):
                 tickets.add(found[0])
         self._made, self._read = self.made_tokens, self.read_tokens
-        self.generator = self._remake()
+        self.generator = self.generator.anew()
         # Last: who is told may ask again at once.
         for ticket in tickets:
             ticket.put(None)

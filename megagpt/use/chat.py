@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from megagpt.errors import MegagptError, UsageError, print_exactly
 from megagpt.files import write_file
 from megagpt.use.generate import add_drawing, drawing
-from megagpt.use.loading import add_placing, add_split, load_reader
+from megagpt.use.loading import add_placing, add_run_dir, add_split
 from megagpt.use.options import TextOptions
 
 if TYPE_CHECKING:
@@ -47,9 +47,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         epilog="Commands:\n" + HELP.replace("%", "%%"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "folder", metavar="RUN_DIR", type=Path, help="run folder, checkpoint or folder of weights"
-    )
+    add_run_dir(parser)
     parser.add_argument("--system", metavar="TEXT", default="", help="the model's instruction")
     add_drawing(parser)
     add_placing(parser)
@@ -59,23 +57,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(args: argparse.Namespace) -> int:
     """Talks until the end of the input."""
-    options = TextOptions(**drawing(args), slide=False)  # type: ignore[arg-type]
+    options = TextOptions(**drawing(args), slide=False)
     options.check()
-    from megagpt.use.generator import Generator
+    from megagpt.use.together import placed_generator
 
-    if not args.split:
-        model, encoding, _ = load_reader(args.folder, args.dtype, args.device, rows=1)
-        _talk(Generator(model, encoding, rows=1), options, args.system)
-        return 0
-    from megagpt.use.together import LeadingGenerator, follow, shared
-
-    with shared(args.folder, args.dtype) as share:
-        if share.leads:
-            leading = LeadingGenerator(share.model, share.encoding, rows=1)
-            _talk(leading, options, args.system)
-            leading.dismiss()
-        else:
-            follow(Generator(share.model, share.encoding, rows=1))
+    with placed_generator(args, rows=1) as (generator, _):
+        if generator is not None:
+            _talk(generator, options, args.system)
     return 0
 
 

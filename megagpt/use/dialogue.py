@@ -6,6 +6,7 @@ them as a text in which two people speak.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megagpt.tokenizer import end_of_document
@@ -18,18 +19,7 @@ TURN_END = "<|end|>"
 """The token that ends a turn; one of each role begins it: <|user|>."""
 Turn = tuple[str, str]
 """(role, content)."""
-CHAT_TEMPLATE = """\
-{{- bos_token -}}
-{%- for message in messages -%}
-{{- '<|' + message['role'] + '|>' -}}
-{%- if message['role'] == 'assistant' -%}
-{%- generation -%}{{- message['content'] + '<|end|>' -}}{%- endgeneration -%}
-{%- else -%}
-{{- message['content'] + '<|end|>' -}}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}
-"""
+CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 """What SpecialTokens writes, as transformers' templates say it; `generation` marks what a training
 on answers scores."""
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megagpt.errors import UsageError
-from megagpt.use.loading import DTYPES, add_placing, device_named
+from megagpt.use.loading import DTYPES, add_placing, add_run_dir, device_named
 
 if TYPE_CHECKING:
     from megagpt.corpus.manifest import CorpusManifest
@@ -80,9 +80,7 @@ def add_parser(
         "n_ctx tokens follow each other as in training: the first tokens of each have little "
         "context, unless --stride gives them more.",
     )
-    parser.add_argument(
-        "folder", metavar="RUN_DIR", type=Path, help="run folder, checkpoint or consolidated folder"
-    )
+    add_run_dir(parser)
     parser.add_argument(
         "--data",
         metavar="DIR",
@@ -128,9 +126,8 @@ def run(args: argparse.Namespace) -> int:
     from megagpt.checkpoint.export import open_weights
     from megagpt.corpus.manifest import read_manifest
     from megagpt.log.metrics import encode
-    from megagpt.use.apart import evaluate_apart
     from megagpt.use.likelihood import Scorer
-    from megagpt.use.score import ScoreOptions, evaluate
+    from megagpt.use.score import ScoreOptions, evaluate, evaluate_apart
 
     if not args.data:
         raise UsageError("nothing to evaluate: give --data DIR, --task NAME or --harness TASKS")

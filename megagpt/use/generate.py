@@ -1,7 +1,6 @@
 """`megagpt generate RUN_DIR`: texts from a trained model, streamed to the terminal (L3)."""
 
 import argparse
-import contextlib
 import json
 import logging
 import os
@@ -9,19 +8,18 @@ import secrets
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megagpt.errors import UsageError, print_exactly
-from megagpt.use.loading import add_placing, add_split, load_reader
+from megagpt.use.loading import add_placing, add_run_dir, add_split
 from megagpt.use.options import TextOptions
 
 if TYPE_CHECKING:
     import tiktoken
 
     from megagpt.model import GPT
-    from megagpt.use.generator import Continuation
+    from megagpt.use.generator import Continuation, Generator
 
 log = logging.getLogger("megagpt.use.generate")
 
@@ -54,7 +52,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "seed, the number of the sample and the position. Beyond n_ctx tokens the last half of the "
         "context is read anew and the text goes on.",
     )
-    parser.add_argument("folder", metavar="RUN_DIR", type=Path, help="run folder")
+    add_run_dir(parser)
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument(
         "--prompt",
@@ -90,55 +88,49 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.set_defaults(run=run)
 
 
+DRAWING = {
+    "max_tokens": ("N", "tokens at most"),
+    "temperature": ("T", "below 1 the likely tokens get likelier; 0: always the likeliest"),
+    "top_k": ("K", "draw among the K likeliest tokens; 0: among all"),
+    "top_p": ("P", "draw among the fewest likeliest tokens of probability P, 0 < P <= 1, together"),
+    "frequency_penalty": ("A", "taken from a token's logit for each time it is in the text"),
+    "presence_penalty": ("A", "taken once from the logit of a token that is in the text"),
+    "repetition_penalty": (
+        "A",
+        "divides the logits above 0 of tokens in prompt and text, multiplies those below",
+    ),
+}
+"""Field of TextOptions -> its option's metavar and help."""
+
+
 def add_drawing(parser: argparse.ArgumentParser) -> None:
     """Adds the options of a text's length and draws; `drawing` reads them."""
-    number = parser.add_argument
-    number("--max-tokens", metavar="N", type=int, default=200, help="tokens at most (default: 200)")
-    number(
-        "--temperature",
-        metavar="T",
-        type=float,
-        default=0.8,
-        help="below 1 the likely tokens get likelier; 0: always the likeliest (default: 0.8)",
-    )
-    number("--top-k", metavar="K", type=int, default=0, help="draw among the K likeliest tokens")
-    number(
-        "--top-p",
-        metavar="P",
-        type=float,
-        default=1.0,
-        help="draw among the fewest likeliest tokens that reach probability P, 0 < P <= 1",
-    )
-    for name, text in (
-        ("frequency", "taken from a token's logit for each time it is in the text"),
-        ("presence", "taken once from the logit of a token that is in the text"),
-    ):
-        number(f"--{name}-penalty", metavar="A", type=float, default=0.0, help=text)
-    number(
-        "--repetition-penalty",
-        metavar="A",
-        type=float,
-        default=1.0,
-        help="divides the logits above 0 of tokens in prompt and text, multiplies those below",
-    )
-    number(
+    for name, (metavar, text) in DRAWING.items():
+        default = getattr(TextOptions(), name)
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            metavar=metavar,
+            type=type(default),
+            default=default,
+            help=f"{text} (default: {default})",
+        )
+    parser.add_argument(
         "--stop",
         metavar="TEXT",
         action="append",
         default=[],
         help="the text ends before the first of these; repeatable",
     )
-    number("--seed", metavar="N", type=int, help="number that decides the draws (default: random)")
+    parser.add_argument(
+        "--seed", metavar="N", type=int, help="number that decides the draws (default: random)"
+    )
 
 
-def drawing(args: argparse.Namespace) -> dict[str, object]:
+def drawing(args: argparse.Namespace) -> dict[str, Any]:
     """What add_drawing's options say, as arguments of TextOptions."""
-    names = ("max_tokens", "temperature", "top_k", "top_p", "repetition_penalty")
-    penalties = ("frequency_penalty", "presence_penalty")
-    return {name: getattr(args, name) for name in (*names, *penalties)} | {
-        "seed": secrets.randbelow(2**31) if args.seed is None else args.seed,
-        "stop_texts": tuple(args.stop),
-    }
+    seed = secrets.randbelow(2**31) if args.seed is None else args.seed
+    given = {name: getattr(args, name) for name in DRAWING}
+    return given | {"seed": seed, "stop_texts": tuple(args.stop)}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -147,51 +139,24 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
     prompts = _prompts(args)
-    options = TextOptions(
-        **drawing(args),  # type: ignore[arg-type]
-        stop=not args.no_stop,
-        start=not args.mid_document,
-    )
+    options = TextOptions(**drawing(args), stop=not args.no_stop, start=not args.mid_document)
     options.check()
 
-    if args.split:
-        return _write_shared(args, prompts, options)
-    rows = 1 if args.batch_invariant else _rows(args, prompts)
-    model, encoding, _ = load_reader(args.folder, args.dtype, args.device, rows)
-    _write(args, model, encoding, prompts, options)
-    return 0
+    from megagpt.use.together import placed_generator
 
-
-def _write_shared(args: argparse.Namespace, prompts: list[str], options: TextOptions) -> int:
-    """Every rank makes the texts, the first prints them."""
-    import torch
-
-    from megagpt.checkpoint.sharing import leave, load_shared
-    from megagpt.use.loading import DTYPES
-
-    dtype = getattr(torch, DTYPES[args.dtype])
-    model, encoding, _, ranks, seed = load_shared(args.folder, dtype, options.seed)
-    with contextlib.ExitStack() as silent:
-        if ranks.rank:
-            nowhere = silent.enter_context(open(os.devnull, "w"))
-            silent.enter_context(contextlib.redirect_stdout(nowhere))
-            log.setLevel(logging.ERROR)
-        _write(args, model, encoding, prompts, replace(options, seed=seed))
-    leave()
+    rows = min(args.batch_size, len(prompts) * args.samples)
+    with placed_generator(args, rows, args.batch_invariant) as (generator, _):
+        if generator is not None:
+            _write(args, generator, prompts, options)
     return 0
 
 
 def _write(
-    args: argparse.Namespace,
-    model: "GPT",
-    encoding: "tiktoken.Encoding",
-    prompts: list[str],
-    options: TextOptions,
+    args: argparse.Namespace, generator: "Generator", prompts: list[str], options: TextOptions
 ) -> None:
     """Makes and prints the texts."""
-    from megagpt.use.generator import Continuation, Generator, write_texts
+    from megagpt.use.generator import Continuation, write_texts
 
-    generator = Generator(model, encoding, _rows(args, prompts), args.batch_invariant)
     texts = [
         Continuation(generator.ids(prompt, options), options, number)
         for prompt in prompts
@@ -211,11 +176,6 @@ def _write(
     n_tokens = generator.made_tokens
     log.info("%d tokens in %.2f s: %.1f tokens/s", n_tokens, elapsed_s, n_tokens / elapsed_s)
     log.info("seed %d", options.seed)
-
-
-def _rows(args: argparse.Namespace, prompts: Sequence[str]) -> int:
-    """Texts at a time."""
-    return int(min(args.batch_size, len(prompts) * args.samples))
 
 
 class _InOrder:

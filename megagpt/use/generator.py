@@ -128,6 +128,10 @@ class Generator:
             raise UsageError("the prompt has no token; begin with END-OF-DOCUMENT for a free text")
         return ids
 
+    def anew(self) -> "Generator":
+        """One without texts, for the same model."""
+        return Generator(self.model, self.encoding, self.rows, self.alone)
+
     def _word(self, token: int) -> bytes:
         try:
             return self.encoding.decode_single_token_bytes(token)
@@ -311,19 +315,24 @@ def _told(known: TokenRecord, logs: Tensor, count: int) -> TokenRecord:
 def write_texts(
     generator: Generator,
     texts: Sequence[Continuation],
-    grown: Callable[[int, str], None] = lambda number, text: None,
+    grown: Callable[[int, str], object] = lambda number, text: None,
 ) -> list[str]:
     """All texts to their ends, each without its prompt; `grown` is told what the text of a number
-    has grown by as soon as that is certain, and of its end."""
+    has grown by as soon as that is certain, and of its end. What it returns ends the text where it
+    is true."""
     made = [""] * len(texts)
-    number_of = {id(text): number for number, text in enumerate(texts)}
-    for text in texts:
-        generator.add(text)
-    while generator.busy:
+    number_of = {text: number for number, text in enumerate(texts)}
+    coming = iter(texts)
+    while True:
+        # A few at a time: each text that comes in is compared with those that wait.
+        while generator.waiting < generator.rows and (text := next(coming, None)):
+            generator.add(text)
+        if not generator.busy:
+            return made
         for text, piece in generator.step():
-            made[number_of[id(text)]] += piece.text
-            grown(number_of[id(text)], piece.text)
-    return made
+            made[number_of[text]] += piece.text
+            if grown(number_of[text], piece.text) and not text.finish:
+                generator.cancel(text)
 
 
 def pieces_of(generator: Generator, text: Continuation) -> Iterator[str]:

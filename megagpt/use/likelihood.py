@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from megagpt.errors import UsageError
 from megagpt.tokenizer import end_of_document
-from megagpt.use.generator import Continuation, Generator
+from megagpt.use.generator import Continuation, Generator, write_texts
 from megagpt.use.options import TextOptions
 
 if TYPE_CHECKING:
@@ -144,27 +144,20 @@ class Scorer:
         """The text after each prompt, in order; none slides beyond n_ctx. A text also ends once
         ended(its number, the text so far) says so. Of a prompt that leaves no room for max_tokens
         the end counts."""
-        generator = Generator(self.model, self.encoding, self.batch_size)
-        made, numbers = [""] * len(prompts), dict[Continuation, int]()
-        waiting = iter(range(len(prompts)))
-        while True:
-            # A few at a time: each text that comes in is compared with those that wait.
-            while generator.waiting < self.batch_size and (number := next(waiting, -1)) >= 0:
-                how = replace(options[number], slide=False)
-                room = max(1, self.n_ctx - how.max_tokens)
-                text = Continuation(prompts[number][-room:], how)
-                numbers[text] = number
-                generator.add(text)
-            if not generator.busy:
-                return made
-            for text, piece in generator.step():
-                number = numbers[text]
-                made[number] += piece.text
-                if not text.finish and ended(number, made[number]):
-                    generator.cancel(text)
-                    told(1)
-                elif text.finish:
-                    told(1)
+        made = [""] * len(prompts)
+        asked = []
+        for prompt, how in zip(prompts, options, strict=True):
+            room = max(1, self.n_ctx - how.max_tokens)
+            asked.append(Continuation(prompt[-room:], replace(how, slide=False)))
+
+        def grown(number: int, piece: str) -> bool:
+            made[number] += piece
+            done = bool(asked[number].finish) or ended(number, made[number])
+            if done:
+                told(1)
+            return done
+
+        return write_texts(Generator(self.model, self.encoding, self.batch_size), asked, grown)
 
 
 def document_windows(ids: list[int], end: int, n_ctx: int) -> Iterator[Pair]:

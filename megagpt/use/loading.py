@@ -18,6 +18,13 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 """Names in a run file, and torch's."""
 
 
+def add_run_dir(parser: "argparse.ArgumentParser") -> None:
+    """Adds RUN_DIR."""
+    parser.add_argument(
+        "folder", metavar="RUN_DIR", type=Path, help="run folder, checkpoint or folder of weights"
+    )
+
+
 def add_placing(parser: "argparse.ArgumentParser") -> None:
     """Adds --dtype and --device."""
     parser.add_argument(

@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import chain
 
 from megagpt.errors import UsageError
 
@@ -69,20 +68,19 @@ class TextOptions:
         """Raises UsageError that names every value that makes no sense, with its rule."""
         problems = [
             f"{name} = {_shown(getattr(self, name))}: must be {rule}"
-            for name, sound, rule in chain(self._lengths(), self._draws())
+            for name, sound, rule in self._rules()
             if not sound
         ]
         if problems:
             raise UsageError("\n".join(problems))
 
-    def _lengths(self) -> Iterator[tuple[str, bool, str]]:
+    def _rules(self) -> Iterator[tuple[str, bool, str]]:
+        """(field, whether its value keeps the rule, the rule)."""
         yield "max_tokens", self.max_tokens >= 0, "0 or more"
         yield "min_tokens", 0 <= self.min_tokens, "0 or more"
         yield "stop_texts", all(self.stop_texts), "without an empty text, which is everywhere"
         known = range(-1, MOST_LOGPROBS + 1)
         yield "logprobs", self.logprobs in known, f"0 to {MOST_LOGPROBS}, or -1 for none"
-
-    def _draws(self) -> Iterator[tuple[str, bool, str]]:
         yield "temperature", 0 <= self.temperature < math.inf, "0 or more"
         yield "top_k", self.top_k >= 0, "0 (all tokens) or more"
         yield "top_p", 0 < self.top_p <= 1, "greater than 0 and at most 1"
@@ -90,8 +88,8 @@ class TextOptions:
             yield name, abs(getattr(self, name)) <= PENALTY, f"{-PENALTY} to {PENALTY}"
         sound = 1 / REPETITION <= self.repetition_penalty <= REPETITION
         yield "repetition_penalty", sound, f"{1 / REPETITION} to {REPETITION:.0f}"
-        known = all(abs(bias) <= BIAS for bias in self.logit_bias.values())
-        yield "logit_bias", known, f"of numbers from {-BIAS:.0f} to {BIAS:.0f}"
+        sound = all(abs(bias) <= BIAS for bias in self.logit_bias.values())
+        yield "logit_bias", sound, f"of numbers from {-BIAS:.0f} to {BIAS:.0f}"
 
     @property
     def scored(self) -> int:

@@ -1,11 +1,7 @@
 """A corpus, cut as in training, scored by a model and added up by document (L3)."""
 
-import logging
 import math
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
@@ -14,15 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich import progress
-from rich.console import Console
 
-from megagpt.corpus.inspect import document_sizes
+from megagpt.corpus.inspect import document_sizes, first_documents
 from megagpt.corpus.manifest import read_manifest
 from megagpt.corpus.progress import Progress
 from megagpt.corpus.verify import verify_files
-from megagpt.errors import DamageError, UsageError, visible
-from megagpt.log.units import duration
+from megagpt.errors import DamageError, UsageError
 from megagpt.order.loader import TokenLoader
 from megagpt.order.windows import TokenWindows
 from megagpt.tokenizer import fingerprint
@@ -33,11 +26,10 @@ if TYPE_CHECKING:
     import tiktoken
 
     from megagpt.model import GPT
+    from megagpt.use.likelihood import Scorer
 
-log = logging.getLogger(__name__)
-
-LINE_EVERY_S = 30.0
-"""Between two lines about how far the scoring is, where stderr is no terminal."""
+HELD = 1 << 18
+"""Tokens of documents that are held at a time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,14 +79,49 @@ def evaluate(
         n_windows = min(n_windows, options.max_tokens // stride)
     tally = Tally(store, None if isinstance(encoding, Palette) else encoding)
     device = next(model.parameters()).device
-    with progress_bar(f"scoring {folder}", n_windows * stride) as add:
+    with Progress(f"scoring {folder}", n_windows * stride, "tokens") as progress:
         for x, y, positions in _batches(loader, n_windows, options.batch_size, n_ctx):
             inputs, targets = (torch.from_numpy(ids).to(device) for ids in (x, y))
             losses = model.losses(inputs, targets).double().cpu().numpy()  # (N,)
             tally.add(positions, y[y >= 0], losses)
-            add(len(x) * stride)
+            progress.add(len(x) * stride)
     loader.close()
     return tally.result()
+
+
+def evaluate_apart(scorer: "Scorer", folder: Path) -> Result:
+    """The model's loss on each document of the corpus in `folder` by itself.
+
+    As EleutherAI's harness scores rolling text: a document begins with END-OF-DOCUMENT, which is no
+    target, and is cut into windows by megagpt.use.likelihood.document_windows. Nothing of another
+    document is seen, and every token of the text is scored once. Raises UsageError for a corpus of
+    another tokenizer, DamageError for a damaged one.
+    """
+    store = TokenWindows(folder)
+    vocab_size = scorer.model.config.vocab_size
+    check_corpus(store, scorer.encoding, vocab_size)
+    sizes = bytes_of_tokens(scorer.encoding, vocab_size)
+    nats: list[float] = []
+    counted: list[tuple[int, int]] = []
+    documents = store.manifest.documents
+    with Progress(f"scoring {folder}", documents, "documents") as progress:
+        for group in _groups(store):
+            nats += [-logprob for logprob in scorer.rolling([ids.tolist() for ids in group])]
+            counted += [(len(ids), int(sizes[ids].sum())) for ids in group]
+            progress.add(len(group))
+    tokens, bytes_ = np.array(counted, np.int64).reshape(-1, 2).T
+    return totals(folder, store.n_tokens, np.array(nats), tokens, bytes_)
+
+
+def _groups(store: TokenWindows) -> Iterator[list[NDArray[np.int64]]]:
+    """All documents without END-OF-DOCUMENT, in order, some at a time."""
+    group: list[NDArray[np.int64]] = []
+    for tokens in first_documents(store.manifest, store.manifest.documents):
+        group.append(np.asarray(tokens[:-1], np.int64))
+        if sum(map(len, group)) >= HELD:
+            yield group
+            group = []
+    yield group
 
 
 def _batches(
@@ -124,33 +151,6 @@ def _batches(
         begins = np.array([store.begin(int(number), stride) for number in window])
         positions = begins[:, None] + 1 + np.arange(stride)
         yield ids[:, :-1].copy(), np.where(scored, ids[:, 1:], -1), positions[counts]
-
-
-@contextmanager
-def progress_bar(label: str, total: int, unit: str = "tokens") -> Iterator[Callable[[int], None]]:
-    """Shows how many of `total` units are done, as it is told: a bar on a terminal, lines of
-    logging elsewhere."""
-    bar = progress.Progress(
-        progress.TextColumn("{task.description}", markup=False),
-        progress.BarColumn(),
-        progress.TextColumn("{task.completed:,.0f} of {task.total:,.0f} " + unit),
-        progress.TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-        disable=not sys.stderr.isatty(),
-    )
-    task, shown = bar.add_task(visible(label), total=total), time.monotonic()
-
-    def add(units: int) -> None:
-        nonlocal shown
-        bar.advance(task, units)
-        if bar.disable and time.monotonic() - shown >= LINE_EVERY_S:
-            shown = time.monotonic()
-            done = bar.tasks[0]
-            log.info("%s: %.0f%%, %s left", label, done.percentage, duration(done.time_remaining))
-
-    with bar:
-        yield add
 
 
 def _check_options(options: ScoreOptions, n_ctx: int) -> None:
@@ -194,9 +194,9 @@ def check_corpus(
             f"tokens) is not the model's {name!r} ({vocab_size} tokens); prepare the "
             "corpus with the model's tokenizer"
         )
-    progress = Progress(f"verifying {store.folder}", sum(s.bytes for s in manifest.shards))
-    problems = verify_files(manifest, progress=progress.add)
-    progress.close()
+    size = sum(shard.bytes for shard in manifest.shards)
+    with Progress(f"verifying {store.folder}", size) as progress:
+        problems = verify_files(manifest, progress=progress.add)
     if problems:
         raise DamageError("; ".join(problems) + "; prepare or copy the corpus again")
 
@@ -230,8 +230,7 @@ class Tally:
 
     def result(self) -> Result:
         """The figures of everything counted."""
-        left_out = self.store.n_tokens - int(self.tokens.sum())
-        return totals(self.store.folder, self.nats, self.tokens, self.bytes, left_out)
+        return totals(self.store.folder, self.store.n_tokens, self.nats, self.tokens, self.bytes)
 
 
 def bytes_of_tokens(encoding: "tiktoken.Encoding | None", vocab_size: int) -> NDArray[np.int64]:
@@ -244,13 +243,13 @@ def bytes_of_tokens(encoding: "tiktoken.Encoding | None", vocab_size: int) -> ND
 
 def totals(
     folder: Path,
+    n_tokens: int,
     nats: NDArray[np.float64],
     tokens: NDArray[np.int64],
     size: NDArray[np.int64],
-    left_out: int,
 ) -> Result:
-    """The figures of a corpus whose documents (documents,) have so many nats on so many tokens and
-    bytes (`size`)."""
+    """The figures of a corpus of n_tokens whose documents (documents,) have so many nats on so many
+    scored tokens and bytes (`size`)."""
     scored = tokens > 0
     nats, tokens, size = nats[scored], tokens[scored], size[scored]
     loss = ratio(nats, tokens)
@@ -259,7 +258,7 @@ def totals(
         tokens=int(tokens.sum()),
         documents=len(tokens),
         bytes=int(size.sum()),
-        left_out=left_out,
+        left_out=n_tokens - int(tokens.sum()),
         loss=loss,
         perplexity=loss.mapped(_exp),
         bits_per_byte=ratio(nats / math.log(2), size),

@@ -1,4 +1,4 @@
-"""A model shared out over ranks whose first one takes texts from outside: chat and the server (L3).
+"""A model shared out over ranks whose first one takes texts from outside (L3).
 
     deepspeed --num_gpus 4 --module megagpt serve RUN_DIR --split
 
@@ -8,56 +8,64 @@ is nothing to make, the others wait for a key of the ranks' store, which has no 
 collective has.
 """
 
+import argparse
+import logging
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NoReturn
 
 import tiktoken
 import torch
 import torch.distributed as dist
 
+from megagpt.model import GPT
 from megagpt.use.generator import Continuation, Generator
-from megagpt.use.loading import DTYPES
+from megagpt.use.loading import DTYPES, load_reader
 from megagpt.use.pieces import Piece
 
-if TYPE_CHECKING:
-    from megagpt.model import GPT
+log = logging.getLogger(__name__)
 
 LOOK = timedelta(seconds=60)
 """How long a rank waits for the key before it looks whether the store is still there."""
 
 
-@dataclass(frozen=True, slots=True)
-class Share:
-    """This rank's part of a model."""
-
-    model: "GPT"
-    encoding: tiktoken.Encoding
-    facts: dict[str, Any]
-    leads: bool
-    """Whether this is the rank that texts come to."""
-
-
 @contextmanager
-def shared(folder: Path, dtype: str) -> Iterator[Share]:
-    """Loads this rank's part; all ranks leave together. Raises what load_shared raises."""
+def placed_generator(
+    args: argparse.Namespace, rows: int, alone: bool = False
+) -> Iterator[tuple[Generator | None, dict[str, Any]]]:
+    """(what makes `rows` texts at a time, facts of the model), where RUN_DIR, --dtype, --device and
+    --split say; alone: as Generator's. Of several ranks the first one has it, the others do what it
+    does and get None when it has done.
+
+    Raises what load_reader and load_shared raise.
+    """
+    if not args.split:
+        stored = 1 if alone else rows
+        model, encoding, facts = load_reader(args.folder, args.dtype, args.device, stored)
+        yield Generator(model, encoding, rows, alone), facts
+        return
     from megagpt.checkpoint.sharing import leave, load_shared
 
-    model, encoding, facts, ranks, _ = load_shared(folder, getattr(torch, DTYPES[dtype]), 0)
-    yield Share(model, encoding, facts, ranks.rank == 0)
+    model, encoding, facts, rank = load_shared(args.folder, getattr(torch, DTYPES[args.dtype]))
+    if rank:
+        follow(Generator(model, encoding, rows, alone))
+        yield None, facts
+    else:
+        leading = LeadingGenerator(model, encoding, rows, alone)
+        try:
+            yield leading, facts
+        finally:
+            leading.dismiss()
     leave()
 
 
 class LeadingGenerator(Generator):
     """The first rank's: what is done to it, the other ranks' do as well."""
 
-    def __init__(
-        self, model: "GPT", encoding: tiktoken.Encoding, rows: int = 8, alone: bool = False
-    ) -> None:
+    def __init__(self, model: GPT, encoding: tiktoken.Encoding, rows: int, alone: bool) -> None:
         super().__init__(model, encoding, rows, alone)
         self._orders: list[tuple[Any, ...]] = []
         self._awake = False
@@ -84,6 +92,11 @@ class LeadingGenerator(Generator):
         grown = super().step()
         self._awake = self.busy
         return grown
+
+    def anew(self) -> NoReturn:
+        """There is none: the ranks no longer agree on what has been done."""
+        log.error("the model failed on one of several ranks; start the server again")
+        os._exit(1)  # and the launcher ends them all
 
     def dismiss(self) -> None:
         """Ends the others' `follow`."""

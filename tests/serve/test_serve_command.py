@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx2
 import pytest
@@ -23,6 +24,7 @@ from megagpt.serve.limits import Limits
 from megagpt.tokenizer import load_tokenizer
 from megagpt.use.generator import Continuation, Generator
 from megagpt.use.options import TextOptions
+from megagpt.use.together import placed_generator
 from tests.lib.server import chat_folder, serving
 from tests.lib.weights import weights_folder
 from tests.serve.test_attacks import BASE
@@ -125,12 +127,17 @@ def test_a_signal_right_at_the_start_ends_it_as_any(tmp_path, number):
     assert server.log.read_text().rstrip().endswith("stopped")
 
 
+def served_here(folder: Path, limits: Limits):
+    """What a server of these weights answers with."""
+    with placed_generator(parse(str(folder)), limits.concurrent) as (generator, facts):
+        return command.served_by(generator, facts, "plain", limits)
+
+
 @pytest.fixture
 def served(tmp_path):
     """(the app's facts, the app) of a model without tokens for turns, in this process."""
     weights_folder(tmp_path / "plain", CONFIG, load_tokenizer("bytes").name)
-    args = parse(str(tmp_path / "plain"))
-    made = command._served(args, Limits(timeout_s=2.0))
+    made = served_here(tmp_path / "plain", Limits(timeout_s=2.0))
     yield made, build_app(made, "", [])
     made.scheduler.close()
 
@@ -202,7 +209,7 @@ def test_numbers_that_are_none_are_500(served):
 
 def test_texts_that_it_never_holds_are_no_reason_to_try_again(tmp_path):
     weights_folder(tmp_path / "plain", CONFIG, "bytes")
-    made = command._served(parse(str(tmp_path / "plain")), Limits(concurrent=2, queue=3))
+    made = served_here(tmp_path / "plain", Limits(concurrent=2, queue=3))
     with client_of(build_app(made, "", [])) as ask:
         body = {"model": "plain", "prompt": "a", "max_tokens": 1}
         assert ask("POST", "/v1/completions", json={**body, "n": 5}).status_code == 200
@@ -214,7 +221,7 @@ def test_texts_that_it_never_holds_are_no_reason_to_try_again(tmp_path):
 
 def test_limits_of_tokens(tmp_path):
     weights_folder(tmp_path / "plain", CONFIG, "bytes")
-    made = command._served(parse(str(tmp_path / "plain")), Limits(prompt_tokens=9, new_tokens=5))
+    made = served_here(tmp_path / "plain", Limits(prompt_tokens=9, new_tokens=5))
     with client_of(build_app(made, "", [])) as ask:
         for change, message in (
             ({"prompt": "a" * 9}, "prompt: 10 tokens; 9 at most here"),

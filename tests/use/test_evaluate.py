@@ -132,13 +132,13 @@ def test_the_windows_of_a_part_are_always_the_same(model, encoding, corpus):
     )
 
 
-def test_progress_is_told_where_there_is_no_terminal(model, encoding, corpus, caplog, monkeypatch):
-    monkeypatch.setattr("megagpt.use.score.LINE_EVERY_S", 0.0)
-    with caplog.at_level("INFO"):
-        found = evaluate(model, encoding, corpus)
-    lines = [record.message for record in caplog.records]
+def test_progress_is_told_where_there_is_no_terminal(model, encoding, corpus, capsys, monkeypatch):
+    monkeypatch.setattr("megagpt.corpus.progress.LINE_EVERY_S", 0.0)
+    found = evaluate(model, encoding, corpus)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("scoring")]
     assert len(lines) == -(-found.tokens // (8 * N_CTX))
-    assert lines[-1].startswith(f"scoring {corpus}: 100%, ") and lines[-1].endswith(" left")
+    done = f"{found.tokens:,} tokens of {found.tokens:,} (100%)"
+    assert lines[-1].startswith(f"scoring {corpus}: {done}, ") and lines[-1].endswith(" left")
 
 
 # --- the interval -------------------------------------------------------------------------------

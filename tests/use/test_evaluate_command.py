@@ -59,7 +59,7 @@ def test_the_command_tells_people(capsys, caplog):
 
 def test_ids_that_stand_for_no_text_have_no_bytes():
     nats, tokens = np.array([3.0, 5.0]), np.array([4, 4])
-    image = totals(Path("digits"), nats, tokens, np.zeros(2, np.int64), 0)
+    image = totals(Path("digits"), int(tokens.sum()), nats, tokens, np.zeros(2, np.int64))
     first, *figures = command._lines(image)
     assert first == "digits: 8 tokens of 2 documents"
     assert [line.split()[0] for line in figures] == ["loss", "perplexity"]

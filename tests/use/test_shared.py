@@ -53,7 +53,7 @@ import torch
 from megagpt.checkpoint.sharing import leave, load_shared
 from megagpt.cluster.process import end
 own = Path(sys.argv[1]) / ("weights" + os.environ["RANK"])
-print("read:", load_shared(own, torch.float32, 0)[2]["checkpoint"].name, flush=True)
+print("read:", load_shared(own, torch.float32)[2]["checkpoint"].name, flush=True)
 leave()
 end(0)
 """
