@@ -27,7 +27,7 @@ from megagpt.cluster.process import (
 from megagpt.cluster.ranks import Ranks, discover, told_rank
 from megagpt.cluster.stop import StopRequest
 from megagpt.cluster.watchdog import Watchdog
-from megagpt.config import RunConfig, load_run
+from megagpt.config import RunConfig, add_overrides, load_run
 from megagpt.errors import EXIT_FAILURE, EXIT_OK, UsageError, ended
 from megagpt.plan.ds_config import read_ds_config, resolve
 from megagpt.plan.layout import layout_of
@@ -43,9 +43,7 @@ def parser() -> argparse.ArgumentParser:
         "checkpoint saved; 1 anything else.",
     )
     made.add_argument("run", help="run file (.toml), for example launch/runs/quickstart.toml")
-    made.add_argument(
-        "overrides", nargs="*", default=[], metavar="section.key=value", help="override of a key"
-    )
+    add_overrides(made)
     made.add_argument(
         "--allow-changes",
         action="store_true",

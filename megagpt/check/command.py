@@ -15,6 +15,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megagpt.config import add_overrides
 from megagpt.errors import EXIT_OK, EXIT_USAGE, UsageError
 
 if TYPE_CHECKING:
@@ -35,9 +36,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "megagpt.doctor.",
     )
     made.add_argument("run_file", nargs="?", metavar="RUN.toml", help="run file to prepare for")
-    made.add_argument(
-        "overrides", nargs="*", default=[], metavar="section.key=value", help="override of a key"
-    )
+    add_overrides(made)
     made.add_argument(
         "--hostfile", type=Path, metavar="FILE", help="examine its hosts by ssh, before a launch"
     )

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megagpt.config import Dtype, RunConfig, dump_run, load_run
+from megagpt.config import Dtype, RunConfig, add_overrides, dump_run, load_run
 from megagpt.corpus.manifest import read_manifest
 from megagpt.errors import (
     EXIT_FAILURE,
@@ -68,9 +68,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         description=__doc__.split("\n\n")[1],
     )
     made.add_argument("file", metavar="RUN.toml", help="run file; its shards must be prepared")
-    made.add_argument(
-        "overrides", nargs="*", default=[], metavar="section.key=value", help="override of a key"
-    )
+    add_overrides(made)
     made.add_argument("--steps", type=int, default=30, help="steps (default: %(default)s)")
     made.add_argument("--dtype", choices=list(TOLERANCE), default="fp32", help="default: fp32")
     made.add_argument(

@@ -14,7 +14,7 @@ from typing import Any
 
 from megagpt.check.parity import changed, miniature, train
 from megagpt.checkpoint.record import CheckpointRecord, list_checkpoints, read_record
-from megagpt.config import RunConfig, load_run
+from megagpt.config import RunConfig, add_overrides, load_run
 from megagpt.errors import EXIT_FAILURE, EXIT_OK, UsageError
 from megagpt.plan.layout import layout_of, layout_problems
 
@@ -34,9 +34,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "3 damaged input.",
     )
     made.add_argument("file", metavar="RUN.toml", help="run file; its shards must be prepared")
-    made.add_argument(
-        "overrides", nargs="*", default=[], metavar="section.key=value", help="override of a key"
-    )
+    add_overrides(made)
     made.add_argument(
         "--steps", type=int, default=10, help="steps before the restart, n (default: %(default)s)"
     )

@@ -12,7 +12,7 @@ TOML allows no key `model` beside a table `[model]`, which is how a run file rea
 also be written so.
 """
 
-from megagpt.config.parse import dump_run, load_run, parse_run
+from megagpt.config.parse import add_overrides, dump_run, load_run, parse_run
 from megagpt.config.presets import ModelConfig
 from megagpt.config.sections import (
     CheckpointConfig,
@@ -39,6 +39,7 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "RunConfig",
+    "add_overrides",
     "dump_run",
     "load_run",
     "parse_run",

@@ -1,5 +1,6 @@
 """From the text of a run file to a RunConfig, with every problem said at once, and back (L0)."""
 
+import argparse
 import difflib
 import functools
 import json
@@ -41,6 +42,13 @@ RULES = {
     "too_short": "a list of at least {min_length} value",
 }
 """What a value must be, by the type of pydantic's error; braces are that error's own figures."""
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """Adds the overrides of a run file's keys to a command line, as load_run takes them."""
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="section.key=value", help="override of a key"
+    )
 
 
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

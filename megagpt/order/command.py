@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megagpt.config import add_overrides
 from megagpt.corpus.command import add_parsers
 from megagpt.corpus.stage import add_stage
 from megagpt.errors import DamageError, UsageError
@@ -51,9 +52,7 @@ def add_batch(subparsers: Any) -> None:
         "3 damaged corpus.",
     )
     parser.add_argument("file", metavar="RUN", type=Path, help="run file (.toml) or run folder")
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="section.key=value", help="override of a key"
-    )
+    add_overrides(parser)
     parser.add_argument(
         "--step",
         metavar="S",

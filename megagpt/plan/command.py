@@ -3,7 +3,7 @@
 import argparse
 import json
 
-from megagpt.config import RunConfig, load_run
+from megagpt.config import RunConfig, add_overrides, load_run
 from megagpt.errors import UsageError
 from megagpt.plan.accelerators import ACCELERATORS, check_gpu
 from megagpt.plan.answer import Answer
@@ -27,9 +27,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         allow_abbrev=False,
     )
     made.add_argument("file", metavar="RUN.toml", nargs="?", help="run file")
-    made.add_argument(
-        "overrides", nargs="*", default=[], metavar="section.key=value", help="override of a key"
-    )
+    add_overrides(made)
     made.add_argument(
         "--gpus",
         type=int,

@@ -93,9 +93,14 @@ def fit(
     held = (validation,) if validation else ()
     held_out = sum(corpus.tokens for corpus in held)
     n_ctx = _of_records((*corpora, *held)) or _context(model.n_ctx, there, held_out)
-    _check_enough(corpora[0], there, n_ctx)
+    if there < (least := LEAST_WINDOWS[0] * n_ctx):
+        raise UsageError(
+            f"{corpora[0].folder}: {there:,} tokens are too few to train on; prepare a corpus of "
+            f"{least:,} at least"
+        )
     model = dataclasses.replace(model, n_ctx=n_ctx)
     tokens, why = _tokens(size, model, there, machine, wish)
+    ranks = 1 if isinstance(machine, int) else machine.gpus
     source = tuple(
         DataSource(path=str(corpus.folder), weight=round(corpus.tokens / there, 4))
         for corpus in corpora
@@ -107,7 +112,7 @@ def fit(
         data=DataConfig(
             train=source, validation=tuple(DataSource(path=str(one.folder)) for one in held)
         ),
-        schedule=_schedule(schedule, model.n_ctx, tokens, _ranks(machine)),
+        schedule=_schedule(schedule, model.n_ctx, tokens, ranks),
         optimizer=optimizer,
         parallel=ParallelConfig(dtype="fp32" if isinstance(machine, int) else "bf16"),
     )
@@ -170,15 +175,6 @@ def _context(most: int, there: int, held_out: int) -> int:
     return n_ctx
 
 
-def _check_enough(corpus: CorpusManifest, there: int, n_ctx: int) -> None:
-    """Raises UsageError for too few windows to train on."""
-    if there < (least := LEAST_WINDOWS[0] * n_ctx):
-        raise UsageError(
-            f"{corpus.folder}: {there:,} tokens are too few to train on; prepare a corpus of "
-            f"{least:,} at least"
-        )
-
-
 def _tokens(
     size: str, model: ModelConfig, there: int, machine: Cluster | int, wish: Wish
 ) -> tuple[int, str]:
@@ -201,10 +197,6 @@ def round_down(number: float, figures: int = 2) -> int:
     """Its first figures."""
     unit = 10 ** max(0, int(math.log10(max(number, 1))) + 1 - figures)
     return max(1, int(number // unit * unit))
-
-
-def _ranks(machine: Cluster | int) -> int:
-    return 1 if isinstance(machine, int) else machine.gpus
 
 
 def _schedule(row: Schedule, n_ctx: int, tokens: int, ranks: int) -> Schedule:

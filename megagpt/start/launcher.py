@@ -19,7 +19,7 @@ from typing import NoReturn
 
 from megagpt.check.machine import gpus
 from megagpt.cluster.ranks import discover
-from megagpt.config import RunConfig, load_run
+from megagpt.config import RunConfig, add_overrides, load_run
 from megagpt.errors import EXIT_OK, UsageError
 from megagpt.order.loader import check_corpora
 from megagpt.plan.corpora import missing
@@ -41,9 +41,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "that cannot be; 75 stopped with a checkpoint saved; 1 anything else.",
     )
     made.add_argument("file", metavar="RUN.toml", help="run file")
-    made.add_argument(
-        "overrides", nargs="*", default=[], metavar="section.key=value", help="override of a key"
-    )
+    add_overrides(made)
     made.add_argument(
         "--ranks", type=int, default=0, metavar="N",
         help="processes that train; default: one for each GPU, on a CPU the fewest that can",

@@ -2,6 +2,7 @@
 
 from megagpt.config.flops import parameters
 from megagpt.config.presets import PRESETS
+from megagpt.config.sections import DataSource
 from megagpt.corpus.manifest import CorpusManifest
 from megagpt.start.fit import Fitted, round_down
 
@@ -27,10 +28,9 @@ def run_text(fitted: Fitted, corpus: CorpusManifest, name: str) -> str:
     ]
     lines += _model(fitted, corpus, preset)
     lines += [("", ""), ("[data]", "")]
-    lines += [(f"train = [{', '.join(map(_source, config.data.train))}]", "")]
-    if config.data.validation:
-        held_out = ", ".join(map(_source, config.data.validation))
-        lines.append((f"validation = [{held_out}]", ""))
+    for key in ("train", "validation"):
+        if sources := getattr(config.data, key):
+            lines.append((f"{key} = [{', '.join(map(_source, sources))}]", ""))
     lines += [("", ""), ("[schedule]", "everything in tokens")]
     lines += _schedule(fitted, preset)
     lines += [("", ""), ("[parallel]", "how it is computed; the result stays the same")]
@@ -45,9 +45,9 @@ def quoted(text: str) -> str:
     return tomli_w.dumps({"x": text}).removeprefix("x = ").rstrip("\n")
 
 
-def _source(source: object) -> str:
-    weight = f", weight = {source.weight}" if source.weight != 1.0 else ""  # type: ignore[attr-defined]
-    return f"{{ path = {quoted(source.path)}{weight} }}"  # type: ignore[attr-defined]
+def _source(source: DataSource) -> str:
+    weight = f", weight = {source.weight}" if source.weight != 1.0 else ""
+    return f"{{ path = {quoted(source.path)}{weight} }}"
 
 
 def _line(code: str, comment: str) -> str:

@@ -17,12 +17,12 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from megagpt.config import RunConfig, load_run
+from megagpt.config import RunConfig, add_overrides, load_run
 from megagpt.errors import EXIT_OK, UsageError
 from megagpt.files import write_durably
 from megagpt.plan.corpora import mismatches, missing
 from megagpt.plan.ds_config import read_ds_config, resolve
-from megagpt.plan.layout import layout_of, spans_hosts
+from megagpt.plan.layout import Layout, layout_of, spans_hosts
 from megagpt.submit.job import lead_s, pattern, script, seconds_of, sweep_of
 from megagpt.submit.pods import KINDS, Pods, manifest
 from megagpt.submit.systems import Facts, lsf, pbs
@@ -77,9 +77,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def add_facts(parser: argparse.ArgumentParser) -> None:
     """The options of a job on any system."""
     parser.add_argument("file", metavar="RUN.toml", help="run file")
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="section.key=value", help="override of a key"
-    )
+    add_overrides(parser)
     parser.add_argument("--nodes", type=int, required=True, metavar="N", help="hosts of the job")
     parser.add_argument(
         "--gpus-per-node", type=int, required=True, metavar="N", help="GPUs of each, a rank for one"
@@ -139,20 +137,15 @@ def add_slurm(slurm: argparse.ArgumentParser) -> None:
 def run_other(args: argparse.Namespace) -> int:
     """Writes the job of another system. Raises UsageError for a run that cannot go so."""
     check_options(args)
-    config = load_run(args.file, args.overrides)
-    layout = layout_of(config, args.nodes * args.gpus_per_node)
-    resolve(config, layout, read_ds_config(config.parallel.ds_config))
-    check_corpora(config, submit=False)
+    config, layout = checked(args, [], submit=False)
     folder = Path(config.output).resolve()
-    step_s = max((s["step_s"] for s in recent_steps(folder)), default=0.0)
-    lead = lead_s(config, args.nodes, args.time, step_s, longest_save_s(folder))
     facts = Facts(
         name=args.name or folder.name,
         nodes=args.nodes,
         gpus=args.gpus_per_node,
         cores=args.cpus_per_task,
         seconds=seconds_of(args.time),
-        lead=lead,
+        lead=lead_of(args, config, records_of(config)),
         folder=folder,
         arguments=[args.file, *args.overrides],
         own_minutes=config.checkpoint.stop_after_minutes,
@@ -165,11 +158,9 @@ def run_other(args: argparse.Namespace) -> int:
         text = manifest(args.kind, facts, Pods(args.image, args.claim, args.mount))
     else:
         name, text = f"job.{args.system}", {"pbs": pbs, "lsf": lsf}[args.system](facts)
-    path = folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_durably(path, text.encode("utf-8", errors="surrogateescape"))
-    print(f"{path}: {layout}, {args.nodes} x {args.gpus_per_node} GPUs, {args.time}")
-    print(f"submit it: {OTHERS[args.system][1]}".replace("JOB", shlex.quote(str(path))))
+    write_job(args, folder / name, text, layout)
+    job = shlex.quote(str(folder / name))
+    print(f"submit it: {OTHERS[args.system][1]}".replace("JOB", job))
     return EXIT_OK
 
 
@@ -179,14 +170,9 @@ def run(args: argparse.Namespace) -> int:
     config = load_run(args.file, args.overrides)
     sweep = sweep_of(args.sweep, config.output) if args.sweep else []
     for overrides in sweep or [[]]:
-        task = load_run(args.file, [*args.overrides, *overrides])
-        layout = layout_of(task, args.nodes * args.gpus_per_node)
-        # Raises with every reason why the run cannot go on the job's GPUs.
-        resolve(task, layout, read_ds_config(task.parallel.ds_config))
-        check_corpora(task, args.submit)
-    steps = recent_steps(Path(config.output))
-    step_s = max((s["step_s"] for s in steps), default=0.0)
-    lead = lead_s(config, args.nodes, args.time, step_s, longest_save_s(Path(config.output)))
+        _, layout = checked(args, overrides, args.submit)
+    records = records_of(config)
+    lead, steps = lead_of(args, config, records), recent(records, "loss", RECENT)
     starts = starts_needed(config, steps, seconds_of(args.time) - lead)
     count = 1 if args.chain is None else args.chain or starts
     if count < 1:
@@ -196,10 +182,7 @@ def run(args: argparse.Namespace) -> int:
     path = Path(config.output) / "job.sbatch"
     options = sbatch_options(args, Path(config.output).resolve().name, lead, log, len(sweep))
     text = script(options, [args.file, *args.overrides], sweep, args.spare)
-    # SLURM drops the log of a job whose folder is not there.
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_durably(path, text.encode("utf-8", errors="surrogateescape"))
-    print(f"{path}: {layout}, {args.nodes} x {args.gpus_per_node} GPUs, {args.time}")
+    write_job(args, path, text, layout)
     if slow := spans_hosts(layout, args.gpus_per_node):
         print(f"slow: {slow}")
     print(f"told to save and stop {lead} s before its end; log: {log}")
@@ -214,6 +197,32 @@ def run(args: argparse.Namespace) -> int:
         how = f"which queues {count} jobs" if count > 1 else f"or sbatch {shlex.quote(str(path))}"
         print(f"not submitted: say --submit, {how}")
     return EXIT_OK
+
+
+def checked(
+    args: argparse.Namespace, overrides: list[str], submit: bool
+) -> tuple[RunConfig, Layout]:
+    """The run, with overrides of a task's own, and its layout. Raises UsageError with every reason
+    why it cannot go on the job's GPUs."""
+    config = load_run(args.file, [*args.overrides, *overrides])
+    layout = layout_of(config, args.nodes * args.gpus_per_node)
+    resolve(config, layout, read_ds_config(config.parallel.ds_config))
+    check_corpora(config, submit)
+    return config, layout
+
+
+def lead_of(args: argparse.Namespace, config: RunConfig, records: list[dict[str, Any]]) -> int:
+    """Seconds before its end at which the job is told to stop, by what the run has measured."""
+    step_s = max((step["step_s"] for step in recent(records, "loss", RECENT)), default=0.0)
+    save_s = max((save["save_s"] for save in recent(records, "save_s", RECENT_SAVES)), default=0.0)
+    return lead_s(config, args.nodes, args.time, step_s, save_s)
+
+
+def write_job(args: argparse.Namespace, path: Path, text: str, layout: Layout) -> None:
+    """Writes a job, in a folder that is there then: SLURM drops the log of one whose is not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_durably(path, text.encode("utf-8", errors="surrogateescape"))
+    print(f"{path}: {layout}, {args.nodes} x {args.gpus_per_node} GPUs, {args.time}")
 
 
 def check_corpora(config: RunConfig, submit: bool) -> None:
@@ -283,22 +292,17 @@ def sbatch_options(
     return options
 
 
-def _records(folder: Path) -> list[dict[str, Any]]:
-    """What a run has written down; nothing before its first start."""
+def records_of(config: RunConfig) -> list[dict[str, Any]]:
+    """What a run has recorded; nothing before its first step."""
     from megagpt.log import read_metrics
 
+    folder = Path(config.output)
     return read_metrics(folder) if (folder / "metrics.jsonl").exists() else []
 
 
-def recent_steps(folder: Path) -> list[dict[str, Any]]:
-    """Records of the latest steps of a run; none before the first."""
-    return [record for record in _records(folder) if "loss" in record][-RECENT:]
-
-
-def longest_save_s(folder: Path) -> float:
-    """Seconds of the longest of a run's latest saves; 0 before the first."""
-    saves = [record["save_s"] for record in _records(folder) if "save_s" in record]
-    return max(saves[-RECENT_SAVES:], default=0.0)
+def recent(records: list[dict[str, Any]], key: str, count: int) -> list[dict[str, Any]]:
+    """The latest records that have the key."""
+    return [record for record in records if key in record][-count:]
 
 
 def starts_needed(config: RunConfig, steps: list[dict[str, Any]], seconds: float) -> int:

@@ -1,5 +1,6 @@
 """Jobs of SLURM made for a run: what the script says, what is refused, what SLURM is told."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -13,7 +14,7 @@ from megagpt.cli import main
 from megagpt.config import load_run
 from megagpt.errors import UsageError
 from megagpt.plan.memory import checkpoint_bytes
-from megagpt.submit.command import longest_save_s, recent_steps, starts_needed
+from megagpt.submit.command import recent, records_of, starts_needed
 from megagpt.submit.job import LAUNCH, lead_s, seconds_of, sweep_of
 from tests.lib.corpus import run_file
 from tests.lib.distributed import ROOT, undisturbed
@@ -236,7 +237,6 @@ def test_a_measured_save_counts_instead_of_a_guess(tmp_path, capsys):
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         for save_s in (9000.0, 400.0, 500.0, 300.0, 300.0, 300.0):
             file.write(json.dumps(saves[-1] | {"save_s": save_s}) + "\n")
-    assert longest_save_s(tmp_path / "run") == 500
     longer = f"schedule.total_tokens={300 * 512}"
     assert main(["launch", "slurm", str(path), longer, *SIZE]) == 0
     # Twice 500 s and two short steps, in whole minutes.
@@ -250,12 +250,13 @@ def recorded_saves(run):
 
 def test_starts_that_a_run_needs():
     config = load_run(undisturbed() / "run.toml")
-    records = recent_steps(undisturbed() / "run")
-    assert starts_needed(config, records, 3600) == 0
+    there = dataclasses.replace(config, output=str(undisturbed() / "run"))
+    assert starts_needed(config, recent(records_of(there), "loss", 9), 3600) == 0
     half = [{"tokens": config.schedule.end_tokens // 2, "tokens_per_s": 2.0}]
     left = config.schedule.end_tokens - half[0]["tokens"]
     assert starts_needed(config, half, 100) == -(-left // 200)
-    assert recent_steps(undisturbed() / "none") == [] and starts_needed(config, [], 1) == 0
+    nowhere = dataclasses.replace(config, output=str(undisturbed() / "none"))
+    assert records_of(nowhere) == [] and starts_needed(config, [], 1) == 0
 
 
 def test_a_chain_as_long_as_the_run_needs(tmp_path, capsys):
