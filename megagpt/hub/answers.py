@@ -46,8 +46,7 @@ def answer(folder: Path, questions: dict[str, list[list[int]]]) -> dict[str, obj
     if questions["texts"]:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         ids = [tokenizer(t, split_special_tokens=True)["input_ids"] for t in questions["texts"]]
-        end = [tokenizer.eos_token_id, len(tokenizer), tokenizer.model_max_length]
-        found |= {"texts": ids, "tokenizer": end}
+        found["texts"] = ids
     return found
 
 

@@ -9,37 +9,8 @@ from megagpt.hub.shapes import ARCHITECTURES, model_type
 from megagpt.log import read_metrics
 from megagpt.log.markdown import cell
 
-_CARD = """---
-library_name: transformers
-pipeline_tag: {task}
-tags: [megagpt]
----
-# {name}
-
-{cls}, written by megagpt {version}. No code of megagpt's is needed to use it.
-
-| | |
-|---|---|
-| layers, heads, width | {model.n_layer}, {model.n_head}, {model.d_model} |
-| context | {model.n_ctx} tokens |
-| vocabulary | {model.vocab_size} tokens, tokenizer {tokenizer} |
-| trained | {facts[step]:,} steps, {facts[tokens]:,} tokens |
-| data | {data} |
-| validation loss | {loss} |
-| weights | {dtype} |
-
-The licence of the training data is not known to megagpt, and so not that of the weights: say it
-here before you publish them.
-
-## Checked against megagpt
-transformers opened this folder in a process of its own. Over {compared} the logits differ from
-megagpt's by {found.difference:.2g} at most, where the largest is {found.largest:.3g}
-(refused beyond {found.tolerance:.2g}). A greedy continuation of {found.tokens} tokens to the full
-context, {cache}, was compared token by token.
-
-## What this format cannot say
-{notes}
-"""
+CARD = Path(__file__).with_name("card.md")
+"""What str.format makes a card of."""
 _NOTES = {
     "all": (
         "`<|endoftext|>` in a text is the special token to transformers' tokenizer and plain text "
@@ -100,7 +71,7 @@ def model_card(
             f"config.json has the dropout of training, {config.model.dropout:g}; transformers "
             "applies it in training mode only."
         )
-    return _CARD.format(
+    return CARD.read_text(encoding="utf-8").format(
         task="unconditional-image-generation" if kind == "imagegpt" else "text-generation",
         name=cell(source.resolve().name),
         cls=ARCHITECTURES[kind],

@@ -12,14 +12,13 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from megagpt.checkpoint.export import Weights
+from megagpt.checkpoint.export import Weights, filled
 from megagpt.errors import MegagptError
 from megagpt.model import Layer, head_logits, layers
 from megagpt.tokenizer.palette import Palette
@@ -93,16 +92,24 @@ def compare(
     Raises MegagptError when transformers cannot open it.
     """
     n_ctx = windows.shape[1]
+    asked: dict[str, list[Any]] = {"texts": [], "images": []}
+    ids: list[list[int]] = []
+    if isinstance(encoding, Palette):
+        # Images of the palette's own colours, for two that are as near round to either.
+        drawn = np.random.default_rng(0).integers(0, encoding.size, (IMAGES, n_ctx))
+        images = encoding.decode(drawn)
+        asked["images"], ids = images.tolist(), encoding.encode(images).tolist()
+    elif encoding is not None:
+        asked["texts"] = list(TEXTS)
+        ids = [encoding.encode_ordinary(text) for text in TEXTS]
     positions = torch.linspace(0, n_ctx - 1, min(POSITIONS, n_ctx)).long()
     begin = n_ctx - min(CONTINUED, n_ctx // 2)
     questions = {
         "windows": windows.tolist(),
         "prompts": windows[:1, :begin].tolist(),
         "positions": positions.tolist(),
-        "texts": TEXTS if encoding is not None and not isinstance(encoding, Palette) else [],
-        "images": _images(encoding, n_ctx).tolist() if isinstance(encoding, Palette) else [],
     }
-    answers = _ask(folder, questions)
+    answers = _ask(folder, asked | questions)
     greedy = answers["greedy"]
     continued = torch.arange(begin - 1, n_ctx - 1)
     picked = [positions] * len(windows) + [continued] * len(greedy)
@@ -114,10 +121,6 @@ def compare(
     chosen = ours[-1].gather(1, greedy[0, begin:, None])[:, 0]  # (tokens,)
     # Two tokens that rounding may swap are as likely as each other.
     behind = ours[-1].max(1).values - chosen > tolerance
-    if isinstance(encoding, Palette):
-        ids = encoding.encode(_images(encoding, n_ctx)).tolist()
-    else:
-        ids = [encoding.encode_ordinary(text) for text in TEXTS] if encoding else []
     return Comparison(
         difference=float((theirs - expected).abs().max()),
         largest=largest,
@@ -128,12 +131,6 @@ def compare(
         other_texts=sum(a != b for a, b in zip(ids, answers["texts"], strict=True)),
         tolerance=tolerance,
     )
-
-
-def _images(palette: Palette, n_ctx: int) -> NDArray[np.uint8]:
-    """Images of the palette's own colours, for two that are as near round to either."""
-    drawn = np.random.default_rng(0).integers(0, palette.size, (IMAGES, n_ctx))
-    return palette.decode(drawn)
 
 
 def _ask(folder: Path, questions: Mapping[str, object]) -> dict[str, Tensor]:
@@ -161,24 +158,17 @@ def logits_at(
     weights: Weights, ids: Tensor, positions: Sequence[Tensor], dtype: torch.dtype = torch.float32
 ) -> list[Tensor]:
     """Logits of ids (B, T) at the positions of each row: B tensors (positions, V)."""
-    config = replace(weights.config.model, vocab_multiple=1)
-    *chain, head = layers(config)
+    *chain, head = layers(replace(weights.config.model, vocab_multiple=1))
+
+    def loaded(layer: Layer) -> nn.Module:
+        """One layer of the list with its weights."""
+        with torch.device("meta"):
+            module = layer.cls(**layer.kwargs).to(dtype)
+        stem = layer.tied_to or layer.name
+        return filled(module, "cpu", lambda name, shape: weights.whole(f"{stem}.{name}", shape))
+
     hidden = ids
     for layer in chain:
-        hidden = _filled(layer, weights, dtype)(hidden)
-    module = _filled(head, weights, dtype)
-    return [
-        head_logits(module, row[places]).float()
-        if dtype == torch.float32
-        else head_logits(module, row[places])
-        for row, places in zip(hidden, positions, strict=True)
-    ]
-
-
-def _filled(layer: Layer, weights: Weights, dtype: torch.dtype) -> nn.Module:
-    """One layer of the list with its weights."""
-    module = layer.cls(**layer.kwargs).to(dtype).eval()
-    for name, parameter in module.named_parameters():
-        whole = f"{layer.tied_to or layer.name}.{name}"
-        parameter.copy_(weights.whole(whole, parameter.shape))
-    return module
+        hidden = loaded(layer)(hidden)
+    last = loaded(head)
+    return [head_logits(last, row[at]) for row, at in zip(hidden, positions, strict=True)]

@@ -32,6 +32,7 @@ from megagpt.tokenizer import END_OF_DOCUMENT
 from megagpt.tokenizer.palette import Palette
 from megagpt.tokenizer.portable import FILE, described
 from megagpt.use.dialogue import CHAT_TEMPLATE, special_tokens
+from megagpt.use.loading import add_run_dir
 
 if TYPE_CHECKING:
     import tiktoken
@@ -52,9 +53,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "tokenizer's files and a model card, and compares what transformers makes of it before "
         "the folder counts.",
     )
-    parser.add_argument(
-        "folder", metavar="RUN_DIR", type=Path, help="run folder, checkpoint or folder of weights"
-    )
+    add_run_dir(parser)
     parser.add_argument("output", metavar="OUT", type=Path, help="folder to write; new")
     parser.add_argument("--format", choices=["hf"], default="hf", help="hf: Hugging Face's")
     parser.add_argument(
@@ -154,7 +153,7 @@ def write_tokenizer(folder: Path, encoding: "tiktoken.Encoding", n_ctx: int) -> 
     spaces = {"add_prefix_space": False, "clean_up_tokenization_spaces": False}
     _write_json(folder / "tokenizer_config.json", gpt2 | ends | spaces)
     if special_tokens(encoding):
-        write_file(folder / "chat_template.jinja", CHAT_TEMPLATE)
+        write_file(folder / CHAT_TEMPLATE.name, CHAT_TEMPLATE.read_text())
 
 
 def _write_json(path: Path, tree: dict[str, Any]) -> None:

@@ -7,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from megagpt.checkpoint import record
 from megagpt.checkpoint.export import new_folder, write_weights
 from megagpt.checkpoint.weights import SHARD_BYTES, PlannedTensor, add_shard_option
@@ -102,11 +100,7 @@ def _cut(one: PlannedTensor, config: ModelConfig) -> PlannedTensor:
     rows = config.n_embedding
     if one.name != "wte.weight" or one.shape[0] <= rows:
         return one
-
-    def make() -> Tensor:
-        return one.make()[:rows]
-
-    return PlannedTensor(one.name, (rows, *one.shape[1:]), make)
+    return PlannedTensor(one.name, (rows, *one.shape[1:]), lambda: one.make()[:rows])
 
 
 def placeholder_run(config: ModelConfig) -> RunConfig:

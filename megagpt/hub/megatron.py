@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megagpt.errors import DamageError, UsageError
 from megagpt.hub.foreign_model import ForeignModel, saved_by_torch, table
-from megagpt.hub.shapes import NANOGPT, refuse_others
+from megagpt.hub.shapes import NANOGPT, refuse_others, whole_number
 
 FILE = "model_optim_rng.pt"
 LATEST = "latest_checkpointed_iteration.txt"
@@ -94,7 +94,10 @@ def megatron_file(folder: Path) -> Path | None:
 def open_megatron(path: Path) -> ForeignModel:
     """The model in a model_optim_rng.pt. Raises UsageError that names what our model cannot
     compute, DamageError for a file that is not readable."""
-    tree = _read(path)
+    # Classes of others are made inert, and nothing is executed.
+    tree = saved_by_torch(path, stand_in=_Inert)
+    if not isinstance(tree, dict):
+        raise UsageError(f"{path}: holds {type(tree).__name__}, not a checkpoint of Megatron-LM")
     state = table(tree.get("model", {}), path)
     if set(tree) & {"language_model", "module"} or "language_model" in state:
         raise UsageError(
@@ -120,22 +123,12 @@ def open_megatron(path: Path) -> ForeignModel:
     return ForeignModel(path=path, config=config, names=frozenset(names), read=read)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """What is in the file, mapped; classes of others are made inert, and nothing is executed."""
-    tree = saved_by_torch(path, stand_in=_Inert)
-    if not isinstance(tree, dict):
-        raise UsageError(f"{path}: holds {type(tree).__name__}, not a checkpoint of Megatron-LM")
-    return tree
-
-
 def _config(args: Mapping[str, Any], state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
     """As a config.json of GPT-2 says it."""
-    for key in ("hidden_size", "num_attention_heads"):
-        if not isinstance(args[key], int) or args[key] < 1:
-            raise UsageError(
-                f"{path}: args.{key} = {args[key]!r}: must be a whole number of 1 or more"
-            )
-    width, heads = args["hidden_size"], args["num_attention_heads"]
+    width, heads = (
+        whole_number(args, key, str(path), "args.")
+        for key in ("hidden_size", "num_attention_heads")
+    )
     computed = _COMPUTED | {"ffn_hidden_size": (None, 4 * width)}
     computed |= {"kv_channels": (None, width // heads)}
     refuse_others(args, computed, f"{path}: args.")

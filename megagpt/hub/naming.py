@@ -33,15 +33,26 @@ def shapes_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(p.shape) for name, p in model.named_parameters()}
 
 
-def their_name(kind: str, name: str) -> tuple[str, bool]:
-    """(transformers' name of our parameter, whether it is stored transposed), but for GPT-Neo."""
-    layer, _, rest = name.partition(".")
+def their_names(kind: str, name: str) -> list[str]:
+    """transformers' names of what makes up our parameter: GPT-Neo has q, k and v apart, and no
+    biases of theirs."""
     if name == "head.weight":
-        return "lm_head.weight", False
+        return ["lm_head.weight"]
+    layer, _, rest = name.partition(".")
     if kind == "openai-gpt":
         layer = {"wte": "tokens_embed", "wpe": "positions_embed"}.get(layer, layer)
-    # Conv1D is (in, out).
-    return f"transformer.{layer}.{rest}", is_matrix(name) and kind != NANOGPT
+    theirs = f"transformer.{layer}.{rest}"
+    if kind != "gpt_neo":
+        return [theirs]
+    stem, _, leaf = theirs.partition(".attn.c_attn.")
+    if leaf == "weight":
+        return [f"{stem}.attn.attention.{letter}_proj.weight" for letter in "qkv"]
+    return [] if leaf else [theirs.replace(".attn.c_proj.", ".attn.attention.out_proj.")]
+
+
+def is_turned(kind: str, name: str) -> bool:
+    """Whether our parameter is stored transposed: Conv1D is (in, out)."""
+    return is_matrix(name) and kind not in (NANOGPT, "gpt_neo")
 
 
 def is_matrix(name: str) -> bool:
@@ -60,42 +71,27 @@ def exported(config: ModelConfig, read: Read, dtype: torch.dtype) -> Iterator[Pl
     def whole(name: str) -> Tensor:
         return fit_rows(read(name), shapes[name], name)
 
+    def as_theirs(name: str, turned: bool) -> Callable[[], Tensor]:
+        return lambda: whole(name).t() if turned else whole(name)
+
     kind = model_type(config)
-    if kind == "gpt_neo":
-        yield from _neo(config, shapes, whole, dtype)
-        return
     for name, shape in shapes.items():
-        theirs, turned = their_name(kind, name)
-        yield PlannedTensor(
-            theirs,
-            shape[::-1] if turned else shape,
-            partial(lambda name, turned: whole(name).t() if turned else whole(name), name, turned),
-        )
-        if kind == "imagegpt" and is_matrix(name):
-            bias = theirs.removesuffix("weight") + "bias"
-            yield PlannedTensor(bias, shape[:1], partial(torch.zeros, shape[0]))
-
-
-def _neo(
-    config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], read: Read, dtype: torch.dtype
-) -> Iterator[PlannedTensor]:
-    """GPT-Neo keeps q, k and v apart, without biases, and does not divide its scores."""
-    d = config.d_model
-    for name, shape in shapes.items():
-        stem, _, rest = name.partition(".attn.c_attn.")
-        if rest == "bias":
-            continue
-        if rest == "weight":
-            for part, letter in enumerate("qkv"):
-                make = partial(_projection, config, read, stem, part, dtype)
-                proj = f"transformer.{stem}.attn.attention.{letter}_proj.weight"
-                yield PlannedTensor(proj, (d, d), make)
-        elif name.endswith("ln_1.bias"):
+        theirs, turned = their_names(kind, name), is_turned(kind, name)
+        if len(theirs) == 3:
+            block = name.removesuffix(".attn.c_attn.weight")
+            for part, one in enumerate(theirs):
+                make = partial(_projection, config, whole, block, part, dtype)
+                yield PlannedTensor(one, (shape[0] // 3, shape[1]), make)
+        elif theirs and kind == "gpt_neo" and name.endswith(".ln_1.bias"):
             block = name.removesuffix(".ln_1.bias")
-            yield PlannedTensor(f"transformer.{name}", shape, partial(_bias, read, block, dtype))
-        else:
-            theirs = name.replace(".attn.c_proj.", ".attn.attention.out_proj.")
-            yield PlannedTensor(f"transformer.{theirs}", shape, partial(read, name))
+            yield PlannedTensor(theirs[0], shape, partial(_bias, whole, block, dtype))
+        elif theirs:
+            yield PlannedTensor(
+                theirs[0], shape[::-1] if turned else shape, as_theirs(name, turned)
+            )
+        if kind == "imagegpt" and is_matrix(name):
+            bias = theirs[0].removesuffix("weight") + "bias"
+            yield PlannedTensor(bias, shape[:1], partial(torch.zeros, shape[0]))
 
 
 def _bias(read: Read, block: str, dtype: torch.dtype) -> Tensor:
@@ -157,7 +153,7 @@ def imported(
     kind = theirs["model_type"]
     known = canonical(names)
     shapes = shapes_of(config)
-    plan = dict(_sources(kind, shapes))
+    plan = {name: their_names(kind, name) for name in shapes}
     needed = {name for of in plan.values() for name in of}
     optional = {"lm_head.weight"} if config.tied else set()
     if kind == "imagegpt":
@@ -175,11 +171,10 @@ def imported(
         _refuse_untied(get, plan["wte.weight"][0])
     for name, shape in shapes.items():
         scale = 1.0
-        if name.endswith("c_attn.weight") or name.endswith("c_attn.bias"):
+        if ".attn.c_attn." in name:
             scale = query_scale(theirs, config, int(name.split(".")[1]))
-        _, turned = their_name(kind, name)
         sources = [one for one in plan[name] if one in known]
-        make = partial(_formed, name, shape, sources, get, (turned and kind != "gpt_neo", scale))
+        make = partial(_formed, shape, sources, get, is_turned(kind, name), scale)
         yield PlannedTensor(name, shape, make)
 
 
@@ -196,21 +191,6 @@ def canonical(names: frozenset[str]) -> dict[str, str]:
         if "lm_head.weight" in found:
             found["transformer.wte.weight"] = found["lm_head.weight"]
     return found
-
-
-def _sources(kind: str, shapes: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
-    """(our name, the names that make it up); none: zeros."""
-    for name in shapes:
-        if kind != "gpt_neo":
-            yield name, [their_name(kind, name)[0]]
-        elif name.endswith(".attn.c_attn.weight"):
-            stem = f"transformer.{name.removesuffix('c_attn.weight')}attention."
-            yield name, [f"{stem}{letter}_proj.weight" for letter in "qkv"]
-        elif name.endswith(".attn.c_attn.bias"):
-            yield name, []
-        else:
-            theirs = name.replace(".attn.c_proj.", ".attn.attention.out_proj.")
-            yield name, [f"transformer.{theirs}"]
 
 
 def _refuse_names(there: set[str], needed: set[str], optional: set[str]) -> None:
@@ -241,12 +221,12 @@ def _refuse_untied(get: Read, embedding: str) -> None:
 
 
 def _formed(
-    name: str, shape: tuple[int, ...], sources: list[str], get: Read, how: tuple[bool, float]
+    shape: tuple[int, ...], sources: list[str], get: Read, turned: bool, scale: float
 ) -> Tensor:
-    """Our parameter in fp32. how: (whether it is stored transposed, the factor of q's rows)."""
+    """Our parameter in fp32, zeros where it has no sources. turned: it is stored transposed; scale:
+    the factor of q's rows."""
     if not sources:
         return torch.zeros(shape)
-    turned, scale = how
     whole = torch.cat([get(one) for one in sources]) if len(sources) > 1 else get(sources[0])
     whole = whole.t() if turned else whole
     if tuple(whole.shape) != shape:

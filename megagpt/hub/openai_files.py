@@ -116,16 +116,16 @@ def openai_gpt1(folder: Path) -> ForeignModel:
         if len(shapes) % 12 != 2 or min(map(len, shapes)) < 1 or min(map(min, shapes)) < 1:
             raise ValueError("its shapes are not those of two embeddings and 12 tensors a layer")
         n_ctx, d_model = shapes[0]
-        values = np.split(flat, ends[:-1])
+        flats = zip(np.split(flat, ends[:-1]), shapes, strict=True)
+        values = [value.reshape(shape[-2:]) for value, shape in flats]
     except Exception as error:  # numpy's headers have many errors
         raise DamageError(
             f"{folder}: not OpenAI's files of GPT-1 ({error}); copy them again"
         ) from None
+    # Matrices have a first dimension of 1.
     tensors = {
-        name: torch.from_numpy(value.reshape(shape)).squeeze(0)
-        if len(shape) == 3
-        else torch.from_numpy(value.reshape(shape))
-        for name, value, shape in zip(_gpt1_names(len(shapes)), values, shapes, strict=True)
+        name: torch.from_numpy(value)
+        for name, value in zip(_gpt1_names(len(shapes)), values, strict=True)
     }
     return ForeignModel(
         path=folder,

@@ -86,7 +86,10 @@ def read_config(theirs: Mapping[str, Any], name: str) -> ModelConfig:
             "model is one of ours"
         )
     values = {**_DEFAULTS[kind], **theirs}
-    sizes: dict[str, Any] = {ours: _size(values, keys, name) for ours, keys in _SIZES.items()}
+    sizes: dict[str, Any] = {
+        ours: whole_number(values, next((key for key in keys if key in values), keys[0]), name)
+        for ours, keys in _SIZES.items()
+    }
     _refuse(kind, values, sizes["d_model"], name)
     more: dict[str, Any] = {"dropout": _dropout(values, name)}
     if kind == "gpt_neo":
@@ -112,11 +115,11 @@ def query_scale(theirs: Mapping[str, Any], config: ModelConfig, layer: int) -> f
     return 1.0 / (layer + 1) if theirs.get("scale_attn_by_inverse_layer_idx") else 1.0
 
 
-def _size(values: Mapping[str, Any], keys: tuple[str, ...], name: str) -> int:
-    key = next((key for key in keys if key in values), keys[0])
+def whole_number(values: Mapping[str, Any], key: str, name: str, where: str = "") -> int:
+    """A size. `name` stands for the file in the message, `where` for what holds the key."""
     value = values.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UsageError(f"{name}: {key} = {value!r}: must be a whole number of 1 or more")
+        raise UsageError(f"{name}: {where}{key} = {value!r}: must be a whole number of 1 or more")
     return value
 
 
@@ -180,7 +183,7 @@ def _bands(values: Mapping[str, Any], n_layer: int, name: str) -> dict[str, Any]
             f'"local" for each of the {n_layer} layers'
         )
     period = next(n for n in range(1, n_layer + 1) if pattern == (pattern[:n] * n_layer)[:n_layer])
-    width = _size(values, ("window_size",), name)
+    width = whole_number(values, "window_size", name)
     return {"attention": tuple(pattern[:period]), "band_width": width}
 
 

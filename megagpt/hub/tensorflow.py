@@ -12,6 +12,9 @@ from typing import Any
 
 import google_crc32c
 import numpy as np
+from google.protobuf.empty_pb2 import Empty
+from google.protobuf.message import DecodeError
+from google.protobuf.unknown_fields import UnknownFieldSet
 from numpy.typing import NDArray
 
 from megagpt.errors import DamageError, UsageError
@@ -44,7 +47,7 @@ class Bundle:
         self.shards = 1
         try:
             self._read_index(self.path.read_bytes())
-        except (OSError, ValueError, IndexError, KeyError, TypeError) as error:
+        except (OSError, ValueError, IndexError, KeyError, TypeError, DecodeError) as error:
             raise DamageError(
                 f"{self.path}: not a readable index of a TensorFlow checkpoint ({error}); copy it "
                 "again"
@@ -137,24 +140,10 @@ def _entries(block: bytes) -> Iterator[tuple[bytes, bytes]]:
         at += size
 
 
-def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """(number, value) of each field of a protocol buffer's message."""
-    at = 0
-    while at < len(message):
-        tag, at = _varint(message, at)
-        wire = tag & 7
-        if wire == 0:
-            number, at = _varint(message, at)
-            yield tag >> 3, number
-            continue
-        size = {1: 8, 5: 4}.get(wire, 0)
-        if wire == 2:
-            size, at = _varint(message, at)
-        elif not size:
-            raise ValueError(f"a field of wire type {wire}")
-        value = message[at : at + size]
-        yield tag >> 3, value if wire == 2 else int.from_bytes(value, "little")
-        at += size
+def _fields(message: bytes) -> list[tuple[int, Any]]:
+    """(number, value) of each field of a protocol buffer's message, of whatever kind."""
+    fields = UnknownFieldSet(Empty.FromString(message))
+    return [(field.field_number, field.data) for field in fields]
 
 
 def _variable(message: bytes) -> Variable:
