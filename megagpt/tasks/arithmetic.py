@@ -6,8 +6,7 @@ to 10^D - 1, so that some have fewer digits than D; no question occurs twice. Th
 """
 
 import random
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from operator import add, mul, sub
 
 from megagpt.tasks.examples import Example, Task
@@ -21,15 +20,9 @@ _OPERATIONS = (("+", add), ("-", sub), ("*", mul))
 _DIGITS = ("two", "three", "four", "five", "six")
 
 
-@dataclass(frozen=True, slots=True)
-class _Kind:
-    name: str
-    label: str
-    """The paper's short name."""
-    ranges: tuple[range, ...]
-    """What the numbers of a question are drawn from; an operation by its place."""
-    ask: Callable[..., tuple[str, int]]
-    """Numbers -> (question, answer)."""
+Kind = tuple[str, tuple[range, ...], Callable[..., tuple[str, int]]]
+"""(the paper's short name, what the numbers of a question are drawn from: an operation by its
+place; numbers -> (question, answer))."""
 
 
 def _two(word: str, operation: Callable[[int, int], int]) -> Callable[[int, int], tuple[str, int]]:
@@ -45,24 +38,19 @@ def _digit_sum(number: int) -> tuple[str, int]:
     return f"the sum of the digits of the number {number}", sum(map(int, str(number)))
 
 
-def _kinds() -> list[_Kind]:
-    kinds = []
+def _kinds() -> Iterator[tuple[str, Kind]]:
     for digits, word in enumerate(_DIGITS, 2):
         numbers = (range(10**digits),) * 2
-        for name, sign, operation in (("addition", "+", add), ("subtraction", "-", sub)):
-            said = _two("plus" if sign == "+" else "minus", operation)
-            kinds.append(_Kind(f"{word}_digit_{name}", f"{digits}D{sign}", numbers, said))
+        yield f"{word}_digit_addition", (f"{digits}D+", numbers, _two("plus", add))
+        yield f"{word}_digit_subtraction", (f"{digits}D-", numbers, _two("minus", sub))
     one, signs = range(1, 10), range(3)
-    return [
-        *kinds,
-        _Kind("two_digit_multiplication", "2Dx", (range(100),) * 2, _two("times", mul)),
-        _Kind("single_digit_three_ops", "1DC", (one, one, one, signs, signs), _combined),
-        _Kind("sum_of_digits", "SD", (range(10_000),), _digit_sum),
-    ]
+    yield "two_digit_multiplication", ("2Dx", (range(100),) * 2, _two("times", mul))
+    yield "single_digit_three_ops", ("1DC", (one, one, one, signs, signs), _combined)
+    yield "sum_of_digits", ("SD", (range(10_000),), _digit_sum)
 
 
-KINDS = {kind.name: kind for kind in _kinds()}
-LABELS = {kind.label: name for name, kind in KINDS.items()}
+KINDS: dict[str, Kind] = dict(_kinds())
+LABELS = {label: name for name, (label, _, _) in KINDS.items()}
 """The paper's names of the tasks -> ours, which are those of OpenAI's files."""
 PAPER = tuple(LABELS[label] for label in ("2D+ 2D- 3D+ 3D- 4D+ 4D- 5D+ 5D- 2Dx 1DC".split()))
 """The ten tasks of the paper, in its order."""
@@ -70,10 +58,10 @@ PAPER = tuple(LABELS[label] for label in ("2D+ 2D- 3D+ 3D- 4D+ 4D- 5D+ 5D- 2Dx 1
 
 def arithmetic(name: str, seed: int = 0, count: int = COUNT) -> Task:
     """A task of KINDS; the same for the same seed."""
-    kind, draw = KINDS[name], random.Random(f"{name} {seed}")
+    (_, ranges, ask), draw = KINDS[name], random.Random(f"{name} {seed}")
     asked: dict[str, int] = {}
     while len(asked) < count + POOL:
-        question, answer = kind.ask(*(draw.choice(numbers) for numbers in kind.ranges))
+        question, answer = ask(*(draw.choice(numbers) for numbers in ranges))
         asked[question] = answer
     examples = tuple(
         Example(contexts=(f"\n\nQ: What is {question}?\n\nA:",), choices=(f" {answer}",))

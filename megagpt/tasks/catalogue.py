@@ -109,15 +109,10 @@ def _add_paper(found: Wanted, source: str, seed: int) -> None:
     for name in (*PAPER_SETS, "storycloze"):
         file = None if folder is None else _file_of(folder, name)
         if file is not None or source == "hub":
-            _try(found, name, partial(_of_set, name, "" if file is None else str(file)))
+            _try(found, name, partial(_named, name, str(file or ""), seed, False))
         else:
-            found.missing[name] = (
-                f"no {name}.jsonl in {folder}" if folder else "no file of it given"
-            )
-
-
-def _of_set(name: str, source: str) -> list[Task]:
-    return [task_of(name, source)]
+            reason = f"no {name}.jsonl in {folder}" if folder else "no file of it given"
+            found.missing[name] = reason
 
 
 def _try(found: Wanted, name: str, make: Callable[[], list[Task]]) -> None:

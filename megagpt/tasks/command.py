@@ -129,11 +129,20 @@ def _tasks(args: argparse.Namespace) -> int:
     if args.max_tokens < 0:
         raise UsageError(f"--max-tokens {args.max_tokens}: must be 0 (all) or more")
     found = wanted(args.task, args.seed, bool(args.shots))
-    if args.all_checkpoints:
-        _print_curve(args, found)
-    else:
+    if not args.all_checkpoints:
         folder = corpora.checkpoint_of(args.folder, args.checkpoint)
         _print(args, found, evaluated(args, found, folder))
+        return 0
+    from megagpt.report import PAGE
+    from megagpt.report.page import write_page
+    from megagpt.report.series import read_run
+    from megagpt.tasks.curve import learned
+
+    if args.checkpoint is not None:
+        raise UsageError("--all-checkpoints and --checkpoint: give one of them")
+    for made in learned(args.folder, lambda folder: evaluated(args, found, folder)):
+        _print(args, found, made)
+    log.info("%s", write_page([read_run(args.folder)], args.folder / PAGE))
     return 0
 
 
@@ -162,27 +171,19 @@ def _harness(args: argparse.Namespace) -> int:
     return 0
 
 
-def _print_curve(args: argparse.Namespace, found: "Wanted") -> None:
-    from megagpt.tasks.curve import draw, learned
-
-    if args.checkpoint is not None:
-        raise UsageError("--all-checkpoints and --checkpoint: give one of them")
-    for made in learned(args.folder, lambda folder: evaluated(args, found, folder)):
-        _print(args, found, made)
-    page = draw(args.folder)
-    log.info("%s", page)
-
-
 def evaluated(
     args: argparse.Namespace, found: "Wanted", folder: Path
 ) -> "tuple[list[TaskResult], dict[str, Any]]":
-    """(results, facts) of the model in `folder`."""
+    """(results, facts) of the model in `folder`; its PF-days are NaN where the tokens that it was
+    trained on are not known."""
+    from megagpt.config.flops import parameters, pf_days
     from megagpt.use.likelihood import Scorer
 
     model, encoding, facts = load_placed(folder, args.dtype, args.device)
-    scorer = Scorer(model, encoding, args.batch_size)
-    results = _scored(scorer, found, args)
-    return results, facts | {"n_ctx": scorer.n_ctx, "pf_days": _compute(scorer, facts["tokens"])}
+    results = _scored(Scorer(model, encoding, args.batch_size), found, args)
+    tokens = facts["tokens"]
+    compute = pf_days(parameters(model.config), tokens) if tokens else math.nan
+    return results, facts | {"n_ctx": model.config.n_ctx, "pf_days": compute}
 
 
 def _scored(scorer: "Scorer", found: "Wanted", args: argparse.Namespace) -> "list[TaskResult]":
@@ -219,13 +220,6 @@ def _apart(
             parts[kind] = (len(own), proportion(own))
         made.append(replace(result, parts=parts))
     return made
-
-
-def _compute(scorer: "Scorer", tokens: int) -> float:
-    """PF-days of training the model; NaN where the tokens are not known."""
-    from megagpt.config.flops import parameters, pf_days
-
-    return pf_days(parameters(scorer.model.config), tokens) if tokens else math.nan
 
 
 # --- what is printed -----------------------------------------------------------------------------

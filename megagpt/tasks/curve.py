@@ -1,6 +1,7 @@
-"""The learning curve of tasks: every checkpoint of a run, into its tasks.jsonl and report.html."""
+"""The learning curve of tasks: every checkpoint of a run, into its tasks.jsonl."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,6 @@ from megagpt.checkpoint.record import list_checkpoints
 from megagpt.errors import UsageError
 from megagpt.files import write_durably
 from megagpt.log.metrics import encode
-from megagpt.report import PAGE
-from megagpt.report.page import write_page
-from megagpt.report.series import read_run
 from megagpt.tasks.scoring import TaskResult
 from megagpt.use.learned import TASKS, read_tasks
 
@@ -36,11 +34,6 @@ def learned(run: Path, evaluate: Callable[[Path], Made]) -> Iterator[Made]:
         yield results, facts
 
 
-def draw(run: Path) -> Path:
-    """Writes the run's page anew and returns it."""
-    return write_page([read_run(run)], run / PAGE)
-
-
 def _key(line: dict[str, Any]) -> tuple[Any, ...]:
     return line["step"], line["task"], line["figure"]
 
@@ -53,9 +46,7 @@ def _line(result: TaskResult, facts: dict[str, Any]) -> dict[str, Any]:
         "tokens": facts["tokens"],
         "task": result.task,
         "figure": result.headline,
-        "value": one.value,
-        "low": one.low,
-        "high": one.high,
+        **asdict(one),
         "chance": result.chance,
         "examples": result.examples,
         "shots": list(result.shots),

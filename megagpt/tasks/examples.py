@@ -6,8 +6,10 @@ of each: does the model say it?
 """
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from megagpt.errors import UsageError
 
@@ -126,7 +128,8 @@ def prompts(task: Task, shots: int, seed: int, room: int, count: Callable[[str],
     for number, example in enumerate(task.asked):
         drawn = _drawn(task, number, shots, seed, len(pool))
         used = sum(count(text) for text in (task.instruction, _longest(example)))
-        k = _fitting([sizes[place] for place in drawn], room - used)
+        # As many of the first as fit together.
+        k = sum(size <= room - used for size in accumulate(sizes[place] for place in drawn))
         texts = [pool[place].text + task.separator for place in drawn]
         # Tokens of parts may add up to fewer than those of the whole.
         while k and count(task.instruction + "".join(texts[:k]) + _longest(example)) > room:
@@ -145,15 +148,6 @@ def _drawn(task: Task, number: int, shots: int, seed: int, size: int) -> list[in
     return [place + (place >= number) for place in draw.sample(range(size - 1), shots)]
 
 
-def _fitting(sizes: Sequence[int], room: int) -> int:
-    """How many of the first sizes fit together."""
-    for k, size in enumerate(sizes):
-        room -= size
-        if room < 0:
-            return k
-    return len(sizes)
-
-
 def _longest(example: Example) -> str:
     return max(map("".join, example.options), key=len)
 
@@ -163,9 +157,7 @@ def best_guess(examples: Sequence[Example]) -> float:
     the share of the answer that is right most often."""
     if any(len(example.options) > 1 for example in examples):
         return sum(1 / len(example.options) for example in examples) / len(examples)
-    answers: dict[str, int] = {}
-    for example in examples:
-        answers[example.choices[0]] = answers.get(example.choices[0], 0) + 1
+    answers = Counter(example.choices[0] for example in examples)
     return max(answers.values()) / len(examples)
 
 

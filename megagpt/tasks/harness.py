@@ -20,12 +20,12 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 
+from megagpt.corpus.progress import Progress
 from megagpt.errors import UsageError, ended
 from megagpt.use.evaluate import checkpoint_of
 from megagpt.use.likelihood import Pair, Scorer
 from megagpt.use.loading import load_placed
 from megagpt.use.options import TextOptions
-from megagpt.use.score import progress_bar
 
 TEXT_TOKENS = 256
 """Tokens of a generated text where a task does not say, as in the harness."""
@@ -86,8 +86,8 @@ class HarnessModel(TemplateLM):
         pairs: list[Pair] = [
             (context or [self.scorer.end], after) for _, context, after in requests
         ]
-        with progress_bar("asking for likelihoods", len(pairs), "requests") as told:
-            found = self.scorer.likelihoods(pairs, told)
+        with Progress("asking for likelihoods", len(pairs), "requests") as progress:
+            found = self.scorer.likelihoods(pairs, progress.add)
         answers = [(one.logprob, one.greedy) for one in found]
         for (texts, _, _), answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial("loglikelihood", texts, answer)
@@ -134,12 +134,12 @@ class HarnessModel(TemplateLM):
             stop_texts=tuple(stops),
         )
         options.check()
-        with progress_bar("making texts", len(contexts), "texts") as told:
+        with Progress("making texts", len(contexts), "texts") as progress:
             return self.scorer.texts(
                 [self.scorer.encode(context) or [self.scorer.end] for context in contexts],
                 [options] * len(contexts),
                 lambda number, text: False,
-                told,
+                progress.add,
             )
 
 

@@ -1,25 +1,34 @@
 """A task, scored: prompts through the model, and figures with their intervals (numpy)."""
 
 import math
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from statistics import NormalDist
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megagpt.corpus.progress import Progress
 from megagpt.errors import UsageError
 from megagpt.tasks.examples import SCORINGS, Example, Prompts, Task, best_guess, choices_of, prompts
-from megagpt.tasks.stopwords import stopword_ids
 from megagpt.use.evaluate import CONFIDENCE, Estimate
 from megagpt.use.likelihood import Likelihood, Pair, Scorer
 from megagpt.use.options import TextOptions
-from megagpt.use.score import progress_bar, ratio
+from megagpt.use.score import ratio
+
+if TYPE_CHECKING:
+    import tiktoken
 
 SLACK = 8
 """Tokens beyond an answer's own that a text may have before it is taken for another."""
 
+STOPWORDS = frozenset(Path(__file__).with_name("stopwords.txt").read_text().split())
+"""English words of grammar, which end no passage of LAMBADA: GPT-2's filter leaves them out. The
+GPT-2 paper (section 3.3) does not print its list. This one holds articles, pronouns, prepositions,
+conjunctions, auxiliaries and a few adverbs."""
 Floats = NDArray[np.float64]
 Correct = NDArray[np.bool_]
 
@@ -120,8 +129,8 @@ def _pairs(scorer: Scorer, examples: Sequence[Example], begin: bool) -> list[Pai
 def _likelihoods(
     scorer: Scorer, task: Task, pairs: list[Pair], banned: Sequence[int] = ()
 ) -> list[Likelihood]:
-    with progress_bar(f"scoring {task.name}", len(pairs), "answers") as told:
-        return scorer.likelihoods(pairs, told, banned)
+    with Progress(f"scoring {task.name}", len(pairs), "answers") as progress:
+        return scorer.likelihoods(pairs, progress.add, banned)
 
 
 # --- the answer itself ---------------------------------------------------------------------------
@@ -145,8 +154,8 @@ def _exact(
         """Whether nothing that follows can change the verdict."""
         return not answers[number].startswith(text.strip())
 
-    with progress_bar(f"asking {task.name}", len(asked), "questions") as told:
-        texts = scorer.texts(asked, how, ended, told)
+    with Progress(f"asking {task.name}", len(asked), "questions") as progress:
+        texts = scorer.texts(asked, how, ended, progress.add)
     correct = np.array([text.strip() == a for text, a in zip(texts, answers, strict=True)])
     figures = {
         "exact_match": proportion(correct),
@@ -170,6 +179,16 @@ def _word(
     found = _likelihoods(scorer, task, pairs, banned)
     correct = np.array([one.greedy for one in found])
     return {"accuracy": proportion(correct), "perplexity": _perplexity(found)}, correct
+
+
+def stopword_ids(encoding: "tiktoken.Encoding") -> list[int]:
+    """The tokens of an encoding that are such a word, or hold no letter or digit at all."""
+    found = []
+    for token, rank in encoding._mergeable_ranks.items():
+        text = token.decode("utf-8", errors="replace")
+        if text.strip().lower() in STOPWORDS or not re.search(r"\w", text):
+            found.append(rank)
+    return sorted(found)
 
 
 def _perplexity(found: Sequence[Likelihood]) -> Estimate:
@@ -227,20 +246,7 @@ def _best_is_gold(examples: Sequence[Example], scores: Floats) -> Correct:
 
 def as_record(result: TaskResult) -> dict[str, Any]:
     """A result as JSON tells it."""
-
-    def told(one: Estimate) -> dict[str, float]:
-        return {"value": one.value, "low": one.low, "high": one.high}
-
-    return {
-        "task": result.task,
-        "source": result.source,
-        "scoring": result.scoring,
-        "examples": result.examples,
-        "shots": list(result.shots),
-        "cut": result.cut,
-        "headline": result.headline,
-        "quoted": result.quoted,
-        "chance": result.chance,
-        "figures": {name: told(one) for name, one in result.figures.items()},
-        "parts": {name: {"examples": n, **told(one)} for name, (n, one) in result.parts.items()},
-    }
+    told = asdict(result)
+    del told["correct"]
+    told["parts"] = {name: {"examples": n, **one} for name, (n, one) in told["parts"].items()}
+    return told

@@ -8,7 +8,7 @@ import gzip
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,18 +89,24 @@ def generic(row: Row) -> Example:
     return Example(contexts=contexts, choices=choices, gold=gold, between=between)
 
 
+def _question(context: str, choices: list[str], gold: int) -> Example:
+    """Choices behind a space, of which the one at the place `gold` is right."""
+    texts = _texts(choices)
+    return Example(contexts=(context,), choices=texts, gold=_place(gold, texts), between=" ")
+
+
 def lambada(row: Row) -> Example:
     """{text}: the last word follows the rest."""
     context, space, word = row["text"].strip().rpartition(" ")
     if not space:
         raise ValueError("expected a text of two words or more")
-    return Example(contexts=(context,), choices=(word,), between=" ")
+    return _question(context, [word], 0)
 
 
 def lambada_cloze(row: Row) -> Example:
     """The paper's form with examples before it: a gap, and the word behind an arrow."""
     plain = lambada(row)
-    return Example(contexts=(f"{plain.contexts[0]} ____. ->",), choices=plain.choices, between=" ")
+    return replace(plain, contexts=(f"{plain.contexts[0]} ____. ->",))
 
 
 def _without_headings(text: str) -> str:
@@ -112,21 +118,14 @@ def _without_headings(text: str) -> str:
 def hellaswag(row: Row) -> Example:
     """{activity_label, ctx_a, ctx_b, endings, label}."""
     context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
-    endings = _texts([_without_headings(ending) for ending in row["endings"]])
-    return Example(
-        contexts=(_without_headings(context),),
-        choices=endings,
-        gold=_place(int(row["label"]), endings),
-        between=" ",
-    )
+    endings = [_without_headings(ending) for ending in row["endings"]]
+    return _question(_without_headings(context), endings, int(row["label"]))
 
 
 def piqa(row: Row) -> Example:
     """{goal, sol1, sol2, label}."""
-    choices = _texts([row["sol1"], row["sol2"]])
     context = f"Question: {row['goal']}\nAnswer:"
-    gold = _place(int(row["label"]), choices)
-    return Example(contexts=(context,), choices=choices, gold=gold, between=" ")
+    return _question(context, [row["sol1"], row["sol2"]], int(row["label"]))
 
 
 def arc(row: Row) -> Example:
@@ -138,10 +137,8 @@ def arc(row: Row) -> Example:
         question = question["stem"]
     if choices is None:
         raise KeyError("choices")
-    texts = _texts(choices["text"])
-    gold = _place(list(choices["label"]).index(row["answerKey"]), texts)
-    context = f"Question: {question}\nAnswer:"
-    return Example(contexts=(context,), choices=texts, gold=gold, between=" ")
+    gold = list(choices["label"]).index(row["answerKey"])
+    return _question(f"Question: {question}\nAnswer:", choices["text"], gold)
 
 
 def openbookqa(row: Row) -> Example:
@@ -150,7 +147,7 @@ def openbookqa(row: Row) -> Example:
         row = row | {"question": row["question_stem"]}
     found = arc(row)
     context = found.contexts[0].removeprefix("Question: ").removesuffix("\nAnswer:")
-    return Example(contexts=(context,), choices=found.choices, gold=found.gold, between=" ")
+    return replace(found, contexts=(context,))
 
 
 def winogrande(row: Row) -> Example:
@@ -166,9 +163,8 @@ def winogrande(row: Row) -> Example:
 def storycloze(row: Row) -> Example:
     """{input_sentence_1 to 4, sentence_quiz1, sentence_quiz2, answer_right_ending}."""
     story = " ".join(row[f"input_sentence_{number}"] for number in range(1, 5))
-    endings = _texts([row["sentence_quiz1"], row["sentence_quiz2"]])
-    gold = _place(int(row["answer_right_ending"]) - 1, endings)
-    return Example(contexts=(story,), choices=endings, gold=gold, between=" ")
+    endings = [row["sentence_quiz1"], row["sentence_quiz2"]]
+    return _question(story, endings, int(row["answer_right_ending"]) - 1)
 
 
 def _place(number: int, among: tuple[str, ...]) -> int:
@@ -185,38 +181,30 @@ class QuestionSet:
     """How the rows of a set are read and scored."""
 
     read: Callable[[Row], Example]
-    kind: str
+    hub: str
+    """Where `datasets` finds it; "": nowhere."""
     headline: str
     """The figure that the GPT-3 paper gives."""
-    quoted: str
+    quoted: str = "acc_norm"
     """The figure that others give."""
-    hub: str = ""
-    """Where `datasets` finds it; "": nowhere."""
+    kind: str = "choice"
 
 
 SETS = {
     "lambada": QuestionSet(
-        lambada, "word", "accuracy", "accuracy", "hf:EleutherAI/lambada_openai/default:test"
+        lambada, "hf:EleutherAI/lambada_openai/default:test", "accuracy", "accuracy", "word"
     ),
-    "hellaswag": QuestionSet(
-        hellaswag, "choice", "acc_tokens", "acc_norm", "hf:Rowan/hellaswag:validation"
-    ),
-    "piqa": QuestionSet(piqa, "choice", "acc_tokens", "acc_norm", "hf:baber/piqa:validation"),
-    "arc_easy": QuestionSet(
-        arc, "choice", "acc_unconditional", "acc_norm", "hf:allenai/ai2_arc/ARC-Easy:test"
-    ),
-    "arc_challenge": QuestionSet(
-        arc, "choice", "acc_unconditional", "acc_norm", "hf:allenai/ai2_arc/ARC-Challenge:test"
-    ),
-    "openbookqa": QuestionSet(
-        openbookqa, "choice", "acc_unconditional", "acc_norm", "hf:allenai/openbookqa/main:test"
-    ),
+    "hellaswag": QuestionSet(hellaswag, "hf:Rowan/hellaswag:validation", "acc_tokens"),
+    "piqa": QuestionSet(piqa, "hf:baber/piqa:validation", "acc_tokens"),
+    "arc_easy": QuestionSet(arc, "hf:allenai/ai2_arc/ARC-Easy:test", "acc_unconditional"),
+    "arc_challenge": QuestionSet(arc, "hf:allenai/ai2_arc/ARC-Challenge:test", "acc_unconditional"),
+    "openbookqa": QuestionSet(openbookqa, "hf:allenai/openbookqa/main:test", "acc_unconditional"),
     "winogrande": QuestionSet(
-        winogrande, "partial", "acc", "acc", "hf:allenai/winogrande/winogrande_xl:validation"
+        winogrande, "hf:allenai/winogrande/winogrande_xl:validation", "acc", "acc", "partial"
     ),
-    "storycloze": QuestionSet(storycloze, "choice", "acc_tokens", "acc"),
-    "choice": QuestionSet(generic, "choice", "acc", "acc_norm"),
-    "exact": QuestionSet(exact, "exact", "exact_match", "exact_match"),
+    "storycloze": QuestionSet(storycloze, "", "acc_tokens", "acc"),
+    "choice": QuestionSet(generic, "", "acc"),
+    "exact": QuestionSet(exact, "", "exact_match", "exact_match", "exact"),
 }
 """The sets that are read by name; the last two are anyone's own."""
 
@@ -251,19 +239,14 @@ def task_of(name: str, source: str = "", gapped: bool = False, form: str = "") -
         )
     if kind == "choice" and all(several):
         kind = "partial"
+    # OpenAI's contexts begin with the end of a line.
+    separator = "" if kind == "exact" else "\n" if gapped else "\n\n"
     return Task(
         name=name,
         kind=kind,
         examples=tuple(examples),
         source=source,
-        separator=_separator(kind, gapped),
+        separator=separator,
         headline=entry.headline if kind == entry.kind else "acc",
         quoted=entry.quoted if kind == entry.kind else "acc",
     )
-
-
-def _separator(kind: str, gapped: bool) -> str:
-    """What ends an example before a question: OpenAI's contexts begin with the end of a line."""
-    if kind == "exact":
-        return ""
-    return "\n" if gapped else "\n\n"

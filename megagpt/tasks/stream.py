@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
+from megagpt.corpus.progress import Progress
 from megagpt.errors import UsageError
 from megagpt.tasks.scoring import TaskResult
 from megagpt.tokenizer.encoder import Encoder, pieces
 from megagpt.use.likelihood import Pair, Scorer
-from megagpt.use.score import bytes_of_tokens, progress_bar, ratio
+from megagpt.use.score import bytes_of_tokens, ratio
 
 NAMES = ("text8", "enwik8")
 SIZE = 100_000_000
@@ -54,9 +55,9 @@ def stream(scorer: Scorer, name: str, path: Path, stride: int = 0, most: int = 0
     n_windows = -(-len(ids) // stride)
     n_windows = min(n_windows, most) if most else n_windows
     nats, tokens, size = [], [], []
-    with progress_bar(f"scoring {name}", n_windows, "windows") as told:
+    with Progress(f"scoring {name}", n_windows, "windows") as progress:
         for group in _groups(scorer, ids, stride, n_windows):
-            nats += [-one.logprob for one in scorer.likelihoods(group, told)]
+            nats += [-one.logprob for one in scorer.likelihoods(group, progress.add)]
             tokens += [len(after) for _, after in group]
             size += [int(sizes[after].sum()) for _, after in group]
     part = "" if whole == SIZE else f", of a file of {whole:,} bytes instead of {SIZE:,}"

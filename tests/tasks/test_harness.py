@@ -15,9 +15,9 @@ from megagpt.errors import UsageError
 from megagpt.tasks.examples import Task
 from megagpt.tasks.scoring import TaskOptions, score_task
 from megagpt.tasks.sets import task_of
-from megagpt.use.apart import evaluate_apart
 from megagpt.use.likelihood import Scorer
 from megagpt.use.loading import load_placed
+from megagpt.use.score import evaluate_apart
 from tests.lib.corpus import write_corpus
 from tests.lib.distributed import environment
 from tests.lib.harness_tasks import TASKS, by_transformers, harness_figures, make_tasks

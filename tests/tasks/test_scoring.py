@@ -14,8 +14,7 @@ from megagpt.tasks.arithmetic import arithmetic
 from megagpt.tasks.examples import Example, Task
 from megagpt.tasks.overlap import CLEAN, DIRTY, SHORT, cleanness
 from megagpt.tasks.paper import PF_DAYS, SIZES, at_compute, paper_lines, paper_rows
-from megagpt.tasks.scoring import TaskOptions, proportion, score_task
-from megagpt.tasks.stopwords import stopword_ids
+from megagpt.tasks.scoring import TaskOptions, proportion, score_task, stopword_ids
 from megagpt.tasks.stream import stream
 from megagpt.tokenizer import load_tokenizer
 from megagpt.use.likelihood import Scorer
