@@ -12,9 +12,10 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import tiktoken
 import torch
 from torch import Tensor, nn
 
@@ -22,9 +23,6 @@ from megagpt.checkpoint.export import Weights, filled
 from megagpt.errors import MegagptError
 from megagpt.model import Layer, head_logits, layers
 from megagpt.tokenizer.palette import Palette
-
-if TYPE_CHECKING:
-    import tiktoken
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
 """Dtype of the exported weights -> largest difference of two logits, as a share of the largest."""
@@ -84,7 +82,7 @@ def compare(
     folder: Path,
     weights: Weights,
     windows: Tensor,
-    encoding: "tiktoken.Encoding | Palette | None",
+    encoding: tiktoken.Encoding | Palette | None,
     dtype: torch.dtype,
 ) -> Comparison:
     """Asks transformers about the export in `folder`. windows: ids (B, n_ctx) of full contexts.

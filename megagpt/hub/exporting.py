@@ -11,9 +11,10 @@ import json
 import logging
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import tiktoken
 import torch
 from torch import Tensor
 
@@ -33,9 +34,6 @@ from megagpt.tokenizer.palette import Palette
 from megagpt.tokenizer.portable import FILE, described
 from megagpt.use.dialogue import CHAT_TEMPLATE, special_tokens
 from megagpt.use.loading import add_run_dir
-
-if TYPE_CHECKING:
-    import tiktoken
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +100,7 @@ def export_model(
 
 def write_export(
     weights: Weights,
-    encoding: "tiktoken.Encoding | Palette | None",
+    encoding: tiktoken.Encoding | Palette | None,
     folder: Path,
     dtype: torch.dtype,
     shard_bytes: int,
@@ -128,7 +126,7 @@ def write_export(
         write_tokenizer(folder, encoding, model.n_ctx)
 
 
-def tokenizer_of(weights: Weights) -> "tiktoken.Encoding | Palette | None":
+def tokenizer_of(weights: Weights) -> tiktoken.Encoding | Palette | None:
     """The tokenizer, or palette, of the weights; None, said, where it is not known or cannot be
     loaded."""
     try:
@@ -138,7 +136,7 @@ def tokenizer_of(weights: Weights) -> "tiktoken.Encoding | Palette | None":
         return None
 
 
-def write_tokenizer(folder: Path, encoding: "tiktoken.Encoding", n_ctx: int) -> None:
+def write_tokenizer(folder: Path, encoding: tiktoken.Encoding, n_ctx: int) -> None:
     """The files that AutoTokenizer, GPT2Tokenizer, vLLM and llama.cpp's converter look for."""
     text = described(encoding)
     write_file(folder / FILE, text)

@@ -5,7 +5,9 @@ import json
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import tiktoken
 
 from megagpt.checkpoint import record
 from megagpt.checkpoint.export import new_folder, write_weights
@@ -23,9 +25,6 @@ from megagpt.hub.weight_files import FORMS, open_foreign
 from megagpt.tokenizer import END_OF_DOCUMENT, fingerprint, load_tokenizer
 from megagpt.tokenizer.json import write_tokenizer_file
 from megagpt.tokenizer.portable import FILE, described
-
-if TYPE_CHECKING:
-    import tiktoken
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +117,7 @@ def placeholder_run(config: ModelConfig) -> RunConfig:
 # --- the tokenizer ------------------------------------------------------------------------------
 
 
-def _tokenizer(path: Path, config: ModelConfig, name: str | None) -> "tiktoken.Encoding | None":
+def _tokenizer(path: Path, config: ModelConfig, name: str | None) -> tiktoken.Encoding | None:
     """The tokenizer that is named, or that lies beside the weights; None where there is none that
     tiktoken can reproduce. Raises UsageError for one with more tokens than the model has."""
     if name:
@@ -140,7 +139,7 @@ def _tokenizer(path: Path, config: ModelConfig, name: str | None) -> "tiktoken.E
     return encoding
 
 
-def _beside(path: Path) -> "tiktoken.Encoding | None":
+def _beside(path: Path) -> tiktoken.Encoding | None:
     """The tokenizer whose files lie in a folder."""
     try:
         if (path / FILE).is_file():
@@ -153,7 +152,7 @@ def _beside(path: Path) -> "tiktoken.Encoding | None":
     return None
 
 
-def _of_merges(vocabulary: Path, merges: Path) -> "tiktoken.Encoding":
+def _of_merges(vocabulary: Path, merges: Path) -> tiktoken.Encoding:
     """The tokenizer of GPT-2's form with these merges. Raises UsageError when its ids are not
     those of the vocabulary."""
     import tempfile

@@ -282,9 +282,7 @@ def _quoted_by(name: str, result: "TaskResult") -> str:
 
 def _figure(name: str, one: corpora.Estimate) -> str:
     scale, unit = (100.0, "%") if is_share(name) else (1.0, "")
-    value, low, high = (scale * number for number in (one.value, one.low, one.high))
-    interval = "" if math.isnan(low) else f"   {corpora.CONFIDENCE:.0%}: {low:.4g} to {high:.4g}"
-    return f"{value:.4g}{unit}{interval}"
+    return f"{scale * one.value:.4g}{unit}{one.interval('.4g', scale)}"
 
 
 def _chance(name: str, result: "TaskResult") -> str:

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import NormalDist
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import tiktoken
 from numpy.typing import NDArray
 
 from megagpt.corpus.progress import Progress
@@ -18,9 +19,6 @@ from megagpt.use.evaluate import CONFIDENCE, Estimate
 from megagpt.use.likelihood import Likelihood, Pair, Scorer
 from megagpt.use.options import TextOptions
 from megagpt.use.score import ratio
-
-if TYPE_CHECKING:
-    import tiktoken
 
 SLACK = 8
 """Tokens beyond an answer's own that a text may have before it is taken for another."""
@@ -181,7 +179,7 @@ def _word(
     return {"accuracy": proportion(correct), "perplexity": _perplexity(found)}, correct
 
 
-def stopword_ids(encoding: "tiktoken.Encoding") -> list[int]:
+def stopword_ids(encoding: tiktoken.Encoding) -> list[int]:
     """The tokens of an encoding that are such a word, or hold no letter or digit at all."""
     found = []
     for token, rank in encoding._mergeable_ranks.items():

@@ -38,6 +38,12 @@ class Estimate:
     low: float
     high: float
 
+    def interval(self, form: str, scale: float = 1.0) -> str:
+        """What stands behind the figure for people, each number times `scale`; "" without one."""
+        if math.isnan(self.low):
+            return ""
+        return f"   {CONFIDENCE:.0%}: {scale * self.low:{form}} to {scale * self.high:{form}}"
+
     def mapped(self, function: Callable[[float], float]) -> "Estimate":
         """A rising function of the figure."""
         return Estimate(function(self.value), function(self.low), function(self.high))
@@ -195,10 +201,7 @@ def _lines(result: Result) -> Iterator[str]:
     ):
         if math.isnan(estimate.value):  # ids that stand for no text
             continue
-        interval = ""
-        if not math.isnan(estimate.low):
-            interval = f"   {CONFIDENCE:.0%}: {estimate.low:.4f} to {estimate.high:.4f}"
-        yield f"  {name:<14}{estimate.value:.4f}{unit}{interval}"
+        yield f"  {name:<14}{estimate.value:.4f}{unit}{estimate.interval('.4f')}"
 
 
 def checkpoint_of(folder: Path, step: int | None) -> Path:

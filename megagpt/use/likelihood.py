@@ -7,21 +7,17 @@ of any size changes only rounding.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
+import tiktoken
 import torch
 import torch.nn.functional as F
 
 from megagpt.errors import UsageError
+from megagpt.model import GPT
 from megagpt.tokenizer import end_of_document
 from megagpt.use.generator import Continuation, Generator, write_texts
 from megagpt.use.options import TextOptions
-
-if TYPE_CHECKING:
-    import tiktoken
-
-    from megagpt.model import GPT
 
 Pair = tuple[list[int], list[int]]
 Told = Callable[[int], object]
@@ -46,7 +42,7 @@ def nothing_told(done: int) -> None:
 class Scorer:
     """A model with its tokenizer, which answers questions about texts."""
 
-    def __init__(self, model: "GPT", encoding: "tiktoken.Encoding", batch_size: int = 8) -> None:
+    def __init__(self, model: GPT, encoding: tiktoken.Encoding, batch_size: int = 8) -> None:
         """batch_size: texts of one forward pass. Raises UsageError below 1."""
         if batch_size < 1:
             raise UsageError(f"--batch-size {batch_size}: must be 1 or more")

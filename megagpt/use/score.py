@@ -5,9 +5,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import tiktoken
 import torch
 from numpy.typing import NDArray
 
@@ -16,17 +17,13 @@ from megagpt.corpus.manifest import read_manifest
 from megagpt.corpus.progress import Progress
 from megagpt.corpus.verify import verify_files
 from megagpt.errors import DamageError, UsageError
+from megagpt.model import GPT
 from megagpt.order.loader import TokenLoader
 from megagpt.order.windows import TokenWindows
 from megagpt.tokenizer import fingerprint
 from megagpt.tokenizer.palette import Palette
 from megagpt.use.evaluate import CONFIDENCE, Estimate, Result
-
-if TYPE_CHECKING:
-    import tiktoken
-
-    from megagpt.model import GPT
-    from megagpt.use.likelihood import Scorer
+from megagpt.use.likelihood import Scorer
 
 HELD = 1 << 18
 """Tokens of documents that are held at a time."""
@@ -46,8 +43,8 @@ class ScoreOptions:
 
 
 def evaluate(
-    model: "GPT",
-    encoding: "tiktoken.Encoding | Palette | None",
+    model: GPT,
+    encoding: tiktoken.Encoding | Palette | None,
     folder: Path,
     options: ScoreOptions | None = None,
 ) -> Result:
@@ -89,7 +86,7 @@ def evaluate(
     return tally.result()
 
 
-def evaluate_apart(scorer: "Scorer", folder: Path) -> Result:
+def evaluate_apart(scorer: Scorer, folder: Path) -> Result:
     """The model's loss on each document of the corpus in `folder` by itself.
 
     As EleutherAI's harness scores rolling text: a document begins with END-OF-DOCUMENT, which is no
@@ -178,7 +175,7 @@ def _check_records(folder: Path, stride: int, n_ctx: int) -> None:
 
 
 def check_corpus(
-    store: TokenWindows, encoding: "tiktoken.Encoding | Palette | None", vocab_size: int
+    store: TokenWindows, encoding: tiktoken.Encoding | Palette | None, vocab_size: int
 ) -> None:
     """Raises UsageError for another tokenizer than the model's, DamageError for damaged shards."""
     manifest = store.manifest
@@ -204,7 +201,7 @@ def check_corpus(
 class Tally:
     """What was scored, by document: nats, tokens and bytes, each (documents,)."""
 
-    def __init__(self, store: TokenWindows, encoding: "tiktoken.Encoding | None") -> None:
+    def __init__(self, store: TokenWindows, encoding: tiktoken.Encoding | None) -> None:
         """Raises DamageError when the index tells of other documents than the shards hold."""
         self.store = store
         self.ends = np.cumsum(document_sizes(store.manifest))
@@ -233,7 +230,7 @@ class Tally:
         return totals(self.store.folder, self.store.n_tokens, self.nats, self.tokens, self.bytes)
 
 
-def bytes_of_tokens(encoding: "tiktoken.Encoding | None", vocab_size: int) -> NDArray[np.int64]:
+def bytes_of_tokens(encoding: tiktoken.Encoding | None, vocab_size: int) -> NDArray[np.int64]:
     """(V,) bytes of text that each id stands for."""
     sizes = np.zeros(vocab_size, np.int64)
     for text, token in encoding._mergeable_ranks.items() if encoding else ():

@@ -1,11 +1,11 @@
-"""A model shared out over ranks whose first one takes texts from outside (L3).
+"""What makes texts for a command: on one process, or on ranks that share the model out (L3).
 
     deepspeed --num_gpus 4 --module megagpt serve RUN_DIR --split
 
-All ranks have the same generator and make the same steps, since each holds a part of every matrix.
-Before a step the first rank tells the others which texts came and which were cancelled. While there
-is nothing to make, the others wait for a key of the ranks' store, which has no time limit as a
-collective has.
+Of several ranks the first one takes the texts. All have the same generator and make the same steps,
+since each holds a part of every matrix. Before a step the first rank tells the others which texts
+came and which were cancelled. While there is nothing to make, the others wait for a key of the
+ranks' store, which has no time limit as a collective has.
 """
 
 import argparse
@@ -53,13 +53,15 @@ def placed_generator(
     if rank:
         follow(Generator(model, encoding, rows, alone))
         yield None, facts
-    else:
-        leading = LeadingGenerator(model, encoding, rows, alone)
-        try:
-            yield leading, facts
-        finally:
-            leading.dismiss()
-    leave()
+        leave()
+        return
+    leading = LeadingGenerator(model, encoding, rows, alone)
+    try:
+        yield leading, facts
+    finally:
+        # After an error, too: the others would wait for ever.
+        leading.dismiss()
+        leave()
 
 
 class LeadingGenerator(Generator):
