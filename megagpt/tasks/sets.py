@@ -124,8 +124,8 @@ def hellaswag(row: Row) -> Example:
 
 def piqa(row: Row) -> Example:
     """{goal, sol1, sol2, label}."""
-    context = f"Question: {row['goal']}\nAnswer:"
-    return _question(context, [row["sol1"], row["sol2"]], int(row["label"]))
+    choices = [row["sol1"], row["sol2"]]
+    return _question(f"Question: {row['goal']}\nAnswer:", choices, int(row["label"]))
 
 
 def arc(row: Row) -> Example:
