@@ -107,14 +107,12 @@ def check_same(reports: Sequence[Report]) -> list[Check]:
 
     checks = []
     for problem in disagreements([r.host for r in reports], [r.facts for r in reports]):
-        if problem.startswith((GPUS, DRIVER)):
-            remedy = "train on hosts of one kind: the slowest GPU sets the pace"
-            if problem.startswith(DRIVER):
-                remedy = "let the site bring all hosts to one driver"
-            checks.append(Check("same on all", WARN, problem, remedy))
-        else:
-            remedy = "give every host the same checkout, packages, run file and shards"
-            checks.append(Check("same on all", FAIL, problem, remedy))
+        status, remedy = FAIL, "give every host the same checkout, packages, run file and shards"
+        if problem.startswith(GPUS):
+            status, remedy = WARN, "train on hosts of one kind: the slowest GPU sets the pace"
+        elif problem.startswith(DRIVER):
+            status, remedy = WARN, "let the site bring all hosts to one driver"
+        checks.append(Check("same on all", status, problem, remedy))
     facts = dict.fromkeys(name for report in reports for name in report.facts)
     return checks or [Check("same on all", OK, ", ".join(facts))]
 

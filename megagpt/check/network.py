@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megagpt.check.findings import FAIL, OK, WARN, Check, Order
-from megagpt.cluster.interface import interfaces, outward
+from megagpt.cluster.interface import interface_of, interfaces, outward
 
 LOCKED = 1 << 30
 """Bytes that InfiniBand may have to lock; anything less than unlimited is asking for trouble."""
@@ -23,7 +23,7 @@ class Network:
     interfaces: Mapping[str, str]
     """Name -> IPv4 address, loopback included."""
     outward: str = ""
-    """The interface by which this host reaches rank 0; empty: not known."""
+    """The interface by which this host reaches rank 0; empty: not known, or loopback."""
 
 
 def check_network(order: Order, environ: Mapping[str, str]) -> Iterator[Check]:
@@ -46,11 +46,9 @@ def look(master: str = "") -> Network:
         address = socket.gethostbyname(host)
     except OSError:
         address = ""
-    there = interfaces()
     # Without a master, an address of documentation, to which a way leads wherever one leads out.
-    own = outward(master or "192.0.2.1")
-    way = next((name for name, at in there.items() if at == own), "")
-    return Network(host=host, address=address, interfaces=there, outward=way)
+    way = interface_of(outward(master or "192.0.2.1"))
+    return Network(host=host, address=address, interfaces=interfaces(), outward=way)
 
 
 def check_interface(net: Network, hosts: int, environ: Mapping[str, str]) -> Check:
@@ -70,15 +68,12 @@ def check_interface(net: Network, hosts: int, environ: Mapping[str, str]) -> Che
         return Check("interface", FAIL, detail, remedy)
     if gloo:
         return Check("interface", OK, f"{gloo} ({net.interfaces[gloo.split(',')[0]]})")
-    outward = net.outward
-    if net.interfaces.get(outward, "127.").startswith("127."):
-        outward = ""
     if not net.address:
         trap = f"the host's own name {net.host} resolves to no address"
     elif net.address.startswith("127."):
         trap = f"the host's own name {net.host} resolves to {net.address}, itself"
     else:
-        return Check("interface", OK, f"{outward or net.address} ({net.host} is {net.address})")
+        return Check("interface", OK, f"{net.outward or net.address} ({net.host} is {net.address})")
     if hosts == 1:
         return Check("interface", OK, f"{trap}: well on one host")
     if all(at.startswith("127.") for at in net.interfaces.values()):
