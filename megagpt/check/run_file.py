@@ -14,7 +14,7 @@ from megagpt.check.machine import Gpu
 from megagpt.config import RunConfig
 from megagpt.corpus.verify import verify_shards
 from megagpt.errors import MegagptError, UsageError
-from megagpt.order.fitting import check_kind
+from megagpt.order.fitting import check_vocabulary
 from megagpt.order.loader import TokenLoader, training_loader
 from megagpt.order.windows import TokenWindows
 from megagpt.plan.corpora import overlaps
@@ -68,23 +68,21 @@ def check_shards(config: RunConfig, full: bool) -> Iterator[Check]:
     for source in config.data.validation:
         folders = [(Path(source.path), 1.0)]
         openers.append(functools.partial(TokenLoader, folders, config.model.n_ctx, 0))
+    fit: list[TokenLoader] = []
     for opener in openers:
         try:
-            checks = [_check_store(config, store, full) for store in opener().stores]
+            loader = opener()
+            check_vocabulary(config, [*fit[:1], loader])
+            fit.append(loader)
+            checks = [_check_files(store, full) for store in loader.stores]
         except (MegagptError, OSError) as error:
             checks = [Check("shards", FAIL, str(error))]
         yield from checks
 
 
-def _check_store(config: RunConfig, store: TokenWindows, full: bool) -> Check:
-    """A folder's vocabulary, and its files against its manifest: their sizes, or every byte."""
+def _check_files(store: TokenWindows, full: bool) -> Check:
+    """A folder's files against its manifest: their sizes, or every byte."""
     folder, manifest = store.folder, store.manifest
-    check_kind(config.model, manifest)
-    size, wanted = manifest.vocab_size, config.model.vocab_size
-    if size != wanted:
-        detail = f"{folder}: {size} tokens in its vocabulary, but model.vocab_size = {wanted}"
-        remedy = f"set model.vocab_size = {size}, or prepare the corpus with the model's tokenizer"
-        return Check("shards", FAIL, detail, remedy)
     if full:
         problems = verify_shards(folder)
     else:

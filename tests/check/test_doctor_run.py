@@ -10,7 +10,7 @@ from megagpt.config import load_run
 from megagpt.plan.layout import Layout, padded_model
 from megagpt.plan.memory import checkpoint_bytes, checkpoints_kept
 from tests.check.test_doctor import H100
-from tests.lib.corpus import run_file
+from tests.lib.corpus import edit_manifest, run_file
 from tests.lib.distributed import undisturbed
 
 
@@ -143,10 +143,18 @@ def test_a_shard_that_cannot_be_read(tmp_path):
 
 def test_shards_of_another_vocabulary(tmp_path):
     found = shard_rows(run_file(tmp_path), "model.vocab_size=300")[0]
-    assert found.detail == (
-        f"{tmp_path}/train: 257 tokens in its vocabulary, but model.vocab_size = 300"
+    assert found.status == FAIL and found.detail == (
+        f"{tmp_path}/train: its tokenizer 'bytes' has 257 tokens, but model.vocab_size = 300; set "
+        "model.vocab_size = 257, or prepare the corpus with the model's tokenizer"
     )
-    assert found.remedy.startswith("set model.vocab_size = 257")
+
+
+def test_shards_of_another_tokenizer_that_is_as_large(tmp_path):
+    path = run_file(tmp_path)
+    edit_manifest(tmp_path / "validation", tokenizer__fingerprint="0" * 64)
+    training, validation = shard_rows(path)
+    assert training.status == OK and validation.status == FAIL
+    assert "though as large; prepare the corpus with the tokenizer of" in validation.detail
 
 
 def test_shards_of_texts_for_a_model_of_images(tmp_path):
