@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from megagpt.errors import visible
+from megagpt.files import whole_file
 from megagpt.log.units import amount, amounts
 from megagpt.report.charts import Chart, charts
 from megagpt.report.series import Run
@@ -36,14 +37,12 @@ _LINES: dict[str, dict[str, Any]] = {
 
 def draw_runs(runs: Sequence[Run], path: Path) -> Path:
     """Loss above; compute, gradients, learning rate, batch and throughput below. Returns `path`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import style
+    from matplotlib.figure import Figure
 
     by_title = {chart["title"]: chart for chart in charts(runs)}
-    with pyplot.style.context(STYLE):
-        figure = pyplot.figure(figsize=(10, 9.2), dpi=150)
+    with style.context(STYLE):
+        figure = Figure(figsize=(10, 9.2), dpi=150)
         grid = figure.add_gridspec(3, 6, height_ratios=(2.1, 1.5, 1), hspace=0.4, wspace=1.1)
         figure.subplots_adjust(left=0.07, right=0.975, top=0.89, bottom=0.055)
         for title, (row, columns) in _PANELS:
@@ -56,8 +55,8 @@ def draw_runs(runs: Sequence[Run], path: Path) -> Path:
             title, facts = runs[0].name, _facts_line(runs[0])
         figure.text(0.07, 0.96, plain_text(title), fontsize=15, fontweight="bold")
         figure.text(0.07, 0.932, facts, fontsize=9, color=FAINT)
-        figure.savefig(path, metadata={"Software": None})
-        pyplot.close(figure)
+        with whole_file(path) as file:
+            figure.savefig(file, metadata={"Software": None})
     return path
 
 
