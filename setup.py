@@ -41,6 +41,7 @@ setup(
         "megagpt.ds_configs": ["*.json"],
         "megagpt.launch": ["*.sh", "*.sbatch", "runs/*.toml", "sites/*.sh"],
         "megagpt.hub": ["*.md"],
+        "megagpt.log": ["*.toml"],
         "megagpt.plan": ["*.json"],
         "megagpt.report": ["*.css", "*.html", "*.js", "*.mplstyle", "uplot/*"],
         "megagpt.serve": ["*.html"],

@@ -26,9 +26,9 @@ from typing import Any, Protocol
 from megagpt.errors import UsageError
 from megagpt.files import displaced, write_file
 from megagpt.log.repair import EVENTS, event_files, repair_events
-from megagpt.log.tags import FIRST_SCREEN
 
 log = logging.getLogger(__name__)
+FIRST_SCREEN = Path(__file__).with_name("first_screen.toml")
 WANDB_ID = "wandb_id"
 """File of the run folder that names the run on the server, so that resuming goes on with it."""
 
@@ -81,9 +81,11 @@ class TensorBoard(Board):
         # again where a run begins anew, the one of the last checkpoint is not.
         first = resume_tokens + 1 if resume_tokens else 0
         self._write(first, session_log=SessionLog(status=SessionLog.START))
+        # Its first screen: category -> chart -> regular expressions of the tags in it.
+        screen = tomllib.loads(FIRST_SCREEN.read_text(encoding="utf-8"))
         layout = {
             category: {chart: ["Multiline", tags] for chart, tags in charts.items()}
-            for category, charts in FIRST_SCREEN.items()
+            for category, charts in screen.items()
         }
         self._write(resume_tokens, summary=summary.custom_scalars(layout))
 

@@ -39,43 +39,6 @@ AXIS = "tokens"
 _MARKS = {"train": "", "validation": "", "update": "w_", "norms": "y_", "activations": "y_"}
 """Group -> the mark that puts it in its place; of all others x_."""
 
-FIRST_SCREEN: dict[str, dict[str, list[str]]] = {
-    "Is it learning?": {
-        "loss, training and validation": [r"^train/loss$", r"^validation/validation_loss$"],
-        "validation, by set": [r"^validation/(?!validation_)"],
-        "bits per byte": [r"^validation/validation_bits_per_byte$"],
-        "gradient norm": [r"^w_update/grad_norm$"],
-    },
-    "Is it healthy?": {
-        "gradient norm of each layer": [r"^y_norms/gradient/"],
-        "update / weights of each layer": [r"^y_norms/ratio/"],
-        "weights of each layer": [r"^y_norms/parameter/"],
-        "activations of each layer (RMS)": [r"^y_activations/rms/"],
-        "loss scale and skipped steps": [r"^x_precision/"],
-    },
-    "Is it on schedule?": {
-        "learning rate": [r"^w_update/lr$"],
-        "batch and gradient noise scale (tokens)": [
-            r"^w_update/batch_tokens$",
-            r"^x_noise/noise_scale_tokens$",
-        ],
-    },
-    "Is it fast?": {
-        "tokens per second": [r"^x_speed/tokens_per_s$"],
-        "share of the hardware's FLOPs (MFU, HFU)": [r"^x_speed/(mfu|hfu)$"],
-        "step time by part (s)": [
-            r"^x_time/(step|data|forward|backward|communication|optimizer)_s$"
-        ],
-        "beside the steps (s)": [r"^x_time/(evaluate|checkpoint_stall|details)_s$"],
-        "memory (bytes)": [r"^x_memory/"],
-    },
-    "What has it read?": {
-        "tokens of each source": [r"^x_sources/.*/tokens$"],
-        "epochs of each source": [r"^x_sources/.*/epochs$"],
-    },
-}
-"""TensorBoard's custom scalars: category -> chart -> regular expressions of the tags in it."""
-
 
 def tags(record: Mapping[str, Any]) -> dict[str, float]:
     """TensorBoard's tag and value of each number in a record (of Python's own types).
