@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from megagpt.errors import UsageError
 from megagpt.use import evaluate as corpora
-from megagpt.use.learned import is_share
+from megagpt.use.learned import add_tasks, is_share
 from megagpt.use.loading import load_placed
 
 if TYPE_CHECKING:
@@ -133,17 +133,43 @@ def _tasks(args: argparse.Namespace) -> int:
         folder = corpora.checkpoint_of(args.folder, args.checkpoint)
         _print(args, found, evaluated(args, found, folder))
         return 0
+    _learn(args, found)
+    return 0
+
+
+def _learn(args: argparse.Namespace, found: "Wanted") -> None:
+    """The learning curve: every checkpoint of a run, oldest first. What one reaches is in the run's
+    folder before the next is read. Raises UsageError for a folder that is no run with any."""
+    from megagpt.checkpoint.record import list_checkpoints
     from megagpt.report import PAGE
     from megagpt.report.page import write_page
     from megagpt.report.series import read_run
-    from megagpt.tasks.curve import learned
 
+    run: Path = args.folder
     if args.checkpoint is not None:
         raise UsageError("--all-checkpoints and --checkpoint: give one of them")
-    for made in learned(args.folder, lambda folder: evaluated(args, found, folder)):
-        _print(args, found, made)
-    log.info("%s", write_page([read_run(args.folder)], args.folder / PAGE))
-    return 0
+    folders = list_checkpoints(run)
+    if not folders:
+        raise UsageError(f"{run}: no checkpoint here; --all-checkpoints wants a run folder")
+    for folder in folders:
+        results, facts = evaluated(args, found, folder)
+        add_tasks(run, [_point(result, facts) for result in results])
+        _print(args, found, (results, facts))
+    log.info("%s", write_page([read_run(run)], run / PAGE))
+
+
+def _point(result: "TaskResult", facts: dict[str, Any]) -> dict[str, Any]:
+    """A task's headline at a step."""
+    return {
+        "step": facts["step"],
+        "tokens": facts["tokens"],
+        "task": result.task,
+        "figure": result.headline,
+        **asdict(result.figures[result.headline]),
+        "chance": result.chance,
+        "examples": result.examples,
+        "shots": list(result.shots),
+    }
 
 
 def _harness(args: argparse.Namespace) -> int:

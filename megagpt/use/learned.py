@@ -5,11 +5,13 @@ chance. `megagpt evaluate --all-checkpoints` writes it, the report draws it.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megagpt.log.metrics import decode
+from megagpt.files import write_durably
+from megagpt.log.metrics import decode, encode
 
 TASKS = "tasks.jsonl"
 
@@ -49,6 +51,17 @@ def read_tasks(run: Path) -> list[dict[str, Any]]:
         if {"step", "tokens"} <= line.keys() and all(type(one) is str for one in texts):
             lines.append(line)
     return sorted(lines, key=lambda line: line["tokens"])
+
+
+def add_tasks(run: Path, lines: Sequence[dict[str, Any]]) -> None:
+    """Writes lines into TASKS, in place of those of the same figure, task and step."""
+
+    def key(line: dict[str, Any]) -> tuple[Any, ...]:
+        return line["step"], line["task"], line["figure"]
+
+    new = {key(line) for line in lines}
+    kept = [line for line in read_tasks(run) if key(line) not in new]
+    write_durably(run / TASKS, b"".join(encode(line) for line in (*kept, *lines)))
 
 
 def curves(run: Path) -> list[LearningCurve]:
