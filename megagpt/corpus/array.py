@@ -38,6 +38,11 @@ class Broken(NamedTuple):
     reason: str = "broken JSON"
 
 
+def rest_left_out(reason: str, detail: str) -> Broken:
+    """Stands for what follows where reading a source has to stop."""
+    return Broken(f"{detail}; the rest of it is left out", reason)
+
+
 def array_elements(file: IO[bytes]) -> Iterator[Any]:
     """The elements of the arrays in `file`, and what stands beside arrays; memory holds a chunk and
     the largest element. A Broken stands for each that cannot be read.

@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from megagpt.corpus.array import Broken
+from megagpt.corpus.array import Broken, rest_left_out
 from megagpt.corpus.open import BOM, TRUNCATED, archive, opened, other_encoding, why_unreadable
 from megagpt.corpus.unit import Unit
 
@@ -51,22 +51,17 @@ def read(unit: Unit, text_field: str) -> Iterator[Item]:
     if unit.kind == "rows":
         yield from _rows(unit, text_field)
         return
-    item = -1
-    problem = unit.problem
     if unit.kind == "texts":
         for item, element in enumerate(unit.payload):
             yield _element(item, element, text_field)
-    else:
-        lines: list[bytes] = []
-        try:
-            lines = _lines(unit)
-        except OSError as error:
-            problem = why_unreadable(error)
-        for item, line in enumerate(lines):
-            yield _line(item, line, text_field)
-    if problem:
-        reason, detail = problem
-        yield Problem(item + 1, reason, f"{detail}; the rest of it is left out")
+        return
+    try:
+        lines = _lines(unit)
+    except OSError as error:
+        yield _element(0, rest_left_out(*why_unreadable(error)), text_field)
+        return
+    for item, line in enumerate(lines):
+        yield _line(item, line, text_field)
 
 
 def join(items: Iterable[Item]) -> Iterator[Item]:

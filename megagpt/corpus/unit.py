@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import IO, Any
 
-from megagpt.corpus.array import array_elements
+from megagpt.corpus.array import array_elements, rest_left_out
 from megagpt.corpus.documents import Source
 from megagpt.corpus.open import BOM, TRUNCATED, opened, other_encoding, why_unreadable
 
@@ -40,13 +40,8 @@ class Unit:
     last: bool = True
     """Whether its sources end with it."""
     payload: Any = None
-    """block: bytes of whole lines; texts: a list."""
-    problem: tuple[str, str] | None = None
-    """(reason, detail) of what went wrong after the payload, where reading had to stop."""
-
-
-class Damaged(Exception):
-    """(reason, detail): reading a source had to stop; what came before is good."""
+    """block: bytes of whole lines; texts: a list, of which the last may be a Broken that says why
+    reading had to stop."""
 
 
 def plan_units(sources: Sequence[Source], unit_bytes: int = UNIT_BYTES) -> Iterator[Unit]:
@@ -81,8 +76,9 @@ def _source_units(source: Source, index: int, unit_bytes: int) -> Iterator[Unit]
     if source.documents is not None:
         texts = ((text, 0) for text in source.documents.texts())
         yield from _text_units(texts, source, index, unit_bytes)
-    elif (problem := _other_encoding(source)) is not None:
-        yield Unit(kind="texts", sources=(index,), payload=[], size=source.bytes, problem=problem)
+    elif encoding := _other_encoding(source):
+        broken = [rest_left_out("invalid UTF-8", encoding)]
+        yield Unit(kind="texts", sources=(index,), payload=broken, size=source.bytes)
     elif source.format == "json":
         yield from _text_units(_elements(source), source, index, unit_bytes)
     elif source.format == "text":
@@ -98,16 +94,15 @@ def _source_units(source: Source, index: int, unit_bytes: int) -> Iterator[Unit]
         yield from _ranges("range", source, index, bounds, bounds)
 
 
-def _other_encoding(source: Source) -> tuple[str, str] | None:
-    """The problem of JSON in UTF-16, of which every line would be one."""
+def _other_encoding(source: Source) -> str:
+    """That JSON is in UTF-16, of which every line would be a problem; else nothing."""
     if source.path == "-" or source.format not in ("json", "jsonl"):
-        return None
+        return ""
     try:
         with opened(source.path, source.compression) as (file, _):
-            encoding = other_encoding(file.read(4096))
+            return other_encoding(file.read(4096))
     except TRUNCATED:
-        return None
-    return ("invalid UTF-8", encoding) if encoding else None
+        return ""
 
 
 def _ranges(
@@ -138,15 +133,15 @@ def _row_groups(source: Source) -> int:
 
 
 def _elements(source: Source) -> Iterator[tuple[Any, int]]:
-    """(element, bytes read so far) of a JSON array. Raises Damaged where reading has to stop."""
+    """(element, bytes read so far) of a JSON array; a Broken where reading has to stop."""
     try:
         with opened(source.path, source.compression) as (file, raw):
             for element in array_elements(file):
                 yield element, raw.tell() if source.bytes else 0
     except TRUNCATED as error:
-        raise Damaged(*why_unreadable(error)) from None
+        yield rest_left_out(*why_unreadable(error)), source.bytes
     except ValueError as error:
-        raise Damaged("truncated or damaged file", str(error)) from None
+        yield rest_left_out("truncated or damaged file", str(error)), source.bytes
 
 
 def _text_units(
@@ -154,26 +149,21 @@ def _text_units(
 ) -> Iterator[Unit]:
     batch: list[Any] = []
     size = before = 0
-    problem = None
-    try:
-        for text, read in texts:
-            if size >= unit_bytes:
-                yield Unit(
-                    kind="texts", sources=(index,), payload=batch, size=read - before, last=False
-                )
-                batch, size, before = [], 0, read
-            batch.append(text)
-            values = text.values() if isinstance(text, dict) else (text,)
-            size += 1 + sum(len(value) for value in values if isinstance(value, str | bytes))
-    except Damaged as error:
-        problem = error.args
-    size = source.bytes - before
-    yield Unit(kind="texts", sources=(index,), payload=batch, size=size, problem=problem)
+    for text, read in texts:
+        if size >= unit_bytes:
+            yield Unit(
+                kind="texts", sources=(index,), payload=batch, size=read - before, last=False
+            )
+            batch, size, before = [], 0, read
+        batch.append(text)
+        values = text.values() if isinstance(text, dict) else (text,)
+        size += 1 + sum(len(value) for value in values if isinstance(value, str | bytes))
+    yield Unit(kind="texts", sources=(index,), payload=batch, size=source.bytes - before)
 
 
 def _block_units(source: Source, index: int, unit_bytes: int) -> Iterator[Unit]:
     """Blocks of whole lines from a stream that has to be read in sequence."""
-    rest, problem, before = b"", None, 0
+    rest, before = b"", 0
     try:
         with opened(source.path, source.compression) as (file, raw):
             rest = file.read(len(BOM)).removeprefix(BOM)
@@ -188,11 +178,11 @@ def _block_units(source: Source, index: int, unit_bytes: int) -> Iterator[Unit]:
                     kind="block", sources=(index,), payload=lines, size=read - before, last=False
                 )
                 before = read
+        yield Unit(kind="block", sources=(index,), payload=rest, size=source.bytes - before)
     except TRUNCATED as error:
         # The line that was being read is lost with the rest of the file.
-        rest, problem = b"", why_unreadable(error)
-    size = source.bytes - before
-    yield Unit(kind="block", sources=(index,), payload=rest, size=size, problem=problem)
+        broken = [rest_left_out(*why_unreadable(error))]
+        yield Unit(kind="texts", sources=(index,), payload=broken, size=source.bytes - before)
 
 
 def _block(file: IO[bytes], size: int) -> bytes:
