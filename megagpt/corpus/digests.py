@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
-from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -31,28 +30,34 @@ class Digests:
         self._thread = ThreadPoolExecutor(
             1, initializer=signal.pthread_sigmask, initargs=(signal.SIG_BLOCK, STOPS)
         )
-        self._whole: dict[int, Future[str]] = {}
-        self._running: dict[int, Any] = {}
-        self._sizes: Counter[int] = Counter()
+        self._digests = [hashlib.sha256() for _ in sources]
+        self._sizes = [0] * len(sources)
+        """Bytes of each that are hashed, or will be."""
         self._unreadable: set[int] = set()
         self._last: Future[None] | None = None
 
     def take(self, unit: Unit) -> None:
         """Hash what the unit reads; units come in order."""
-        index = unit.sources[0]
-        source = self._sources[index]
-        if unit.kind == "range":
-            digest = self._running.setdefault(index, hashlib.sha256())
-            self._last = self._thread.submit(self._hash_range, digest, index, unit)
-        elif source.path == "-" or source.documents:
-            digest = self._running.setdefault(index, hashlib.sha256())
-            for content in _contents(unit.payload):
-                digest.update(content)
-                self._sizes[index] += len(content)
-        elif unit.last:
-            for index in unit.sources:
-                whole = Path(self._sources[index].path)
-                self._whole[index] = self._thread.submit(_file_digest, whole)
+        for index in unit.sources:
+            source, start = self._sources[index], self._sizes[index]
+            if source.path == "-" or source.documents:
+                for content in _contents(unit.payload):
+                    self._digests[index].update(content)
+                    self._sizes[index] += len(content)
+            else:
+                end = source.bytes if unit.last else start + unit.size
+                self._last = self._thread.submit(self._hash, index, start, end)
+                self._sizes[index] = end
+
+    def _hash(self, index: int, start: int, end: int) -> None:
+        try:
+            with open(self._sources[index].path, "rb", buffering=0) as file:
+                file.seek(start)
+                while start < end and (block := file.read(min(BLOCK, end - start))):
+                    self._digests[index].update(block)
+                    start += len(block)
+        except OSError:  # the worker that reads it says so
+            self._unreadable.add(index)
 
     def entries(self) -> list[dict[str, Any]]:
         """The `sources` of the manifest. Raises UsageError when a file changed meanwhile."""
@@ -62,26 +67,10 @@ class Digests:
         entries = []
         for index, source in enumerate(self._sources):
             _check_unchanged(source)
-            if index in self._whole:
-                digest = self._whole[index].result()
-            else:
-                digest = self._running.get(index, hashlib.sha256()).hexdigest()
-            if index in self._unreadable:
-                digest = ""
+            digest = "" if index in self._unreadable else self._digests[index].hexdigest()
             size = source.bytes or self._sizes[index]
             entries.append({"path": source.path, "bytes": size, "sha256": digest})
         return _collapsed(entries)
-
-    def _hash_range(self, digest: Any, index: int, unit: Unit) -> None:
-        try:
-            with open(unit.files[0][0], "rb", buffering=0) as file:
-                file.seek(unit.start)
-                left = unit.end - unit.start
-                while left and (block := file.read(min(BLOCK, left))):
-                    digest.update(block)
-                    left -= len(block)
-        except OSError:  # the worker that reads it says so
-            self._unreadable.add(index)
 
     def __enter__(self) -> Digests:
         return self
