@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +31,7 @@ import numpy.typing as npt
 from megagpt.corpus.documents import Source, find_sources
 from megagpt.corpus.duplicates import Hashes, row_hashes, text_hash, word_hashes
 from megagpt.corpus.progress import Progress
+from megagpt.corpus.recipe import PrepareOptions
 from megagpt.corpus.texts import Problem, join, read, texts, utf8
 from megagpt.corpus.unfinished import State, payload_digest, unit_path
 from megagpt.corpus.unit import Unit, plan_units
@@ -116,11 +117,14 @@ def clean_pieces(text: str, grams: Hashes) -> list[str]:
     """What stays of a document without `grams`: itself, some pieces, or nothing."""
     if not len(shared_grams(text, grams)):
         return [text]
-    pieces, start = [], 0
-    for first, last in _merged(_spans(text, grams)):
-        pieces.append(text[start:first])
-        start = last
-    pieces.append(text[start:])
+    cuts: list[list[int]] = []
+    for first, last in _spans(text, grams):
+        if cuts and first - WINDOW <= cuts[-1][1]:
+            cuts[-1][1] = last + WINDOW
+        else:
+            cuts.append([max(first - WINDOW, 0), last + WINDOW])
+    starts, ends = [0, *(last for _, last in cuts)], [*(first for first, _ in cuts), len(text)]
+    pieces = [text[start:end] for start, end in zip(starts, ends, strict=True)]
     return [piece for piece in pieces if len(piece) >= WINDOW] if len(pieces) <= PIECES else []
 
 
@@ -136,22 +140,6 @@ def _spans(text: str, grams: Hashes) -> Iterator[tuple[int, int]]:
         bounds = np.concatenate((bounds[1 - GRAM :], here))
         for place in np.flatnonzero(_find(row_hashes(words, GRAM), grams)[1]).tolist():
             yield int(bounds[place, 0]), int(bounds[place + GRAM - 1, 1])
-
-
-def _merged(spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Spans with their windows, overlapping ones joined."""
-    first, last = -1, -1
-    for start, end in spans:
-        start, end = max(start - WINDOW, 0), end + WINDOW
-        if last < 0:
-            first, last = start, end
-        elif start <= last:
-            last = max(last, end)
-        else:
-            yield first, last
-            first, last = start, end
-    if last >= 0:
-        yield first, last
 
 
 # --- the first pass: common phrases ---------------------------------------------------------------
@@ -200,22 +188,27 @@ class GramCounter:
 
 
 def rare_grams(
-    grams: Hashes,
-    sources: Sequence[Source],
-    state: State,
-    *,
-    text_field: str,
-    workers: int,
-    unit_bytes: int,
-) -> Hashes:
-    """Those of `grams` that are no common phrases of the sources, sorted; reads all of them."""
+    sources: Sequence[Source], state: State, options: PrepareOptions
+) -> tuple[Hashes, int]:
+    """(13-grams of the evaluation files that are to be removed, sorted; how many others are common
+    phrases of the sources). Reads all of these."""
+    grams = evaluation_grams(options.decontaminate, options.text_field)
     result = state.folder / "rare.grams"
-    if result.exists():
-        return np.fromfile(result, "<u8")
+    if not result.exists():
+        rare = np.delete(grams, common(_seen(grams, sources, state, options)))
+        write_durably(result, rare.astype("<u8").tobytes())
+    rare = np.fromfile(result, "<u8")
+    return rare, len(grams) - len(rare)
+
+
+def _seen(
+    grams: Hashes, sources: Sequence[Source], state: State, options: PrepareOptions
+) -> Hashes:
+    """The sightings of all sources."""
     seen, waiting, size = np.zeros(0, np.uint64), [np.zeros(0, np.uint64)], 0
-    units = plan_units(sources, unit_bytes)
+    units = plan_units(sources, options.unit_bytes)
     with (
-        Workers(workers, GramCounter(state.folder, text_field, grams)) as pool,
+        Workers(options.workers, GramCounter(state.folder, options.text_field, grams)) as pool,
         Progress("counting 13-grams", sum(source.bytes for source in sources)) as progress,
     ):
         for unit in pool.in_order(units, lambda unit: state.is_done(unit, "grams")):
@@ -225,6 +218,4 @@ def rare_grams(
             if size > len(seen) + (1 << 20):
                 seen, waiting, size = enough(np.concatenate((seen, *waiting))), [], 0
             progress.add(unit.size)
-    rare = np.delete(grams, common(np.concatenate((seen, *waiting))))
-    write_durably(result, rare.astype("<u8").tobytes())
-    return rare
+    return np.concatenate((seen, *waiting))

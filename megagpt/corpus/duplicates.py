@@ -44,8 +44,7 @@ class _Codes(dict[str, int]):
     """A hash of each word; those of the latest short words are remembered."""
 
     def __missing__(self, word: str) -> int:
-        content = word.encode("utf-8", "surrogatepass")
-        code = int.from_bytes(blake2b(content, digest_size=8).digest(), "little")
+        code = text_hash(word.encode("utf-8", "surrogatepass"))
         if len(word) < _LONG_WORD:
             if len(self) >= _REMEMBERED:
                 self.clear()

@@ -21,6 +21,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megagpt.corpus.clean import Rules
-from megagpt.corpus.contamination import evaluation_grams, rare_grams
+from megagpt.corpus.contamination import rare_grams
 from megagpt.corpus.digests import Digests, made_of
 from megagpt.corpus.documents import Documents, Inputs, Source, find_sources
 from megagpt.corpus.duplicates import Duplicates, Hashes
@@ -135,14 +136,14 @@ class _Pipe:
         inputs: Inputs,
         recipe: dict[str, Any],
     ) -> None:
+        # macOS does not tell which cores a process may use.
+        here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        options = replace(options, workers=options.workers or here or 1)
         self._options, self._encoding, self._recipe = options, encoding, recipe
         self._inputs, self._sources = inputs, inputs.sources
         self._folders = [options.output]
         if options.validation_fraction:
             self._folders.append(validation_folder(options.output))
-        # macOS does not tell which cores a process may use.
-        here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        self._workers = options.workers or here or 1
         self._summary = Summary(
             folders=tuple(self._folders),
             strict=options.strict,
@@ -188,7 +189,7 @@ class _Pipe:
         maker = PartMaker(self._state.folder, options.text_field, rules, encoder)
         # The workers first: what follows may start threads.
         with (
-            Workers(self._workers, maker) as workers,
+            Workers(options.workers, maker) as workers,
             Digests(self._sources) as digests,
             Progress("tokenizing", sum(source.bytes for source in self._sources)) as progress,
         ):
@@ -224,21 +225,11 @@ class _Pipe:
         summary.messages = sorted({*workers.notes, encoder.note} - {""})
 
     def _rare_grams(self) -> Hashes:
-        options = self._options
-        if not options.decontaminate:
+        if not self._options.decontaminate:
             return np.zeros(0, np.uint64)
-        grams = evaluation_grams(options.decontaminate, options.text_field)
-        rare = rare_grams(
-            grams,
-            self._sources,
-            self._state,
-            text_field=options.text_field,
-            workers=self._workers,
-            unit_bytes=options.unit_bytes,
-        )
-        if len(grams) > len(rare):
-            note = "13-grams of evaluation files left as common"
-            self._summary.notes[note] = len(grams) - len(rare)
+        rare, left = rare_grams(self._sources, self._state, self._options)
+        if left:
+            self._summary.notes["13-grams of evaluation files left as common"] = left
         return rare
 
     def _describe_inputs(self) -> None:
