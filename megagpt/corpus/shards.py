@@ -29,7 +29,6 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -204,10 +203,8 @@ class ShardWriter:
         self._finished = list(finished)
         self._sizes: list[npt.NDArray[np.int64]] = []
         self._tokens = 0
-        self._file: BinaryIO | None = None
-        self._digest = hashlib.sha256()
-        self._mask: BinaryIO | None = None
-        self._mask_digest = hashlib.sha256()
+        self._bin: _Growing | None = None
+        self._mask: _Growing | None = None
 
     def add(
         self,
@@ -229,13 +226,13 @@ class ShardWriter:
 
     def skip(self, sizes: npt.NDArray[np.integer]) -> None:
         """Count documents that an earlier run has written already."""
-        assert self._file is None
+        assert self._bin is None
         self._fill(None, sizes)
 
     def flush(self) -> None:
         """Put all that was added on the disk, so that another run may `skip` it."""
-        if self._file is not None:
-            os.fsync(self._file.fileno())
+        if self._bin is not None:
+            self._bin.flush()
 
     def close(self) -> list[Shard]:
         """Complete the last shard; all shards in order."""
@@ -261,58 +258,18 @@ class ShardWriter:
                 last = first + 1  # longer than a shard: alone in one
             end = int(ends[last - 1])
             if tokens is not None:
-                self._write(tokens[done:end])
+                self._bin = self._bin or self._open()
+                self._bin.write(tokens[done:end], self.dtype)
             if mask is not None:
-                self._write_mask(mask[done:end])
+                self._mask = self._mask or _Growing(self._path(".mask"), 0)
+                self._mask.write(mask[done:end], np.dtype(np.uint8))
             self._sizes.append(np.asarray(sizes[first:last], np.int64))
             self._tokens += end - done
             first, done = last, end
 
-    def _write(self, tokens: npt.NDArray) -> None:
-        if self._file is None:
-            self._file = self._open()
-        for start in range(0, len(tokens), SLICE):
-            part = np.ascontiguousarray(tokens[start : start + SLICE], self.dtype)
-            view = part.data.cast("B")
-            self._digest.update(view)
-            _write_all(self._file, view)
-
-    def _write_mask(self, mask: npt.NDArray[np.uint8]) -> None:
-        if self._mask is None:
-            self._mask = self._path(".mask.tmp").open("wb", buffering=0)
-        view = np.ascontiguousarray(mask, np.uint8).data
-        self._mask_digest.update(view)
-        _write_all(self._mask, view)
-
-    def _complete_mask(self) -> str:
-        """The mask of the open shard under its name; its sha256, "" where it has none."""
-        if self._mask is None:
-            return ""
-        os.fsync(self._mask.fileno())
-        self._mask.close()
-        self._path(".mask.tmp").replace(self._path(".mask"))
-        digest = self._mask_digest.hexdigest()
-        self._mask, self._mask_digest = None, hashlib.sha256()
-        return digest
-
-    def _open(self) -> BinaryIO:
-        """The file of the open shard, cut back to the tokens counted so far and hashed."""
-        temporary, final = self._path(".bin.tmp"), self._path(".bin")
-        if self._tokens == 0:
-            return temporary.open("wb", buffering=0)
-        if not temporary.exists() and final.exists():  # completed, then killed before a flush
-            final.replace(temporary)
-        size = self._tokens * self.dtype.itemsize
-        if not temporary.exists() or temporary.stat().st_size < size:
-            raise DamageError(
-                f"{temporary}: shorter than the {size} bytes that an earlier run wrote; remove "
-                f"{self.folder} and start again"
-            )
-        file = temporary.open("r+b", buffering=0)
-        file.truncate(size)
-        while block := file.read(BLOCK):
-            self._digest.update(block)
-        return file
+    def _open(self) -> _Growing:
+        """The .bin of the open shard, cut back to the tokens counted so far."""
+        return _Growing(self._path(".bin"), self._tokens * self.dtype.itemsize)
 
     def _close_shard(self) -> None:
         sizes = np.concatenate(self._sizes)
@@ -326,34 +283,68 @@ class ShardWriter:
         else:
             shard = self._complete(sizes)
         self.shards.append(shard)
-        self._sizes, self._tokens, self._digest = [], 0, hashlib.sha256()
+        self._sizes, self._tokens, self._bin, self._mask = [], 0, None, None
 
     def _complete(self, sizes: npt.NDArray[np.int64]) -> Shard:
-        if self._file is None:  # all of it skipped
-            self._file = self._open()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._file = None
+        tokens = self._bin or self._open()  # there is none when all of it was skipped
+        tokens.flush()
         index = index_bytes(sizes, self.dtype)
         write_durably(self._path(".idx"), index)
-        mask_sha256 = self._complete_mask()
-        self._path(".bin.tmp").replace(self._path(".bin"))
+        if self._mask:
+            self._mask.flush()
+            self._mask.complete()
+        tokens.complete()
         sync_folder(self.folder)
         return Shard(
             name=self._path("").name,
             tokens=self._tokens,
             documents=len(sizes),
             bytes=self._tokens * self.dtype.itemsize,
-            sha256=self._digest.hexdigest(),
+            sha256=tokens.digest.hexdigest(),
             index_sha256=hashlib.sha256(index).hexdigest(),
-            mask_sha256=mask_sha256,
+            mask_sha256=self._mask.digest.hexdigest() if self._mask else "",
         )
 
     def _path(self, ending: str) -> Path:
         return self.folder / f"{self._name}_{len(self.shards):05d}{ending}"
 
 
-def _write_all(file: BinaryIO, view: memoryview) -> None:
-    """A raw file may take less than it is given: a full disk shows in the next call."""
-    while view:
-        view = view[file.write(view) :]
+class _Growing:
+    """A file of the open shard, under a temporary name until it is complete, hashed as it grows."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        """Opens it after its first `size` bytes. Raises DamageError when it is shorter."""
+        self._path, self._temporary = path, path.with_name(path.name + ".tmp")
+        self.digest = hashlib.sha256()
+        if size == 0:
+            self.file = self._temporary.open("wb", buffering=0)
+            return
+        if not self._temporary.exists() and path.exists():  # completed, then killed before a flush
+            path.replace(self._temporary)
+        if not self._temporary.exists() or self._temporary.stat().st_size < size:
+            raise DamageError(
+                f"{self._temporary}: shorter than the {size} bytes that an earlier run wrote; "
+                f"remove {path.parent} and start again"
+            )
+        self.file = self._temporary.open("r+b", buffering=0)
+        self.file.truncate(size)
+        while block := self.file.read(BLOCK):
+            self.digest.update(block)
+
+    def write(self, values: npt.NDArray, dtype: np.dtype) -> None:
+        """Append the values."""
+        for start in range(0, len(values), SLICE):
+            view = np.ascontiguousarray(values[start : start + SLICE], dtype).data.cast("B")
+            self.digest.update(view)
+            # A raw file may take less than it is given: a full disk shows in the next call.
+            while view:
+                view = view[self.file.write(view) :]
+
+    def flush(self) -> None:
+        """Put it on the disk."""
+        os.fsync(self.file.fileno())
+
+    def complete(self) -> None:
+        """Give it its name."""
+        self.file.close()
+        self._temporary.replace(self._path)
