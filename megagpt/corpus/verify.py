@@ -30,15 +30,14 @@ def verify_files(
 ) -> list[str]:
     """Compare size and sha256 of a shard's files with the manifest; `shard_names` limits it."""
     wanted = None if shard_names is None else set(shard_names)
-    problems = []
+    problems: list[str] = []
     for shard in manifest.shards:
         if wanted is None or shard.name in wanted:
-            problems += _check_size(manifest, shard) or [
-                problem
+            problems += _size_problems(manifest, shard) or [
+                _digest_problem(path, file_sha256(path, progress), digest)
                 for path, _, digest in manifest.files(shard)
-                for problem in _check_digest(path, digest, progress)
             ]
-    return problems
+    return [problem for problem in problems if problem]
 
 
 def verify_shards(folder: Path | str, progress: Progress | None = None) -> list[str]:
@@ -47,14 +46,13 @@ def verify_shards(folder: Path | str, progress: Progress | None = None) -> list[
     Raises UsageError or DamageError when there is no manifest to compare with.
     """
     manifest = read_manifest(folder)
-    problems = _check_strangers(manifest)
-    problems += filter(None, [tokenizer_problem(manifest, every=True)])
+    problems = [*_strangers(manifest), tokenizer_problem(manifest, every=True)]
     for shard in manifest.shards:
-        problems += _check_size(manifest, shard) or [
-            *_check_shard(manifest, shard, progress),
-            *_check_mask(manifest, shard, progress),
+        problems += _size_problems(manifest, shard) or [
+            *_shard_problems(manifest, shard, progress),
+            *_mask_problems(manifest, shard, progress),
         ]
-    return problems
+    return [problem for problem in problems if problem]
 
 
 def file_problem(path: Path, size: int | None = None) -> str:
@@ -81,7 +79,7 @@ def tokenizer_problem(manifest: CorpusManifest, every: bool = False) -> str:
     if file and (problem := file_problem(path)):
         return problem
     if file and manifest.tokenizer_sha256:
-        return "".join(_check_digest(path, manifest.tokenizer_sha256, None))
+        return _digest_problem(path, file_sha256(path), manifest.tokenizer_sha256)
     if file or (every and manifest.tokenizer_name in ("gpt2", "bytes")):
         try:
             tokenizer_content(manifest.tokenizer, manifest.fingerprint)
@@ -90,128 +88,117 @@ def tokenizer_problem(manifest: CorpusManifest, every: bool = False) -> str:
     return ""
 
 
-def _check_size(manifest: CorpusManifest, shard: Shard) -> list[str]:
+def _digest_problem(path: Path, found: str, expected: str) -> str:
+    if found == expected:
+        return ""
+    return f"{path}: sha256 {found[:12]}..., the manifest says {expected[:12]}...: damaged"
+
+
+def _size_problems(manifest: CorpusManifest, shard: Shard) -> list[str]:
     problems = (file_problem(path, size) for path, size, _ in manifest.files(shard))
     return [problem for problem in problems if problem]
 
 
-def _check_digest(path: Path, expected: str, progress: Progress | None) -> list[str]:
-    found = file_sha256(path, progress)
-    return [] if found == expected else [_wrong_digest(path, found, expected)]
-
-
-def _wrong_digest(path: Path, found: str, expected: str) -> str:
-    return f"{path}: sha256 {found[:12]}..., the manifest says {expected[:12]}...: damaged"
-
-
-def _check_strangers(manifest: CorpusManifest) -> list[str]:
+def _strangers(manifest: CorpusManifest) -> list[str]:
     """Tokens, indexes and masks that the manifest does not know."""
     known = {path for shard in manifest.shards for path, _, _ in manifest.files(shard)}
-    known |= {manifest.index_path(shard) for shard in manifest.shards}
-    endings = ("bin", "idx", "mask")
-    found = (path for ending in endings for path in manifest.folder.glob(f"*.{ending}"))
-    strangers = [path for path in found if path not in known]
-    return [f"{path}: not in the manifest" for path in sorted(strangers)]
+    found = (p for ending in ("bin", "idx", "mask") for p in manifest.folder.glob(f"*.{ending}"))
+    return [f"{path}: not in the manifest" for path in sorted(found) if path not in known]
 
 
-def _check_shard(manifest: CorpusManifest, shard: Shard, progress: Progress | None) -> list[str]:
-    path = manifest.bin_path(shard)
-    index_path = manifest.index_path(shard)
-    problems = _check_digest(index_path, shard.index_sha256, progress)
+def _shard_problems(manifest: CorpusManifest, shard: Shard, progress: Progress | None) -> list[str]:
+    """What is wrong with tokens and index; each byte is read once."""
+    path, index_path = manifest.bin_path(shard), manifest.index_path(shard)
+    problems = [_digest_problem(index_path, file_sha256(index_path, progress), shard.index_sha256)]
     index = None
     try:
         index = read_index(index_path)
-        problems += _check_index(manifest, shard, index)
+        if problem := _index_problem(manifest, shard, index):
+            problems.append(f"{index_path}: {problem}")
     except DamageError as error:
         problems.append(str(error))
-    digest, ends, strays = hashlib.sha256(), 0, 0
-    first_stray = -1
+    digest, done, ends, strays, first_stray = hashlib.sha256(), 0, 0, 0, 0
+    # Without a sign, what is below 0 is too large as well.
+    unsigned = np.dtype(f"<u{manifest.dtype.itemsize}")
     with path.open("rb", buffering=0) as file:
-        done = 0
         while block := file.read(BLOCK):
             digest.update(block)
-            tokens = np.frombuffer(block, manifest.dtype)
+            tokens = np.frombuffer(block, unsigned)
             ends += int(np.count_nonzero(tokens == manifest.end_of_document))
             wrong = tokens >= manifest.ids
-            if manifest.dtype.kind == "i":
-                wrong |= tokens < 0
             if wrong.any():
+                first_stray = first_stray if strays else done + int(np.argmax(wrong))
                 strays += int(np.count_nonzero(wrong))
-                if first_stray < 0:
-                    first_stray = done + int(np.argmax(wrong))
             done += len(tokens)
             if progress:
                 progress(len(block))
-    if digest.hexdigest() != shard.sha256:
-        problems.append(_wrong_digest(path, digest.hexdigest(), shard.sha256))
+    problems.append(_digest_problem(path, digest.hexdigest(), shard.sha256))
     if strays:
         problems.append(
             f"{path}: {strays} tokens outside the vocabulary of {manifest.ids}, the first "
             f"at token {first_stray}"
         )
-    if index is not None and not problems:
-        problems += _check_ends(manifest, shard, index, ends)
+    if index is not None and not any(problems):
+        problems.append(_content_problem(manifest, shard, index, ends))
     return problems
 
 
-def _check_records(manifest: CorpusManifest, shard: Shard, index: Index) -> list[str]:
-    """Every record has the length that the manifest tells."""
+def _index_problem(manifest: CorpusManifest, shard: Shard, index: Index) -> str:
+    """What is wrong with the index alone: type, counts, offsets that follow from the lengths."""
+    if index.dtype != manifest.dtype:
+        return f"dtype {index.dtype}, the manifest says {manifest.dtype}"
+    documents = len(index.documents) - 1
+    if documents != shard.documents:
+        return f"{documents} documents, the manifest says {shard.documents}"
+    return index_problem(index, shard.bytes)
+
+
+def _content_problem(manifest: CorpusManifest, shard: Shard, index: Index, ends: int) -> str:
+    """Every document ends with END-OF-DOCUMENT, and the token stands nowhere else; or every record
+    has its length."""
+    if manifest.record_length:
+        return _record_problem(manifest, shard, index)
+    path = manifest.bin_path(shard)
+    tokens = np.memmap(path, dtype=manifest.dtype, mode="r")
+    missing = np.flatnonzero(tokens[index.bounds[1:] - 1] != manifest.end_of_document)
+    if len(missing):
+        return (
+            f"{path}: {len(missing)} documents do not end with END-OF-DOCUMENT "
+            f"({manifest.end_of_document}), the first is document {int(missing[0])}"
+        )
+    if ends != shard.documents:
+        return f"{path}: {ends} END-OF-DOCUMENT tokens for {shard.documents} documents"
+    return ""
+
+
+def _record_problem(manifest: CorpusManifest, shard: Shard, index: Index) -> str:
+    """Every record has the length that the manifest tells, and its start where it has one."""
     other = np.flatnonzero(np.asarray(index.sizes) != manifest.record_length)
     if len(other) or len(index.sizes) != shard.documents:
         number = int(other[0]) if len(other) else shard.documents
-        return [
+        return (
             f"{manifest.index_path(shard)}: record {number} has not the "
             f"{manifest.record_length} tokens that the manifest tells"
-        ]
+        )
     if (start := manifest.record_start) >= 0:
         path = manifest.bin_path(shard)
         rows = np.memmap(path, manifest.dtype, "r").reshape(-1, manifest.record_length)
         wrong = np.flatnonzero((rows[:, 0] != start) | (rows[:, 1:] == start).any(1))
         if len(wrong):
-            return [
+            return (
                 f"{path}: {len(wrong)} records do not hold {start} at their beginning alone, the "
                 f"first is record {int(wrong[0])}"
-            ]
-    return []
+            )
+    return ""
 
 
-def _check_mask(manifest: CorpusManifest, shard: Shard, progress: Progress | None) -> list[str]:
+def _mask_problems(manifest: CorpusManifest, shard: Shard, progress: Progress | None) -> list[str]:
     """The checksum of a mask, and that it says yes or no of each token."""
     if not shard.mask_sha256:
         return []
     path = manifest.mask_path(shard)
-    problems = _check_digest(path, shard.mask_sha256, progress)
+    problems = [_digest_problem(path, file_sha256(path, progress), shard.mask_sha256)]
     wrong = np.flatnonzero(np.memmap(path, np.uint8, "r") > 1)
     if len(wrong):
         problems.append(f"{path}: {len(wrong)} bytes are neither 0 nor 1, first at {int(wrong[0])}")
     return problems
-
-
-def _check_index(manifest: CorpusManifest, shard: Shard, index: Index) -> list[str]:
-    """The index alone: type, counts, and offsets that follow from the lengths."""
-    path = manifest.index_path(shard)
-    if index.dtype != manifest.dtype:
-        return [f"{path}: dtype {index.dtype}, the manifest says {manifest.dtype}"]
-    documents = len(index.documents) - 1
-    if documents != shard.documents:
-        return [f"{path}: {documents} documents, the manifest says {shard.documents}"]
-    problem = index_problem(index, shard.bytes)
-    return [f"{path}: {problem}"] if problem else []
-
-
-def _check_ends(manifest: CorpusManifest, shard: Shard, index: Index, ends: int) -> list[str]:
-    """Every document ends with END-OF-DOCUMENT, and the token stands nowhere else; or every record
-    has its length."""
-    if manifest.record_length:
-        return _check_records(manifest, shard, index)
-    path = manifest.bin_path(shard)
-    tokens = np.memmap(path, dtype=manifest.dtype, mode="r")
-    missing = np.flatnonzero(tokens[index.bounds[1:] - 1] != manifest.end_of_document)
-    if len(missing):
-        return [
-            f"{path}: {len(missing)} documents do not end with END-OF-DOCUMENT "
-            f"({manifest.end_of_document}), the first is document {int(missing[0])}"
-        ]
-    if ends != shard.documents:
-        return [f"{path}: {ends} END-OF-DOCUMENT tokens for {shard.documents} documents"]
-    return []
