@@ -69,8 +69,9 @@ def import_shards(
     if output.exists() and any(output.iterdir()) and not (output / FOLDER).is_dir():
         raise UsageError(f"{output} is not empty; choose another --output or empty it")
     folders = _folders(files, output)
+    named = [(str(file.path), file.format, file.path.stat()) for file in files]
     plan = {
-        "import": [[str(f.path), f.format, *_stamp(f.path)] for f in files],
+        "import": [[path, kind, stat.st_size, stat.st_mtime_ns] for path, kind, stat in named],
         "tokenizer": fingerprint(encoding),
         "shard_tokens": shard_tokens,
         "raw": raw,
@@ -142,17 +143,11 @@ def _of_folder(folder: Path) -> list[Path]:
 
 def _folders(files: list[ForeignFile], output: Path) -> dict[Path, list[ForeignFile]]:
     """The files of each folder to write: `output` for those of training, or of the only split."""
-    splits = sorted({file.split for file in files}, key=("train", "validation", "test").index)
-    return {
-        output if split == splits[0] else beside(output, f"-{split}"): [
-            file for file in files if file.split == split
-        ]
-        for split in splits
-    }
-
-
-def _stamp(path: Path) -> list[int]:
-    return [path.stat().st_size, path.stat().st_mtime_ns]
+    found: dict[Path, list[ForeignFile]] = {}
+    for split in ("train", "validation", "test"):
+        if own := [file for file in files if file.split == split]:
+            found[beside(output, f"-{split}") if found else output] = own
+    return found
 
 
 def _convert(
@@ -182,7 +177,6 @@ def _adopt(
     """Write a manifest beside Megatron pairs. Raises UsageError when they have to be converted."""
     folder = files[0].path.parent
     encoding = load_tokenizer(tokenizer)
-    dtype, end = token_dtype(encoding.n_vocab), end_of_document(encoding)
     if (folder / MANIFEST).exists():
         raise UsageError(f"{folder} has a {MANIFEST} already; remove it to write another")
     splits = {file.split: file.path.name for file in files}
@@ -194,29 +188,23 @@ def _adopt(
         )
     shards = []
     for file in files:
-        path = file.path
-        reason = ""
-        if file.format != "megatron":
-            reason = f"a {file.format} file has no index"
-        elif path.parent != folder:
-            reason = "the pairs lie in different folders"
-        else:
-            index = _index(path, end)
-            reason = _adoptable(path, index, dtype, end)
-        if reason:
-            raise UsageError(f"{path}: {reason}; convert it with --output DIR")
-        shards.append(_shard(path, index, progress))
+        if reason := _why_convert(file, folder, encoding):
+            raise UsageError(f"{file.path}: {reason}; convert it with --output DIR")
+        shards.append(_shard(file.path, progress))
     manifest = _manifest(folder, tokenizer, encoding, shards, files)
     write_manifest(manifest)
     return manifest
 
 
-def _index(path: Path, end: int) -> Index:
-    """The index of a pair. Raises DamageError unless it fits itself and the tokens."""
+def _pair(path: Path, end: int) -> tuple[Index, npt.NDArray]:
+    """(index, tokens) of a pair. Raises DamageError unless they fit each other."""
     index = read_index(path.with_suffix(".idx"))
     if problem := index_problem(index, path.stat().st_size):
         raise DamageError(f"{path.with_suffix('.idx')}: {problem}; copy the pair again")
-    tokens, bounds = _tokens(path, index), index.bounds
+    # numpy cannot map nothing.
+    there = path.stat().st_size > 0
+    tokens = np.memmap(path, index.dtype, "r") if there else np.zeros(0, index.dtype)
+    bounds = index.bounds
     ends = bounds[1:][np.diff(bounds) > 0]
     missing = np.flatnonzero(tokens[ends - 1] != end)
     if 0 < 2 * len(missing) <= len(ends):
@@ -225,14 +213,19 @@ def _index(path: Path, end: int) -> Index:
             f"({end}), the first is document {int(missing[0])}: its index is damaged, or pairs "
             "with and without --append-eod were merged; copy it again, or import what was merged"
         )
-    return index
+    return index, tokens
 
 
-def _adoptable(path: Path, index: Index, dtype: np.dtype, end: int) -> str:
-    """Why a pair cannot stay as it is; empty when it can."""
+def _why_convert(file: ForeignFile, folder: Path, encoding: tiktoken.Encoding) -> str:
+    """Why a file cannot stay as it is; empty when it can."""
+    if file.format != "megatron":
+        return f"a {file.format} file has no index"
+    if file.path.parent != folder:
+        return "the pairs lie in different folders"
+    dtype, end = token_dtype(encoding.n_vocab), end_of_document(encoding)
+    index, tokens = _pair(file.path, end)
     if index.dtype != dtype:
         return f"its tokens are {index.dtype}, the tokenizer needs {dtype}"
-    tokens = _tokens(path, index)
     if np.any(np.diff(index.documents) == 0):
         return "a document is empty"
     lasts = index.bounds[1:] - 1
@@ -244,13 +237,8 @@ def _adoptable(path: Path, index: Index, dtype: np.dtype, end: int) -> str:
     return "END-OF-DOCUMENT stands inside a document" if inside else ""
 
 
-def _tokens(path: Path, index: Index) -> npt.NDArray:
-    return (
-        np.memmap(path, dtype=index.dtype, mode="r") if path.stat().st_size else np.zeros(0, "u2")
-    )
-
-
-def _shard(path: Path, index: Index, progress: Callable[[int], None] | None) -> Shard:
+def _shard(path: Path, progress: Callable[[int], None] | None) -> Shard:
+    index = read_index(path.with_suffix(".idx"))
     return Shard(
         name=path.stem,
         tokens=int(np.sum(index.sizes, dtype=np.int64)),
@@ -297,8 +285,7 @@ def _manifest(
 
 def _megatron(path: Path, end: int) -> Documents:
     """Documents of a pair; sequences of one document are joined, a missing end is added."""
-    index = _index(path, end)
-    tokens = _tokens(path, index)
+    index, tokens = _pair(path, end)
     for start, stop in pairwise(index.bounds):
         document = tokens[start:stop]
         if len(document) and int(document[-1]) == end:
