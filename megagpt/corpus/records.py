@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import tiktoken
 
 from megagpt.corpus.manifest import (
     MANIFEST,
@@ -83,19 +82,12 @@ def prepare(
         raise UsageError(f"{folder}: give either records or documents")
     if split not in ("train", "validation", "test"):
         raise UsageError(f"{folder}: split {split!r}: must be train, validation or test")
-    named = isinstance(vocabulary, str | Path)
-    encoding = load_tokenizer(str(vocabulary)) if named else None
-    if documents is not None and encoding is None:
-        raise UsageError(
-            f"{folder}: vocabulary {vocabulary}: documents end with END-OF-DOCUMENT, which a "
-            "tokenizer names; give one, or make records"
-        )
-    given = records if records is not None else documents
+    samples = _Samples(folder, vocabulary, documents is not None)
+    given = records if documents is None else documents
     assert given is not None
-    samples, known = _samples(folder, encoding or vocabulary, records is None)
     if (folder / MANIFEST).exists():
-        return _there(folder, samples, given, (split, known))
-    name = known if isinstance(vocabulary, Palette) else str(vocabulary)
+        return _there(folder, samples, given, split)
+    name = samples.fingerprint if samples.palette else str(vocabulary)
     plan = {"samples": name, "split": split, "shard_tokens": shard_tokens}
     with State([folder], plan) as state:
         _remove_started(folder)
@@ -105,32 +97,12 @@ def prepare(
             _remove_started(folder)
             state.remove()
             raise
-        more = samples.told(shards) | {"split": Subset(split, rule="the samples that were given")}
-        if encoding is None:
-            manifest = _of_ids(folder, vocabulary, shards, more)
-        else:
-            manifest = new_manifest(folder, str(vocabulary), encoding, shards, **more)
+        manifest = samples.manifest(shards, Subset(split, rule="the samples that were given"))
         write_manifest(manifest)
         state.remove()
     for reason, count in samples.left_out.items():
         log.warning("%s: %d samples left out: %s", folder, count, reason)
     return manifest
-
-
-def _samples(folder: Path, vocabulary: Any, documents: bool) -> tuple[_Samples, str]:
-    """(what reads samples of an encoding, a palette or so many ids, the vocabulary's digest)."""
-    if isinstance(vocabulary, Palette):
-        size = vocabulary.size
-        return _Samples(folder, size, None, start=size), vocabulary.fingerprint
-    if isinstance(vocabulary, tiktoken.Encoding):
-        end = end_of_document(vocabulary) if documents else None
-        return _Samples(folder, vocabulary.n_vocab, end), fingerprint(vocabulary)
-    if not isinstance(vocabulary, int | np.integer) or isinstance(vocabulary, bool):
-        raise UsageError(
-            f"{folder}: vocabulary {vocabulary!r}: must be a tokenizer's name or file, a palette, "
-            "or the number of ids"
-        )
-    return _Samples(folder, int(vocabulary), None), ""
 
 
 def _written(
@@ -156,34 +128,13 @@ def _remove_started(folder: Path) -> None:
         stale.unlink()
 
 
-def _of_ids(
-    folder: Path, vocabulary: Any, shards: Sequence[Shard], more: dict[str, Any]
-) -> CorpusManifest:
-    """The manifest of records that no tokenizer of text made: a palette, or nothing we know."""
-    palette = vocabulary if isinstance(vocabulary, Palette) else None
-    size = palette.size if palette else int(str(vocabulary))
-    if palette:
-        write_durably(folder / FILE, palette.text.encode())
-        more |= {"tokenizer_sha256": file_sha256(folder / FILE), "record_start": size}
-    return CorpusManifest(
-        folder=folder,
-        tokenizer_name=FILE if palette else "",
-        fingerprint=palette.fingerprint if palette else "",
-        vocab_size=size,
-        end_of_document=-1,
-        dtype=token_dtype(size),
-        shards=tuple(shards),
-        **more,
-    )
-
-
 def _there(
-    folder: Path, samples: _Samples, given: Iterable[Ids | Masked], wanted: tuple[str, str]
+    folder: Path, samples: _Samples, given: Iterable[Ids | Masked], split: str
 ) -> CorpusManifest:
-    """The corpus that is there. Raises UsageError unless it is of these samples, of the split and
-    the tokenizer's fingerprint that are `wanted`."""
+    """The corpus that is there. Raises UsageError unless it is of this split, of the vocabulary of
+    the samples, and of these."""
     manifest = read_manifest(folder)
-    if (manifest.split.name, manifest.fingerprint) != wanted:
+    if (manifest.split.name, manifest.fingerprint) != (split, samples.fingerprint):
         raise UsageError(
             f"{folder} already holds a corpus of the {manifest.split.name} split in the vocabulary "
             f"{manifest.tokenizer_name or manifest.vocab_size}; choose another folder, or remove "
@@ -202,28 +153,71 @@ def _there(
 class _Samples:
     """Reads samples one by one: checked, counted, hashed."""
 
-    def __init__(self, folder: Path, size: int, end: int | None, start: int | None = None) -> None:
-        """size: of the vocabulary. end: what follows each document; None for records. start: what
-        is put in front of each record; None: nothing."""
-        if not 1 <= size < 2**31:
-            raise UsageError(f"{folder}: vocabulary {size}: must have 1 to {2**31 - 1} ids")
-        self._folder, self.size, self._end, self._start = folder, size, end, start
+    def __init__(self, folder: Path, vocabulary: Any, documents: bool) -> None:
+        """Raises UsageError for what is no vocabulary, or none of documents."""
+        self._folder, self._vocabulary = folder, vocabulary
+        self.palette = vocabulary if isinstance(vocabulary, Palette) else None
+        self.fingerprint = ""
+        """Of the vocabulary; empty for ids that stand for no text."""
+        self._start = self._end = self._encoding = None
+        """The id in front of each record, that behind each document; what makes text of ids."""
+        if isinstance(vocabulary, str | Path):
+            encoding = self._encoding = load_tokenizer(str(vocabulary))
+            self.size, self.fingerprint = encoding.n_vocab, fingerprint(encoding)
+            self._end = end_of_document(encoding) if documents else None
+        elif documents:
+            raise UsageError(
+                f"{folder}: vocabulary {vocabulary}: documents end with END-OF-DOCUMENT, which a "
+                "tokenizer names; give one, or make records"
+            )
+        elif self.palette:
+            self.size = self._start = self.palette.size
+            self.fingerprint = self.palette.fingerprint
+        elif isinstance(vocabulary, int | np.integer) and not isinstance(vocabulary, bool):
+            self.size = int(vocabulary)
+        else:
+            raise UsageError(
+                f"{folder}: vocabulary {vocabulary!r}: must be a tokenizer's name or file, a "
+                "palette, or the number of ids"
+            )
+        if not 1 <= self.size < 2**31:
+            raise UsageError(f"{folder}: vocabulary {self.size}: must have 1 to {2**31 - 1} ids")
         self.length = 0
         """Tokens of each record."""
         self.masked: bool | None = None
         """Whether the samples have masks; None: there was none yet."""
         self.left_out: Counter[str] = Counter()
-        self.digest = hashlib.sha256(f"{size} {end}{'' if start is None else ' start'}".encode())
+        kind = f"{self.size} {self._end}{' start' if self.palette else ''}"
+        self.digest = hashlib.sha256(kind.encode())
 
-    def told(self, shards: Sequence[Shard]) -> dict[str, Any]:
-        """What the manifest tells of those that were written."""
-        totals = {
-            "documents": sum(shard.documents for shard in shards),
-            "tokens": sum(shard.tokens for shard in shards),
-            "left_out": dict(self.left_out),
+    def manifest(self, shards: Sequence[Shard], split: Subset) -> CorpusManifest:
+        """The manifest of those that were written; the palette goes into the folder."""
+        folder = self._folder
+        more: dict[str, Any] = {
+            "split": split,
+            "record_length": self.length,
+            "totals": {
+                "documents": sum(shard.documents for shard in shards),
+                "tokens": sum(shard.tokens for shard in shards),
+                "left_out": dict(self.left_out),
+            },
+            "preparation": {"samples": self.digest.hexdigest()},
         }
-        made = {"samples": self.digest.hexdigest()}
-        return {"record_length": self.length, "totals": totals, "preparation": made}
+        if self._encoding:
+            return new_manifest(folder, str(self._vocabulary), self._encoding, shards, **more)
+        if self.palette:
+            write_durably(folder / FILE, self.palette.text.encode())
+            more |= {"tokenizer_sha256": file_sha256(folder / FILE), "record_start": self.size}
+        return CorpusManifest(
+            folder=folder,
+            tokenizer_name=FILE if self.palette else "",
+            fingerprint=self.fingerprint,
+            vocab_size=self.size,
+            end_of_document=-1,
+            dtype=token_dtype(self.size),
+            shards=tuple(shards),
+            **more,
+        )
 
     def batches(
         self, samples: Iterable[Ids | Masked]
