@@ -17,10 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from megagpt.corpus.command import parser, prepare_by_place, run
+from megagpt.corpus.command import parser, prepare_by_place, run, split_by_place
 from megagpt.corpus.download import fetch
 from megagpt.corpus.records import prepare
-from megagpt.corpus.unfinished import beside
 from megagpt.errors import DamageError
 
 URL = "http://mattmahoney.net/dc/{}.zip"
@@ -46,14 +45,10 @@ def read(path: Path, name: str) -> bytes:
 
 def prepare_bytes(output: Path, content: bytes) -> int:
     """Prepare the three splits of bytes that need be no text."""
-    ids, start, before = np.frombuffer(content, np.uint8), 0, 0
-    for split, share in PERCENT.items():
-        before += share
-        end = len(ids) * before // 100
-        folder = output if split == "train" else beside(output, f"-{split}")
+    ids = np.frombuffer(content, np.uint8)
+    for split, folder, start, end in split_by_place(output, len(ids), PERCENT):
         prepare(folder, documents=[ids[start:end]], vocabulary="bytes", split=split)
         print(f"{folder}: {split} split, bytes {start} to {end} of {len(ids)}")
-        start = end
     return 0
 
 

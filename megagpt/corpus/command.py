@@ -7,7 +7,7 @@ import argparse
 import logging
 import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -101,27 +101,29 @@ def prepare_with(
     return EXIT_OK
 
 
-def prepare_by_place(args: argparse.Namespace, text: str, percent: dict[str, int]) -> int:
-    """Prepare one text that is split by place, as the old corpora are: `percent` of it for each
-    split, in order. Each is one document in a folder of its own, OUTPUT and OUTPUT-SPLIT."""
+def split_by_place(
+    output: Path, size: int, percent: dict[str, int]
+) -> Iterator[tuple[str, Path, int, int]]:
+    """(split, its folder, first place, end) of one text of `size` that is split by place, as the
+    old corpora are: `percent` of it for each split, in order, in OUTPUT and OUTPUT-SPLIT."""
     from megagpt.corpus.unfinished import beside
 
     start = before = 0
     for name, share in percent.items():
         before += share
-        end = len(text) * before // 100
-        rule = f"characters {start} to {end} of {len(text)}"
-        output = args.output if name == "train" else beside(args.output, f"-{name}")
-        documents = Documents(f"{args.output.name}, {rule}", partial(list, [text[start:end]]))
-        prepare_with(
-            args,
-            [documents],
-            output=output,
-            validation_fraction=0.0,
-            validation_by_place=False,
-            split=Subset(name, rule=rule),
-        )
+        end = size * before // 100
+        yield name, output if name == "train" else beside(output, f"-{name}"), start, end
         start = end
+
+
+def prepare_by_place(args: argparse.Namespace, text: str, percent: dict[str, int]) -> int:
+    """Prepare one text that is split by place; the part of each split is one document."""
+    for name, folder, start, end in split_by_place(args.output, len(text), percent):
+        rule = f"characters {start} to {end} of {len(text)}"
+        documents = Documents(f"{args.output.name}, {rule}", partial(list, [text[start:end]]))
+        split = Subset(name, rule=rule)
+        unsplit = {"validation_fraction": 0.0, "validation_by_place": False}
+        prepare_with(args, [documents], output=folder, split=split, **unsplit)
     return EXIT_OK
 
 

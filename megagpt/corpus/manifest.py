@@ -60,17 +60,6 @@ SPLIT_RULE = (
     "little-endian integer, is below validation_fraction * 2^64"
 )
 
-__all__ = [
-    "MANIFEST",
-    "SPLIT_RULE",
-    "CorpusManifest",
-    "Shard",
-    "Subset",
-    "new_manifest",
-    "read_manifest",
-    "write_manifest",
-]
-
 PREPARE = (
     "prepare a corpus there, by the command that a run file of launch/runs names in its first "
     "lines, or with data_prep/tokenize_corpus.py"

@@ -144,7 +144,7 @@ class _PartWriter:
 
     def document(self, digest: str, minhashes: int) -> bytes:
         """The content of `.doc`."""
-        columns = list(zip(*self._records, strict=True)) or [()] * len(FIELDS)
+        table = np.array(self._records, list(FIELDS.items()))
         head = {
             "documents": len(self._records),
             "minhashes": minhashes,
@@ -155,7 +155,6 @@ class _PartWriter:
             "digest": digest,
         }
         raw = [json.dumps(head).encode() + b"\n"]
-        for kind, column in zip(FIELDS.values(), columns, strict=True):
-            raw.append(np.array(column, kind).tobytes())
+        raw += [table[name].tobytes() for name in FIELDS]
         raw += [row.astype("<u4").tobytes() for row in self._signatures]
         return b"".join(raw)
