@@ -21,7 +21,7 @@ from megagpt.corpus.clean import Note, Rules, clean
 from megagpt.corpus.encode import Encoded, encode
 from megagpt.corpus.summary import SHOWN
 from megagpt.corpus.texts import Problem, read
-from megagpt.corpus.unfinished import payload_digest, unit_path
+from megagpt.corpus.unfinished import believed, payload_digest, unit_path
 from megagpt.corpus.unit import Unit
 from megagpt.files import whole_file, write_durably
 from megagpt.tokenizer.encoder import Encoder
@@ -56,17 +56,18 @@ class Part:
 
 
 def read_part(path: Path) -> Part:
-    """Read a `.doc` file."""
+    """Read a `.doc` file. Raises DamageError."""
     line, _, raw = path.read_bytes().partition(b"\n")
-    head = json.loads(line)
-    count, hashes = head.pop("documents"), head.pop("minhashes")
     arrays: dict[str, Any] = {}
     offset = 0
-    for name, kind in FIELDS.items():
-        arrays[name] = np.frombuffer(raw, kind, count, offset)
-        offset += arrays[name].nbytes
-    signatures = np.frombuffer(raw, "<u4", count * hashes, offset).reshape(count, hashes)
-    return Part(**arrays, signatures=signatures, **head)
+    with believed(path):
+        head = json.loads(line)
+        count, hashes = head.pop("documents"), head.pop("minhashes")
+        for name, kind in FIELDS.items():
+            arrays[name] = np.frombuffer(raw, kind, count, offset)
+            offset += arrays[name].nbytes
+        signatures = np.frombuffer(raw, "<u4", count * hashes, offset).reshape(count, hashes)
+        return Part(**arrays, signatures=signatures, **head)
 
 
 class PartMaker:

@@ -203,11 +203,7 @@ class _Pipe:
 
             count = 0
             for unit in workers.in_order(plan_units(self._sources, options.unit_bytes), is_done):
-                path = unit_path(self._state.folder, unit.number, "doc")
-                try:
-                    part = read_part(path)
-                except (ValueError, KeyError, TypeError) as error:
-                    raise self._state.damaged(path, error) from None
+                part = read_part(unit_path(self._state.folder, unit.number, "doc"))
                 self._take(unit, part)
                 count = unit.number + 1
                 if count - self._state.units >= FLUSH_UNITS:

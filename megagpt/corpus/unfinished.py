@@ -13,7 +13,8 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from hashlib import blake2b
 from pathlib import Path
@@ -54,6 +55,18 @@ def payload_digest(payload: Any) -> str:
     return blake2b(content, digest_size=16).hexdigest()
 
 
+@contextmanager
+def believed(path: Path) -> Iterator[None]:
+    """Around reading a file of `.preparation`. Raises DamageError when it does not read back."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamageError(
+            f"{path}: not what a preparation writes ({type(error).__name__}: {error}); remove "
+            f"{path.parent.parent} to start again"
+        ) from None
+
+
 class State:
     """The state of one preparation; `folders` are train and validation. Opening it takes the lock.
 
@@ -77,12 +90,10 @@ class State:
         self.finished: list[list[Shard]] = [[] for _ in folders]
         path = self.folder / "state.json"
         if path.exists():
-            try:
+            with believed(path):
                 data = json.loads(path.read_bytes())
                 self.units = int(data["units"])
                 self.finished = [[Shard(**shard) for shard in each] for each in data["finished"]]
-            except (ValueError, KeyError, TypeError) as error:
-                raise self.damaged(path, error) from None
         for stale in self.folder.glob("*.tmp"):
             stale.unlink()
 
@@ -119,10 +130,8 @@ class State:
         if not path.exists():
             write_durably(path, json.dumps(plan).encode())
             return
-        try:
+        with believed(path):
             before = dict(json.loads(path.read_bytes()))
-        except (ValueError, TypeError) as error:
-            raise self.damaged(path, error) from None
         now = json.loads(json.dumps(plan))
         if before != now:
             raise UsageError(
@@ -137,21 +146,11 @@ class State:
         if not path.exists():
             return False
         if unit.payload is not None:
-            try:
-                with path.open("rb") as file:
-                    digest = json.loads(file.readline())["digest"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise self.damaged(path, error) from None
+            with believed(path), path.open("rb") as file:
+                digest = json.loads(file.readline())["digest"]
             if digest != payload_digest(unit.payload):
                 raise self.other_input()
         return True
-
-    def damaged(self, path: Path, error: Exception) -> DamageError:
-        """The error for a file of the state that does not read back."""
-        return DamageError(
-            f"{path}: not what a preparation writes ({type(error).__name__}: {error}); remove "
-            f"{self.folder.parent} to start again"
-        )
 
     def other_input(self) -> UsageError:
         """The error for an input that is read again and gives something else."""
