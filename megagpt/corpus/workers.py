@@ -14,7 +14,6 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import replace
 from queue import SimpleQueue
-from typing import Any
 
 from megagpt.corpus.unit import Unit
 from megagpt.errors import MegagptError
@@ -25,6 +24,8 @@ STOPS = {signal.SIGINT, signal.SIGTERM}
 
 Work = Callable[[Unit], str]
 """What a worker does with a unit; returns a note for the summary, mostly an empty one."""
+Waiting = deque[tuple[Unit, Future[str] | None]]
+"""Units that have not come out, in order; no future for those that were done before."""
 
 
 class Workers:
@@ -53,13 +54,21 @@ class Workers:
         """The units, without their payload, each when it has been worked on; workers are kept
         busy meanwhile. `is_done` is asked once for each unit in order: what an earlier run did is
         left alone. Raises what a worker raised, and MegagptError when one died."""
-        waiting: deque[tuple[Unit, Future[str] | None]] = deque()
+        waiting: Waiting = deque()
+        try:
+            yield from self._in_order(units, is_done, waiting)
+        except BrokenProcessPool:
+            raise self._died(waiting) from None
+
+    def _in_order(
+        self, units: Iterator[Unit], is_done: Callable[[Unit], bool], waiting: Waiting
+    ) -> Iterator[Unit]:
         running, more = 0, True
         while more or waiting:
             while waiting and (waiting[0][1] is None or waiting[0][1].done()):
                 unit, future = waiting[0]
                 if future is not None:
-                    self.notes.add(self._result(future, waiting))
+                    self.notes.add(future.result())
                 waiting.popleft()
                 yield unit
             # One more than there are workers, so that none waits for this process.
@@ -68,29 +77,18 @@ class Workers:
                 if following is None:
                     more = False
                     continue
-                future = None if is_done(following) else self._submit(following, waiting)
-                running += future is not None
+                future = None
+                if not is_done(following):
+                    with signals_held():
+                        future = self._executor.submit(_run, following)
+                        future.add_done_callback(self._finished.put)
+                    running += 1
                 waiting.append((replace(following, payload=None), future))
             elif running:
                 self._finished.get()
                 running -= 1
 
-    def _submit(self, unit: Unit, waiting: deque[tuple[Unit, Any]]) -> Future[str]:
-        try:
-            with signals_held():
-                future = self._executor.submit(_run, unit)
-                future.add_done_callback(self._finished.put)
-        except BrokenProcessPool:
-            raise self._died(waiting) from None
-        return future
-
-    def _result(self, future: Future[str], waiting: deque[tuple[Unit, Any]]) -> str:
-        try:
-            return future.result()
-        except BrokenProcessPool:
-            raise self._died(waiting) from None
-
-    def _died(self, waiting: deque[tuple[Unit, Any]]) -> MegagptError:
+    def _died(self, waiting: Waiting) -> MegagptError:
         """The error of a dead worker, which had one of the first units that are not done."""
         self._executor.shutdown(wait=True)
         codes = [process.exitcode or 0 for process in self._processes]
