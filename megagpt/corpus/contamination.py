@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from megagpt.corpus.documents import Source, find_sources
+from megagpt.corpus.documents import Source, find_sources, total_bytes
 from megagpt.corpus.duplicates import Hashes, row_hashes, text_hash, word_hashes
 from megagpt.corpus.progress import Progress
 from megagpt.corpus.recipe import PrepareOptions
@@ -209,7 +209,7 @@ def _seen(
     units = plan_units(sources, options.unit_bytes)
     with (
         Workers(options.workers, GramCounter(state.folder, options.text_field, grams)) as pool,
-        Progress("counting 13-grams", sum(source.bytes for source in sources)) as progress,
+        Progress("counting 13-grams", total_bytes(sources)) as progress,
     ):
         for unit in pool.in_order(units, lambda unit: state.is_done(unit, "grams")):
             content = unit_path(state.folder, unit.number, "grams").read_bytes()

@@ -40,7 +40,7 @@ class Digests:
         """Hash what the unit reads; units come in order."""
         for index in unit.sources:
             source, start = self._sources[index], self._sizes[index]
-            if source.path == "-" or source.documents:
+            if not source.is_file:
                 for content in _contents(unit.payload):
                     self._digests[index].update(content)
                     self._sizes[index] += len(content)
@@ -130,7 +130,7 @@ def _file_digest(path: Path) -> str:
 
 
 def _check_unchanged(source: Source) -> None:
-    if source.documents or source.path == "-":
+    if not source.is_file:
         return
     try:
         stat = os.stat(source.path)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import glob
 import os
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,16 @@ class Source:
     """On the disk; 0 when it is not known before reading."""
     mtime_ns: int = 0
     documents: Documents | None = None
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it is a file, whose size is known."""
+        return self.path != "-" and self.documents is None
+
+
+def total_bytes(sources: Sequence[Source]) -> int:
+    """Bytes of all sources; 0 where that is not known of one."""
+    return sum(source.bytes for source in sources) if all(s.is_file for s in sources) else 0
 
 
 @dataclass

@@ -31,7 +31,7 @@ import numpy.typing as npt
 from megagpt.corpus.clean import Rules
 from megagpt.corpus.contamination import rare_grams
 from megagpt.corpus.digests import Digests, made_of
-from megagpt.corpus.documents import Documents, Inputs, Source, find_sources
+from megagpt.corpus.documents import Documents, Inputs, Source, find_sources, total_bytes
 from megagpt.corpus.duplicates import Duplicates, Hashes
 from megagpt.corpus.manifest import (
     MANIFEST,
@@ -191,7 +191,7 @@ class _Pipe:
         with (
             Workers(options.workers, maker) as workers,
             Digests(self._sources) as digests,
-            Progress("tokenizing", sum(source.bytes for source in self._sources)) as progress,
+            Progress("tokenizing", total_bytes(self._sources)) as progress,
         ):
 
             def is_done(unit: Unit) -> bool:

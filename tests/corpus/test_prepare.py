@@ -17,7 +17,7 @@ from backports import zstd
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from megagpt.corpus.documents import Documents, find_sources
+from megagpt.corpus.documents import Documents, find_sources, total_bytes
 from megagpt.corpus.manifest import read_manifest
 from megagpt.corpus.pipe import prepare
 from megagpt.corpus.recipe import PrepareOptions
@@ -149,6 +149,13 @@ def test_progress_knows_how_far_a_file_is_read(tmp_path: Path, ending: str) -> N
     sizes = [unit.size for unit in plan_units(find_sources([path]).sources, 150_000)]
     assert sum(sizes) == path.stat().st_size
     assert len(sizes) >= 9 and max(sizes) < sum(sizes) / 2
+
+
+def test_no_share_is_told_of_a_size_that_is_not_known(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "in.jsonl", ["one"])
+    sources = find_sources([path, Documents("mine", lambda: ["two"])]).sources
+    assert total_bytes(sources[:1]) == path.stat().st_size
+    assert total_bytes(sources) == total_bytes(find_sources([path, "-"]).sources) == 0
 
 
 def test_parquet_row_groups_and_other_columns(tmp_path: Path) -> None:
