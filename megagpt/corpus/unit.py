@@ -27,7 +27,7 @@ class Unit:
     number: int = 0
     kind: str
     """range | files | rows | block | texts"""
-    sources: tuple[int, ...]
+    sources: tuple[int, ...] = ()
     """Indices into the list of sources; one unless `files`."""
     files: tuple[tuple[str, str], ...] = ()
     """range, rows, files: path and compression of each source."""
@@ -51,47 +51,47 @@ def plan_units(sources: Sequence[Source], unit_bytes: int = UNIT_BYTES) -> Itera
 
 
 def _units(sources: Sequence[Source], unit_bytes: int) -> Iterator[Unit]:
-    texts: list[int] = []
+    texts: dict[int, Source] = {}
     size = 0
     for index, source in enumerate(sources):
-        is_text_file = source.format == "text" and source.path != "-"
+        is_text_file = source.format == "text" and source.is_file
         if texts and (not is_text_file or size + source.bytes > unit_bytes):
-            yield _files_unit(sources, texts, size)
-            texts, size = [], 0
+            yield _files_unit(texts, size)
+            texts, size = {}, 0
         if is_text_file:
-            texts.append(index)
+            texts[index] = source
             size += source.bytes
         else:
-            yield from _source_units(source, index, unit_bytes)
+            yield from (replace(unit, sources=(index,)) for unit in _parts(source, unit_bytes))
     if texts:
-        yield _files_unit(sources, texts, size)
+        yield _files_unit(texts, size)
 
 
-def _files_unit(sources: Sequence[Source], indices: Sequence[int], size: int) -> Unit:
-    files = tuple((sources[index].path, sources[index].compression) for index in indices)
-    return Unit(kind="files", sources=tuple(indices), files=files, size=size)
+def _files_unit(texts: dict[int, Source], size: int) -> Unit:
+    files = tuple((source.path, source.compression) for source in texts.values())
+    return Unit(kind="files", sources=tuple(texts), files=files, size=size)
 
 
-def _source_units(source: Source, index: int, unit_bytes: int) -> Iterator[Unit]:
+def _parts(source: Source, unit_bytes: int) -> Iterator[Unit]:
+    """The units of one source, which do not know its index."""
     if source.documents is not None:
-        texts = ((text, 0) for text in source.documents.texts())
-        yield from _text_units(texts, source, index, unit_bytes)
+        yield from _text_units(((text, 0) for text in source.documents.texts()), 0, unit_bytes)
     elif encoding := _other_encoding(source):
         broken = [rest_left_out("invalid UTF-8", encoding)]
-        yield Unit(kind="texts", sources=(index,), payload=broken, size=source.bytes)
+        yield Unit(kind="texts", payload=broken, size=source.bytes)
     elif source.format == "json":
-        yield from _text_units(_elements(source), source, index, unit_bytes)
+        yield from _text_units(_elements(source), source.bytes, unit_bytes)
     elif source.format == "text":
-        yield Unit(kind="texts", sources=(index,), payload=[sys.stdin.buffer.read()])
+        yield Unit(kind="texts", payload=[sys.stdin.buffer.read()])
     elif source.format == "parquet":
         groups = _row_groups(source)
         bounds = [source.bytes * group // max(groups, 1) for group in range(groups + 1)]
-        yield from _ranges("rows", source, index, bounds, range(groups + 1))
+        yield from _ranges("rows", source, bounds, range(groups + 1))
     elif source.compression or not source.bytes:
-        yield from _block_units(source, index, unit_bytes)
+        yield from _block_units(source, unit_bytes)
     else:
         bounds = [*range(0, source.bytes, unit_bytes), source.bytes]
-        yield from _ranges("range", source, index, bounds, bounds)
+        yield from _ranges("range", source, bounds, bounds)
 
 
 def _other_encoding(source: Source) -> str:
@@ -106,13 +106,12 @@ def _other_encoding(source: Source) -> str:
 
 
 def _ranges(
-    kind: str, source: Source, index: int, bounds: Sequence[int], places: Sequence[int]
+    kind: str, source: Source, bounds: Sequence[int], places: Sequence[int]
 ) -> Iterator[Unit]:
     """Units between neighbours in `bounds` (bytes) and `places` (bytes or row groups)."""
     for n in range(len(bounds) - 1):
         yield Unit(
             kind=kind,
-            sources=(index,),
             files=((source.path, ""),),
             start=places[n],
             end=places[n + 1],
@@ -145,23 +144,22 @@ def _elements(source: Source) -> Iterator[tuple[Any, int]]:
 
 
 def _text_units(
-    texts: Iterable[tuple[Any, int]], source: Source, index: int, unit_bytes: int
+    texts: Iterable[tuple[Any, int]], source_bytes: int, unit_bytes: int
 ) -> Iterator[Unit]:
+    """Units of elements that come with the bytes read so far."""
     batch: list[Any] = []
     size = before = 0
     for text, read in texts:
         if size >= unit_bytes:
-            yield Unit(
-                kind="texts", sources=(index,), payload=batch, size=read - before, last=False
-            )
+            yield Unit(kind="texts", payload=batch, size=read - before, last=False)
             batch, size, before = [], 0, read
         batch.append(text)
         values = text.values() if isinstance(text, dict) else (text,)
         size += 1 + sum(len(value) for value in values if isinstance(value, str | bytes))
-    yield Unit(kind="texts", sources=(index,), payload=batch, size=source.bytes - before)
+    yield Unit(kind="texts", payload=batch, size=source_bytes - before)
 
 
-def _block_units(source: Source, index: int, unit_bytes: int) -> Iterator[Unit]:
+def _block_units(source: Source, unit_bytes: int) -> Iterator[Unit]:
     """Blocks of whole lines from a stream that has to be read in sequence."""
     rest, before = b"", 0
     try:
@@ -174,15 +172,13 @@ def _block_units(source: Source, index: int, unit_bytes: int) -> Iterator[Unit]:
                     rest = lines + rest
                     continue
                 read = raw.tell() if source.bytes else 0
-                yield Unit(
-                    kind="block", sources=(index,), payload=lines, size=read - before, last=False
-                )
+                yield Unit(kind="block", payload=lines, size=read - before, last=False)
                 before = read
-        yield Unit(kind="block", sources=(index,), payload=rest, size=source.bytes - before)
+        yield Unit(kind="block", payload=rest, size=source.bytes - before)
     except TRUNCATED as error:
         # The line that was being read is lost with the rest of the file.
         broken = [rest_left_out(*why_unreadable(error))]
-        yield Unit(kind="texts", sources=(index,), payload=broken, size=source.bytes - before)
+        yield Unit(kind="texts", payload=broken, size=source.bytes - before)
 
 
 def _block(file: IO[bytes], size: int) -> bytes:
