@@ -9,18 +9,9 @@ The same command continues a killed run.
 """
 
 import sys
-from pathlib import Path
 
 from megagpt.corpus.command import file_options, parser, prepare_with, run
-from megagpt.corpus.documents import Documents
-from megagpt.corpus.huggingface import hub_documents
-
-
-def source(text: str, text_field: str) -> str | Path | Documents:
-    """An input as `prepare` takes it."""
-    if text.startswith("hf:"):
-        return hub_documents(text, text_field)
-    return text
+from megagpt.corpus.huggingface import as_input
 
 
 def main() -> int:
@@ -35,7 +26,9 @@ def main() -> int:
     file_options(options)
     args = options.parse_args()
     print(f"tokenizer: {args.tokenizer} (--tokenizer)", file=sys.stderr)
-    return run(lambda: prepare_with(args, [source(text, args.text_field) for text in args.inputs]))
+    return run(
+        lambda: prepare_with(args, [as_input(text, args.text_field) for text in args.inputs])
+    )
 
 
 if __name__ == "__main__":

@@ -15,6 +15,11 @@ from megagpt.corpus.documents import Documents
 from megagpt.errors import MegagptError, UsageError
 
 
+def as_input(text: str, text_field: str) -> str | Documents:
+    """What an argument of a command line means: `hf:` opens a data set."""
+    return hub_documents(text, text_field) if text.startswith("hf:") else text
+
+
 def hub_documents(address: str, text_field: str) -> Documents:
     """The documents behind an `hf:` address. Raises UsageError when it cannot be opened."""
     name, config, split = parse_address(address)
@@ -27,19 +32,15 @@ def hub_documents(address: str, text_field: str) -> Documents:
         )
 
     def texts() -> Iterator[Any]:
-        rows = iter(data)
-        while True:
-            try:
-                row = next(rows, None)
-            except Exception as error:  # as in open_dataset
-                reason = str(error).split("\n")[0] or type(error).__name__
-                raise MegagptError(
-                    f"{address}: broke off ({reason}); run the same command again, it continues "
-                    "where it stopped"
-                ) from None
-            if row is None:
-                return
-            yield row.get(text_field)
+        try:
+            for row in data:
+                yield row.get(text_field)
+        except Exception as error:  # as in open_dataset
+            reason = str(error).split("\n")[0] or type(error).__name__
+            raise MegagptError(
+                f"{address}: broke off ({reason}); run the same command again, it continues where "
+                "it stopped"
+            ) from None
 
     return Documents(address, texts)
 

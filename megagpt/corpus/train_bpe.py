@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megagpt.corpus.documents import find_sources
-from megagpt.corpus.huggingface import hub_documents
+from megagpt.corpus.huggingface import as_input
 from megagpt.corpus.texts import Problem, read, utf8
 from megagpt.corpus.unit import plan_units
 from megagpt.errors import DamageError, UsageError
@@ -32,9 +32,8 @@ _RUN = re.compile(rf"\s{{{LONG},}}|\S{{{LONG},}}")
 def texts(inputs: Sequence[str], args: Namespace, left_out: Counter[str]) -> Iterator[str]:
     """The documents of the inputs up to `args.sample_bytes`; broken ones are left out and counted
     by their reason."""
-    items = [hub_documents(x, args.text_field) if x.startswith("hf:") else x for x in inputs]
     left = args.sample_bytes
-    found = find_sources(items, args.format)
+    found = find_sources([as_input(text, args.text_field) for text in inputs], args.format)
     left_out.update(reason for _, reason, _ in found.problems)
     for unit in plan_units(found.sources):
         for item in read(unit, args.text_field):
