@@ -79,13 +79,15 @@ class _Members(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         """The next bytes. Raises one of TRUNCATED where the file is cut short or damaged."""
         while self._member is not None or self._next():
-            if self._member.needs_input and not self._packed:
+            # A decompressor may want none, and then give nothing: its output had just been full.
+            asked = self._member.needs_input and not self._packed
+            if asked:
                 self._packed = self._raw.read(PACKED)
             packed, self._packed = self._packed, b""
             data = self._member.decompress(packed, len(buffer))
             if self._member.eof:
                 self._packed, self._member = self._member.unused_data, None
-            elif not data and not packed and self._member.needs_input:
+            elif asked and not packed and not data:
                 raise EOFError("the file ends in the middle of a compressed stream")
             if data:
                 buffer[: len(data)] = data

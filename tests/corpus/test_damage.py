@@ -16,17 +16,19 @@ from backports import zstd
 
 from megagpt.corpus import array as array_module
 from megagpt.corpus import encode as encode_module
+from megagpt.corpus import open as open_module
 from megagpt.corpus import texts as reading
 from megagpt.corpus.array import Broken, array_elements
 from megagpt.corpus.clean import Text
 from megagpt.corpus.encode import Encoded, encode
+from megagpt.corpus.open import opened
 from megagpt.corpus.pipe import prepare
 from megagpt.corpus.recipe import PrepareOptions
 from megagpt.errors import DamageError, UsageError
 from megagpt.tokenizer import encoder as encoder_module
 from megagpt.tokenizer import load_tokenizer
 from megagpt.tokenizer.encoder import Encoder, pieces
-from tests.corpus.test_prepare import content, decoded, jsonl, sample_texts
+from tests.corpus.test_prepare import content, decoded, jsonl, pack, sample_texts
 
 
 def options(folder: Path, **changes: object) -> PrepareOptions:
@@ -116,6 +118,21 @@ def test_truncated_compressed_files(
     assert found[:-1] == ([] if name == "a.txt" else texts[: len(found) - 1])
     assert found[-1] == "good" and (name == "a.txt" or len(found) > 100 or ending == "zst")
     assert path.name in caplog.text and "truncated or damaged file" in caplog.text
+
+
+@pytest.mark.parametrize("ending", ["gz", "bz2", "xz", "zst"])
+def test_a_whole_compressed_file_is_read_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    """Wherever its bytes are parted, and however many are asked for."""
+    text = " ".join(str(n * n % 97) for n in range(1500)).encode() + b"x" * 5000
+    path = tmp_path / f"a.{ending}"
+    path.write_bytes(pack(text, f".{ending}"))
+    for packed in (1, 2, 3, 50, 51, 8192):
+        monkeypatch.setattr(open_module, "PACKED", packed)
+        for size in (1, 2, 16, 100, 1000, 8192):
+            with opened(str(path), ending) as (file, _):
+                assert b"".join(iter(lambda: file.read1(size), b"")) == text  # noqa: B023
 
 
 def test_damaged_parquet(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
