@@ -198,7 +198,7 @@ class RunLog:
             board.close()
         if self._metrics:
             self._metrics.close()
-        self._metrics, self._boards = None, []
+        self._metrics, self._boards, self._console = None, [], Console()
 
 
 def _step_s(record: Mapping[str, Any]) -> float:
