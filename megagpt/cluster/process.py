@@ -120,6 +120,8 @@ def join(ranks: Ranks, config: RunConfig | None = None) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     # An extension for inference alone, which DeepSpeed would compile for a minute on CPUs.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Else it has Muon compiled, which is not used here, and imports the compiler for it.
+    deepspeed.runtime.compiler.compile = lambda: deepspeed.runtime.compiler.dummy_decorator
     deepspeed.init_distributed(
         dist_backend="nccl" if n_gpus else "gloo",
         auto_mpi_discovery=False,
