@@ -18,12 +18,14 @@ from torch import Tensor, nn
 from megagpt.cluster.ranks import Ranks
 from megagpt.config import RunConfig
 from megagpt.engine.clock import COMMUNICATION, Clock, time_collectives
-from megagpt.engine.device import Choices
-from megagpt.engine.optimizer import ask_before_update
+from megagpt.engine.compiler import compile_model
+from megagpt.engine.device import decide
+from megagpt.engine.optimizer import ask_before_update, build_optimizer
 from megagpt.engine.slices import (
     OptimizerState,
     OwnedParameter,
     Slice,
+    create_moments,
     optimizer_slices,
     read_state,
     write_state,
@@ -63,7 +65,9 @@ class StepResult:
 class Engine(ABC):
     """A model, its optimizer and its ranks. Every method is called by all ranks together."""
 
-    def __init__(self, config: RunConfig, layout: Layout, ranks: Ranks) -> None:
+    def __init__(
+        self, config: RunConfig, layout: Layout, ranks: Ranks, ds_config: dict[str, Any]
+    ) -> None:
         self.config = config
         self.layout = layout
         self.ranks = ranks
@@ -79,7 +83,8 @@ class Engine(ABC):
         time_collectives(self.clock)
         self.parameters: list[OwnedParameter] = []
         """The parameters on this rank."""
-        self.choices: Choices
+        self.stage: int = ds_config["zero_optimization"]["stage"]
+        self.choices = decide(config, layout, self.device, self.stage, ranks.rank == 0)
         """What computes the run on this rank."""
         self.deepspeed: Any = None
         """DeepSpeed's engine."""
@@ -91,9 +96,33 @@ class Engine(ABC):
         self._skips: bool | None = None
         """Whether the update of the step in progress is skipped; None: not decided yet."""
 
+    def _start(
+        self,
+        model: nn.Module,
+        parameters: list[OwnedParameter],
+        ds_config: dict[str, Any],
+        whole_graphs: bool = True,
+    ) -> None:
+        """DeepSpeed around a model with its initial weights, of which `parameters` are on this
+        rank; `whole_graphs` as compile_model takes it."""
+        import deepspeed
+
+        self.parameters = parameters
+        named = ((one.name, one.parameter) for one in parameters)
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=model, optimizer=build_optimizer(self.config.optimizer, named), config=ds_config
+        )
+        zero = self.deepspeed.optimizer
+        create_moments(zero)
+        if self.stage > 0:
+            # DeepSpeed computes the norm, clips and updates in one call, but has AdamW do the
+            # updating, and has published the norm by then.
+            refuses = lambda: self._refuses(float(zero._global_grad_norm))  # noqa: E731
+            ask_before_update(zero.optimizer, refuses)
+        compile_model(model, self.choices.compile, whole_graphs)
+
     # --- a step ---------------------------------------------------------------------------------
 
-    @abstractmethod
     def train_step(
         self,
         batches: Sequence[MicroBatch],
@@ -108,17 +137,38 @@ class Engine(ABC):
         asked once loss and norm are known and finite; one rank that says yes speaks for all.
         `sequences` is how many samples the step has on all ranks; None: as many as are given.
         """
+        self._skip, self._skips = skip, None
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = lr
+        size = len(batches[0][0])
+        # The first sets the size alone; the second the gradient accumulation steps, which grow
+        # with the batch ramp and by which DeepSpeed divides each loss.
+        self.deepspeed.set_train_micro_batch_size(size)
+        self.deepspeed.set_train_batch_size(len(batches) * size * self.layout.data)
+        self._seed(step)
+        loss, norm = self._train(batches, self._weights(batches, sequences))
+        applied = math.isfinite(norm) and not self._skips
+        return StepResult(loss, norm, applied, self.scored)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[MicroBatch], sequences: int | None = None) -> float:
+        """Mean loss over the micro-batches of all ranks, dropout off; nothing is changed.
+
+        Which samples, and when, is megagpt.run.evaluation's.
+        """
+        return self._evaluate(batches, self._weights(batches, sequences))
+
+    @abstractmethod
+    def _train(self, batches: Sequence[MicroBatch], weights: list[float]) -> tuple[float, float]:
+        """(loss, gradient norm) of a step, whose update it makes unless that is refused."""
 
     @abstractmethod
     def _loss(self) -> float:
         """The loss of the step in progress, once its last backward pass is done."""
 
     @abstractmethod
-    def evaluate(self, batches: Sequence[MicroBatch], sequences: int | None = None) -> float:
-        """Mean loss over the micro-batches of all ranks, dropout off; nothing is changed.
-
-        See zero.py and pipeline.py; which samples, and when, is megagpt.run.evaluation's.
-        """
+    def _evaluate(self, batches: Sequence[MicroBatch], weights: list[float]) -> float:
+        """The mean loss of all ranks."""
 
     def _weights(self, batches: Sequence[MicroBatch], sequences: int | None) -> list[float]:
         """What each of this rank's micro-batches counts in the mean over a step; 1 on average.
@@ -147,21 +197,7 @@ class Engine(ABC):
         self.scored = total > 0
         return [places * n / total if total else math.nan for n in scored]
 
-    def _prepare_step(
-        self, batches: Sequence[MicroBatch], lr: float, step: int, skip: SkipUpdate | None
-    ) -> None:
-        """Tells DeepSpeed the rate, and the size and number of the micro-batches to come."""
-        self._skip, self._skips = skip, None
-        for group in self.deepspeed.optimizer.param_groups:
-            group["lr"] = lr
-        size = len(batches[0][0])
-        # The first sets the size alone; the second the gradient accumulation steps, which grow
-        # with the batch ramp and by which DeepSpeed divides each loss.
-        self.deepspeed.set_train_micro_batch_size(size)
-        self.deepspeed.set_train_batch_size(len(batches) * size * self.layout.data)
-        self.seed_step(step)
-
-    def seed_step(self, step: int) -> None:
+    def _seed(self, step: int) -> None:
         """Seeds this step's dropout from (seed, step, data rank, stage).
 
         A pure function of the position in the run, so there is no generator state to save. Ranks
@@ -170,25 +206,12 @@ class Engine(ABC):
         place = (self.layout.data_rank(self.ranks.rank), self.layout.stage(self.ranks.rank))
         torch.manual_seed(zlib.crc32(repr((self.config.seed, step, place)).encode()))
 
-    def _watch_updates(self) -> None:
-        """Call once DeepSpeed's optimizer is there: its AdamW asks before it changes anything.
-
-        DeepSpeed computes the norm, clips and updates in one call, but has AdamW do the updating,
-        and has published the norm by then.
-        """
-        zero = self.deepspeed.optimizer
-        ask_before_update(zero.optimizer, lambda: self._refuses(float(zero._global_grad_norm)))
-
     def _refuses(self, norm: float) -> bool:
         """Whether this step's update is skipped; decided once, by all ranks together."""
         if self._skips is None:
             skip = self._skip
             self._skips = skip is not None and self.any(skip(self._loss(), norm))
         return self._skips
-
-    def _result(self, loss: float, norm: float) -> StepResult:
-        applied = math.isfinite(norm) and not self._skips
-        return StepResult(loss, norm, applied, self.scored)
 
     # --- agreement ------------------------------------------------------------------------------
 

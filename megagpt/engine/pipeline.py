@@ -6,7 +6,7 @@ stage and adds up their gradients. The head computes the loss inside its own for
 weight is counted; a loss function outside would lose the weight's gradient under bf16.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,11 +21,8 @@ from megagpt.cluster.ranks import Ranks
 from megagpt.config import RunConfig
 from megagpt.engine import split
 from megagpt.engine.clock import COMMUNICATION
-from megagpt.engine.compiler import compile_model
-from megagpt.engine.device import decide
-from megagpt.engine.engine import Engine, MicroBatch, SkipUpdate, StepResult
-from megagpt.engine.optimizer import build_optimizer
-from megagpt.engine.slices import OwnedParameter, TensorShare, create_moments
+from megagpt.engine.engine import Engine, MicroBatch
+from megagpt.engine.slices import OwnedParameter, TensorShare
 from megagpt.engine.tensor import TensorGroup, tensor_parts
 from megagpt.model import Layer, LayerClasses, initial_value, layers
 from megagpt.plan.layout import Layout, padded_model
@@ -159,7 +156,7 @@ def split_kind(name: str) -> str:
 
 
 @torch.no_grad()
-def initialise_parts(named: Iterator[OwnedParameter], config: RunConfig) -> None:
+def initialise_parts(named: Iterable[OwnedParameter], config: RunConfig) -> None:
     """This rank's part of the same initial weights that every other layout starts from."""
     for one in named:
         shape = split.whole_shape(one.parameter.shape, one.split.kind, one.split.parts)
@@ -173,27 +170,14 @@ class PipelineEngine(Engine):
     def __init__(
         self, config: RunConfig, layout: Layout, ranks: Ranks, ds_config: dict[str, Any]
     ) -> None:
-        import deepspeed
-
-        super().__init__(config, layout, ranks)
-        stage = ds_config["zero_optimization"]["stage"]
-        self.choices = decide(config, layout, self.device, stage, ranks.rank == 0)
+        super().__init__(config, layout, ranks, ds_config)
         targets = Targets()
         model = PipelinedGPT(config, layout, tensor_parts(self._tensor_group()), targets)
-        self.parameters = list(model.named(layout, ranks.rank))
-        initialise_parts(iter(self.parameters), config)
-        self.deepspeed, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=build_optimizer(
-                config.optimizer, ((one.name, one.parameter) for one in self.parameters)
-            ),
-            config=ds_config,
-        )
+        parameters = list(model.named(layout, ranks.rank))
+        initialise_parts(parameters, config)
+        self._start(model, parameters, ds_config, whole_graphs=layout.tensor == 1)
         self.deepspeed.set_batch_fn(targets.stash)
         self._time_instructions()
-        create_moments(self.deepspeed.optimizer)
-        self._watch_updates()
-        compile_model(model, self.choices.compile, whole_graphs=layout.tensor == 1)
 
     def _tensor_group(self) -> TensorGroup:
         """The ranks that share this rank's layers; every rank takes part in making every group."""
@@ -204,21 +188,16 @@ class PipelineEngine(Engine):
                 own = TensorGroup(group, members.index(self.ranks.rank), len(members))
         return own
 
-    def train_step(
-        self,
-        batches: Sequence[MicroBatch],
-        lr: float,
-        step: int,
-        skip: SkipUpdate | None = None,
-        sequences: int | None = None,
-    ) -> StepResult:
-        engine = self.deepspeed
-        self._prepare_step(batches, lr, step, skip)
-        loss = float(engine.train_batch(self._weighed(batches, sequences)))
-        return self._result(loss, float(engine.get_global_grad_norm()))
+    def _train(self, batches: Sequence[MicroBatch], weights: list[float]) -> tuple[float, float]:
+        loss = float(self.deepspeed.train_batch(self._weighed(batches, weights)))
+        return loss, float(self.deepspeed.get_global_grad_norm())
+
+    def _evaluate(self, batches: Sequence[MicroBatch], weights: list[float]) -> float:
+        weighed = self._weighed(batches, weights)
+        return float(self.deepspeed.eval_batch(weighed, num_micro_batches=len(batches)))
 
     def _weighed(
-        self, batches: Sequence[MicroBatch], sequences: int | None
+        self, batches: Sequence[MicroBatch], weights: list[float]
     ) -> Iterator[tuple[Tensor, Tensor, float]]:
         """What Targets.stash takes; the stages are told first when the micro-batch has changed.
 
@@ -229,7 +208,6 @@ class PipelineEngine(Engine):
         if size != self.deepspeed.micro_batch_size:
             self.deepspeed.reset_activation_shape()
             self.deepspeed.micro_batch_size = size
-        weights = self._weights(batches, sequences)
         return ((x, y, weight) for (x, y), weight in zip(batches, weights, strict=True))
 
     def _loss(self) -> float:
@@ -251,8 +229,3 @@ class PipelineEngine(Engine):
 
     def layers(self) -> dict[str, nn.Module]:
         return self.deepspeed.module.own_layers()
-
-    @torch.no_grad()
-    def evaluate(self, batches: Sequence[MicroBatch], sequences: int | None = None) -> float:
-        weighed = self._weighed(batches, sequences)
-        return float(self.deepspeed.eval_batch(weighed, num_micro_batches=len(batches)))

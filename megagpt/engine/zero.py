@@ -9,11 +9,8 @@ from torch import Tensor, nn
 
 from megagpt.cluster.ranks import Ranks
 from megagpt.config import RunConfig
-from megagpt.engine.compiler import compile_model
-from megagpt.engine.device import decide
-from megagpt.engine.engine import Engine, MicroBatch, SkipUpdate, StepResult
-from megagpt.engine.optimizer import build_optimizer
-from megagpt.engine.slices import OwnedParameter, create_moments
+from megagpt.engine.engine import Engine, MicroBatch
+from megagpt.engine.slices import OwnedParameter
 from megagpt.model import GPT, initialise
 from megagpt.plan.layout import Layout, padded_model
 
@@ -24,22 +21,10 @@ class ZeroEngine(Engine):
     def __init__(
         self, config: RunConfig, layout: Layout, ranks: Ranks, ds_config: dict[str, Any]
     ) -> None:
-        import deepspeed
-
-        super().__init__(config, layout, ranks)
-        self.stage = ds_config["zero_optimization"]["stage"]
-        self.choices = decide(config, layout, self.device, self.stage, ranks.rank == 0)
+        super().__init__(config, layout, ranks, ds_config)
         model = self._build_model(ds_config)
-        self.parameters = [OwnedParameter(name=n, parameter=p) for n, p in model.named_parameters()]
-        self.deepspeed, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=build_optimizer(config.optimizer, model.named_parameters()),
-            config=ds_config,
-        )
-        create_moments(self.deepspeed.optimizer)
-        if self.stage > 0:
-            self._watch_updates()
-        compile_model(model, self.choices.compile)
+        parameters = [OwnedParameter(name=n, parameter=p) for n, p in model.named_parameters()]
+        self._start(model, parameters, ds_config)
 
     def _build_model(self, ds_config: dict[str, Any]) -> GPT:
         """The model with its initial weights; under ZeRO-3 no rank ever holds it whole."""
@@ -61,20 +46,11 @@ class ZeroEngine(Engine):
                     initialise([(name, parameter)], config.model, config.seed)
         return model
 
-    def train_step(
-        self,
-        batches: Sequence[MicroBatch],
-        lr: float,
-        step: int,
-        skip: SkipUpdate | None = None,
-        sequences: int | None = None,
-    ) -> StepResult:
+    def _train(self, batches: Sequence[MicroBatch], weights: list[float]) -> tuple[float, float]:
         engine = self.deepspeed
-        self._prepare_step(batches, lr, step, skip)
         engine.train()
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self._n_micro_batches = len(batches)
-        weights = self._weights(batches, sequences)
         for i, (batch, weight) in enumerate(zip(batches, weights, strict=True)):
             # DeepSpeed counts micro-steps over the whole run, so its own boundary would come too
             # early or late once the ramp has changed their number.
@@ -89,7 +65,7 @@ class ZeroEngine(Engine):
                     engine.step()
         with self.clock.part("optimizer"):
             norm = self._step_stage_0() if self.stage == 0 else float(engine.get_global_grad_norm())
-        return self._result(self._loss(), norm)
+        return self._loss(), norm
 
     def _forward(self, batch: MicroBatch, weight: float) -> Tensor:
         """The weighed loss; from pinned memory the copies run behind what the GPU still does."""
@@ -118,10 +94,8 @@ class ZeroEngine(Engine):
         blocks = {f"h.{i}": block for i, block in enumerate(model.h)}
         return {"wte": model.wte, "wpe": model.wpe, **blocks, "ln_f": model.ln_f}
 
-    @torch.no_grad()
-    def evaluate(self, batches: Sequence[MicroBatch], sequences: int | None = None) -> float:
+    def _evaluate(self, batches: Sequence[MicroBatch], weights: list[float]) -> float:
         self.deepspeed.eval()
-        weights = self._weights(batches, sequences)
         # Added up on the device: a float of each loss would wait for the GPU each time.
         losses = [self._forward(b, w).double() for b, w in zip(batches, weights, strict=True)]
         self.deepspeed.train()

@@ -122,7 +122,7 @@ _BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumu
 
 
 def _batch(config: RunConfig, layout: Layout) -> tuple[int, int, int]:
-    """The values of _BATCH for the first step; Engine._prepare_step sets those of each step."""
+    """The values of _BATCH for the first step; Engine.train_step sets those of each step."""
     start = config.schedule.start_tokens
     micro_batch = micro_batch_of(config, layout, start)
     steps = accumulation_steps(config, layout, start)
