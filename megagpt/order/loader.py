@@ -75,8 +75,6 @@ class TokenLoader:
         sizes: bool = True,
     ) -> None:
         """Raises UsageError for sources that do not go together, DamageError for damaged ones."""
-        if not sources:
-            raise UsageError("no data to read: list at least one folder with a manifest.json")
         self.n_ctx, self.seed, self.shuffle = n_ctx, seed, shuffle
         self.stores = [TokenWindows(Path(path), sizes) for path, _ in sources]
         check_sources(self.stores)

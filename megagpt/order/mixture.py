@@ -27,8 +27,6 @@ from fractions import Fraction
 
 import numpy as np
 
-from megagpt.errors import UsageError
-
 MAX_BLOCK = 1 << 20
 """Samples of one call of assign(); keeps its arithmetic inside int64."""
 
@@ -71,7 +69,8 @@ class Mixture:
 
     weights: one number for each source, of any scale. keys: a name for each source that does not
     depend on where it is listed; sources of equal weight take turns in the order of their keys.
-    changes: (first sample, weights) in ascending order; 0 is a source that rests.
+    changes: (first sample, weights) in ascending order; 0 is a source that rests. What makes them
+    impossible, a run file is asked (`DataConfig.problems`).
     """
 
     def __init__(
@@ -80,13 +79,9 @@ class Mixture:
         keys: Sequence[str],
         changes: Sequence[tuple[int, Sequence[float]]] = (),
     ) -> None:
-        """Raises UsageError for weights that give no mixture."""
-        self.n_sources = len(keys)
-        spans = [(0, weights), *changes]
-        _check(spans, self.n_sources)
         self._phases: list[_Phase] = []
-        for first, span_weights in spans:
-            before = self.counts(first) if self._phases else [0] * self.n_sources
+        for first, span_weights in [(0, weights), *changes]:
+            before = self.counts(first) if self._phases else [0] * len(keys)
             self._phases.append(_Phase(first, _tree(span_weights, keys), tuple(before)))
 
     def counts(self, samples: int) -> list[int]:
@@ -136,34 +131,6 @@ def _assign(phase: _Phase, first: int, source: np.ndarray, draw: np.ndarray) -> 
             (node.left, left, members[goes_left]),
             (node.right, t - left, members[~goes_left]),
         ]
-
-
-def _check(spans: Sequence[tuple[int, Sequence[float]]], n_sources: int) -> None:
-    """Raise UsageError unless every span has a usable weight for each source."""
-    last = -1
-    for first, weights in spans:
-        if len(weights) != n_sources:
-            raise UsageError(
-                f"mixture from sample {first}: {len(weights)} weights for {n_sources} sources; "
-                "give one weight for each source"
-            )
-        if first <= last:
-            raise UsageError(
-                f"mixture change at sample {first}: must come after sample {last}, where the "
-                "weights before it begin"
-            )
-        for weight in weights:
-            if not (math.isfinite(weight) and weight >= 0):
-                raise UsageError(f"weight {weight}: must be a finite number, 0 or more")
-        if not any(weights):
-            raise UsageError(f"mixture from sample {first}: at least one weight must be over 0")
-        last = first
-    for source in range(n_sources):
-        if not any(weights[source] for _, weights in spans):
-            raise UsageError(
-                f"source {source + 1} of {n_sources} has weight 0 and would never be read; give it "
-                "a weight or leave it out"
-            )
 
 
 def _tree(weights: Sequence[float], keys: Sequence[str]) -> _Node:

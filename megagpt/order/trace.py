@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
+from megagpt.corpus.shards import read_index
 from megagpt.errors import DamageError
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from megagpt.order.loader import TokenLoader
     from megagpt.order.windows import TokenWindows
 
@@ -59,8 +60,6 @@ def trace(loader: TokenLoader, first: int, count: int) -> Iterator[Sample]:
 
     Raises DamageError for a shard or index that is not what the manifest says.
     """
-    import numpy as np
-
     n_ctx = loader.n_ctx
     places = loader.places(first, count)
     rows = zip(places.source.tolist(), places.draw.tolist(), places.window.tolist(), strict=True)
@@ -83,8 +82,6 @@ def spans(store: TokenWindows, first: int, count: int) -> Iterator[Span]:
     Binary search in the memory-mapped index: the cost does not grow with the corpus. Raises
     DamageError for an index that does not fit its shard.
     """
-    import numpy as np
-
     shards = store.manifest.shards
     number = int(np.searchsorted(store.ends, first, side="right"))
     at, stop = first, first + count
@@ -102,10 +99,6 @@ def spans(store: TokenWindows, first: int, count: int) -> Iterator[Span]:
 
 def _documents(store: TokenWindows, number: int, here: range) -> Iterator[tuple[int, int, int]]:
     """(number, first token, end) of the documents of a shard that hold tokens of `here`."""
-    import numpy as np
-
-    from megagpt.corpus.shards import read_index
-
     shard = store.manifest.shards[number]
     path = store.manifest.index_path(shard)
     index = read_index(path)

@@ -3,11 +3,9 @@
 from fractions import Fraction
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megagpt.errors import UsageError
 from megagpt.order.mixture import Mixture
 
 GPT3 = [0.60, 0.22, 0.08, 0.08, 0.03]
@@ -117,22 +115,3 @@ def test_a_source_may_rest() -> None:
     assert mix.counts(10) == [10, 0]
     assert mix.counts(20) == [15, 5]
     assert mix.counts(30) == [15, 15]
-
-
-@pytest.mark.parametrize(
-    ("weights", "changes", "message"),
-    [
-        ([1, float("nan")], [], "weight nan: must be a finite number, 0 or more"),
-        ([1, -0.5], [], "weight -0.5: must be a finite number"),
-        ([1, 0], [], "source 2 of 2 has weight 0 and would never be read"),
-        ([0, 0], [(5, [1, 1])], "mixture from sample 0: at least one weight must be over 0"),
-        ([1, 1], [(5, [1])], "mixture from sample 5: 1 weights for 2 sources"),
-        ([1, 1], [(5, [1, 2]), (5, [2, 1])], "change at sample 5: must come after sample 5"),
-        ([1, 1], [(0, [1, 2])], "change at sample 0: must come after sample 0"),
-    ],
-)
-def test_impossible_weights(
-    weights: list[float], changes: list[tuple[int, list[float]]], message: str
-) -> None:
-    with pytest.raises(UsageError, match=message):
-        mixture(weights, changes=changes)
