@@ -7,9 +7,9 @@ only SLURM's variables, which say where rank 0 is too; MPI's launchers leave the
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from megagpt.cluster.mpi import marks_of, mpi_address, unknown_world
+from megagpt.cluster.mpi import Marks, marks_of, mpi_address, unknown_world
 from megagpt.cluster.slurm import expand_counts, expand_hosts
 from megagpt.errors import UsageError
 
@@ -74,10 +74,20 @@ def _from_variables(environ: Mapping[str, str], launcher: str) -> Ranks:
     for mark, name in _MARKS.items():
         launcher = name if mark in environ else launcher
     on_host = "LOCAL_SIZE" if launcher == "deepspeed" else "LOCAL_WORLD_SIZE"
-    world, local_rank = _number(environ, "WORLD_SIZE"), _number(environ, "LOCAL_RANK")
-    local_world = _number(environ, on_host) if environ.get(on_host) else min(world, local_rank + 1)
+    return _ranks(environ, Marks(launcher, "RANK", "WORLD_SIZE", "LOCAL_RANK", on_host), launcher)
+
+
+def _ranks(environ: Mapping[str, str], marks: Marks, launcher: str) -> Ranks:
+    """The ranks by the variables of these names. Without their number on this host it is not known
+    to be larger than what this one's own place tells."""
+    world, local_rank = _number(environ, marks.size), 0
+    if environ.get(marks.local_rank) or launcher != "mpi":
+        local_rank = _number(environ, marks.local_rank)
+    local_world = min(world, local_rank + 1)
+    if environ.get(marks.local_size):
+        local_world = _number(environ, marks.local_size)
     return Ranks(
-        rank=_number(environ, "RANK"),
+        rank=_number(environ, marks.rank),
         world=world,
         local_rank=local_rank,
         local_world=local_world,
@@ -98,20 +108,7 @@ def _from_mpi(environ: Mapping[str, str]) -> Ranks:
             f"environment: {marks.rank} is set, but not {marks.size}, as {marks.name} sets it; "
             "export RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT for every process"
         )
-    world = _number(environ, marks.size)
-    if world == 1:
-        return Ranks()
-    local_rank = _number(environ, marks.local_rank) if environ.get(marks.local_rank) else 0
-    local_world = min(world, local_rank + 1)
-    if environ.get(marks.local_size):
-        local_world = _number(environ, marks.local_size)
-    return Ranks(
-        rank=_number(environ, marks.rank),
-        world=world,
-        local_rank=local_rank,
-        local_world=local_world,
-        launcher="mpi",
-    )
+    return Ranks() if _number(environ, marks.size) == 1 else _ranks(environ, marks, "mpi")
 
 
 def _check_alone(environ: Mapping[str, str]) -> None:
@@ -138,18 +135,13 @@ def told_rank(environ: Mapping[str, str]) -> str:
 
 def _from_slurm(environ: Mapping[str, str]) -> Ranks:
     """The ranks by the variables of SLURM's step."""
-    world, local_rank = _step_tasks(environ), _number(environ, "SLURM_LOCALID")
-    local_world = min(world, local_rank + 1)
-    if environ.get("SLURM_STEP_TASKS_PER_NODE"):
-        counts = expand_counts(environ["SLURM_STEP_TASKS_PER_NODE"])
-        local_world = counts[min(_number(environ, "SLURM_NODEID"), len(counts) - 1)]
-    return Ranks(
-        rank=_number(environ, "SLURM_PROCID"),
-        world=world,
-        local_rank=local_rank,
-        local_world=local_world,
-        launcher="srun",
-    )
+    marks = Marks("SLURM", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+    ranks = _ranks(environ, marks, "srun")
+    if not environ.get("SLURM_STEP_TASKS_PER_NODE"):
+        return ranks
+    counts = expand_counts(environ["SLURM_STEP_TASKS_PER_NODE"])
+    host = min(_number(environ, "SLURM_NODEID"), len(counts) - 1)
+    return replace(ranks, local_world=counts[host])
 
 
 def _check_against_slurm(ranks: Ranks, environ: Mapping[str, str]) -> None:
