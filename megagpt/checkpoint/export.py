@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megagpt.checkpoint import record
-from megagpt.checkpoint.load import slice_problems, tell_strangers, vocabulary_of
+from megagpt.checkpoint.load import shapes_of, slice_problems, tell_strangers, vocabulary_of
 from megagpt.checkpoint.record import CONFIG, FileRecord, read_sealed
 from megagpt.checkpoint.slice_file import SliceReader, file_name, fit_rows, write_slices
 from megagpt.checkpoint.slice_index import index_of_packed, packed
@@ -249,11 +249,9 @@ def consolidate(run: Path, output: Path, shard_bytes: int = SHARD_BYTES) -> list
     folder = new_folder(output)
     source = newest(run)
     reader, config, facts = SliceReader(source), load_run(source / CONFIG), _facts(source)
-    with torch.device("meta"):
-        shapes = {name: tuple(p.shape) for name, p in GPT(config.model).named_parameters()}
     tensors = [
         PlannedTensor(name, shape, partial(_unpadded, reader, name, shape))
-        for name, shape in sorted(shapes.items())
+        for name, shape in sorted(shapes_of(config.model).items())
     ]
     with record.written_whole(folder, temporary_of(folder)) as temporary:
         facts["vocabulary"] = _take_vocabulary(source, facts, temporary)

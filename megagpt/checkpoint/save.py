@@ -126,13 +126,11 @@ class Saver:
 
     def _on_rank_0(self, action: Callable[[], None]) -> str:
         """Runs `action` on rank 0; what kept it from working, "" when it worked, on every rank."""
-        problem = ""
-        if self.engine.ranks.rank == 0:
-            try:
-                action()
-            except (OSError, DamageError) as error:
-                problem = _reason(error, self.run)
-        return str(self.engine.first(problem))
+        try:
+            self.engine.by_first(action)
+        except (OSError, DamageError) as error:
+            return _reason(error, self.run)
+        return ""
 
     def _commit(
         self, folder: Path, state: CheckpointRecord, results: list[tuple[FileRecord | str, bytes]]
