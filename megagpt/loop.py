@@ -4,6 +4,7 @@ Who calls what: `megagpt.train` reads the run file and joins the ranks, then mak
 each; the engine knows DeepSpeed, the checkpoints know files. All ranks run every line together.
 """
 
+import dataclasses
 import logging
 import math
 import time
@@ -281,7 +282,7 @@ class Trainer:
     def open_log(self, run: RunState) -> None:
         """The files of the run folder and its record, cut back to where the run is."""
         if self.ranks.rank == 0:
-            computing = self.engine.choices.record()
+            computing = dataclasses.asdict(self.engine.choices)
             source = self.checkpoints.init_from
             write_run_files(self.config, run, self.layout, self.ds_config, computing, source)
         self.log = open_log(self.config, run, writer=self.ranks.rank == 0)

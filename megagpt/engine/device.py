@@ -10,9 +10,9 @@ scaled_dot_product_attention leaves cuDNN out and FlashAttention sums dQ in orde
 the loss and AdamW are deterministic in themselves.
 """
 
-import dataclasses
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 
@@ -33,9 +33,9 @@ two bytes at a time: less than half the speed in bf16."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Choices:
-    """What computes the run on this rank."""
+    """What computes the run on this rank; run.json keeps it."""
 
     device: str
     """The device's name, with its type in front."""
@@ -51,10 +51,6 @@ class Choices:
     """Rows of the output matrix on this rank, padding among them."""
     slow: tuple[str, ...] = ()
     """What costs more than a tenth of the speed, each with its reason."""
-
-    def record(self) -> dict[str, object]:
-        """The same for run.json."""
-        return dataclasses.asdict(self)
 
 
 def environment(config: RunConfig, cuda: bool, local_world: int) -> dict[str, str]:
@@ -174,17 +170,9 @@ def _sdpa_backend(config: RunConfig, device: torch.device, dtype: torch.dtype) -
     return SDPBackend(chosen).name.removesuffix("_ATTENTION").lower()
 
 
-def decide(
-    config: RunConfig, layout: Layout, device: torch.device, stage: int, first: bool
-) -> Choices:
-    """Chooses, and applies the choice to this process before a model is built."""
-    choices = choose(config, layout, device, stage)
-    apply(choices, first)
-    return choices
-
-
 def apply(choices: Choices, first: bool) -> None:
-    """Sets torch's switches for this process; the `first` rank says what was chosen."""
+    """Sets torch's switches for this process, before a model is built; the `first` rank says what
+    was chosen."""
     # Partial sums of a product stay fp32 where cuBLAS splits it.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     if choices.deterministic:

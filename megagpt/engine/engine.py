@@ -19,7 +19,7 @@ from megagpt.cluster.ranks import Ranks
 from megagpt.config import RunConfig
 from megagpt.engine.clock import COMMUNICATION, Clock, time_collectives
 from megagpt.engine.compiler import compile_model
-from megagpt.engine.device import decide
+from megagpt.engine.device import apply, choose
 from megagpt.engine.optimizer import ask_before_update, build_optimizer
 from megagpt.engine.slices import (
     OptimizerState,
@@ -84,8 +84,9 @@ class Engine(ABC):
         self.parameters: list[OwnedParameter] = []
         """The parameters on this rank."""
         self.stage: int = ds_config["zero_optimization"]["stage"]
-        self.choices = decide(config, layout, self.device, self.stage, ranks.rank == 0)
+        self.choices = choose(config, layout, self.device, self.stage)
         """What computes the run on this rank."""
+        apply(self.choices, first=ranks.rank == 0)
         self.deepspeed: Any = None
         """DeepSpeed's engine."""
         self.masked = False
@@ -217,17 +218,18 @@ class Engine(ABC):
 
     def total(self, values: Sequence[float]) -> list[float]:
         """Sum of each value over all ranks, in float64."""
-        # Apple's and a few other devices have no float64, but neither nccl nor gloo runs there.
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        with self.clock.part(COMMUNICATION):
-            dist.all_reduce(tensor)
-            return list(tensor.tolist())
+        return self._reduced(values, dist.ReduceOp.SUM)
 
     def largest(self, values: Sequence[float]) -> list[float]:
         """Largest of each value over all ranks."""
+        return self._reduced(values, dist.ReduceOp.MAX)
+
+    def _reduced(self, values: Sequence[float], by: Any) -> list[float]:
+        # Apple's and a few other devices have no float64, but neither nccl nor gloo runs there.
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-        return list(tensor.tolist())
+        with self.clock.part(COMMUNICATION):
+            dist.all_reduce(tensor, op=by)
+            return list(tensor.tolist())
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""

@@ -8,6 +8,7 @@ layout can read what any other wrote.
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -18,6 +19,13 @@ from megagpt.engine import split
 
 STATES = ("fp32", "exp_avg", "exp_avg_sq")
 """What is stored of every parameter: the fp32 weight and Adam's first and second moment."""
+FLAT_MASTERS = (
+    "fp32_partitioned_groups_flat",  # stage 3
+    "single_partition_of_fp32_groups",  # stages 1 and 2
+    "fp32_groups_flat_partition",  # stage 1 with fp32 gradient accumulation
+)
+"""Where DeepSpeed's optimizers keep the flat fp32 partitions that they step on; stage 0 has none
+and steps on the parameters."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,8 +160,9 @@ def create_moments(zero: Any) -> None:
     all groups when only the first group has any, so the others would never be found.
     """
     adam = getattr(zero, "optimizer", zero)
-    flat = _flat_masters(zero)
-    for parameter in flat if flat is not None else _parameters(adam):
+    flat = [name for name in FLAT_MASTERS if hasattr(zero, name)]
+    of_groups = (group["params"] for group in adam.param_groups)
+    for parameter in getattr(zero, flat[0]) if flat else chain.from_iterable(of_groups):
         state = adam.state[parameter]
         for key in STATES[1:]:
             if key not in state:
@@ -163,23 +172,6 @@ def create_moments(zero: Any) -> None:
             state["step"] = torch.zeros((), dtype=torch.float32, device=device)
     if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
         zero._lazy_init_hp_params_optimizer_state()
-
-
-def _parameters(adam: torch.optim.Optimizer) -> Iterator[Any]:
-    for group in adam.param_groups:
-        yield from group["params"]
-
-
-def _flat_masters(zero: Any) -> list[Tensor] | None:
-    """The flat fp32 partitions that the optimizer steps on; None where it steps on parameters."""
-    for name in (
-        "fp32_partitioned_groups_flat",  # stage 3
-        "single_partition_of_fp32_groups",  # stages 1 and 2
-        "fp32_groups_flat_partition",  # stage 1 with fp32 gradient accumulation
-    ):
-        if hasattr(zero, name):
-            return list(getattr(zero, name))
-    return None
 
 
 def read_state(zero: Any) -> OptimizerState:

@@ -6,10 +6,10 @@ rate, and which updates are skipped.
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Protocol
 
 from megagpt.checkpoint.journal import Journal
 from megagpt.config import RunConfig
+from megagpt.engine import StepResult
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,18 +24,6 @@ class Step:
     first_sample: int
     n_samples: int
     lr: float
-
-
-class Outcome(Protocol):
-    """What a step did: the engine's StepResult."""
-
-    @property
-    def applied(self) -> bool:
-        """Whether the update was made."""
-
-    @property
-    def skipped(self) -> bool:
-        """Whether the update was skipped because of a spike."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,7 +72,7 @@ class RunState:
         """The step that comes next."""
         return self.step_at(config, self.step, self.tokens)
 
-    def after(self, step: Step, result: Outcome) -> "RunState":
+    def after(self, step: Step, result: StepResult) -> "RunState":
         """Where the run is once `step` is done. An update that was skipped because of a spike
         stands in the journal from then on, once."""
         journal = self.journal

@@ -14,7 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from megagpt.config import parse_run
 from megagpt.engine.compiler import compile_model, missing_compiler
-from megagpt.engine.device import decide
+from megagpt.engine.device import apply, choose
 from megagpt.model import GPT
 from megagpt.model.kernels import missing_for_triton
 from megagpt.plan.layout import Layout
@@ -93,7 +93,8 @@ def test_without_a_compiler_one_rank_warns_and_the_model_runs_on(monkeypatch, ca
     config = parse_run(RUN, ["parallel.compile=true"])
     with caplog.at_level(logging.WARNING):
         for first in (True, False, False):
-            choices = decide(config, Layout(), CPU, stage=1, first=first)
+            choices = choose(config, Layout(), CPU, stage=1)
+            apply(choices, first=first)
             assert choices.compile == "no"
     [record] = caplog.records
     assert "parallel.compile = true, but this host has not a C++ compiler" in record.getMessage()

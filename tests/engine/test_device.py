@@ -45,7 +45,7 @@ def test_a_gpu_gets_its_fast_forms_by_default(monkeypatch):
     assert chosen.output_rows == 50_304
     assert chosen.slow == ()
     assert chosen.device == "cuda (NVIDIA H100 80GB HBM3)"
-    assert json.loads(json.dumps(chosen.record()))["attention"]["banded"] == "flex"
+    assert json.loads(json.dumps(dataclasses.asdict(chosen)))["attention"]["banded"] == "flex"
 
 
 def test_a_tensor_split_gets_the_fused_loss_too(monkeypatch):
