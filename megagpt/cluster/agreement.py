@@ -7,14 +7,13 @@ different run, or end this one in the middle with a message that says nothing.
 
 import hashlib
 import json
-import platform
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 
 from megagpt.config import RunConfig, dump_run
 from megagpt.corpus.manifest import CorpusManifest, read_manifest
 from megagpt.errors import MegagptError
+from megagpt.log.environment import versions
 from megagpt.plan.ds_config import read_ds_config
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -31,13 +30,9 @@ MOST_HOSTS = 4
 
 def facts_of_code() -> dict[str, str]:
     """What computes on this host, whatever the run: name, as a message calls it -> value."""
-    facts = {"the code of megagpt": _short(code_digest()), "python": platform.python_version()}
-    for name in COMPUTING:
-        try:
-            facts[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            facts[name] = "not installed"
-    return facts
+    known = versions(*COMPUTING)
+    facts = {"the code of megagpt": _short(code_digest()), "python": known["python"]}
+    return facts | {name: known.get(name, "not installed") for name in COMPUTING}
 
 
 def facts_of_devices(drivers: Mapping[str, Path] = DRIVERS) -> dict[str, str]:

@@ -301,19 +301,20 @@ class GPT(nn.Module):
         """
         if self.classifier is None:
             return self.classes.head_loss(self._output(), self._hidden(x), y)
-        rows = x.reshape(-1, self.config.positions)  # (B, T) -> (B parts, T / parts)
-        hidden = self._hidden(rows)
-        scores = self.classifier(states_at_extract(x, hidden, self.config))
+        hidden, scores = self._classified(x)
         score = partial(self.classes.head_loss, self._output())
         return classifier_loss(scores, hidden, y, score, self.config.lm_weight)
 
     def class_scores(self, x: Tensor) -> Tensor:
         """Scores of the classes (B, C) of samples x (B, n_ctx); of the parts where they are chosen
         among."""
+        return self._classified(x)[1]
+
+    def _classified(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The last hidden states (B parts, T / parts, D) of samples x (B, T), and their scores."""
         assert self.classifier is not None
         hidden = self._hidden(x.reshape(-1, self.config.positions))
-        found: Tensor = self.classifier(states_at_extract(x, hidden, self.config))
-        return found
+        return hidden, self.classifier(states_at_extract(x, hidden, self.config))
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits (B, T, V) of ids x (B, T), padding left out; what follows each position."""

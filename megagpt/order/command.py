@@ -149,11 +149,8 @@ def _samples(config: RunConfig, step: int) -> tuple[int, int, dict[str, Any]]:
 
 def _decoder(loader: TokenLoader) -> Text:
     """Tokens (N,) to text without END-OF-DOCUMENT; to ids where no tokenizer fits."""
-    from megagpt.tokenizer import load_tokenizer
-
-    manifest = loader.stores[0].manifest
     try:
-        encoding = load_tokenizer(manifest.tokenizer, manifest.fingerprint)
+        encoding = loader.encoding
     except (UsageError, DamageError):
         return lambda tokens: " ".join(map(str, tokens.tolist()))
 
