@@ -6,7 +6,7 @@
 | OMP_WAIT_POLICY OMP_NUM_THREADS | prepare_environment | ranks share the cores of a host |
 | LOCAL_RANK or DS_ACCELERATOR by the GPUs that are visible | join | DeepSpeed binds to it |
 | mallopt of glibc, on CPUs | join | the memory of a step is kept for the next one |
-| DeepSpeed's logger and inference extension, a filter of warnings | join | noise and a compiler |
+| DeepSpeed's logger, inference extension, Muon; a filter of warnings | join | noise, a compiler |
 | the GPU of this rank, the process group | join | |
 | TORCH_FR_BUFFER_SIZE | prepare_environment | the latest collectives, told when a run hangs |
 | the meeting with the other ranks | meet | one rank reports what ends all |
