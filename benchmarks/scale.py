@@ -2,12 +2,11 @@
 
     python benchmarks/scale.py --ranks 8 64 1024 > table.md
 
-A rank is a thread; all ranks run megagpt's own code in one process. What they open, list and look
-at is counted where Python asks the system for it (the audit events of open, os.listdir and
-os.scandir; os.stat and os.lstat), the requests to the meeting's store where they are made. Their
-collectives are memory that the threads share, counted as the bytes that a rank sends and receives:
-all_gather_object and gather_object send as many bytes of each rank as the longest value has.
-Written files are counted by the rank's own thread and by those that it starts alike.
+A rank is a thread; all ranks run megagpt's own code in one process. What they open, list, remove
+and look at is counted where Python asks the system for it (audit events; os.stat and os.lstat), the
+requests to the meeting's store where they are made. Their collectives are memory that the threads
+share, counted as the bytes that a rank sends and receives: all_gather_object and gather_object send
+as many bytes of each rank as the longest value has. What threads ask that a rank starts is its own.
 """
 
 import argparse
@@ -95,6 +94,8 @@ def listen() -> None:
             count("opens")
         elif event in ("os.listdir", "os.scandir"):
             count("listings")
+        elif event == "os.remove":
+            count("removals")
 
     sys.addaudithook(hear)
     os.stat, os.lstat = asking(os.stat), asking(os.lstat)  # type: ignore[assignment]
@@ -119,12 +120,25 @@ def listen() -> None:
 
 
 class Group:
-    """Memory that the threads of all ranks share."""
+    """Memory that the threads of all ranks share.
 
-    def __init__(self, world: int) -> None:
-        self.world = world
+    walked: the ranks that have a thread, () for all; every other one says what its like says.
+    """
+
+    def __init__(self, world: int, walked: Sequence[int] = ()) -> None:
+        self.world, self.walked = world, walked or range(world)
+        self.like = [like(rank, self.walked) for rank in range(world)]
         self.values: list[Any] = [None] * world
-        self.barrier = threading.Barrier(world)
+        self.barrier = threading.Barrier(len(self.walked))
+
+
+def like(rank: int, walked: Sequence[int]) -> int:
+    """The walked rank that does what this one does: itself, the first of another host of eight
+    ranks, any other one."""
+    if rank in walked:
+        return rank
+    same = [one for one in walked if one and (one % 8 == 0) == (rank % 8 == 0)]
+    return (same or walked)[-1]
 
 
 class Threads:
@@ -142,7 +156,7 @@ class Threads:
         """The values of all ranks, as they were when all had given theirs."""
         self.group.values[self.ranks.rank] = value
         self.group.barrier.wait()
-        values = list(self.group.values)
+        values = [self.group.values[rank] for rank in self.group.like]
         self.group.barrier.wait()
         return values
 
@@ -208,7 +222,8 @@ class Store:
 
 
 def cut(config: RunConfig, world: int, zero3: bool) -> list[list[Slice]]:
-    """The slices of each rank: one stretch of all parameters (ZeRO-1), or one of each (ZeRO-3)."""
+    """The slices of each rank, of zeros: one stretch of all parameters (ZeRO-1), or one of each
+    (ZeRO-3)."""
     shapes = shapes_of(config.model)
     held: list[list[Slice]] = [[] for _ in range(world)]
     total = sum(map(math.prod, shapes.values()))
@@ -220,28 +235,22 @@ def cut(config: RunConfig, world: int, zero3: bool) -> list[list[Slice]]:
         while start < numel:
             rank = start // part if zero3 else (done + start) // part
             end = min(numel, (rank + 1) * part - (0 if zero3 else done))
-            held[rank].append(piece(name, shape, start, end - start))
+            zeros = torch.zeros(end - start)
+            place = {"name": name, "shape": shape, "split": TensorShare(), "start": start}
+            how = {"read": lambda key, zeros=zeros: zeros, "write": lambda key, value: None}
+            held[rank].append(Slice(**place, **how, numel=end - start, owned=True))
             start = end
         done += numel
     return held
 
 
-def piece(name: str, shape: tuple[int, ...], start: int, numel: int) -> Slice:
-    """A slice that holds zeros."""
-    return Slice(
-        name=name,
-        shape=shape,
-        split=TensorShare(),
-        start=start,
-        numel=numel,
-        owned=True,
-        read=lambda key: torch.zeros(numel),
-        write=lambda key, value: None,
-    )
+def on_all(
+    world: int, work: Callable[[int], None], walked: Sequence[int] = ()
+) -> dict[str, tuple[float, int]]:
+    """Runs `work` on a thread a rank; what -> (mean of a rank, most of a rank).
 
-
-def on_all(world: int, work: Callable[[int], None]) -> dict[str, tuple[float, int]]:
-    """Runs `work` on a thread a rank; what -> (mean of a rank, most of a rank)."""
+    walked: see Group; a rank that has no thread counts what its like does.
+    """
     counted.clear()
 
     def body(rank: int) -> None:
@@ -253,12 +262,16 @@ def on_all(world: int, work: Callable[[int], None]) -> dict[str, tuple[float, in
         finally:
             rank_of.pop(threading.get_ident(), None)
 
-    threads = [threading.Thread(target=body, args=(rank,)) for rank in range(world)]
+    threads = [threading.Thread(target=body, args=(rank,)) for rank in walked or range(world)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return {what: (by.total() / world, max(by.values())) for what, by in counted.items()}
+    likes = [like(rank, walked or range(world)) for rank in range(world)]
+    return {
+        what: (sum(by[rank] for rank in likes) / world, max(by.values()))
+        for what, by in counted.items()
+    }
 
 
 def meeting(world: int) -> Callable[[int], None]:
@@ -290,26 +303,16 @@ def corpus(root: Path, shards: int) -> None:
     write_manifest(new_manifest(folder, "bytes", encoding, writer.close()))
 
 
-def record(config: RunConfig) -> CheckpointRecord:
+def record() -> CheckpointRecord:
     """A state to save."""
-    return CheckpointRecord(
-        step=1,
-        tokens=512,
-        samples=16,
-        seed=1,
-        skipped_steps=0,
-        updates=1,
-        loss_scale={},
-        layout={},
-        data={"fingerprint": "", "vocabulary": ""},
-        versions={},
-        milestone=False,
-        files=(),
-    )
+    ones: dict[str, Any] = dict.fromkeys(("step", "samples", "seed", "updates"), 1)
+    more: dict[str, Any] = dict.fromkeys(("loss_scale", "layout", "versions"), {})
+    more |= {"skipped_steps": 0, "milestone": False, "files": (), "tokens": 512}
+    return CheckpointRecord(**ones, **more, data={"fingerprint": "", "vocabulary": ""})
 
 
 def rows(
-    root: Path, world: int, zero3: bool, shards: int, layers: int
+    root: Path, world: int, zero3: bool, shards: int, layers: int, walked: Sequence[int] = ()
 ) -> Iterator[tuple[str, dict[str, tuple[float, int]]]]:
     """(what was done, its counts)."""
     (root / "run.toml").write_text(RUN.format(root=root, layers=layers))
@@ -318,6 +321,9 @@ def rows(
     yield "meet", on_all(world, meeting(world))
     held, group = cut(config, world, zero3), Group(world)
     engines = [Threads(group, rank, held[rank]) for rank in range(world)]
+    # Ranks that compare and load say nothing of their own to each other; each saves its own file.
+    few = Group(world, walked)
+    walking = [Threads(few, rank, held[rank]) for rank in range(world)]
     run = Path(config.output)
     run.mkdir()
     work_left = SimpleNamespace(alive=lambda: None, wait=lambda: None)
@@ -327,12 +333,12 @@ def rows(
             loader = training_loader(config, False)  # type: ignore[call-arg]
         except TypeError:
             loader = training_loader(config)  # before ranks shared it out
-        check_data([loader], run, engines[rank], work_left)  # type: ignore[arg-type]
+        check_data([loader], run, walking[rank], work_left)  # type: ignore[arg-type]
         loader.close()
 
-    yield "compare the data, first start", on_all(world, data)
-    yield "compare the data, later starts", on_all(world, data)
-    state = record(config)
+    yield "compare the data, first start", on_all(world, data, walked)
+    yield "compare the data, later starts", on_all(world, data, walked)
+    state = record()
     savers = [Saver(run, config, engine) for engine in engines]  # type: ignore[arg-type]
 
     steps = itertools.count(1)
@@ -341,19 +347,19 @@ def rows(
         def work(rank: int) -> None:
             savers[rank].begin(dataclasses.replace(state, step=step, updates=step))
             savers[rank].finish()
+            getattr(savers[rank], "settle", lambda: None)()  # a thread removes what is retired
 
-        found = on_all(world, work)
-        getattr(savers[0], "settle", lambda: None)()  # a thread removes what is retired
-        return found
+        return on_all(world, work)
 
-    for _ in range(config.checkpoint.keep_last):
+    yield "save", save(next(steps))
+    for _ in range(config.checkpoint.keep_last - 1):
         save(next(steps))
     yield "save, and retire one", save(next(steps))
 
     def load(rank: int) -> None:
-        assert resume(run, config, engines[rank], lambda n: ("",))  # type: ignore[arg-type]
+        assert resume(run, config, walking[rank], lambda n: ("",))  # type: ignore[arg-type]
 
-    yield "resume", on_all(world, load)
+    yield "resume", on_all(world, load, walked)
 
 
 def main() -> None:
@@ -363,15 +369,19 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=2048)
     parser.add_argument("--layers", type=int, default=96)
     parser.add_argument("--zero3", action="store_true", help="cut as ZeRO-3 does, not as ZeRO-1")
+    how = "ranks that compare the data and resume, for all; others count as their like"
+    parser.add_argument("--walked", type=int, nargs="*", default=[], metavar="RANK", help=how)
     args = parser.parse_args()
     threading.stack_size(STACK)
     sys.setswitchinterval(1.0)  # a thousand threads that ask for the lock every 5 ms hold up all
     listen()
-    keys = ("opens", "stats", "listings", "requests", "messages", "bytes")
+    keys = ("opens", "stats", "listings", "removals", "requests", "messages", "bytes")
     print(f"| ranks | what | {' | '.join(keys)} |\n|{'---|' * (len(keys) + 2)}")
     for world in args.ranks:
         with tempfile.TemporaryDirectory() as folder:
-            for what, found in rows(Path(folder), world, args.zero3, args.shards, args.layers):
+            walked = [rank for rank in args.walked if rank < world]
+            options = (args.zero3, args.shards, args.layers, walked)
+            for what, found in rows(Path(folder), world, *options):
                 cells = [_cell(*found.get(key, (0, 0))) for key in keys]
                 print(f"| {world} | {what} | {' | '.join(cells)} |", flush=True)
 

@@ -94,7 +94,7 @@ def lsf(facts: Facts) -> str:
         f"-n {facts.nodes * facts.gpus}",
         f'-R "span[ptile={facts.gpus}] affinity[core({facts.cores})]"',
         f'-gpu "num={facts.gpus}"',
-        f"-W {facts.seconds // 3600}:{facts.seconds // 60 % 60:02d}",
+        f"-W {facts.seconds // 60}",
         f"-o {plain(str(facts.folder / 'job.log'), '')}",
         "-r",
         '-Q "75"',

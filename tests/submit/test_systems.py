@@ -80,7 +80,7 @@ def test_a_job_of_lsf(tmp_path, capsys):
         "-n 4",
         '-R "span[ptile=2] affinity[core(4)]"',
         '-gpu "num=2"',
-        "-W 24:00",
+        "-W 1440",
     ]
     assert '-Q "75"' in lines(text, "BSUB") and "-wt 3" in lines(text, "BSUB")
     assert f"submit it: bsub < {tmp_path}/run/job.lsf\n" in capsys.readouterr().out

@@ -8,6 +8,7 @@ import pytest
 from tests.lib.corpus import run_file
 from tests.lib.distributed import steps
 from tests.virtual.hosts import Cluster
+from tests.virtual.slurm import Slurm
 
 pytestmark = pytest.mark.cluster
 
@@ -37,3 +38,37 @@ def test_what_slurm_says_against_a_job(cluster, slurm, tmp_path, submit):
     code, said = launched(cluster, run_file(tmp_path), "--partition", "nonesuch", *submit)
     assert code == 2
     assert re.search(r"SLURM refuses .*job.sbatch: .*invalid partition specified: nonesuch", said)
+
+
+def told(slurm: Slurm, number: int) -> dict[str, str]:
+    """What SLURM took from the options of a job of another system."""
+    keys = ("JobName", "NumTasks", "TimeLimit", "Partition", "StdOut")
+    return {key: slurm.job(number)[key] for key in keys}
+
+
+@pytest.mark.parametrize("system", ["pbs", "lsf"])
+def test_sbatch_reads_jobs_of_other_systems(cluster, slurm, tmp_path, system):
+    """sbatch takes #PBS, and of #BSUB these options; the job of PBS trains, its ranks by srun."""
+    file = run_file(tmp_path, schedule={"total_tokens": 4096})
+    size = ("--nodes", "2", "--gpus-per-node", "1", "--cpus-per-task", "1", "--time", "20:00")
+    more = ("--name", "mine", "--queue", "low")
+    code, said = cluster["login"].run("megagpt", "launch", system, str(file), *size, *more)
+    assert code == 0, said
+    path, options = tmp_path / f"run/job.{system}", ["--export=ALL,LAUNCH=srun"]
+    if system == "lsf":
+        unknown = re.compile(r"#BSUB -(?![JnWoq] ).*\n")
+        assert len(unknown.findall(path.read_text())) == 6
+        path.write_text(unknown.sub("", path.read_text()))
+        options += ["--nodes=2"]
+    number = slurm.submit(*options, path)
+    log = tmp_path / "run/job.log"
+    assert slurm.end(number)["JobState"] == "COMPLETED", log.read_text()
+    assert told(slurm, number) == {
+        "JobName": "mine",
+        "NumTasks": "2",
+        "TimeLimit": "00:20:00",
+        "Partition": "low",
+        "StdOut": str(log),
+    }
+    assert slurm.job(number)["NumNodes"] == "2"
+    assert steps(tmp_path / "run")[-1]["tokens"] >= 4096
