@@ -59,7 +59,7 @@ test-slow: $(STAMP)
 
 # Over virtual hosts with ssh and SLURM: docs/how-to/clusters.md says what they need.
 test-cluster: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster -rs tests/virtual
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "cluster and not slow" -rs tests/virtual
 
 # Wheels that a machine with a GPU and no network lacks, into .gpu/pack; run where there is one.
 gpu-pack: $(STAMP)

@@ -147,6 +147,8 @@ def test_environment_for_torch_and_deepspeed():
     assert (environ["RANK"], environ["WORLD_SIZE"], environ["LOCAL_RANK"]) == ("0", "1", "0")
     assert environ["MASTER_ADDR"] == "127.0.0.1" and int(environ["MASTER_PORT"]) > 0
     assert environ["OMP_NUM_THREADS"] == str(cores())
+    # Torch remembers the latest collectives of gloo and NCCL for a hang.
+    assert int(environ["TORCH_FR_BUFFER_SIZE"]) > 0
 
 
 def test_the_cores_of_a_host_are_shared_out_and_choices_of_the_user_kept():

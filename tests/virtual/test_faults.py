@@ -73,7 +73,8 @@ def test_hosts_that_the_doctor_does_not_reach(cluster, hostfile, tmp_path):
     binaries = Path(sys.executable).parent
     (tmp_path / "empty").mkdir()
     with another(cluster["host-b"], tmp_path / "empty", tmp_path / "copy", at=binaries):
-        words = ("megagpt", "doctor", "--hostfile", str(hostfile))
+        # By this interpreter, which the remedy names.
+        words = (sys.executable, "-m", "megagpt", "doctor", "--hostfile", str(hostfile))
         code, said = cluster["login"].run(*words)
     assert code == 2
     rows = re.findall(r"(?m)^FAIL +reach +(.*)$", said)

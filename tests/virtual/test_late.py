@@ -10,32 +10,20 @@ import pytest
 
 from megagpt.checkpoint import list_checkpoints, verify
 from tests.lib.corpus import run_file
-from tests.lib.distributed import EXACT, digest_of_weights, exact, launch, steps, wait_for_step
+from tests.lib.distributed import steps, wait_for_step
 from tests.virtual.hosts import Cluster, wait_until
 from tests.virtual.test_faults import ENDLESS, start
-from tests.virtual.test_slurm import Job
+from tests.virtual.test_slurm import Job, is_the_calm_run
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
 
 
-@pytest.fixture
-def file(tmp_path: Path) -> Path:
-    """A run file beside the run that nothing disturbed."""
-    made = run_file(tmp_path, **EXACT, schedule={"total_tokens": 60 * 1024})
-    done = launch(made, 2, f"output={tmp_path}/calm", timeout_s=600)
-    assert done.returncode == 0, done.stderr
-    return made
-
-
-def is_calm(run: Path) -> None:
-    calm = run.parent / "calm"
-    assert exact(steps(run)) == exact(steps(calm))
-    assert digest_of_weights(run) == digest_of_weights(calm)
-
-
 def test_a_host_that_is_cut_off_keeps_the_run_until_it_ends_by_itself(cluster, slurm, spare, file):
     rare = ("checkpoint.every_tokens=10240", "evaluate.every_tokens=0")
-    job = Job(cluster, slurm, file, "log.watchdog_minutes=2", *rare)
+    # The next start must come while the host still trains: later on a machine that is busy.
+    busy_s = sum(step["step_s"] for step in steps(file.parent / "calm"))
+    minutes = 1.25 + busy_s / 15
+    job = Job(cluster, slurm, file, f"log.watchdog_minutes={minutes:.2f}", *rare)
     job.trains()
     # Rank 0, which holds the lock, and the job's script are on this host.
     cut = cluster["host-a"]
@@ -45,16 +33,18 @@ def test_a_host_that_is_cut_off_keeps_the_run_until_it_ends_by_itself(cluster, s
         wait_until(lambda: "waiting for process" in job.log.read_text(), "the next start waits")
         assert "on host-a, which still trains there" in job.log.read_text()
         assert cut.ranks() == [holder] and "resuming at step" not in job.log.read_text()
-        wait_until(lambda: "resuming at step" in job.log.read_text(), "it goes on")
+        limit_s = 60 * minutes + 240
+        wait_until(lambda: "resuming at step" in job.log.read_text(), "it goes on", limit_s)
         assert not cut.ranks()
     assert slurm.end(job.number, 240)["JobState"] == "COMPLETED", job.said("not completed")
     wait_until(lambda: slurm.state(cut) == "idle", "the host is back")
-    is_calm(job.run)
+    is_the_calm_run(job.run)
 
 
 def test_a_save_that_is_not_over_at_the_end_of_the_time(cluster, slurm, file):
-    job = Job(cluster, slurm, file, minutes=3)
+    job = Job(cluster, slurm, file)
     job.trains()
+    slurm.login.check(f"scontrol update JobId={job.number} EndTime=now+90")
     ranks = [process for host in slurm.nodes for process in host.ranks()]
     for process in ranks:
         os.kill(process, signal.SIGSTOP)
@@ -67,7 +57,7 @@ def test_a_save_that_is_not_over_at_the_end_of_the_time(cluster, slurm, file):
                 os.kill(process, signal.SIGCONT)
     slurm.login.check(f"scontrol update JobId={job.number} TimeLimit=20")
     assert slurm.end(job.number, 240)["JobState"] == "COMPLETED", job.said("not completed")
-    is_calm(job.run)
+    is_the_calm_run(job.run)
 
 
 def test_a_launcher_that_dies_in_a_long_evaluation(cluster, tmp_path):

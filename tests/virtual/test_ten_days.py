@@ -4,11 +4,11 @@ import pytest
 
 from tests.virtual.ten_days import BAD_TIMES, Unattended, made
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
 
 
-def test_three_days_unattended(cluster, slurm, spare, tmp_path):
-    days = 3.0
+@pytest.mark.parametrize("days", [0.6, pytest.param(3.0, marks=pytest.mark.slow)])
+def test_days_unattended(cluster, slurm, spare, tmp_path, days):
     told = Unattended(cluster, slurm, made(tmp_path, days), seed=1).live(days)
     assert sum(told["failures"].values()) > 2 and told["restarts"] > 2, told
     assert told["failures"]["bad"] <= BAD_TIMES
