@@ -24,7 +24,7 @@ def test_a_host_that_is_cut_off_keeps_the_run_until_it_ends_by_itself(cluster, s
     busy_s = sum(step["step_s"] for step in steps(file.parent / "calm"))
     minutes = 1.25 + busy_s / 15
     job = Job(cluster, slurm, file, f"log.watchdog_minutes={minutes:.2f}", *rare)
-    job.trains()
+    job.trains_on()
     # Rank 0, which holds the lock, and the job's script are on this host.
     cut = cluster["host-a"]
     (holder,) = cut.ranks()

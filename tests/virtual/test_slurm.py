@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from megagpt.checkpoint import list_checkpoints
+from megagpt.checkpoint.record import step_of
 from megagpt.cluster.slurm import expand_hosts
-from tests.lib.distributed import digest_of_weights, exact, steps
+from tests.lib.distributed import digest_of_weights, exact, steps, wait_for_step
 from tests.virtual.hosts import Cluster, wait_until
 from tests.virtual.slurm import Slurm
 
@@ -40,6 +41,12 @@ class Job:
         """Returns when this start has saved a checkpoint of its own."""
         before = list_checkpoints(self.run)[-1:]
         wait_until(lambda: list_checkpoints(self.run)[-1:] != before, self.said("no checkpoint"))
+
+    def trains_on(self) -> None:
+        """Returns when it trains, and the next save is not due: that and its end have more time
+        than a step."""
+        self.trains()
+        wait_for_step(self.run, (step_of(list_checkpoints(self.run)[-1]) or 0) + 2, 240)
 
     def said(self, what: str) -> str:
         """A message with the end of the job's log."""
@@ -110,19 +117,23 @@ def test_preempted_twice_out_of_time_a_dead_rank_and_a_lost_host(cluster, slurm,
     log = job.log.read_text()
     codes = [line.split()[-1] for line in log.splitlines() if " ended with code " in line]
     # At the loss of a host nobody was left to tell.
-    assert len(codes) == 5 and codes[:3] == ["75"] * 3 and codes[4] == "0", log
+    assert codes[:3] == ["75"] * 3, log
     # The rank that was killed, or one that srun ended for it.
     assert codes[3] in ("137", "143", "1"), log
+    # What a busy host did not answer in ten seconds, such as TERM to a step, SLURM says again after
+    # a minute, and the next start has a step of the same number.
+    again = codes[4:-1]
+    assert set(again) <= {"75"} and codes[-1] == "0", log
     assert log.count("run complete") == 1
     is_the_calm_run(job.run)
-    assert job.starts == 5 and slurm.queue() == ""
+    assert job.starts == 5 + len(again) and slurm.queue() == ""
 
 
 def test_a_cut_network(cluster, slurm, file):
     # Saves and evaluations may take four times as long as a step: SLURM would be first to act.
     rare = ("checkpoint.every_tokens=20480", "evaluate.every_tokens=0")
     job = Job(cluster, slurm, file, "log.watchdog_minutes=0.2", *rare)
-    job.trains()
+    job.trains_on()
     with cluster["host-b"].unplugged():
         stacks = [job.run / "stacks" / f"rank_0000{rank}.txt" for rank in range(2)]
         wait_until(lambda: all(path.exists() for path in stacks), "both ranks write stacks")
