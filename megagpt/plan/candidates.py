@@ -224,7 +224,9 @@ def _buckets(one: Candidate, held: float, gradient: float, lazy: bool) -> float:
     size = min(held, bucket) if lazy else bucket
     # ZeRO-1 stages what it added up in fp32; the others what the backward pass makes.
     width = gradient if one.zero == 1 or one.config.parallel.dtype == "fp32" else 2
-    gathered = held * width if lazy and one.layout.data > 1 and one.zero < 3 else 0.0
+    # ZeRO-3 reduces in one too, and gathers weights flat before it hands them out.
+    copies = 2 if one.zero == 3 else float(one.layout.data > 1)
+    gathered = copies * held * width if lazy else 0.0
     live = min(held, tree.get("stage3_max_live_parameters", 1e9)) if one.zero >= 3 else 0.0
     live *= 4 if one.config.parallel.dtype == "fp32" else 2
     return float((1 + bool(tree.get("overlap_comm"))) * size * width + live + gathered)

@@ -60,18 +60,3 @@ def interval(jobs: Jobs, what: str) -> tuple[Column, Column]:
     known = _FILE["intervals"][what]
     table = np.array([known.get(name, known["other"]) for name in SYSTEMS])
     return table[jobs.framework, 0], table[jobs.framework, 1]
-
-
-def pair_order(jobs: Jobs, measured: Column, ratio: Column) -> float:
-    """Share of pairs of layouts of one model on as many devices of one kind, with one batch, that
-    the prediction puts in the measured order; `ratio` is predicted / measured. Pairs that differ
-    by less than 2% do not count. NaN where there are none."""
-    names = ("layers", "width", "heads", "seq", "batch", "gpus", "gpu", "framework", "fp8")
-    keys = [tuple(getattr(jobs, name)[i] for name in names) for i in range(len(jobs))]
-    right: list[bool] = []
-    for i, key in enumerate(keys):
-        for k in range(i):
-            apart = np.log(measured[i] / measured[k])
-            if keys[k] == key and abs(apart) > 0.02:
-                right.append(bool((apart + np.log(ratio[i] / ratio[k])) * apart > 0))
-    return float(np.mean(right)) if right else float("nan")

@@ -24,6 +24,8 @@ HOST_LINK = 12e9
 HOST_UPDATES = 2e9
 """Parameters/s that a host's processors update with DeepSpeed's CPU Adam (its own benchmark: 1 to
 2 billion a second)."""
+TILE = 256 * 128
+"""Elements of a product's result that one multiprocessor computes at a time (cuBLAS)."""
 NANOTRON = SYSTEMS.index("nanotron")
 MEGAGPT, MEGAGPT_EAGER = SYSTEMS.index("megagpt"), SYSTEMS.index(f"megagpt{EAGER}")
 OMNI_PATH = SYSTEMS.index("megatron-deepspeed")
@@ -73,7 +75,9 @@ def step_items(jobs: Jobs, c: Constants) -> dict[str, Column]:
     q = 1 + by_system(c, "overlap", jobs)
     behind = (compute**q + gathered**q) ** (1 / q) - compute
     scale = 1.0 + by_gpu(c, "straggler", jobs) * np.log2(np.maximum(1.0, jobs.gpus / jobs.per_node))
-    bubble = np.where(jobs.pp > 1, (jobs.pp - 1) / v * (whole + p2p), 0.0)
+    # What p2p holds is mostly waiting for neighbours that are out of step; while the pipeline fills
+    # and drains there is none, the bubble itself is the wait.
+    bubble = (jobs.pp - 1) / v * whole
     return {
         "compute": m * compute * scale,
         "bubble": bubble * scale,
@@ -145,10 +149,14 @@ def head_compute(jobs: Jobs, c: Constants) -> Column:
 
 def _product(jobs: Jobs, c: Constants, rows: Column, n: Column, k: Column) -> Column:
     """Seconds of a product of rows x k by k x n: FLOPs at the reachable rate plus the traffic of
-    its operands, and a penalty for a shape that tensor cores cut badly."""
+    its operands, a penalty for a shape that tensor cores cut badly, and one for the processors
+    that the last round of tiles leaves idle, the dearer the fewer rounds there are (NVIDIA,
+    "Matrix Multiplication Background": wave quantization)."""
     reach = by_gpu(c, "matmul", jobs) * jobs.peak
     reach = np.where(jobs.fp8 > 0, reach * by_system(c, "fp8", jobs), reach)
     odd = np.where((n % 64 != 0) | (k % 64 != 0), 1 + c["misaligned"], 1.0)
+    rounds = rows * n / (TILE * jobs.processors)
+    odd = odd * (1 + c["last_round"] / rounds)
     traffic = 2 * c["operands"] * (rows * k + k * n + rows * n) / jobs.hbm
     return 2 * rows * n * k / reach * odd + traffic
 

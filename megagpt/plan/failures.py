@@ -49,11 +49,13 @@ def outlooks(one: Judgement, storm: Storm, today: datetime.date) -> list[Outlook
     """
     cluster, config = one.cluster, one.candidate.config
     nodes = -(-cluster.gpus // cluster.per_node)
-    # In the background only the copy to the host's memory stops the step.
-    rate = cluster.gpus * COPY_RATE if config.checkpoint.background else nodes * WRITE_RATE
+    size, beside = checkpoint_bytes(config.model), config.checkpoint.background
+    write = size / (nodes * WRITE_RATE)
     weather = Weather(
         failure_every=storm.gpu_hours * 3600 / cluster.gpus,
-        save=checkpoint_bytes(config.model) / rate,
+        # In the background only the copy to the host's memory stops the step.
+        save=size / (cluster.gpus * COPY_RATE) if beside else write,
+        behind=write if beside else 0.0,
         restart=storm.restart_s,
         queue=storm.queue_s,
         notice=storm.spot is not None,

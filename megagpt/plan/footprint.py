@@ -77,9 +77,11 @@ def stage_bytes(jobs: Jobs, c: Constants, stage: Stage) -> dict[str, Column]:
     gathered = np.where((jobs.zero >= 3) & (jobs.buckets == 0), 2 * size, 0.0)
     gathered = gathered * layer_parameters(jobs)
     passed = np.where(jobs.pp > 1, 2 * edge * stage.in_flight, 0.0)
-    # DeepSpeed's ZeRO-1 adds up whole gradients and copies its own part of them for the update.
+    # DeepSpeed copies a rank's own part of the gradients for the update: ZeRO-1 out of the whole
+    # ones, ZeRO-3 into one flat piece (stage3.py, _prepare_fp32_grad_for_sub_group).
     ours = (jobs.framework == MEGAGPT) | (jobs.framework == MEGAGPT_EAGER)
-    copied = np.where(ours & (jobs.zero == 1), jobs.kept_grad_bytes * held / jobs.dp, 0.0)
+    flat = ours & ((jobs.zero == 1) | (jobs.zero == 3)) & (jobs.offload == 0)
+    copied = np.where(flat, jobs.kept_grad_bytes * held / jobs.dp, 0.0)
     # fp32 weights are their own master only without ZeRO.
     moments = np.where((size > 2) & ((jobs.zero == 0) | ~ours), 8, 12)
     return {

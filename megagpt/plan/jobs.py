@@ -119,6 +119,8 @@ class Jobs:
     """1 where the weights do, under ZeRO-3."""
     peak: Column
     """FLOP/s of 16-bit matrix products."""
+    processors: Column
+    """Multiprocessors of the device."""
     hbm: Column
     """Bytes/s of the device's memory."""
     memory: Column
@@ -247,6 +249,7 @@ def device_columns(device: Accelerator, node_gb: float) -> dict[str, Any]:
     """The columns of a device; a network of 0 is one that nobody named."""
     return {
         "peak": device.tflops * 1e12,
+        "processors": device.processors,
         "hbm": device.memory_tb_s * 1e12,
         "memory": device.memory_gb * 1e9,
         "nvlink": device.link_gb_s * 1e9,

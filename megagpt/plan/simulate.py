@@ -36,6 +36,9 @@ class Weather:
     """From the end of a start to its first step."""
     queue: float
     """In the queue after each failure, on average."""
+    behind: float = 0.0
+    """From the moment that a checkpoint holds until it counts: one that is written beside training
+    is of no use before it is whole."""
     notice: bool = False
     """Whether a failure is announced early enough to save."""
 
@@ -70,7 +73,8 @@ def hopeless(work_s: float, interval_s: float, weather: Weather) -> str:
         done = every * math.exp(-min(700.0, weather.save / every)) * interval_s / cycle
         failures = work_s / max(done, 1e-300)
     else:
-        failures = work_s / interval_s * math.expm1(min(700.0, cycle / every))
+        tries = math.expm1(min(700.0, cycle / every)) * math.exp(min(700.0, weather.behind / every))
+        failures = work_s / interval_s * tries
     spent = failures * (every + weather.restart + weather.queue)
     text = (
         f"a failure every {every / 60:,.3g} min and a checkpoint every {interval_s / 60:,.3g} min "
@@ -110,7 +114,7 @@ def simulate(
         if weather.notice:
             done = np.maximum(0.0, until - weather.save) * interval_s / cycle
         else:
-            done = np.floor(until / cycle) * interval_s
+            done = np.floor(np.maximum(0.0, until - weather.behind) / cycle) * interval_s
         wait = weather.restart + random.exponential(max(weather.queue, 1e-9), n)
         spent[active] += np.where(ends, need, until + wait)
         left[active] = np.where(ends, 0.0, np.maximum(left[active] - done, 1e-9))

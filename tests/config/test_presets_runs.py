@@ -116,8 +116,8 @@ def test_hand_numbers_of_a_sequences_activations(size, gigabytes):
     )
     # Weights, fp32 gradients, the copy of a rank's own part of them, master and moments: 22 bytes
     # a parameter on one rank; ZeRO shares out 16 of them, then gradients (without the copy), then
-    # weights.
-    for ranks, stage, each in ((1, 1, 22), (4, 1, 10), (4, 2, 6), (4, 3, 4.5)):
+    # weights (with it).
+    for ranks, stage, each in ((1, 1, 22), (4, 1, 10), (4, 2, 6), (4, 3, 5.5)):
         config = load_run(
             RUNS / f"gpt3-{size}.toml", [*alone[:2], f"parallel.ds_config=zero{stage}"]
         )

@@ -9,7 +9,7 @@ from megagpt.cli import main
 from megagpt.errors import UsageError
 from megagpt.plan.accelerators import accelerator
 from megagpt.plan.batch import COLUMNS, predict_file
-from megagpt.plan.constants import CONSTANTS, pair_order
+from megagpt.plan.constants import CONSTANTS
 from megagpt.plan.cost import (
     ITEMS,
     data_wait,
@@ -53,11 +53,10 @@ def test_a_step_is_the_sum_of_its_items_and_near_the_32_seconds_that_were_measur
 def test_a_bubble_is_p_minus_1_passes_of_192_and_interleaving_divides_it():
     items = {v: step_items(jobs(virtual_pp=v), CONSTANTS) for v in ("1", "3")}
     one, three = items["1"], items["3"]
-    busy = one["compute"] + one["tensor"] + one["pipeline"]
+    busy = one["compute"] + one["tensor"]
     # 15 of 192 passes; the logits of the last stage make its own pass longer than the others.
     assert one["bubble"][0] / busy[0] == pytest.approx(15 / 192, rel=0.05)
-    # A third of the bubble, but each of its transfers costs three times.
-    assert three["bubble"][0] < one["bubble"][0] / 2
+    assert three["bubble"][0] == pytest.approx(one["bubble"][0] / 3)
     alone = step_items(jobs(pp="1", tp="1", n_gpus="8"), CONSTANTS)
     assert [alone[name][0] for name in ("bubble", "tensor", "pipeline")] == [0, 0, 0]
 
@@ -138,7 +137,6 @@ def test_published_steps_are_met(measured):
     ratio = step_time(found, CONSTANTS) / seconds
     off = np.abs(ratio - 1)
     assert len(off) == 412 and np.median(off) < 0.05 and np.quantile(off, 0.9) < 0.15
-    assert pair_order(found, seconds, ratio) > 0.8
 
 
 def test_published_memory_is_met():
@@ -146,14 +144,6 @@ def test_published_memory_is_met():
     measured = np.array([float(row["memory_gb"]) for row in rows])
     found = np.asarray(sum(fullest(jobs_from_rows(rows), CONSTANTS).values())) / 1e9
     assert len(rows) == 59 and np.median(np.abs(found / measured - 1)) < 0.07
-
-
-def test_order_of_pairs():
-    two = jobs_from_rows([ROW, ROW | {"micro_batch": "2"}, ROW | {"n_gpus": "512"}])
-    seconds = np.array([30.0, 33.0, 60.0])
-    assert pair_order(two, seconds, np.ones(3)) == 1.0
-    assert pair_order(two, seconds, np.array([1.2, 1.0, 1.0])) == 0.0
-    assert np.isnan(pair_order(two, np.array([30.0, 30.1, 60.0]), np.ones(3)))
 
 
 @pytest.mark.parametrize(

@@ -62,10 +62,26 @@ def test_the_record_is_that_of_the_constants(fitting, name):
             assert ends == pytest.approx(found[system], rel=1e-3)
 
 
+def test_order_of_pairs(fitting):
+    row = {
+        **{"n_layers": "48", "d_model": "8192", "n_heads": "64", "seq_len": "2048"},
+        **{"global_batch_seqs": "1536", "n_gpus": "512", "tp": "8", "pp": "2", "micro_batch": "1"},
+    }
+    more = [row | {"micro_batch": "2"}, row | {"n_gpus": "1024"}, row]
+    three, seconds = fitting.jobs_from_rows([row, *more]), np.array([30.0, 33.0, 60.0, 40.0])
+    # The last is the first measured again: with it alone there is no pair.
+    assert fitting.pair_order(three, seconds, np.ones(4)) == 1.0
+    assert fitting.pair_order(three, seconds, np.array([1.2, 1.0, 1.0, 1.0])) == 0.5
+    twice = fitting.jobs_from_rows([row, row])
+    assert np.isnan(fitting.pair_order(twice, np.array([30.0, 40.0]), np.ones(2)))
+    near = fitting.jobs_from_rows([row, more[0]])
+    assert np.isnan(fitting.pair_order(near, np.array([30.0, 30.1]), np.ones(2)))
+
+
 @pytest.mark.slow
 def test_a_fold_that_is_left_out_again_has_the_same_errors(fitting):
     rows, fit = fitting.rows_of("step_time_s"), fitting.time_fit()
     out = fitting.folds(rows) == 0
-    x = fit.run(rows.only(~out), fit.run(rows), 12)
+    x = fit.run(rows.only(~out), fit.run(rows), 6)
     again = fit.errors(rows.only(out), x)
     assert again == pytest.approx(fitting.read_errors("time")["cross-validation"][out], abs=0.01)

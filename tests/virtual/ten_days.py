@@ -6,7 +6,8 @@ A step stands for 20 minutes, so that 720 of them are ten days; every second one
 saves every 41 minutes). Failures come 14 hours apart in the mean, drawn by the seed: a rank is
 killed, on a random host or, three times, on one that is bad; a host loses power; SLURM preempts.
 One failure in five is followed by another while the job starts. The job must end by itself,
-complete, with the calm run's steps, weights and moments. Prints a line of JSON for each seed.
+complete, with the calm run's steps, weights and moments. Prints a line of JSON for each seed;
+tests/virtual/goodput.py holds what it cost against `megagpt plan --simulate`.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import os
 import random
 import shutil
 import signal
+import statistics
 import sys
 import tempfile
 import time
@@ -24,6 +26,7 @@ from typing import Any
 
 from megagpt.cluster.slurm import expand_hosts
 from megagpt.errors import MegagptError
+from megagpt.report.series import read_run
 from tests.lib.corpus import run_file
 from tests.lib.distributed import digest_of_weights, exact, launch, steps
 from tests.virtual.hosts import Cluster, Host, virtual_hosts, wait_until
@@ -159,7 +162,25 @@ class Unattended:
             "restarts": int(ended["Restarts"]),
             "left_out": ended["ExcNodeList"],
             "seconds": round(time.monotonic() - t0),
+            **costs(self.run),
         }
+
+
+def costs(folder: Path) -> dict[str, Any]:
+    """What a run's record says that failures cost, seconds where nothing else is said: steps that
+    count, from the first line to the last, waiting for checkpoints, a checkpoint's way to the
+    disk; and for each restart the steps that it lost and the time without a step."""
+    run = read_run(folder)
+    saves = [event for event in run.events if event["event"] == "checkpoint"]
+    return {
+        "steps": len(run.steps),
+        "useful_s": round(float(run.step_s.sum()), 3),
+        "wall_s": round(run.wall_s, 3),
+        "stall_s": round(sum(event["stall_s"] for event in saves), 3),
+        "save_s": round(statistics.mean(event["save_s"] for event in saves), 3),
+        "lost_steps": [event["lost_steps"] for event in run.restarts],
+        "down_s": [event["down_s"] for event in run.restarts],
+    }
 
 
 def main() -> int:
