@@ -7,14 +7,12 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
-
 from megagpt.config import RunConfig
 from megagpt.config.flops import visible_keys
 from megagpt.config.presets import ModelConfig
 from megagpt.plan.accelerators import ACCELERATORS, Accelerator
 from megagpt.plan.ds_config import offloads, read_ds_config
-from megagpt.plan.jobs import EAGER, SYSTEMS, Jobs, device_columns
+from megagpt.plan.jobs import EAGER, SYSTEMS, Jobs, device_columns, jobs_in
 from megagpt.plan.layout import Layout, layout_of, layout_problems, micro_batch_of, padded_model
 from megagpt.plan.stages import stage_bounds, stage_parameters
 
@@ -126,15 +124,7 @@ def _divisors(n: int, most: int) -> list[int]:
 
 def jobs_of(chosen: Sequence[tuple[Candidate, int]], cluster: Cluster) -> Jobs:
     """Jobs of (candidate, tokens of the step) pairs."""
-    rows = [_row(one, cluster, tokens) for one, tokens in chosen]
-    columns: dict[str, Any] = {
-        name: np.array([row[name] for row in rows], dtype=None if name in _INDEX else np.float64)
-        for name in Jobs.__dataclass_fields__
-    }
-    return Jobs(**columns)
-
-
-_INDEX = ("gpu", "framework")
+    return jobs_in([_row(one, cluster, tokens) for one, tokens in chosen])
 
 
 def _row(one: Candidate, cluster: Cluster, tokens: int) -> dict[str, float]:

@@ -147,13 +147,21 @@ class Jobs:
         return np.maximum(1.0, np.ceil(self.batch / (self.dp * self.micro) - 1e-9))
 
 
-def jobs_from_rows(rows: Sequence[Mapping[str, str]], origin: str = "rows") -> Jobs:
-    """Jobs of a CSV's rows. Raises UsageError for a cell that is no number or must be there."""
-    filled = [_filled(row, f"{origin}, row {row.get('row_id') or n}") for n, row in enumerate(rows)]
+def jobs_in(rows: Sequence[Mapping[str, Any]]) -> Jobs:
+    """Jobs of rows that hold a number for each of their fields."""
+    index = ("gpu", "framework")
     columns: dict[str, Any] = {
-        name: np.array([row[name] for row in filled]) for name in Jobs.__dataclass_fields__
+        name: np.array([row[name] for row in rows], np.int64 if name in index else np.float64)
+        for name in Jobs.__dataclass_fields__
     }
     return Jobs(**columns)
+
+
+def jobs_from_rows(rows: Sequence[Mapping[str, str]], origin: str = "rows") -> Jobs:
+    """Jobs of a CSV's rows. Raises UsageError for a cell that is no number or must be there."""
+    return jobs_in(
+        [_filled(row, f"{origin}, row {row.get('row_id') or n}") for n, row in enumerate(rows)]
+    )
 
 
 def read_rows(path: str | Path) -> list[dict[str, str]]:
