@@ -205,7 +205,7 @@ def _buckets(one: Candidate, held: float, gradient: float, lazy: bool) -> float:
     """Bytes of DeepSpeed's buckets: gradients on their way, weights that are gathered.
 
     ZeRO takes the whole reduce bucket whatever the model, twice where it overlaps; `lazy`: a host
-    gives memory only for what is written, but gloo gathers weights into a buffer of its own.
+    gives memory only for what is written, but gloo wants buffers of its own.
     """
     tree = one.tree
     bucket = tree.get("reduce_bucket_size", 5e8)
@@ -214,9 +214,10 @@ def _buckets(one: Candidate, held: float, gradient: float, lazy: bool) -> float:
     size = min(held, bucket) if lazy else bucket
     # ZeRO-1 stages what it added up in fp32; the others what the backward pass makes.
     width = gradient if one.zero == 1 or one.config.parallel.dtype == "fp32" else 2
-    # ZeRO-3 reduces in one too, and gathers weights flat before it hands them out.
-    copies = 2 if one.zero == 3 else float(one.layout.data > 1)
-    gathered = copies * held * width if lazy else 0.0
+    # Measured: a flat bucket, and what gloo reduces and gathers in; ZeRO-3 gathers flat too.
+    several = one.layout.data > 1
+    copies = (5 if several else 2) if one.zero == 3 else 3 * several
     live = min(held, tree.get("stage3_max_live_parameters", 1e9)) if one.zero >= 3 else 0.0
     live *= 4 if one.config.parallel.dtype == "fp32" else 2
-    return float((1 + bool(tree.get("overlap_comm"))) * size * width + live + gathered)
+    buckets = 1 + bool(tree.get("overlap_comm"))
+    return float(buckets * size * width + live + (copies * held * width if lazy else 0.0))

@@ -75,12 +75,11 @@ def step_items(jobs: Jobs, c: Constants) -> dict[str, Column]:
     q = 1 + by_system(c, "overlap", jobs)
     behind = (compute**q + gathered**q) ** (1 / q) - compute
     scale = 1.0 + by_gpu(c, "straggler", jobs) * np.log2(np.maximum(1.0, jobs.gpus / jobs.per_node))
-    # What p2p holds is mostly waiting for neighbours that are out of step; while the pipeline fills
-    # and drains there is none, the bubble itself is the wait.
-    bubble = (jobs.pp - 1) / v * whole
     return {
         "compute": m * compute * scale,
-        "bubble": bubble * scale,
+        # What p2p holds is mostly waiting for neighbours that are out of step; while the pipeline
+        # fills and drains there is none, the bubble itself is the wait.
+        "bubble": (jobs.pp - 1) / v * whole * scale,
         "tensor": m * tensor * scale,
         "pipeline": m * p2p * scale,
         "data": (np.where(jobs.zero >= 3, m * behind, 0.0) + data_wait(jobs, c)) * scale,
