@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+MEGAGPT = (sys.executable, "-m", "megagpt")
+"""By this interpreter, whatever the script of that name has in its first line."""
 PROGRAMS = "sshd ssh pdsh munged slurmctld slurmd srun ip unshare nsenter setpriv"
 PACKAGES = "slurm-wlm slurmctld slurmd slurm-client munge openssh-server pdsh iproute2"
 TIED = ("setpriv", "--pdeathsig", "KILL")

@@ -15,7 +15,7 @@ import pytest
 from megagpt.checkpoint import list_checkpoints, verify
 from tests.lib.corpus import run_file
 from tests.lib.distributed import wait_for_step
-from tests.virtual.hosts import ROOT, Cluster, Host, wait_until
+from tests.virtual.hosts import MEGAGPT, ROOT, Cluster, Host, wait_until
 
 pytestmark = pytest.mark.cluster
 
@@ -51,13 +51,13 @@ def another(host: Host, folder: Path, copy: Path, at: Path | None = None) -> Ite
 
 def doctor(cluster: Cluster, file: Path, hostfile: Path) -> tuple[int, list[str]]:
     """Exit code of the doctor on all hosts of the hostfile, and the rows that did not pass."""
-    code, said = cluster["login"].run("megagpt", "doctor", str(file), "--hostfile", str(hostfile))
+    code, said = cluster["login"].run(*MEGAGPT, "doctor", str(file), "--hostfile", str(hostfile))
     return code, [line for line in said.splitlines() if line.startswith(("FAIL", "megagpt: "))]
 
 
 def test_hosts_that_are_well(cluster, file, hostfile, tmp_path):
     (tmp_path / "env").write_text("GLOO_SOCKET_IFNAME=eth0\n")
-    words = ("megagpt", "doctor", str(file), "--hostfile", str(hostfile))
+    words = (*MEGAGPT, "doctor", str(file), "--hostfile", str(hostfile))
     code, said = cluster["login"].run(*words, environ={"DS_ENV_FILE": str(tmp_path / "env")})
     assert code == 0 and "FAIL" not in said, said
     assert re.search(r"ok +hostfile +.*hosts: 2 hosts, 2 ranks\n", said)
@@ -73,8 +73,7 @@ def test_hosts_that_the_doctor_does_not_reach(cluster, hostfile, tmp_path):
     binaries = Path(sys.executable).parent
     (tmp_path / "empty").mkdir()
     with another(cluster["host-b"], tmp_path / "empty", tmp_path / "copy", at=binaries):
-        # By this interpreter, which the remedy names.
-        words = (sys.executable, "-m", "megagpt", "doctor", "--hostfile", str(hostfile))
+        words = (*MEGAGPT, "doctor", "--hostfile", str(hostfile))
         code, said = cluster["login"].run(*words)
     assert code == 2
     rows = re.findall(r"(?m)^FAIL +reach +(.*)$", said)
@@ -100,7 +99,7 @@ def test_a_host_of_the_hostfile_that_is_not_there(cluster, file, hostfile):
 
 def test_a_hostfile_that_is_none(cluster, file, hostfile):
     hostfile.write_text("host-a slot=1\n")
-    code, said = cluster["login"].run("megagpt", "doctor", str(file), "--hostfile", str(hostfile))
+    code, said = cluster["login"].run(*MEGAGPT, "doctor", str(file), "--hostfile", str(hostfile))
     assert code == 2 and "line 1: 'host-a slot=1': must read `HOST slots=N`" in said
     # What the script says of it: tests/test_shell.py.
 

@@ -7,7 +7,7 @@ import pytest
 
 from tests.lib.corpus import run_file
 from tests.lib.distributed import steps
-from tests.virtual.hosts import Cluster
+from tests.virtual.hosts import MEGAGPT, Cluster
 from tests.virtual.slurm import Slurm
 
 pytestmark = pytest.mark.cluster
@@ -17,7 +17,7 @@ SIZE = ("--nodes", "1", "--gpus-per-node", "2", "--cpus-per-task", "1", "--time"
 
 def launched(cluster: Cluster, file: Path, *words: str) -> tuple[int, str]:
     """Exit code of the command on the login host, and what it said."""
-    return cluster["login"].run("megagpt", "launch", "slurm", str(file), *SIZE, *words)
+    return cluster["login"].run(*MEGAGPT, "launch", "slurm", str(file), *SIZE, *words)
 
 
 def test_a_chain_ends_with_the_job_that_finishes_the_run(cluster, slurm, tmp_path):
@@ -52,7 +52,7 @@ def test_sbatch_reads_jobs_of_other_systems(cluster, slurm, tmp_path, system):
     file = run_file(tmp_path, schedule={"total_tokens": 4096})
     size = ("--nodes", "2", "--gpus-per-node", "1", "--cpus-per-task", "1", "--time", "20:00")
     more = ("--name", "mine", "--queue", "low")
-    code, said = cluster["login"].run("megagpt", "launch", system, str(file), *size, *more)
+    code, said = cluster["login"].run(*MEGAGPT, "launch", system, str(file), *size, *more)
     assert code == 0, said
     path, options = tmp_path / f"run/job.{system}", ["--export=ALL,LAUNCH=srun"]
     if system == "lsf":
