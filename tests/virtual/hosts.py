@@ -152,7 +152,7 @@ class Host:
             **how,
         )
 
-    def run(self, *command: str, timeout_s: float = 120, **how: object) -> tuple[int, str]:
+    def run(self, *command: str, timeout_s: float = 300, **how: object) -> tuple[int, str]:
         """(exit code, what it said) of a command on this host."""
         process = self.start(*command, **how)
         try:

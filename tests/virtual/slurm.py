@@ -112,7 +112,7 @@ class Slurm:
         """What squeue lists, "" when it is empty."""
         return self.login.check("squeue -h").strip()
 
-    def end(self, number: int, timeout_s: float = 120) -> dict[str, str]:
+    def end(self, number: int, timeout_s: float = 300) -> dict[str, str]:
         """The job once it is over: neither waiting, nor running, nor to be queued again."""
         return self.wait(number, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", timeout_s=timeout_s)
 

@@ -9,9 +9,9 @@ import pytest
 from megagpt.checkpoint import list_checkpoints
 from megagpt.checkpoint.record import step_of
 from tests.lib.corpus import run_file
-from tests.lib.distributed import digest_of_weights, launch, steps
 from tests.virtual.hosts import wait_until
 from tests.virtual.test_faults import another
+from tests.virtual.test_slurm import is_the_calm_run
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
 
@@ -39,25 +39,9 @@ def blamed(run: Path, hosts: list[str]) -> None:
     wait_until(lambda: failures(run) == hosts, f"{hosts} are blamed", 60)
 
 
-@pytest.fixture(scope="module")
-def calm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run file beside `calm`, the run that nothing disturbed."""
-    root = tmp_path_factory.mktemp("failing")
-    file = run_file(root, checkpoint={"every_tokens": 2048}, schedule={"total_tokens": 60 * 1024})
-    done = launch(file, 2, f"output={root}/calm")
-    assert done.returncode == 0, done.stderr
-    return file
-
-
-def is_calm(run: Path, file: Path) -> None:
-    calm = file.parent / "calm"
-    assert [s["loss"] for s in steps(run)] == [s["loss"] for s in steps(calm)]
-    assert digest_of_weights(run) == digest_of_weights(calm)
-
-
-def test_a_host_that_loses_its_rank_twice_is_left_out(cluster, slurm, spare, calm, tmp_path):
-    run, log = calm.parent / "run", tmp_path / "log"
-    number = slurm.submit(*TWO_OF_THREE, f"--output={log}", "launch/slurm.sbatch", calm)
+def test_a_host_that_loses_its_rank_twice_is_left_out(cluster, slurm, spare, file, tmp_path):
+    run, log = tmp_path / "run", tmp_path / "log"
+    number = slurm.submit(*TWO_OF_THREE, f"--output={log}", "launch/slurm.sbatch", file)
     # The job's script runs on host-a.
     failed, there = "host-b", 0
     for times in (1, 2):
@@ -70,7 +54,7 @@ def test_a_host_that_loses_its_rank_twice_is_left_out(cluster, slurm, spare, cal
     assert (ended["ExcNodeList"], ended["NodeList"]) == (failed, "host-a,host-c"), ended
     assert f"left out: {failed}" in log.read_text()
     assert failures(run) == [failed, failed]
-    is_calm(run, calm)
+    is_the_calm_run(run)
 
 
 def test_a_host_that_the_doctor_finds_wanting_is_left_out(cluster, slurm, spare, tmp_path):
@@ -98,12 +82,11 @@ def test_too_few_hosts_are_left_for_leaving_one_out(cluster, slurm, tmp_path):
     assert "too few hosts without those that failed: host-b" in log.read_text()
 
 
-def test_a_job_with_a_spare_host_starts_again_by_itself(cluster, slurm, spare, calm, tmp_path):
+def test_a_job_with_a_spare_host_starts_again_by_itself(cluster, slurm, spare, file, tmp_path):
     """The second failure is a host without power; the job keeps its other two, and its place."""
-    run, log = calm.parent / "run-spare", tmp_path / "log"
+    run, log = tmp_path / "run", tmp_path / "log"
     options = ("-N3", "--no-kill", *TWO_OF_THREE[1:], "--export=ALL,SPARE=1")
-    words = ("launch/slurm.sbatch", calm, f"output={run}")
-    number = slurm.submit(*options, f"--output={log}", *words)
+    number = slurm.submit(*options, f"--output={log}", "launch/slurm.sbatch", file)
     there = saved_anew(run, 0)
     assert slurm.job(number)["NodeList"] == "host-a,host-b,host-c"
     assert not cluster["host-c"].ranks()
@@ -120,4 +103,4 @@ def test_a_job_with_a_spare_host_starts_again_by_itself(cluster, slurm, spare, c
     said = log.read_text()
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "0"), said
     assert "host-b: lost, says SLURM" in said and "start 3 ended with code 0" in said
-    is_calm(run, calm)
+    is_the_calm_run(run)

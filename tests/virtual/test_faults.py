@@ -17,7 +17,7 @@ from tests.lib.corpus import run_file
 from tests.lib.distributed import wait_for_step
 from tests.virtual.hosts import MEGAGPT, ROOT, Cluster, Host, wait_until
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
 
 TWO_HOSTS = ("-N2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1")
 ENDLESS = ("schedule.total_tokens=9e9", "checkpoint.every_tokens=0")
@@ -191,7 +191,7 @@ def refused(cluster: Cluster, file: Path) -> str:
 )
 def test_over_ssh_ranks_outlive_no_launcher(cluster, file, hostfile, host, word):
     script = start(cluster, "launch/multinode.sh", str(file), *ENDLESS, HOSTFILE=str(hostfile))
-    wait_for_step(file.parent / "run", 3)
+    wait_for_step(file.parent / "run", 3, 240)
     for process in cluster[host].processes(word):
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
@@ -204,7 +204,7 @@ def test_over_ssh_ranks_outlive_no_launcher(cluster, file, hostfile, host, word)
 def test_in_a_job_ranks_outlive_no_launcher(cluster, slurm, file, word):
     words = ("srun", "-K1", *TWO_HOSTS, "launch/torchrun.sh", str(file), *ENDLESS)
     script = start(cluster, *words)
-    wait_for_step(file.parent / "run", 3)
+    wait_for_step(file.parent / "run", 3, 240)
     for process in cluster["host-b"].processes(word):
         os.kill(process, signal.SIGKILL)
     wait_until(lambda: not ranks(cluster), "all ranks end", 30)
@@ -240,7 +240,7 @@ def start(cluster, *words: str, **environ: str):
 def term_saves(cluster: Cluster, file: Path, hostfile: Path) -> None:
     """TERM to launch/multinode.sh, on the login host, lets all ranks save."""
     script = start(cluster, "launch/multinode.sh", str(file), *ENDLESS, HOSTFILE=str(hostfile))
-    wait_for_step(file.parent / "run", 3)
+    wait_for_step(file.parent / "run", 3, 240)
     (own,) = cluster["login"].processes("bash launch/multinode.sh")
     os.kill(own, signal.SIGTERM)
     ends_saved(cluster, file)

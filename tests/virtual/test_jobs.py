@@ -10,7 +10,7 @@ from tests.lib.distributed import steps
 from tests.virtual.hosts import MEGAGPT, Cluster
 from tests.virtual.slurm import Slurm
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
 
 SIZE = ("--nodes", "1", "--gpus-per-node", "2", "--cpus-per-task", "1", "--time", "20:00")
 

@@ -11,7 +11,7 @@ from tests.lib.distributed import exact, steps, trained
 from tests.virtual.hosts import Cluster
 from tests.virtual.slurm import Slurm
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
 
 LAYOUTS = {"zero1": (), "PP2": ("parallel.ds_config=pipeline", "parallel.pipeline=2")}
 """Two ranks in either case."""
