@@ -23,6 +23,9 @@ JobAcctGatherType=jobacct_gather/none
 MailProg=/bin/true
 ReturnToService=2
 KillWait=10
+# A signal that a busy host does not confirm in this time is sent again a minute later, to the next
+# start of the job, whose step has the same number.
+MessageTimeout=60
 SlurmdTimeout=10
 SlurmctldParameters=preempt_send_user_signal
 SchedulerType=sched/backfill
