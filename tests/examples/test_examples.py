@@ -186,14 +186,14 @@ def test_a_dialogue_agent_answers_in_a_chat(chargpt) -> None:
 
 @pytest.mark.slow
 def test_an_example_goes_on_after_kill_9(tmp_path: Path) -> None:
-    words = ["adder.py", "--digits", 1, "--steps", 400]
+    words = ["adder.py", "--digits", 1, "--steps", 120]
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
     figure = run(tmp_path / "whole", *words)
     process = subprocess.Popen(
         line(*words), cwd=tmp_path / "killed", env=environment(), start_new_session=True, text=True
     )
-    wait(tmp_path / "killed/runs/adder-1", 100)
+    wait(tmp_path / "killed/runs/adder-1", 40)
     time.sleep(0.5)
     kill_all(process)
     process.wait()
