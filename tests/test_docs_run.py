@@ -35,6 +35,7 @@ ELSEWHERE = {
     r"python -m tests\.lib\.hostile_commands": "tests/test_hostile_commands.py",
     r"python -m tests\.lib\.power_cuts": "tests/run/test_faults.py",
     r"python -m tests\.virtual\.ten_days": "tests/virtual/test_ten_days.py",
+    r"python -m tests\.virtual\.goodput": "tests/plan/test_goodput.py",
     r"megagpt evaluate runs/questions": "tests/examples/test_examples.py",
     r"python -m tests\.lib\.hostile ": "tests/corpus/test_hostile.py",
     r"python examples/": "tests/examples/test_examples.py",
