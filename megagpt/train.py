@@ -97,13 +97,11 @@ def set_environment(config: RunConfig, ranks: Ranks) -> None:
     """Sets what torch and NCCL read when they are first used; what was exported stays."""
     import torch
 
-    from megagpt.engine.compiler import spare_compiler
     from megagpt.engine.device import environment
 
     cuda = torch.cuda.is_available()
     for name, value in environment(config, cuda, ranks.local_world).items():
         os.environ.setdefault(name, value)
-    spare_compiler()
 
 
 def rehearse_run(run: str, overrides: Sequence[str], n_ranks: int | None) -> int:

@@ -6,7 +6,7 @@
 | OMP_WAIT_POLICY OMP_NUM_THREADS | prepare_environment | ranks share the cores of a host |
 | LOCAL_RANK or DS_ACCELERATOR by the GPUs that are visible | join | DeepSpeed binds to it |
 | mallopt of glibc, on CPUs | join | the memory of a step is kept for the next one |
-| DeepSpeed's logger, inference extension, Muon; a filter of warnings | join | noise, a compiler |
+| DeepSpeed's logger, inference extension; a filter of warnings | join | noise, a compiler |
 | the GPU of this rank, the process group | join | |
 | TORCH_FR_BUFFER_SIZE | prepare_environment | the latest collectives, told when a run hangs |
 | the meeting with the other ranks | meet | one rank reports what ends all |
@@ -120,8 +120,6 @@ def join(ranks: Ranks, config: RunConfig | None = None) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     # An extension for inference alone, which DeepSpeed would compile for a minute on CPUs.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # Else it has Muon compiled, which is not used here, and imports the compiler for it.
-    deepspeed.runtime.compiler.compile = lambda: deepspeed.runtime.compiler.dummy_decorator
     deepspeed.init_distributed(
         dist_backend="nccl" if n_gpus else "gloo",
         auto_mpi_discovery=False,

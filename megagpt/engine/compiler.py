@@ -1,11 +1,7 @@
 """torch.compile where there is a compiler (L2); megagpt.engine.device decides what is compiled."""
 
-import importlib
 import os
 import shutil
-import sys
-from types import ModuleType, SimpleNamespace
-from typing import Any
 
 import torch
 from torch import nn
@@ -23,34 +19,6 @@ def missing_compiler(device: str) -> str:
         return missing_for_triton()
     names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++"]
     return "" if any(map(shutil.which, names)) else f"a C++ compiler ({' or '.join(names)})"
-
-
-class _NoDynamo(ModuleType):
-    """Stands for torch._dynamo where it is disabled: what torch's optimizers and process groups ask
-    of it, without the import, which is a third of a small run's start."""
-
-    trace_rules = SimpleNamespace(clear_lru_cache=lambda: None)
-
-    @staticmethod
-    def disable(function: Any = None, *_: object, **__: object) -> Any:
-        """The function, which nothing traces, or a decorator."""
-        return function or (lambda decorated: decorated)
-
-    @staticmethod
-    def graph_break() -> None:
-        """There is no graph."""
-
-    def __getattr__(self, name: str) -> Any:
-        # Whoever wants more gets the real one.
-        if sys.modules.get(self.__name__) is self:
-            del sys.modules[self.__name__]
-        return getattr(importlib.import_module(self.__name__), name)
-
-
-def spare_compiler() -> None:
-    """Has a process whose Dynamo is disabled go without importing it."""
-    if os.environ.get("TORCHDYNAMO_DISABLE") == "1" and "torch._dynamo" not in sys.modules:
-        sys.modules["torch._dynamo"] = torch._dynamo = _NoDynamo("torch._dynamo")
 
 
 def compile_model(model: nn.Module, mode: str, whole_graphs: bool = True) -> None:

@@ -159,14 +159,13 @@ def _sdpa_backend(config: RunConfig, device: torch.device, dtype: torch.dtype) -
 
     model = config.model
     q = torch.empty(1, 1, model.n_ctx, model.d_head, dtype=dtype, device=device, requires_grad=True)
-    # Asked in the run's own mode, which is set later: it leaves cuDNN out. Not by
-    # use_deterministic_algorithms, which imports the compiler: a second of every start.
-    before = torch.get_deterministic_debug_mode()
-    torch.set_deterministic_debug_mode("error" if config.parallel.deterministic else before)
+    # Asked in the run's own mode, which is set later: it leaves cuDNN out.
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(before or config.parallel.deterministic)
     try:
         chosen = torch._fused_sdp_choice(q, q, q, dropout_p=model.dropout, is_causal=True)
     finally:
-        torch.set_deterministic_debug_mode(before)
+        torch.use_deterministic_algorithms(before)
     return SDPBackend(chosen).name.removesuffix("_ATTENTION").lower()
 
 

@@ -3,7 +3,6 @@
 import importlib.util
 import logging
 import shutil
-import subprocess
 import sys
 import sysconfig
 
@@ -19,7 +18,7 @@ from megagpt.model import GPT
 from megagpt.model.kernels import missing_for_triton
 from megagpt.plan.layout import Layout
 from tests.lib.corpus import run_file
-from tests.lib.distributed import ROOT, environment, launch, steps, trained
+from tests.lib.distributed import launch, steps, trained
 from tests.model.test_model import BANDED, batch, build
 
 RUN = """
@@ -133,21 +132,3 @@ def test_a_compiler_of_the_users_own(monkeypatch):
     assert missing_compiler("cpu") == "a C++ compiler (no-such-compiler)"
     monkeypatch.setenv("CXX", shutil.which("true") or "")
     assert missing_compiler("cpu") == ""
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the compiler is wanted")
-def test_a_run_that_compiles_nothing_does_not_import_the_compiler(tmp_path):
-    """torch's optimizers would import it, to keep it away from them; what else asks, gets it."""
-    end = {"stop_after_steps": 1, "background": False}
-    file = run_file(tmp_path, checkpoint=end)
-    code = (
-        "import sys; from megagpt.train import main\n"
-        f"print('exit', main([{str(file)!r}]))\n"
-        "print('torch._dynamo' in sys.modules, 'sympy' in sys.modules)\n"
-        "import torch._dynamo.config\n"
-        "print(torch._dynamo.config.recompile_limit > 0, torch._dynamo.disable(len)('ab'))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True
-    )
-    assert done.stdout.split() == ["exit", "75", "True", "False", "True", "2"], done.stderr
