@@ -26,7 +26,7 @@ def draw(one: Judgement, path: Path) -> None:
     memory.axhline(size, color="black", label=f"{one.cluster.gpu}")
     memory.axhline(size * ROOM, color="black", linestyle=":", label="most that is planned")
     memory.set(xlabel="pipeline stage", ylabel="GB of a GPU", title="Memory")
-    memory.legend(fontsize=8)
+    memory.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     segments = one.candidate.config.schedule.segments
     tokens = [0, *(segment.last_tokens / 1e9 for segment in segments)]
     days = np.cumsum([0, *(s.n_steps * t for s, t in zip(segments, one.seconds, strict=True))])
