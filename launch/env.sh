@@ -9,10 +9,16 @@ die() { echo "${0##*/}: $*" >&2; exit "${DIE:-2}"; }
 # The shell that called or submitted may have left these of another run; the site's file may set an
 # address for this one, such as the name of rank 0's host in the fast network.
 unset RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT
+[ -z "${MEGAGPT_SITE:-}" ] || [ -r "$MEGAGPT_SITE" ] || die "MEGAGPT_SITE = $MEGAGPT_SITE: no such file; correct or unset it"
 for site in "${MEGAGPT_SITE:-launch/site.sh}" ~/.config/megagpt/site.sh; do
   [ -r "$site" ] || continue
+  # Modules and conda use variables that are not set, and commands that fail.
+  flags=$-
+  set +eu
   # shellcheck source=/dev/null
   . "$site"
+  case $flags in *e*) set -e ;; esac
+  set -u
   break
 done
 
@@ -55,7 +61,7 @@ deepspeed_env() {
   local name file
   for name in $(compgen -e); do
     case $name in
-      *TOKEN* | *SECRET* | *PASSWORD* | *API_KEY* | *CREDENTIAL*) ;;
+      *TOKEN* | *SECRET* | *PASSW* | *_KEY* | *CREDENTIAL*) ;;
       PATH | LD_LIBRARY_PATH | LD_PRELOAD | TMPDIR | XDG_CACHE_HOME | TZ | LANG | LC_* \
         | OMP_* | KMP_* | MKL_* | GLOO_* | NCCL_* | RCCL_* | TORCH* | PYTORCH_* | TRITON_* | DS_* \
         | CUDA_[!V]* | HIP_[!V]* | HSA_* | ROCM_* | MIOPEN_* | FI_* | UCX_* | UCC_* | IBV_* | MLX5_* \
@@ -148,6 +154,9 @@ back_in_time() {
 
 # shellcheck source=launch/hosts.sh
 . "$(dirname "${BASH_SOURCE[0]}")/hosts.sh"
+for name in RETRIES EXCLUDE_AFTER SPARE; do
+  [[ ${!name} =~ ^(0|[1-9][0-9]*)$ ]] || die "$name = ${!name}: must be a whole number, 0 or more"
+done
 
 # train_in_job RUN_FOLDER COMMAND...: runs the command, whose first step of SLURM trains. Queues the
 # job again until the run is done; not when a new start would fail the same way. A job with spare hosts
@@ -164,6 +173,8 @@ train_in_job() {
   case ${READER:-} in srun*) nth=1 ;; esac
   mkdir -p "$folder"
   [ "$1" = srun ] || SPARE=0                  # deepspeed takes all of its hostfile
+  [ "$SPARE" = 0 ] || [ "$SPARE" -lt "$SLURM_JOB_NUM_NODES" ] \
+    || die "SPARE = $SPARE of $SLURM_JOB_NUM_NODES hosts: none is left to train; ask for more hosts"
   blame_lost "$folder" "$id"
   # A start that had no time to leave hosts out.
   if ! has_spare "$folder" && among_hosts new_failed_hosts "$folder" "$id" && again "$id" "$folder"; then

@@ -15,19 +15,24 @@ INTERFACE=${INTERFACE:-}            # network between the hosts; empty: each ran
 if [ "$1" = --until-done ]; then
   shift
   folder=$(run_folder "$@") || exit 2
-  trap 'asked=1 told=1; kill -TERM "$start"' TERM INT HUP USR1 USR2 XCPU
+  asked='' start='' code=143
+  # Between two starts there is nothing to stop but the pause.
+  trap 'asked=1 told=1; [ -z "$start" ] || kill -TERM "$start" 2> /dev/null || true' \
+    TERM INT HUP USR1 USR2 XCPU
   export UNREACHED=1                # a host that is not there may come back
-  asked=
-  while :; do
+  while [ -z "$asked" ]; do
     before=$(newest_checkpoint "$folder")
     "$0" "$@" &
     start=$!
     wait_on "$start"
     echo "$(date "+%F %T") a start ended with code $code"
-    [ -z "$asked" ] || exit "$code"
+    [ -z "$asked" ] || break
     gets_on "$code" "$folder" "$before" "$$" || exit "$code"
-    sleep "${PAUSE:-30}"            # seconds in which hosts may come back
+    sleep "${PAUSE:-30}" &          # seconds in which hosts may come back
+    start=$!
+    wait "$start" || true
   done
+  exit "$code"
 fi
 
 folder=$(run_folder "$@") || exit 2
@@ -66,7 +71,7 @@ mark=SendEnv=megagpt_$(basename "$scratch")
 export PDSH_SSH_ARGS_APPEND="-o $mark -o ServerAliveInterval=15 -o ServerAliveCountMax=4"
 
 set -m                              # deepspeed and pdsh in a process group of their own
-deepspeed --hostfile "$scratch/hosts" --master_addr "${hosts[0]}" --master_port "$PORT" --force_multi \
+deepspeed --hostfile "$scratch/hosts" --master_addr "${hosts[0]#*@}" --master_port "$PORT" --force_multi \
   --module megagpt.train "$@" &
 runner=$!
 # deepspeed would stop its ranks by `pkill` on every host, which hits other runs and loses the step.

@@ -89,6 +89,7 @@ def test_what_is_handed_on_to_the_ranks_of_other_hosts(tmp_path):
     given = {
         "FI_PROVIDER": "cxi",
         "UCX_TLS": "rc,cuda_copy",
+        "NCCL_IB_PKEY": "1",
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
         "HSA_OVERRIDE_GFX_VERSION": "9.0.0",
         "HF_HOME": "/data/my models",
@@ -96,6 +97,7 @@ def test_what_is_handed_on_to_the_ranks_of_other_hosts(tmp_path):
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
     }
     kept_back = {"HF_TOKEN": "secret", "WANDB_API_KEY": "secret", "CUDA_VISIBLE_DEVICES": "0"}
+    kept_back["HF_KEY"] = "secret"
     environ = given | kept_back | {"HOME": str(tmp_path / "home"), "DS_ENV_FILE": ".deepspeed_env"}
     done = run("bash", "-c", "source launch/env.sh; deepspeed_env", **environ)
     lines = done.stdout.splitlines()
@@ -116,6 +118,31 @@ def test_the_sites_file_comes_first_and_its_address_stays(tmp_path):
     left = {"MASTER_ADDR": "other", "RANK": "3", "HERE": sys.executable}
     done = run("bash", "-c", script, MEGAGPT_SITE=str(site), PYTHON="", **left)
     assert done.stdout.split() == ["node1-ib", "none", "ib0", sys.executable], done.stderr
+
+
+@pytest.mark.parametrize("flags", ["-euo", "-uo"])
+def test_a_sites_file_may_use_what_is_not_set_and_call_what_fails(flags, tmp_path):
+    site = tmp_path / "site.sh"
+    site.write_text("false\nexport LD_LIBRARY_PATH=/opt/lib:$LD_LIBRARY_PATH\n")
+    script = f"set {flags} pipefail; unset LD_LIBRARY_PATH; . launch/env.sh"
+    done = run("bash", "-c", f"{script}; echo $LD_LIBRARY_PATH $-", MEGAGPT_SITE=str(site))
+    path, left = done.stdout.split()
+    assert path == "/opt/lib:" and "u" in left and ("e" in left) == ("e" in flags)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("MEGAGPT_SITE", "/none/site.sh", "MEGAGPT_SITE = /none/site.sh: no such file; correct"),
+        # It would never give up.
+        ("RETRIES", "five", "RETRIES = five: must be a whole number, 0 or more"),
+        ("SPARE", "-1", "SPARE = -1: must be a whole number, 0 or more"),
+        ("EXCLUDE_AFTER", "2.5", "EXCLUDE_AFTER = 2.5: must be a whole number, 0 or more"),
+    ],
+)
+def test_settings_that_are_none(name, value, message):
+    done = run("bash", "-c", "set -u; . launch/env.sh; echo reached", **{name: value})
+    assert done.returncode == 2 and message in done.stderr and not done.stdout
 
 
 def test_a_job_without_an_environment_has_a_path(tmp_path):
@@ -257,6 +284,17 @@ def test_a_job_with_spare_hosts_starts_again_by_itself(job, answer, address, tra
     # Three starts in a row without a checkpoint end the job.
     assert job.told("srun") == [options] * (1 if queued else 3)
     assert job.told().count("requeue 7") == queued
+
+
+@pytest.mark.parametrize("spare", ["3", "99"])
+def test_spare_hosts_leave_some_to_train(job, spare):
+    script = 'source launch/env.sh; train_in_job "$1" srun -K1 python'
+    job.stands_in("srun", f"echo >> {job.root}/srun")
+    more = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "3", "SPARE": spare}
+    more["PATH"] = f"{job.root}/bin:{os.environ['PATH']}"
+    done = run("bash", "-c", script, "job", job.folder, **more)
+    assert done.returncode == 2 and not (job.root / "srun").exists()
+    assert f"SPARE = {spare} of 3 hosts: none is left to train" in done.stderr
 
 
 FAILED = "FAIL  disk  host-b: 3 GB free"

@@ -74,7 +74,14 @@ def _from_variables(environ: Mapping[str, str], launcher: str) -> Ranks:
     for mark, name in _MARKS.items():
         launcher = name if mark in environ else launcher
     on_host = "LOCAL_SIZE" if launcher == "deepspeed" else "LOCAL_WORLD_SIZE"
-    return _ranks(environ, Marks(launcher, "RANK", "WORLD_SIZE", "LOCAL_RANK", on_host), launcher)
+    marks = Marks(launcher, "RANK", "WORLD_SIZE", "LOCAL_RANK", on_host)
+    ranks = _ranks(environ, marks, launcher)
+    if ranks.world == 1 and (found := unknown_world(environ)):
+        raise UsageError(
+            f"environment: WORLD_SIZE = 1, but {found}: every process would train by itself; unset "
+            "RANK, WORLD_SIZE and LOCAL_RANK before the launch, or export those of each process"
+        )
+    return ranks
 
 
 def _ranks(environ: Mapping[str, str], marks: Marks, launcher: str) -> Ranks:
@@ -176,7 +183,7 @@ def _step_tasks(environ: Mapping[str, str]) -> int:
 
 def _number(environ: Mapping[str, str], name: str) -> int:
     value = environ.get(name, "")
-    if not value.isdigit():
+    if not value.isdecimal():
         raise UsageError(f"environment: {name} = {value!r}: must be a whole number, 0 or more")
     return int(value)
 

@@ -62,7 +62,7 @@ def time_limit(minutes: float, environ: Mapping[str, str], now: float) -> TimeLi
     found = []
     if minutes > 0:
         found.append(TimeLimit(now + 60 * minutes, "checkpoint.stop_after_minutes", now))
-    if environ.get(SLURM_END, "").isdigit() and float(environ[SLURM_END]) > now:
+    if environ.get(SLURM_END, "").isdecimal() and float(environ[SLURM_END]) > now:
         found.append(TimeLimit(float(environ[SLURM_END]), SLURM_END, now))
     return min(found, key=lambda limit: limit.end, default=None)
 

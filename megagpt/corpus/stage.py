@@ -13,7 +13,7 @@ from typing import Any
 
 from megagpt.corpus.manifest import MANIFEST, read_manifest
 from megagpt.errors import EXIT_OK, DamageError, UsageError
-from megagpt.files import copy_hashed, whole_file, write_file
+from megagpt.files import copy_hashed, file_sha256, whole_file, write_file
 
 STATE = ".staged.json"
 """In the copy: what its files were when they were found whole."""
@@ -40,6 +40,11 @@ def add_stage(subparsers: Any) -> None:
 
 def run_stage(args: argparse.Namespace) -> int:
     """Copies corpora and prints where they are."""
+    if len({folder.resolve().name for folder in args.folders}) < len(args.folders):
+        raise UsageError(
+            f"{', '.join(map(str, args.folders))}: folders of one name would be one copy; give "
+            "them a SCRATCH each"
+        )
     for folder in args.folders:
         copy, size = stage(folder, args.scratch)
         print(f"{copy}: {size:,} bytes copied")
@@ -56,7 +61,8 @@ def stage(folder: Path, scratch: Path) -> tuple[Path, int]:
     manifest, target = read_manifest(folder), scratch / folder.resolve().name
     if target.resolve() == folder.resolve():
         raise UsageError(f"{scratch}: {folder} lies there already; give another folder")
-    digests = {MANIFEST: ""}
+    # Of a corpus that has grown since, the copy would keep the old one.
+    digests = {MANIFEST: file_sha256(folder / MANIFEST)}
     for shard in manifest.shards:
         digests |= {path.name: digest for path, _, digest in manifest.files(shard)}
     if manifest.tokenizer_name.endswith(".json"):

@@ -37,6 +37,8 @@ OTHERS = {
 """System -> what is written, how it is submitted."""
 FURTHER = ("gres", "constraint", "exclude", "reservation", "mem", "container")
 """Options of sbatch that a job takes as they are."""
+OWN = "nodes ntasks ntasks-per-node time array wrap"
+"""Options that no --sbatch may change: the run was checked for them, and has one folder."""
 RECENT_SAVES = 5
 """Saves that tell how long the next one takes."""
 
@@ -61,9 +63,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     for name, (text, submitted) in OTHERS.items():
         other = systems.add_parser(name, help=text, description=f"Checks a run file against nodes "
             f"x GPUs and writes {text}. Submit it with {submitted}.")  # fmt: skip
-        add_facts(other)
-        other.add_argument("--option", action="append", default=[], metavar="LINE",
-            help="a further line of options, as the system reads it")  # fmt: skip
+        add_facts(other, name != "kubernetes")
         other.set_defaults(run=run_other, system=name)
         if name == "kubernetes":
             other.add_argument("--kind", choices=KINDS, default=KINDS[0],
@@ -72,10 +72,13 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
             other.add_argument("--claim", required=True, help="volume claim that all pods share")
             other.add_argument("--mount", required=True, metavar="DIR",
                 help="where the volume is, with the checkout and the run's folders")  # fmt: skip
+        else:
+            other.add_argument("--option", action="append", default=[], metavar="LINE",
+                help="a further line of options, as the system reads it")  # fmt: skip
 
 
-def add_facts(parser: argparse.ArgumentParser) -> None:
-    """The options of a job on any system."""
+def add_facts(parser: argparse.ArgumentParser, queues: bool = True) -> None:
+    """The options of a job on any system. queues: it has queues and accounts."""
     parser.add_argument("file", metavar="RUN.toml", help="run file")
     add_overrides(parser)
     parser.add_argument("--nodes", type=int, required=True, metavar="N", help="hosts of the job")
@@ -89,7 +92,7 @@ def add_facts(parser: argparse.ArgumentParser) -> None:
         help="limit of each start, as SLURM reads it: minutes, M:S, H:M:S, D-H, D-H:M or D-H:M:S",
     )
     parser.add_argument("--cpus-per-task", type=int, default=8, metavar="N", help="cores of a rank")
-    for name in ("partition", "account"):
+    for name in ("partition", "account") if queues else ():
         also = ["--queue"] * (name == "partition")
         parser.add_argument(
             f"--{name}", *also, default="", metavar="NAME", help=f"{name} of the batch system"
@@ -102,9 +105,7 @@ def add_slurm(slurm: argparse.ArgumentParser) -> None:
     for name in ("qos", *FURTHER):
         slurm.add_argument(f"--{name}", default="", metavar=name.upper(), help=f"sbatch's --{name}")
     slurm.add_argument("--exclusive", action="store_true", help="whole nodes")
-    slurm.add_argument(
-        "--spare", type=int, default=0, metavar="K", help="more hosts, for those that fail"
-    )
+    slurm.add_argument("--spare", type=int, default=0, metavar="K", help="hosts in reserve")
     slurm.add_argument(
         "--no-gres", action="store_true", help="ask for no GPUs, where nodes have none to give out"
     )
@@ -149,9 +150,9 @@ def run_other(args: argparse.Namespace) -> int:
         folder=folder,
         arguments=[args.file, *args.overrides],
         own_minutes=config.checkpoint.stop_after_minutes,
-        queue=args.partition,
-        account=args.account,
-        options=args.option,
+        queue=getattr(args, "partition", ""),
+        account=getattr(args, "account", ""),
+        options=getattr(args, "option", []),
     )
     name, text = "job.json", ""
     if args.system == "kubernetes":
@@ -281,13 +282,12 @@ def sbatch_options(
     flags = {"exclusive": args.exclusive, "no-kill": args.spare}
     options |= {name: "" for name, asked in flags.items() if asked}
     more = {key: getattr(args, key) for key in ("partition", "account", "qos", *FURTHER)}
-    if tasks:
-        more["array"] = f"0-{tasks - 1}"
+    more["array"] = f"0-{tasks - 1}" if tasks else ""
     options |= {key: value for key, value in more.items() if value}
     for option in args.sbatch:
         key, _, value = option.removeprefix("--").partition("=")
-        if not re.fullmatch(r"[a-z][a-z0-9-]*", key):
-            raise UsageError(f"--sbatch {option}: must be a long option of sbatch, OPTION[=VALUE]")
+        if not re.fullmatch(r"[a-z][a-z0-9-]*", key) or key in OWN.split():
+            raise UsageError(f"--sbatch {option}: must be a long option of sbatch other than {OWN}")
         options[key] = value
     return options
 

@@ -282,6 +282,12 @@ def test_mpis_ranks_on_one_host_need_nothing_to_meet():
         ),
         ({"NEW_PROCID": "0", "NEW_NTASKS": "2"}, "NEW_PROCID = 0, NEW_NTASKS = 2, of a launcher"),
         ({"PMIX_RANK": "2"}, "PMIX_RANK = 2, of a launcher that is not known here"),
+        # Of an image or a shell, before the launcher's own.
+        (
+            OPENMPI | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"},
+            "WORLD_SIZE = 1, but OMPI_COMM_WORLD_RANK = 3, OMPI_COMM_WORLD_SIZE = 8: every proc",
+        ),
+        (OPENMPI | {"OMPI_COMM_WORLD_SIZE": "\u00b2"}, "must be a whole number, 0 or more"),
     ],
 )
 def test_a_world_that_cannot_be_told_is_refused(environ, message):

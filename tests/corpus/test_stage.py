@@ -58,6 +58,23 @@ def test_a_damaged_original_is_named_and_not_copied(corpus, tmp_path):
     assert not list(copy.glob("*.tmp")) and not list(copy.glob(".*.tmp"))
 
 
+def test_a_corpus_that_has_grown_since_has_its_new_manifest(corpus, tmp_path):
+    stage(corpus, tmp_path / "scratch")
+    shutil.rmtree(corpus)
+    write_corpus(corpus, sentences(1400, 1))
+    copy, _ = stage(corpus, tmp_path / "scratch")
+    assert (copy / "manifest.json").read_bytes() == (corpus / "manifest.json").read_bytes()
+    assert verify_shards(copy) == []
+
+
+def test_two_folders_of_one_name_are_not_one_copy(corpus, tmp_path, capsys):
+    other = write_corpus(tmp_path / "other" / "web", sentences(400, 2))
+    words = ["data", "stage", str(corpus), str(other), str(tmp_path / "scratch")]
+    assert main(words) == 2
+    assert "folders of one name would be one copy; give them" in capsys.readouterr().err
+    assert not (tmp_path / "scratch").exists()
+
+
 def test_processes_of_a_host_copy_once(corpus, tmp_path):
     line = [
         sys.executable,

@@ -94,6 +94,14 @@ def test_any_option_of_sbatch(tmp_path, capsys):
     assert "--sbatch -n 3: must be a long option of sbatch" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["nodes=4", "ntasks-per-node=3", "time=5", "array=0-3"])
+def test_what_the_run_was_checked_for_stays(tmp_path, capsys, option):
+    words = ["launch", "slurm", str(run_file(tmp_path)), *SIZE, "--sbatch", option]
+    assert main(words) == 2
+    assert f"--sbatch {option}: must be a long option of sbatch" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_spare_hosts_are_asked_for_beside_those_that_train(tmp_path, capsys):
     text = launched(run_file(tmp_path), *SIZE, "--spare", "2")
     assert options(text)["nodes"] == "3" and "#SBATCH --no-kill\n" in text

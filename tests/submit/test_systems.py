@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -206,6 +207,14 @@ def test_a_mount_that_no_pod_can_have(tmp_path, capsys, mount):
     assert f"--mount {mount}: must be an absolute path" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--queue", "--account", "--option"])
+def test_options_that_a_manifest_has_no_place_for(tmp_path, capsys, option):
+    words = ["launch", "kubernetes", str(run_file(tmp_path)), *SIZE, *POD, f"{option}=prod"]
+    with pytest.raises(SystemExit, match="2"):
+        main(words)
+    assert f"unrecognized arguments: {option}=prod" in capsys.readouterr().err
+
+
 def test_an_option_of_two_lines_is_refused(tmp_path, capsys):
     path = run_file(tmp_path)
     assert main(["launch", "pbs", str(path), *SIZE, "--option", "-N x\necho PWNED"]) == 2
@@ -303,3 +312,18 @@ def test_several_hosts_until_the_run_is_done(site):
     assert done.returncode == 0, done.stderr
     codes = re.findall(r"a start ended with code (\d+)", done.stdout)
     assert codes == ["1", "75", "0"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_between_two_starts_ends_them(site, number):
+    (site.root / "hosts").write_text("me@host-a slots=1\n")
+    site.stands_in("ssh", "exit 0")
+    site.stands_in("deepspeed", f'echo "$@" >> {site.root}/starts; exit 1')
+    # Its parent is the loop, whose pause this is.
+    site.stands_in("sleep", f"kill -{number.value} $PPID; exec /bin/sleep $1")
+    words = ("launch/multinode.sh", "--until-done", site.file)
+    done = site.run(*words, HOSTFILE=str(site.root / "hosts"), PAUSE="60")
+    assert done.returncode == 1 and done.stderr == "", done.stderr
+    (start,) = (site.root / "starts").read_text().splitlines()
+    # A user's name is no part of an address.
+    assert "--master_addr host-a " in start
