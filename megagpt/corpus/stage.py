@@ -81,6 +81,8 @@ def stage(folder: Path, scratch: Path) -> tuple[Path, int]:
         # The manifest last: a folder with one is whole.
         for name in sorted(wanted, key=lambda name: name == MANIFEST):
             _copy(folder / name, target / name, digests[name])
+        for name in known.keys() - digests.keys():  # of a corpus that had more
+            (target / name).unlink(missing_ok=True)
         states = {name: _state(target / name, digest) for name, digest in digests.items()}
         if wanted:
             write_file(target / STATE, json.dumps(states, indent=1) + "\n")

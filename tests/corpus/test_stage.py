@@ -58,10 +58,11 @@ def test_a_damaged_original_is_named_and_not_copied(corpus, tmp_path):
     assert not list(copy.glob("*.tmp")) and not list(copy.glob(".*.tmp"))
 
 
-def test_a_corpus_that_has_grown_since_has_its_new_manifest(corpus, tmp_path):
+@pytest.mark.parametrize("lines", [1400, 100])
+def test_a_corpus_that_was_prepared_again_is_the_copy(corpus, tmp_path, lines):
     stage(corpus, tmp_path / "scratch")
     shutil.rmtree(corpus)
-    write_corpus(corpus, sentences(1400, 1))
+    write_corpus(corpus, sentences(lines, 1))
     copy, _ = stage(corpus, tmp_path / "scratch")
     assert (copy / "manifest.json").read_bytes() == (corpus / "manifest.json").read_bytes()
     assert verify_shards(copy) == []
