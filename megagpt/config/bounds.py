@@ -39,5 +39,5 @@ def divisors_near(number: int, value: int) -> list[int]:
 
 
 def around(value: int, unit: int) -> str:
-    """The multiples of `unit` next to a value that is none: "2048 or 4096"."""
-    return " or ".join(str(n) for n in (value // unit * unit, -(-value // unit) * unit) if n)
+    """The multiples of `unit` next to a value: "2048 or 4096", but once where both are one."""
+    return " or ".join(str(n) for n in sorted({value - value % unit, value + -value % unit}) if n)

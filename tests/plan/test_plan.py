@@ -100,7 +100,7 @@ def test_peaks_by_the_drivers_names(device, peak):
     [
         (["--gpus", "24"], "256 sequences, which must be a multiple of the 24 data ranks"),
         (["--gpus", "-1"], "-1 ranks: must be a positive multiple of pipeline x tensor"),
-        (["--gpus", "0"], "0 ranks: must be a positive multiple of pipeline x tensor"),
+        (["--gpus", "0"], "pipeline x tensor (1 x 1 = 1); use 1\n"),
         (["parallel.ds_config=zero0"], "zero_optimization.stage = 0 with parallel.dtype = 'bf16'"),
         (["modle=x"], "unknown key 'modle' (did you mean 'model'?)"),
     ],
