@@ -15,7 +15,6 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megagpt.config import add_overrides
 from megagpt.errors import EXIT_OK, EXIT_USAGE, UsageError
 
 if TYPE_CHECKING:
@@ -36,7 +35,10 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "megagpt.doctor.",
     )
     made.add_argument("run_file", nargs="?", metavar="RUN.toml", help="run file to prepare for")
-    add_overrides(made)
+    # Not by add_overrides: megagpt.config needs packages that the doctor may find missing.
+    made.add_argument(
+        "overrides", nargs="*", default=[], metavar="section.key=value", help="override of a key"
+    )
     made.add_argument(
         "--hostfile", type=Path, metavar="FILE", help="examine its hosts by ssh, before a launch"
     )
