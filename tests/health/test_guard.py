@@ -3,9 +3,11 @@
 import math
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -87,7 +89,11 @@ with StopRequest() as stop:
 @pytest.mark.parametrize("name", "SIGTERM SIGINT SIGHUP SIGUSR1 SIGUSR2 SIGXCPU".split())
 def test_signals_before_the_end_of_a_job_or_a_connection(name):
     line = [sys.executable, "-c", LISTEN, name]
-    done = subprocess.run(line, env=environment(), capture_output=True, text=True)
+    # Where the tests run under nohup, children would ignore SIGHUP.
+    default = partial(signal.signal, getattr(signal, name), signal.SIG_DFL)
+    done = subprocess.run(
+        line, env=environment(), capture_output=True, text=True, preexec_fn=default
+    )
     assert done.stdout == f"True {name}\n", (done.returncode, done.stderr)
 
 
