@@ -245,7 +245,7 @@ def _problem(error: Mapping[str, Any], tree: Any, schema: dict[str, Any]) -> str
     if kind == "missing":
         return f"missing key {key!r}: the run file must say it{meaning}"
     figures |= {"choices": ", ".join(json.dumps(c).strip('"') for c in node.get("enum", []))}
-    form = f", as \"{key.partition('[')[0]}=[{{path='DIR'}}]\""
-    figures["form"] = form * ("DataSource" in str(node.get("items", node)))
-    rule = RULES[kind].format(length=node.get("maxItems"), **figures)
+    corpora = "DataSource" in node.get("items", node).get("$ref", "")
+    form = f", as \"{key.partition('[')[0]}=[{{path='DIR'}}]\"" if corpora else ""
+    rule = RULES[kind].format(length=node.get("maxItems"), form=form, **figures)
     return f"{key} = {value!r:.100}: must be {rule}{meaning}"
