@@ -85,8 +85,8 @@ def _from_variables(environ: Mapping[str, str], launcher: str) -> Ranks:
 
 
 def _ranks(environ: Mapping[str, str], marks: Marks, launcher: str) -> Ranks:
-    """The ranks by the variables of these names. Without their number on this host it is not known
-    to be larger than what this one's own place tells."""
+    """The ranks by the variables of these names. A launcher that does not tell how many share this
+    host has at least as many there as this one's place on it says."""
     world, local_rank = _number(environ, marks.size), 0
     if environ.get(marks.local_rank) or launcher != "mpi":
         local_rank = _number(environ, marks.local_rank)

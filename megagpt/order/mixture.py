@@ -69,8 +69,8 @@ class Mixture:
 
     weights: one number for each source, of any scale. keys: a name for each source that does not
     depend on where it is listed; sources of equal weight take turns in the order of their keys.
-    changes: (first sample, weights) in ascending order; 0 is a source that rests. What makes them
-    impossible, a run file is asked (`DataConfig.problems`).
+    changes: (first sample, weights) in ascending order; 0 is a source that rests. Nothing is
+    checked here: `DataConfig.problems` refuses a run file's impossible weights.
     """
 
     def __init__(
