@@ -91,3 +91,15 @@ def test_what_the_notes_ask_is_where_the_page_says():
         assert (ROOT / path).exists(), path
     for function, path in re.findall(r"`(\w+)` in `([\w/.]+)`", section):
         assert f"def {function}(" in (ROOT / path).read_text(), function
+
+
+def test_the_tests_that_pages_name_are_there():
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    code = "".join(path.read_text(encoding="utf-8") for path in files)
+    named = set(re.findall(r"`(test_\w+)`", text))
+    assert len(named) > 40
+    assert not {name for name in named if f"def {name}(" not in code}
+    paths = set(re.findall(r"[`/ ](?:tests/)?((?:[a-z_]+/)?test_\w+\.py)", text))
+    assert len(paths) > 30
+    assert not {name for name in paths if not any(str(f).endswith(f"/{name}") for f in files)}

@@ -28,11 +28,11 @@ def read_hostfile(path: Path) -> dict[str, int]:
     slots: dict[str, int] = {}
     problems = []
     for number, line in enumerate((line.partition("#")[0].strip() for line in lines), 1):
-        match = re.fullmatch(r"([^\s,=-][^\s,]*)\s+slots\s*=\s*(\d+)", line, re.ASCII)
+        match = re.fullmatch(r"([^\s,=-][^\s,]*)\s+slots\s*=\s*(\d{1,6})", line, re.ASCII)
         if not line:
             continue
         if match is None or int(match[2]) < 1:
-            problems.append(f"line {number}: {line!r}: must read `HOST slots=N`, N at least 1")
+            problems.append(f"line {number}: {line!r:.100}: must read `HOST slots=N`, N at least 1")
         elif match[1] in slots:
             problems.append(f"line {number}: {match[1]} stands there twice; add its slots up")
         else:

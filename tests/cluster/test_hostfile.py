@@ -21,6 +21,7 @@ def test_a_hostfile_as_deepspeed_reads_it(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("a slots=" + "9" * 5000, "line 1: 'a slots=999"),
         (b"\xff\xfea", r"cannot read the hostfile \(not UTF-8\)"),
         (None, r"cannot read the hostfile \(No such file or directory\)"),
         ("# nobody\n", "no host in it"),

@@ -91,8 +91,9 @@ class Unattended:
     def until_step(self, step: float) -> bool:
         """Waits for the job to train at `step`; whether it still does then."""
         # Days may pass without a failure, on a machine that is busy with others.
-        there = lambda: self.over() or (self.step >= step and self.hosts())  # noqa: E731
-        wait_until(there, f"step {step}", 3600)
+        wait_until(
+            lambda: self.over() or (self.step >= step and self.hosts()), f"step {step}", 3600
+        )
         return not self.over()
 
     def over(self) -> bool:

@@ -117,16 +117,12 @@ def test_preempted_twice_out_of_time_a_dead_rank_and_a_lost_host(cluster, slurm,
     log = job.log.read_text()
     codes = [line.split()[-1] for line in log.splitlines() if " ended with code " in line]
     # At the loss of a host nobody was left to tell.
-    assert codes[:3] == ["75"] * 3, log
+    assert len(codes) == 5 and codes[:3] == ["75"] * 3 and codes[4] == "0", log
     # The rank that was killed, or one that srun ended for it.
     assert codes[3] in ("137", "143", "1"), log
-    # What a busy host did not answer in ten seconds, such as TERM to a step, SLURM says again after
-    # a minute, and the next start has a step of the same number.
-    again = codes[4:-1]
-    assert set(again) <= {"75"} and codes[-1] == "0", log
     assert log.count("run complete") == 1
     is_the_calm_run(job.run)
-    assert job.starts == 5 + len(again) and slurm.queue() == ""
+    assert job.starts == 5 and slurm.queue() == ""
 
 
 def test_a_cut_network(cluster, slurm, file):

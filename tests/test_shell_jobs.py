@@ -1,0 +1,262 @@
+"""Jobs that the launch scripts queue again: whom they blame, what they leave out, when they end."""
+
+import os
+import shlex
+import time
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+
+from tests.lib.corpus import run_file
+from tests.test_shell import ROOT, run
+
+
+class Job:
+    """A job of SLURM whose commands write down how they were called, and its run folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.folder = root, root / "run"
+        (root / "bin").mkdir()
+        for name in ("scontrol", "scancel"):
+            self.stands_in(name, f'echo "$@" >> {root}/{name}')
+        (self.folder / "checkpoints" / "step_00000004").mkdir(parents=True)
+
+    def stands_in(self, name: str, line: str) -> None:
+        path = self.root / "bin" / name
+        path.write_text(f"#!/bin/sh\n{line}\n")
+        path.chmod(0o755)
+
+    def start(self, training: str, number: str = "7", before: str = "", **more: str):
+        """One start of the job, whose training is a line of shell."""
+        script = f'{before}source launch/env.sh; train_in_job "$1" bash -c "$2"'
+        path = f"{self.root}/bin:{os.environ['PATH']}"
+        more |= {"PATH": path, "SLURM_JOB_ID": number}
+        return run("bash", "-c", script, "job", self.folder, training, **more)
+
+    def told(self, name: str = "scontrol") -> list[str]:
+        """How a command was called since this was asked last, to do something."""
+        path = self.root / name
+        lines = path.read_text().splitlines() if path.exists() else []
+        path.unlink(missing_ok=True)
+        return [line for line in lines if not line.startswith("show ")]
+
+
+WHO_FAILED = {
+    "srun: error: host-b: task 1: Killed\nsrun: error: host-a: task 0: Terminated": "host-b",
+    "srun: error: host-a: task 0: Bus error (core dumped)": "host-a",
+    "srun: error: Node failure on nid0042\nsrun: error: nid0001: task 0: Killed": "nid0042",
+    # What ended by itself may have waited for another in vain.
+    "srun: error: host-a: task 0: Exited with exit code 1\nsrun: error: host-b: task 1: Killed": "",
+    "srun: error: host-[a-b]: tasks 0-1: Killed": "",
+    "1: srun: error: host-b: task 1: Killed": "",
+    # srun names tasks that ended alike together; what comes later is what it ended itself.
+    "srun: error: host-b: tasks 0-2,7: Killed\nsrun: error: host-a: task 8: Killed": "host-b",
+    "srun: error: host-[a-b]: tasks 0-1: Killed\nsrun: error: host-c: task 2: Killed": "",
+}
+
+
+@pytest.mark.parametrize(("said", "host"), WHO_FAILED.items())
+def test_which_host_a_start_failed_on(job, said, host):
+    job.start(f"printf '%s\\n' {shlex.quote(said)} >&2; exit 137")
+    told = job.folder / "failed_hosts.txt"
+    assert (told.read_text().split()[0] if told.exists() else "") == host
+    job.start(f"printf '%s\\n' {shlex.quote(said)} >&2; exit 75")
+    assert not told.exists() or len(told.read_text().splitlines()) == 1
+
+
+IN_PARTITION = {"SLURM_JOB_PARTITION": "all", "SLURM_JOB_NUM_NODES": "1"}
+
+
+def test_a_host_that_failed_is_left_out_of_each_job_once(job):
+    (job.folder / "failed_hosts.txt").write_text("host-b x\nhost-a x\nhost-b x\n")
+    job.stands_in("sinfo", "printf 'host-a\\nhost-b\\n'")
+    left_out = []
+    for number in ("7", "7", "8", "8_3"):
+        job.start("exit 1", number, **IN_PARTITION)
+        left_out += [line for line in job.told() if line.startswith("update")]
+    assert left_out == [f"update JobId={job} ExcNodeList=host-b" for job in ("7", "8", "8_3")]
+
+
+def test_slurm_is_told_again_of_a_host_that_it_did_not_leave_out(job):
+    (job.folder / "failed_hosts.txt").write_text("host-b x\nhost-b x\n")
+    job.stands_in("sinfo", "printf 'host-a\\nhost-b\\n'")
+    does = 'case "$*" in show\\ hostn*) echo host-b ;; update*) exit 1 ;; esac'
+    job.stands_in("scontrol", f'echo "$@" >> {job.root}/scontrol; {does}')
+    for number in range(3):
+        done = job.start("exit 1", **IN_PARTITION)
+        assert job.told() == ["requeue 7", "update JobId=7 ExcNodeList=host-b"], done.stderr
+        # The first is queued again before it trains; the others train where SLURM has put them.
+        assert ("ended with code 1" in done.stdout) == (number > 0)
+
+
+@pytest.mark.parametrize(
+    ("answer", "address", "trains", "queued"),
+    [
+        ("host-a host-b host-c", "", "host-a,host-c", 0),
+        # The next start goes to the hosts that are left, in the same job.
+        ("host-a host-c", "", "host-a,host-c", 0),
+        ("host-a host-b", "", "host-a,host-b", 1),
+        # Rank 0 has no other address than the one that the site gave it.
+        ("host-b host-c", "host-a-fast", "host-c,host-a", 1),
+    ],
+)
+def test_a_job_with_spare_hosts_starts_again_by_itself(job, answer, address, trains, queued):
+    (job.folder / "failed_hosts.txt").write_text("host-b x\nhost-b x\n")
+    job.stands_in("sinfo", f"echo {answer} | tr ' ' '\\n'")
+    lists = '[ "$2" != hostnames ] || printf "host-a\\nhost-b\\nhost-c\\n"'
+    job.stands_in("scontrol", f'echo "$@" >> {job.root}/scontrol; {lists}')
+    job.stands_in("srun", f'echo "$@" >> {job.root}/srun; exit 1')
+    script = 'source launch/env.sh; MASTER_ADDR=$2; train_in_job "$1" srun -K1 python'
+    more = {"SLURM_JOB_ID": "7", "SLURM_JOB_PARTITION": "all", "SLURM_JOB_NUM_NODES": "3"}
+    more |= {"SLURM_JOB_NODELIST": "host-[a-c]", "SLURM_NTASKS_PER_NODE": "8", "SPARE": "1"}
+    more |= {"PATH": f"{job.root}/bin:{os.environ['PATH']}", "RETRIES": "2"}
+    run("bash", "-c", script, "job", job.folder, address, **more)
+    options = f"--nodes=2 --ntasks=16 --nodelist={trains} -K1 python"
+    # Three starts in a row without a checkpoint end the job.
+    assert job.told("srun") == [options] * (1 if queued else 3)
+    assert job.told().count("requeue 7") == queued
+
+
+@pytest.mark.parametrize("spare", ["3", "99"])
+def test_spare_hosts_leave_some_to_train(job, spare):
+    script = 'source launch/env.sh; train_in_job "$1" srun -K1 python'
+    job.stands_in("srun", f"echo >> {job.root}/srun")
+    more = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "3", "SPARE": spare}
+    more["PATH"] = f"{job.root}/bin:{os.environ['PATH']}"
+    done = run("bash", "-c", script, "job", job.folder, **more)
+    assert done.returncode == 2 and not (job.root / "srun").exists()
+    assert f"SPARE = {spare} of 3 hosts: none is left to train" in done.stderr
+
+
+FAILED = "FAIL  disk  host-b: 3 GB free"
+
+
+@pytest.mark.parametrize(("said", "code", "queued"), [("", 2, 0), (FAILED, 2, 1), ("", 1, 1)])
+def test_words_that_the_doctor_does_not_take_end_the_job(job, said, code, queued):
+    done = job.start(f"echo '{said}'; exit {code}", DOCTOR="1")
+    assert job.told() == ["requeue 7"] * queued, done.stderr
+    assert queued or done.returncode == 2
+
+
+@pytest.mark.parametrize(("word", "code", "said"), [("--none", 2, "--none"), ("seed=1", 1, "FAIL")])
+def test_what_the_doctor_says_before_a_start_on_several_hosts(job, word, code, said):
+    """Words that it does not take are wrong for good; a host may be well the next time."""
+    job.stands_in("ssh", "exit 0")
+    (job.root / "hosts").write_text("host-a slots=1\nhost-b slots=1\n")
+    more = {"HOSTFILE": str(job.root / "hosts"), "DOCTOR": "1"}
+    more["PATH"] = f"{job.root}/bin:{os.environ['PATH']}"
+    done = run("launch/multinode.sh", run_file(job.root), word, **more)
+    assert done.returncode == code and said in done.stdout + done.stderr, done.stderr
+    assert ("multinode.sh: see the table above" in done.stderr) == (code == 1)
+
+
+@pytest.mark.parametrize(("number", "blamed"), [("7", "host-a"), ("6", "")])
+def test_a_host_that_was_lost_counts_for_the_job_that_it_was_lost_to(job, number, blamed):
+    (job.folder / ".start").write_text(f"{number} 1700000000 host-a\n")
+    job.stands_in("scontrol", 'echo "   SlurmdStartTime=2026-01-01T00:00:00 LastBusyTime=None"')
+    job.start("exit 0")
+    told = job.folder / "failed_hosts.txt"
+    assert (told.read_text().split()[0] if told.exists() else "") == blamed
+
+
+def test_the_doctor_may_know_a_host_by_its_longer_name(job):
+    job.stands_in("scontrol", '[ "$1 $2" != "show hostnames" ] || printf "n1\\nn10\\n"')
+    table = "FAIL  disk  n10.site.org: 3 GB free"
+    script = f'source launch/env.sh; examine "$1" echo {shlex.quote(table)}'
+    more = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1,10]"}
+    path = f"{job.root}/bin:{os.environ['PATH']}"
+    done = run("bash", "-c", script, "job", job.folder, PATH=path, **more)
+    words = (job.folder / "failed_hosts.txt").read_text().split("\n")
+    assert done.returncode == 1 and [line.split()[0] for line in words[:-1]] == ["n10", "n10"]
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    return Job(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("code", "saves", "queued"),
+    [
+        (0, True, False),
+        (2, False, False),
+        (3, True, False),
+        # A training that went wrong is tried again only where it got on before.
+        (4, False, False),
+        (4, True, True),
+        (75, False, True),
+        # A rank that was killed, a host that was lost, or a crash that may not come back.
+        (1, False, True),
+        (1, True, True),
+        (137, False, True),
+        (143, False, True),
+    ],
+)
+def test_a_job_is_queued_again_unless_it_would_fail_the_same_way(job, code, saves, queued):
+    new = f"mkdir {job.folder}/checkpoints/step_00000008; " * saves
+    done = job.start(new + f"exit {code}")
+    assert job.told() == ["requeue 7"] * queued, done.stderr
+    assert f"start 1 ended with code {code}" in done.stdout
+    assert queued or done.returncode == code
+
+
+def test_starts_without_progress_are_counted_and_a_checkpoint_begins_anew(job):
+    new = f"mkdir {job.folder}/checkpoints/step_000000$(date +%N | cut -c 1-2)$$; exit 1"
+    for training in ("exit 1", "exit 137", new, "exit 1", "exit 143"):
+        job.start(training, RETRIES="2")
+        assert job.told() == ["requeue 7"]
+    done = job.start("exit 1", RETRIES="2")
+    assert job.told() == [] and done.returncode == 1
+    said = "no checkpoint is new after 3 starts in a row (RETRIES=2): giving up\n"
+    assert done.stderr == said
+    # Another job has all of its own before it.
+    job.start("exit 1", number="8", RETRIES="2")
+    assert job.told() == ["requeue 8"]
+
+
+def test_starts_that_were_told_to_stop_are_no_failures(job):
+    for _ in range(3):
+        done = job.start("exec sleep 9 & p=$!; kill -USR1 $PPID; sleep 1; kill $p; wait $p")
+        assert job.told() == ["requeue 7"], done.stderr
+        assert "ended with code 143" in done.stdout
+    assert not (job.folder / ".retries").exists()
+
+
+def test_usr1_before_the_training_begins_queues_the_job_again(job):
+    before = "trap 'asked=1' USR1; kill -USR1 $$; "
+    done = job.start(f"touch {job.root}/trained", before=before)
+    assert job.told() == ["requeue 7"], done.stderr
+    assert "ended with code 143" in done.stdout and not (job.root / "trained").exists()
+
+
+def test_a_step_that_is_not_made_yet_is_told_once_it_is(job, tmp_path):
+    # SLURM knows no step at first.
+    line = f'echo "$@" >> {tmp_path}/scancel; test $(wc -l < {tmp_path}/scancel) -ge 3'
+    job.stands_in("scancel", line)
+    training = f"kill -USR1 $PPID; until test $(cat {tmp_path}/scancel | wc -l) -ge 3; do sleep 0.1"
+    job.start(training + "; done 2> /dev/null; exit 75")
+    assert job.told("scancel")[:3] == ["--signal=TERM 7.0"] * 3
+    assert job.told() == ["requeue 7"]
+
+
+@pytest.mark.parametrize("by", ["variable", "scontrol"])
+def test_a_save_that_lasts_beyond_the_end_of_the_job_queues_it_again(job, tmp_path, by):
+    told = f"until grep -q requeue {tmp_path}/scontrol; do sleep 0.1; done"
+    training = f"kill -USR1 $PPID; {told}; exit 1"
+    end = int(time.time()) + 22
+    if by == "scontrol":
+        shown = (
+            f"   StartTime=Unknown EndTime={datetime.fromtimestamp(end).isoformat()} Deadline=N/A"
+        )
+        job.stands_in("scontrol", f'echo "$@" >> {tmp_path}/scontrol; echo "{shown}"')
+    job.start(training, SLURM_JOB_END_TIME=str(end) if by == "variable" else "", RETRIES="2")
+    # By the watch before the end, and by the start that it ended here.
+    assert job.told()[0] == "requeue 7"
+    assert (job.folder / ".retries").read_text() == "7 1\n"
+
+
+def test_scripts_of_jobs_trap_the_signal_before_anything_else():
+    for script in ROOT.glob("launch/*.sbatch"):
+        code = [line for line in script.read_text().splitlines() if not line.startswith("#")]
+        assert code[0].split("  ")[0] == "trap 'asked=1' USR1", script
