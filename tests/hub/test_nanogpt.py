@@ -13,6 +13,7 @@ from megagpt.hub.foreign_model import saved_by_torch
 from megagpt.hub.importing import import_model
 from megagpt.hub.tensorflow import Bundle
 from tests.lib.foreign import SIZES, same_logits, theirs
+from tests.lib.refusals import refused
 
 
 def nano(path: Path, bias: bool, **more: Any) -> Any:
@@ -45,32 +46,24 @@ def test_nanogpt(bias, tmp_path):
 def test_nanogpt_is_refused_where_it_is_none(tmp_path):
     path = tmp_path / "ckpt.pt"
     nano(path, True, use_relu=True)
-    with pytest.raises(UsageError, match="model_args has 'use_relu', which nanoGPT's own"):
-        import_model(str(tmp_path), tmp_path / "in")
+    refused(tmp_path, "model_args has 'use_relu', which nanoGPT's own")
     torch.save({"model": {}}, path)
-    with pytest.raises(UsageError, match="no ckpt.pt of nanoGPT .'model_args' is missing"):
-        import_model(str(path), tmp_path / "in")
+    refused(path, "no ckpt.pt of nanoGPT .'model_args' is missing")
     torch.save({"model": Bundle}, path)
-    with pytest.raises(UsageError, match="holds more than tensors and plain values"):
-        import_model(str(path), tmp_path / "in")
+    refused(path, "holds more than tensors and plain values")
     torch.save({"model": {3: torch.zeros(1)}, "model_args": {"block_size": 1}}, path)
-    with pytest.raises(UsageError, match="ckpt.pt: has the key 3, which names no tensor"):
-        import_model(str(path), tmp_path / "in")
+    refused(path, "ckpt.pt: has the key 3, which names no tensor")
     nano(path, True, dropout=None)
-    with pytest.raises(UsageError, match="resid_pdrop = None: must be a number"):
-        import_model(str(path), tmp_path / "in")
+    refused(path, "resid_pdrop = None: must be a number")
     nano(path, True)
     tree = torch.load(path)
     tree["model"]["_orig_mod.transformer.wte.weight"] = "x"
     torch.save(tree, path)
-    with pytest.raises(UsageError, match="transformer.wte.weight is str: must be a tensor"):
-        import_model(str(path), tmp_path / "in")
+    refused(path, "transformer.wte.weight is str: must be a tensor")
     torch.save([1], path)
-    with pytest.raises(UsageError, match="holds list, not a table of tensors"):
-        import_model(str(path), tmp_path / "in")
+    refused(path, "holds list, not a table of tensors")
     path.write_bytes(b"no zip")
-    with pytest.raises((UsageError, DamageError), match="ckpt.pt"):
-        import_model(str(path), tmp_path / "in")
+    refused(path, "ckpt.pt", (UsageError, DamageError))
 
 
 @pytest.mark.parametrize("zipped", [True, False])
