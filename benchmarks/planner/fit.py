@@ -3,10 +3,10 @@
     python benchmarks/planner/fit.py [--check] [--write]
 
 A constant is fitted on the logarithm of measured step time with a loss that outliers cannot pull,
-and drawn towards what is known without these rows (PRIORS, PARENTS), so that one that no row
-speaks about keeps a sensible value. --check adds ten-fold cross-validation and leaves every source
-out once; --write writes the constants and the intervals that those errors give (implies --check).
-Needs scipy, which megagpt itself does not.
+and drawn towards a likely value (PRIORS, PARENTS), so that one that no row speaks about keeps a
+sensible value. Those of slow_ring and data_exposed were set after a look at these rows. --check
+adds ten-fold cross-validation and leaves every source out once; --write writes the constants and
+the intervals that those errors give (implies --check). Needs scipy, which megagpt itself does not.
 """
 
 import argparse
@@ -180,7 +180,7 @@ def left_out(fit: Fit, rows: Measured, groups: Column, start: Column) -> Column:
     found = np.zeros(len(rows.value))
     for group in np.unique(groups):
         inside = groups == group
-        # Near enough to the whole fit for a few rounds.
+        # The whole fit's optimum is near: forty rounds change hardly any error.
         x = fit.run(rows.only(~inside), start, 6)
         found[inside] = fit.errors(rows.only(inside), x)
     return found

@@ -18,6 +18,10 @@ from megagpt.plan.stages import stage_bounds, stage_parameters
 
 MOST_LOGITS = 1 << 29
 """Logits that the loss holds at once; more are computed part by part."""
+HOST_COPIES = {1: (0, 3), 2: (0, 3), 3: (2, 5)}
+"""ZeRO's stage -> copies of its weights that a rank on a host's processors holds beside DeepSpeed's
+buckets: alone, and among others (gloo). No physics: whole numbers read off the resident memory of
+small models in fp32 on one and two ranks, those of tests/plan/test_measured.py among them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -205,7 +209,7 @@ def _buckets(one: Candidate, held: float, gradient: float, lazy: bool) -> float:
     """Bytes of DeepSpeed's buckets: gradients on their way, weights that are gathered.
 
     ZeRO takes the whole reduce bucket whatever the model, twice where it overlaps; `lazy`: a host
-    gives memory only for what is written, but gloo wants buffers of its own.
+    gives memory only for what is written, but has HOST_COPIES of the weights.
     """
     tree = one.tree
     bucket = tree.get("reduce_bucket_size", 5e8)
@@ -214,9 +218,8 @@ def _buckets(one: Candidate, held: float, gradient: float, lazy: bool) -> float:
     size = min(held, bucket) if lazy else bucket
     # ZeRO-1 stages what it added up in fp32; the others what the backward pass makes.
     width = gradient if one.zero == 1 or one.config.parallel.dtype == "fp32" else 2
-    # Measured: a flat bucket, and what gloo reduces and gathers in; ZeRO-3 gathers flat too.
-    several = one.layout.data > 1
-    copies = (5 if several else 2) if one.zero == 3 else 3 * several
+    alone, several = HOST_COPIES[one.zero]
+    copies = several if one.layout.data > 1 else alone
     live = min(held, tree.get("stage3_max_live_parameters", 1e9)) if one.zero >= 3 else 0.0
     live *= 4 if one.config.parallel.dtype == "fp32" else 2
     buckets = 1 + bool(tree.get("overlap_comm"))

@@ -1,6 +1,6 @@
 """How long a step takes, item by item (L0: numpy, no torch).
 
-Every formula is physics with a few fitted constants (constants.json, fitted by
+The formulas are physics; what they leave open are constants (constants.json, fitted by
 benchmarks/planner/fit.py). Letters: b sequences of a micro-batch, s their length, h width, t
 tensor, p pipeline, d data ranks, m micro-batches of a data rank. Sources: Narayanan et al. 2021
 ("SC21": FLOPs, bubble, communication), Korthikanti et al. 2022 (sequence parallel, selective
