@@ -78,7 +78,9 @@ def stage(folder: Path, scratch: Path) -> tuple[Path, int]:
             raise UsageError(
                 f"{target}: {needed:,} bytes are needed and {free:,} are free; give another place"
             )
-        # The manifest last: a folder with one is whole.
+        # The old manifest goes first, the new one comes last: a folder with one is whole.
+        if MANIFEST in wanted:
+            (target / MANIFEST).unlink(missing_ok=True)
         for name in sorted(wanted, key=lambda name: name == MANIFEST):
             _copy(folder / name, target / name, digests[name])
         for name in known.keys() - digests.keys():  # of a corpus that had more

@@ -45,7 +45,12 @@ def test_a_state_that_cannot_be_read_only_costs_time(corpus, tmp_path, text):
     assert stage(corpus, tmp_path / "scratch")[1] == copied
 
 
-def test_a_damaged_original_is_named_and_not_copied(corpus, tmp_path):
+@pytest.mark.parametrize("before", [False, True])
+def test_a_damaged_original_is_named_and_not_copied(corpus, tmp_path, before):
+    if before:
+        stage(corpus, tmp_path / "scratch")
+        shutil.rmtree(corpus)
+        write_corpus(corpus, sentences(1400, 1))
     shard = sorted(corpus.glob("*.bin"))[1]
     data = bytearray(shard.read_bytes())
     data[7] ^= 1
@@ -54,7 +59,7 @@ def test_a_damaged_original_is_named_and_not_copied(corpus, tmp_path):
         stage(corpus, tmp_path / "scratch")
     copy = tmp_path / "scratch" / "web"
     # Without its manifest no training would take it.
-    assert not (copy / shard.name).exists() and not (copy / "manifest.json").exists()
+    assert (copy / shard.name).exists() == before and not (copy / "manifest.json").exists()
     assert not list(copy.glob("*.tmp")) and not list(copy.glob(".*.tmp"))
 
 
