@@ -106,17 +106,25 @@ def test_a_long_text_is_cut_with_any_usual_pattern(name: str) -> None:
 
 def test_text_that_cannot_be_cut_is_searched_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A document that comes in pieces: what was searched in vain is not searched again."""
-    encoding = other_encoding("lines")
+    encoding = other_encoding("groups")
     monkeypatch.setattr(encoder_module, "PIECE", 100)
     monkeypatch.setattr(encoder_module, "MARGIN", 64)
     monkeypatch.setattr(encode_module, "PIECE", 100)
     monkeypatch.setattr(encode_module, "MARGIN", 64)
+    tried, proven = [], encoder_module._is_proven
+
+    def trying(text: str, cut: int, encoding: tiktoken.Encoding) -> bool:
+        tried.append(cut)
+        return proven(text, cut, encoding)
+
+    monkeypatch.setattr(encoder_module, "_is_proven", trying)
     text = "words and words " * 500 + "\nend"
     given = [Text(0, text[at : at + 300], False) for at in range(0, len(text), 300)]
     items = encode([*given[:-1], given[-1]._replace(last=True)], Encoder(encoding))
     (made,) = items
     assert isinstance(made, Encoded)
     assert made.tokens.tolist() == [*encoding.encode_ordinary(text), encoding.eot_token]
+    assert len(set(tried)) == len(tried) > 100
 
 
 def test_a_text_that_tiktoken_cannot_split_is_left_out() -> None:
