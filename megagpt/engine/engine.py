@@ -118,8 +118,7 @@ class Engine(ABC):
         if self.stage > 0:
             # DeepSpeed computes the norm, clips and updates in one call, but has AdamW do the
             # updating, and has published the norm by then.
-            refuses = lambda: self._refuses(float(zero._global_grad_norm))  # noqa: E731
-            ask_before_update(zero.optimizer, refuses)
+            ask_before_update(zero.optimizer, lambda: self._refuses(float(zero._global_grad_norm)))
         compile_model(model, self.choices.compile, whole_graphs)
 
     # --- a step ---------------------------------------------------------------------------------
