@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 
 from megagpt.corpus.command import run
 from megagpt.corpus.records import prepare
+from megagpt.corpus.unfinished import beside
 from megagpt.errors import DamageError, UsageError
 from megagpt.files import whole_file
 from megagpt.tokenizer.palette import MOST, Palette, fit_palette, read_palette
@@ -324,7 +325,7 @@ def work(args: argparse.Namespace) -> int:
             pixels = np.concatenate([pixels, np.zeros((1, 3), np.uint8)])
         palette = fit_palette(pixels, args.colours, args.seed)
     for name, (ids, labels) in splits(found, palette, args).items():
-        place = args.output if name == "train" else Path(f"{args.output}-{name}")
+        place = args.output if name == "train" else beside(args.output, f"-{name}")
         prepare(place, records=ids, vocabulary=palette, split=name)
         if (labels >= 0).any():
             with whole_file(place / "labels.npy") as file:
