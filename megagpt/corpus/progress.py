@@ -13,25 +13,25 @@ LINE_EVERY_S = 10.0
 
 
 class Progress:
-    """Counts bytes (and tokens) of a job, or what else its `unit` says; `total_bytes` 0 means that
-    the end is not known."""
+    """Counts bytes (and tokens) of a job, or what else its `unit` says; `total` 0 means that the
+    end is not known."""
 
-    def __init__(self, label: str, total_bytes: int = 0, unit: str = "MB") -> None:
-        self._label, self._total, self._unit = label, total_bytes, unit
+    def __init__(self, label: str, total: int = 0, unit: str = "MB") -> None:
+        self._label, self._total, self._unit = visible(label), total, unit
         self._size = 1e6 if unit == "MB" else 1.0
         self._t0 = self._shown = time.monotonic()
-        self._bytes = self._skipped = self._tokens = 0
-        self._bar = _bar(label, total_bytes) if sys.stderr.isatty() else None
+        self._done = self._skipped = self._tokens = 0
+        self._bar = _bar(self._label, total) if sys.stderr.isatty() else None
         self._every_s = 0.2 if self._bar else LINE_EVERY_S
 
     def skip(self, size: int) -> None:
-        """Bytes that an earlier run has done: part of the whole, not of the rate."""
-        self._bytes += size
+        """What an earlier run has done: part of the whole, not of the rate."""
+        self._done += size
         self._skipped += size
 
     def add(self, size: int, tokens: int = 0) -> None:
-        """Bytes (of the total) and tokens that are done now."""
-        self._bytes += size
+        """What is done now of the total, and its tokens."""
+        self._done += size
         self._tokens += tokens
         now = time.monotonic()
         if now - self._shown < self._every_s:
@@ -39,21 +39,21 @@ class Progress:
         self._shown = now
         state = self.state(now - self._t0)
         if self._bar:
-            self._bar.update(0, completed=self._bytes, state=state, refresh=True)
+            self._bar.update(0, completed=self._done, state=state, refresh=True)
         else:
             print(f"{self._label}: {state}", file=sys.stderr, flush=True)
 
     def state(self, elapsed_s: float) -> str:
         """The figures in words."""
-        rate = (self._bytes - self._skipped) / max(elapsed_s, 1e-9)
-        parts = [f"{self._bytes / self._size:,.0f} {self._unit}"]
+        rate = (self._done - self._skipped) / max(elapsed_s, 1e-9)
+        parts = [f"{self._done / self._size:,.0f} {self._unit}"]
         if self._total:
-            parts[0] += f" of {self._total / self._size:,.0f} ({self._bytes / self._total:.0%})"
+            parts[0] += f" of {self._total / self._size:,.0f} ({self._done / self._total:.0%})"
         parts.append(f"{rate / self._size:,.1f} {self._unit}/s")
         if self._tokens:
             parts.append(f"{self._tokens / max(elapsed_s, 1e-9):,.0f} tokens/s")
         if self._total and rate:
-            left = int(max(self._total - self._bytes, 0) / rate)
+            left = int(max(self._total - self._done, 0) / rate)
             parts.append(f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left")
         return ", ".join(parts)
 
@@ -84,6 +84,6 @@ def _bar(label: str, total: int) -> Any:
         transient=True,
         auto_refresh=False,
     )
-    bar.add_task(visible(label), total=total or None, state="")
+    bar.add_task(label, total=total or None, state="")
     bar.start()
     return bar
