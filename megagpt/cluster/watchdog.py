@@ -80,7 +80,7 @@ class Watchdog:
             self._stepped, phase = True, "first step"
         limit_s = FACTORS[phase] * self.limit_s
         if limit_s and phase == "start" and not self._thread.is_alive():
-            limit_s += self._meeting_s  # entered now, before the ranks meet
+            limit_s += self._meeting_s  # the watch begins before the ranks have met
         # One assignment, so that the thread never sees half of it.
         self._phase = (phase, time.monotonic(), limit_s)
         if limit_s > 0:

@@ -79,7 +79,7 @@ class _Members(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         """The next bytes. Raises one of TRUNCATED where the file is cut short or damaged."""
         while self._member is not None or self._next():
-            # A decompressor may want none, and then give nothing: its output had just been full.
+            # Where the last output was full, a decompressor may need no input and yet give nothing.
             asked = self._member.needs_input and not self._packed
             if asked:
                 self._packed = self._raw.read(PACKED)
