@@ -126,8 +126,8 @@ def summary(config: RunConfig) -> str:
     if config.model.start_token is not None:
         writes = f"next: {folder}/samples                         what it draws (evaluate.samples)"
     # Where less was asked for now, what was trained says how long the rate fell.
-    with contextlib.suppress(MegagptError, IndexError):
-        config = load_run(saved[-1] / CONFIG)
+    with contextlib.suppress(MegagptError):
+        config = load_run(saved[-1] / CONFIG) if saved else config
     lines += [
         writes,
         f"      megagpt report {folder}                      its curves as a page",
