@@ -117,20 +117,21 @@ def _scale(axes: Any, axis: Any, chart: Chart, name: str) -> None:
             return amounts(values)
 
     values = np.concatenate([np.asarray(line[name], float) for line in chart["lines"]])
-    log = chart[f"{name}log"]
+    # A logarithmic axis shows nothing of losses that are all 0 or below.
+    log = chart[f"{name}log"] and bool((values > 0).any())
     locator: Any = MaxNLocator(nbins=7 if chart["title"] == "loss" else 5, steps=[1, 2, 2.5, 5, 10])
     if log:
         values = values[values > 0]
         axes.set(**{f"{name}scale": "log"})
-        if len(values) and values.max() > 8 * values.min():
+        if values.max() > 8 * values.min():
             few = values.max() < 100 * values.min()
             locator = LogLocator(subs=(1.0, 2.0, 5.0) if few else (1.0,), numticks=6)
     axis.set_major_locator(locator)
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(Amounts())
     if name == "y" and not log:
-        axes.set_ylim(bottom=0)
-    elif name == "y" and len(values):
+        axes.set_ylim(bottom=min(0.0, values.min()))
+    elif name == "y":
         # Faint lines, single steps, may leap out at the top.
         steady = [max(line[name]) for line in chart["lines"] if line["kind"] != "faint"]
         axes.set_ylim(values.min() * 0.95, max(steady) * 1.06)

@@ -95,6 +95,14 @@ def test_a_run_without_any_finite_figure_can_be_drawn(tmp_path):
     assert is_png(draw(tmp_path)) and charts(read_runs([tmp_path])) == []
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("loss", [0.0, -2.0])
+def test_losses_without_a_logarithm_are_drawn_on_a_plain_axis(tmp_path, loss):
+    lines = [{"step": n, "tokens": 10 * n, "loss": loss, "grad_norm": 0.0} for n in (1, 2)]
+    (tmp_path / "metrics.jsonl").write_bytes(b"".join(map(encode, lines)))
+    assert is_png(draw(tmp_path))
+
+
 def test_a_run_without_steps_is_named(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(encode({"event": "start", "step": 0, "tokens": 0}))
     with pytest.raises(UsageError, match="no training step is recorded yet"):
