@@ -34,24 +34,19 @@ def shipped(name: str) -> Path:
     return inside if inside.is_dir() else package.parent / name
 
 
-def file_sha256(path: Path, progress: Callable[[int], None] | None = None) -> str:
-    """sha256 of a file in hex; `progress` is told the bytes of every block."""
+def file_sha256(
+    path: Path, progress: Callable[[int], None] | None = None, copy: BinaryIO | None = None
+) -> str:
+    """sha256 of a file in hex; `progress` is told the bytes of every block, which is written to
+    `copy`, too."""
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
         while block := file.read(BLOCK):
             digest.update(block)
+            if copy:
+                copy.write(block)
             if progress:
                 progress(len(block))
-    return digest.hexdigest()
-
-
-def copy_hashed(source: Path, target: BinaryIO) -> str:
-    """Copies a file's content into an open one, and returns the sha256 of it in hex."""
-    digest = hashlib.sha256()
-    with source.open("rb", buffering=0) as file:
-        while content := file.read(BLOCK):
-            digest.update(content)
-            target.write(content)
     return digest.hexdigest()
 
 

@@ -10,7 +10,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from megagpt.cluster.interface import outward
 from megagpt.cluster.ranks import Ranks
 from megagpt.errors import EXIT_FAILURE, EXIT_USAGE, MegagptError, UsageError
 from megagpt.files import write_file
+from megagpt.log.metrics import spans
 
 log = logging.getLogger(__name__)
 
@@ -80,9 +81,9 @@ class Meeting:
             missing = [rank for rank, key in enumerate(keys) if not self.has(key)]
             hosts = [self.get(key)[0] for rank, key in enumerate(keys) if rank not in missing]
             problem = (
-                f"{_spans(missing)} of {len(keys)} did not come within {minutes:g} minutes; the "
-                f"others run on {', '.join(dict.fromkeys(hosts))}: look at what the launcher says "
-                "of the missing host, and try to reach it by ssh"
+                f"rank{'s' * (len(missing) > 1)} {spans(missing)} of {len(keys)} did not come "
+                f"within {minutes:g} minutes; the others run on {', '.join(dict.fromkeys(hosts))}: "
+                "look at what the launcher says of the missing host, and try to reach it by ssh"
             )
             return EXIT_FAILURE, problem, [], []
         said = [self.get(key) for key in keys]
@@ -265,15 +266,3 @@ def _store(ranks: Ranks, minutes: float) -> Any:
             f"{address}:{port} within {minutes:g} minutes; see that MASTER_ADDR is a name of its "
             f"host that every host can reach, and whether it has started ({reason})"
         ) from None
-
-
-def _spans(numbers: Sequence[int]) -> str:
-    """rank 3, or ranks 1-2, 5: ascending numbers, neighbours drawn together."""
-    spans: list[list[int]] = []
-    for number in numbers:
-        if spans and spans[-1][1] == number - 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    text = ", ".join(f"{a}-{b}" if a < b else str(a) for a, b in spans)
-    return f"rank{'s' if len(numbers) > 1 else ''} {text}"

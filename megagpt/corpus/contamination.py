@@ -82,10 +82,16 @@ def _find(grams: Hashes, among: Hashes) -> tuple[npt.NDArray[np.intp], npt.NDArr
 def evaluation_grams(paths: Sequence[str], text_field: str) -> Hashes:
     """All 13-grams of evaluation files of any input format, sorted.
 
-    Raises UsageError when the files hold no 13-gram at all, DamageError when some of them cannot be
-    read.
+    Raises UsageError when the files hold no 13-gram at all, or a folder has others, DamageError
+    when some of them cannot be read.
     """
     found = find_sources([Path(path) for path in paths])
+    if found.others:
+        raise UsageError(
+            f"decontamination files {', '.join(paths)}: {len(found.others)} in there have endings "
+            f"that are not known, such as {found.others[0]}; name the files that are to be read, "
+            "or give a pattern such as 'FOLDER/*.jsonl'"
+        )
     wrong = [f"{path}: {reason}" for path, reason, _ in found.problems]
     parts: list[Hashes] = []
     for unit in plan_units(found.sources):

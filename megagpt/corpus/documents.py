@@ -69,7 +69,7 @@ class Inputs:
     problems: list[tuple[str, str, str]] = field(default_factory=list)
     """(path, reason, detail) of what was passed over: files and folders that were given more than
     once, of which the first counts, that cannot be read, or that are no files."""
-    others: int = 0
+    others: list[str] = field(default_factory=list)
     """Files of folders with endings that are not known."""
     seen: set[tuple[int, int]] = field(default_factory=set)
     """Device and number of each file and folder so far."""
@@ -159,7 +159,7 @@ def _add_file(found: Inputs, path: str, format: str | None, named: bool) -> None
             f"{', '.join(COMPRESSIONS)}); say what it holds with --format"
         )
     if not kind:
-        found.others += 1
+        found.others.append(path)
     elif problem:
         found.pass_over(path, "no regular file", problem)
     elif found.is_new(path, status):

@@ -234,7 +234,7 @@ class _Pipe:
             self._summary.left_out[reason] += 1
         if self._inputs.others:
             note = "files of folders with an unknown ending"
-            self._summary.notes[note] = self._inputs.others
+            self._summary.notes[note] = len(self._inputs.others)
 
     # --- parts in order -------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ import pytest
 
 from megagpt.cluster import process as group
 from megagpt.cluster.agreement import DRIVER
-from megagpt.cluster.meeting import Meeting, _spans
+from megagpt.cluster.meeting import Meeting
 from megagpt.cluster.ranks import Ranks
 from megagpt.errors import MegagptError
 from tests.lib.distributed import environment, free_port
@@ -87,14 +87,6 @@ def test_a_port_that_is_taken():
         ((code, said),) = meet([0], 2, MASTER_PORT=port)
     assert code == 1
     assert said.startswith(f"MASTER_PORT = {port}: rank 0 cannot listen there on ")
-
-
-@pytest.mark.parametrize(
-    ("numbers", "text"),
-    [([3], "rank 3"), ([1, 2], "ranks 1-2"), ([0, 1, 2, 5, 7, 8], "ranks 0-2, 5, 7-8")],
-)
-def test_spans(numbers, text):
-    assert _spans(numbers) == text
 
 
 def test_ranks_of_another_run_at_the_same_port_are_not_met():

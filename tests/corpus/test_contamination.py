@@ -222,6 +222,17 @@ def test_other_evaluation_text_is_another_corpus(tmp_path: Path) -> None:
         prepare([path], options)
 
 
+def test_an_evaluation_folder_with_files_that_are_not_read_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "evaluation"
+    folder.mkdir()
+    for name in ("a.txt", "b.csv"):
+        (folder / name).write_text(words(random.Random(1), 20))
+    told = rf"1 in there have endings that are not known, such as {folder}/b.csv; name the files"
+    with pytest.raises(UsageError, match=told):
+        evaluation_grams((str(folder),), "text")
+    assert len(evaluation_grams((f"{folder}/*.txt",), "text")) == 8
+
+
 def test_letters_that_grow_and_lone_surrogates() -> None:
     grams = np.array([1], np.uint64)
     for text in ("\u0130stanbul " * 20, "\ud800 x " * 20, "", "a" * 100):

@@ -119,7 +119,7 @@ def test_what_is_no_file_is_named_or_refused(here: Path, monkeypatch: pytest.Mon
         assert [(path, reason) for path, reason, _ in found.problems] == [
             ("in/pipe.jsonl", "no regular file"), ("in/socket.txt", "no regular file"),
         ]  # fmt: skip
-        assert (found.sources, found.others) == ([], 1)
+        assert (found.sources, found.others) == ([], ["in/pipe"])
         for path in ("in/pipe.jsonl", "in/socket.txt", "/dev/null", "/dev/zero"):
             with pytest.raises(
                 UsageError, match=f"input {path}: a pipe, socket or device.* give -"

@@ -13,7 +13,7 @@ from megagpt.errors import DamageError, UsageError
 from megagpt.log import read_metrics
 from megagpt.log.boards import event_files
 from megagpt.log.environment import environment
-from megagpt.log.metrics import cut, decode, encode
+from megagpt.log.metrics import cut, decode, encode, spans
 from megagpt.report.series import read_run
 from megagpt.report.table import facts, restart_rows
 from tests.lib.recorded import BATCH, curve, open_log, record, run_until_killed, steps
@@ -268,3 +268,11 @@ def test_what_is_synced_is_on_the_disk(tmp_path, monkeypatch):
 def test_the_environment_names_versions():
     facts = environment()
     assert facts["python"].startswith("3.") and facts["torch"] and facts["host"]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "text"),
+    [([], ""), ([3], "3"), ([1, 2], "1-2"), ([0, 1, 2, 5, 7, 8], "0-2, 5, 7-8")],
+)
+def test_spans(numbers, text):
+    assert spans(numbers) == text
