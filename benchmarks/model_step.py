@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 
 from megagpt.config.flops import flops_per_token, parameters
 from megagpt.config.presets import PRESETS, ModelConfig
-from megagpt.plan.speed import peak_tflops
+from megagpt.plan.accelerators import peak_tflops
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 
 from megagpt.config.flops import flops_per_token, parameters, visible_keys
 from megagpt.config.presets import PRESETS, ModelConfig
-from megagpt.plan.speed import peak_tflops
+from megagpt.plan.accelerators import peak_tflops
 
 FLOOR_S = 2.5e-6
 """Shortest kernel."""

@@ -20,7 +20,7 @@ from benchmarks import model_step
 from benchmarks.gpu_check.items import N_CTX, STEPS, TINY_N_CTX
 from benchmarks.gpu_check.results import first_line, record, seconds_left
 from megagpt.config.flops import flops_per_token
-from megagpt.plan.speed import peak_tflops
+from megagpt.plan.accelerators import peak_tflops
 
 ROUNDS = 8
 TINY_END = 4

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megagpt.plan.constants import PATH
+from megagpt.plan.constants import CONSTANTS, PATH, interval
 from megagpt.plan.cost import step_time
 from megagpt.plan.footprint import fullest
 from megagpt.plan.jobs import SYSTEMS, Column, Jobs, jobs_from_rows, read_rows
@@ -264,10 +264,26 @@ def write_errors(errors: Mapping[str, Mapping[str, Column]]) -> None:
 def write_docs() -> None:
     """The two tables of planner.md anew, from errors.csv; prints what stands behind them."""
     made = {name: report(rows_of(OUTCOMES[name]), read_errors(name)) for name in OUTCOMES}
-    tables = iter([lines[0] + "\n" for lines in made.values()])
-    text = re.sub(r"\| source \| rows \|.*\n(\|.*\n)+", lambda _: next(tables), DOCS.read_text())
+    tables = iter([lines[0] + "\n" for lines in made.values()] + [unseen() + "\n"])
+    head = r"\| (source \| rows|not in the fit) \|.*\n(\|.*\n)+"
+    text = re.sub(head, lambda _: next(tables), DOCS.read_text())
     DOCS.write_text(text)
     print("\n".join(f"{name}: {line}" for name, lines in made.items() for line in lines[1:]))
+
+
+def unseen() -> str:
+    """Steps published elsewhere that were never fitted, beside their prediction, as Markdown."""
+    rows = read_rows(HERE / "unseen.csv")
+    jobs = jobs_from_rows(rows, "unseen.csv")
+    seconds = step_time(jobs, CONSTANTS)
+    low, high = interval(jobs, "time")
+    lines = ["| not in the fit | source | step: measured | predicted | |", "|---|---|---|---|---|"]
+    for row, found, less, more in zip(rows, seconds, seconds * low, seconds * high, strict=True):
+        step = float(row["step_time_s"])
+        outside = "" if less <= step <= more else ", outside its interval"
+        told = f"{step:.3g} s | {found:.3g} s | {found / step - 1:+.0%}{outside} |"
+        lines.append(f"| {row['row_id']} | {row['source']} | {told}")
+    return "\n".join(lines)
 
 
 def read_errors(name: str) -> dict[str, Column]:

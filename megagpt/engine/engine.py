@@ -32,8 +32,8 @@ from megagpt.engine.slices import (
 )
 from megagpt.errors import MegagptError
 from megagpt.model.classifier import refuse_samples
+from megagpt.plan.accelerators import peak_tflops
 from megagpt.plan.layout import Layout
-from megagpt.plan.speed import peak_tflops
 
 MicroBatch = tuple[Tensor, Tensor]
 """(inputs, targets), each (sequences, n_ctx) int64; a negative target is not scored."""

@@ -13,7 +13,7 @@ from megagpt.plan.accelerators import accelerator_in
 from megagpt.plan.constants import CONSTANTS, interval
 from megagpt.plan.cost import layer_parameters, step_time
 from megagpt.plan.footprint import fullest
-from megagpt.plan.jobs import Column, Jobs, jobs_from_rows, read_rows
+from megagpt.plan.jobs import WORDS, Column, Jobs, jobs_from_rows, meant, read_rows
 
 COLUMNS = (
     *("row_id", "predicted_step_time_s", "predicted_tflops_per_gpu", "predicted_memory_gb"),
@@ -55,6 +55,9 @@ def _doubts(rows: Sequence[Mapping[str, str]], jobs: Jobs) -> Iterator[str]:
         where, gpu = f"row {row.get('row_id') or n}", row.get("gpu_type", "")
         if gpu and not accelerator_in(gpu):
             yield f"{where}: gpu_type = {gpu!r} is not known; predicted for an A100 of 80 GB"
+        for name, words in WORDS.items():
+            if not meant(row, name):
+                yield f"{where}: {name} = {row[name]!r} is not known; use {', '.join(words)}"
         shape = jobs.tp[n], jobs.pp[n], jobs.dp[n]
         if np.prod(shape) != jobs.gpus[n]:
             yield (

@@ -13,22 +13,23 @@ from typing import Any
 
 from megagpt.config import RunConfig
 from megagpt.errors import UsageError
-from megagpt.plan.accelerators import ACCELERATORS, accelerator
+from megagpt.plan.accelerators import ACCELERATORS, accelerator_in
 from megagpt.plan.candidates import Cluster, candidate, jobs_of
 from megagpt.plan.constants import constants_for, interval, read_profile
-from megagpt.plan.cost import step_items
+from megagpt.plan.cost import ITEMS, step_items
 from megagpt.plan.judge import judge
 from megagpt.plan.layout import world_in
 
 RECENT = 200
 """Steps of the last batch size that are looked at."""
-PARTS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
+PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "step": (ITEMS, ("step_s",)),
     # Tensor-parallel collectives are within the passes; a bubble is a wait for other stages.
-    ("forward and backward", ("compute", "tensor"), ("forward_s", "backward_s")),
-    ("communication", ("bubble", "pipeline", "data"), ("communication_s",)),
-    ("optimizer", ("optimizer",), ("optimizer_s",)),
-)
-"""Name, items of the cost model, and what a run's record calls them."""
+    "forward and backward": (("compute", "tensor"), ("forward_s", "backward_s")),
+    "communication": (("bubble", "pipeline", "data"), ("communication_s",)),
+    "optimizer": (("optimizer",), ("optimizer_s",)),
+}
+"""Name -> items of the cost model, and what a run's record calls them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,24 +70,32 @@ def _beside(config: RunConfig, cluster: Cluster, recent: list[Mapping[str, Any]]
     jobs = jobs_of([(one, int(recent[-1]["batch_tokens"]))], cluster)
     items = {name: float(seconds[0]) for name, seconds in step_items(jobs, constants).items()}
     low, high = (float(end[0]) for end in interval(jobs, "time"))
-    step = sum(items.values())
-    found = [Beside("step", "s", step, _median(recent, "step_s"), (step * low, step * high))]
-    for name, parts, keys in PARTS:
-        if all(key in recent[-1] for key in keys):
-            predicted = sum(items[part] for part in parts)
-            found.append(Beside(name, "s", predicted, sum(_median(recent, key) for key in keys)))
-    for key in ("memory_peak_bytes", "host_memory_bytes"):
-        if key in recent[-1]:
-            # Rank 0 records, and is on the first stage.
-            first = sum(judge(one, cluster, constants).stages[0].values()) / 1e9
-            less, more = (float(end[0]) * first for end in interval(jobs, "memory"))
-            most = max(float(record[key]) for record in recent if key in record) / 1e9
-            return [*found, Beside("memory", "GB", first, most, (less, more))]
+    found = []
+    for name, seconds in parts_of(recent).items():
+        predicted = sum(items[part] for part in PARTS[name][0])
+        ends = (predicted * low, predicted * high) if name == "step" else None
+        found.append(Beside(name, "s", predicted, seconds, ends))
+    if most := peak_of(recent):
+        # Rank 0 records, and is on the first stage.
+        first = sum(judge(one, cluster, constants).stages[0].values()) / 1e9
+        less, more = (float(end[0]) * first for end in interval(jobs, "memory"))
+        found.append(Beside("memory", "GB", first, most / 1e9, (less, more)))
     return found
 
 
-def _median(records: Sequence[Mapping[str, Any]], key: str) -> float:
-    return statistics.median(float(record[key]) for record in records if key in record)
+def parts_of(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Median seconds by name of PARTS, those that every record has."""
+    return {
+        name: statistics.median(sum(float(one[key]) for key in keys) for one in records)
+        for name, (_, keys) in PARTS.items()
+        if all(key in one for one in records for key in keys)
+    }
+
+
+def peak_of(records: Sequence[Mapping[str, Any]]) -> float:
+    """The highest memory of rank 0 in bytes, its device's or else its host's; 0 where none is."""
+    both = [[r[k] for r in records if k in r] for k in ("memory_peak_bytes", "host_memory_bytes")]
+    return float(max(both[0] or both[1] or [0]))
 
 
 def _recent(steps: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -106,12 +115,13 @@ def _cluster(config: RunConfig, facts: Mapping[str, Any], world: int) -> Cluster
         return found if found.gpu in ACCELERATORS and found.gpus == world else None
     computing = facts.get("computing")
     device = str(computing.get("device", "")) if isinstance(computing, dict) else ""
-    gpu = "cpu" if device == "cpu" else accelerator(device)[0]
-    if gpu.partition("-")[0] not in device.lower() or (profile := read_profile(gpu)) is None:
+    gpu = "cpu" if device == "cpu" else accelerator_in(device)
+    profile = read_profile(gpu) if gpu else None
+    if profile is None:
         return None
     place = profile.get("cluster", {})
     return Cluster(gpu=gpu, gpus=world, **{k: place[k] for k in PLACE if k in place})
 
 
-PLACE = ("per_node", "domain", "node_gb", "price")
+PLACE = ("per_node", "domain", "node_gb", "price", "host_gb")
 """What a profile remembers of its cluster."""

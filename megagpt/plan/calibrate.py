@@ -17,9 +17,10 @@ import numpy as np
 from megagpt.config import RunConfig, load_run
 from megagpt.errors import UsageError
 from megagpt.files import write_file
+from megagpt.plan.beside import PARTS, parts_of, peak_of
 from megagpt.plan.candidates import Candidate, Cluster, candidate, jobs_of
 from megagpt.plan.constants import CONSTANTS, profile_path
-from megagpt.plan.cost import ITEMS, step_items
+from megagpt.plan.cost import step_items
 from megagpt.plan.jobs import Column
 from megagpt.plan.judge import judge
 from megagpt.plan.layout import world_in
@@ -32,15 +33,7 @@ FITTED = {
     "step.megagpt": 1.0,
 }
 """Constant -> how far it may move, as a logarithm's standard deviation."""
-PARTS = {
-    "step_s": ITEMS,
-    "passes_s": ("compute", "tensor"),
-    "optimizer_s": ("optimizer",),
-    "communication_s": ("bubble", "pipeline", "data"),
-}
-"""What a record holds -> the items of the cost model that it is; passes are forward and backward,
-which hold a tensor split's collectives."""
-NOISE = {"step_s": 0.02, "passes_s": 0.02, "optimizer_s": 0.1, "communication_s": 0.1}
+NOISE = {"step": 0.02, "forward and backward": 0.02, "optimizer": 0.1, "communication": 0.1}
 """Relative error of each that is taken for noise."""
 Measured = Mapping[str, float]
 """Seconds by name of PARTS, those that a record has."""
@@ -62,11 +55,7 @@ def calibrate(folders: Sequence[str], cluster: Cluster) -> Path:
         # Rank 0 records, and is on the first stage.
         first = sum(judge(one, where, CONSTANTS).stages[0].values())
         predicted = first - 1e9 * CONSTANTS["overhead.megagpt"]
-        names = ("memory_peak_bytes", "host_memory_bytes")
-        memory = [r[n] for r in records for n in names[:1] if n in r] or [
-            r[names[1]] for r in records if names[1] in r
-        ]
-        spare += [max(memory) - predicted] if memory else []
+        spare += [most - predicted] if (most := peak_of(records)) else []
     own = _fit(pairs, clusters, measured)
     if spare:
         own["overhead.megagpt"] = max(0.0, statistics.median(spare) / 1e9)
@@ -88,7 +77,7 @@ def _fit(
         (i, part)
         for i, one in enumerate(measured)
         for part in one
-        if part != "communication_s" or clusters[i].gpus > 1
+        if one[part] > 0 and (part != "communication" or clusters[i].gpus > 1)
     ]
     seconds = np.array([measured[i][part] for i, part in known])
     noise = np.array([NOISE[part] for _, part in known])
@@ -96,7 +85,7 @@ def _fit(
     def told(x: Column) -> Column:
         own = {k: v * np.exp(m) for (k, v), m in zip(start.items(), x, strict=True)}
         items = [step_items(job, CONSTANTS | own) for job in jobs]
-        return np.log([sum(float(items[i][k][0]) for k in PARTS[part]) for i, part in known])
+        return np.log([sum(float(items[i][k][0]) for k in PARTS[part][0]) for i, part in known])
 
     x, prior = np.zeros(len(start)), 1 / np.array(list(FITTED.values()))
     # Devices that the table does not know at all may be far off: then first the speed alone.
@@ -137,17 +126,12 @@ def _read(folder: Path) -> tuple[RunConfig, int, list[dict[str, float]]]:
 
 def _steps(records: Sequence[Mapping[str, float]], folder: str) -> list[tuple[int, Measured]]:
     """Median seconds of the steps of each batch size; the first two of each pay for starts."""
-    found: dict[int, list[Measured]] = {}
+    found: dict[int, list[Mapping[str, float]]] = {}
     for record in records:
         if "step_s" in record and "batch_tokens" in record and "details_s" not in record:
-            one = {k: float(record[k]) for k in PARTS if record.get(k)}
-            if "forward_s" in record and "backward_s" in record:
-                one["passes_s"] = float(record["forward_s"]) + float(record["backward_s"])
-            found.setdefault(int(record["batch_tokens"]), []).append(one)
+            found.setdefault(int(record["batch_tokens"]), []).append(record)
     steps: list[tuple[int, Measured]] = [
-        (n, {k: statistics.median(v[k] for v in values[2:] if k in v) for k in values[-1]})
-        for n, values in found.items()
-        if len(values) > 4
+        (n, parts_of(those[2:])) for n, those in found.items() if len(those) > 4
     ]
     if not steps:
         raise UsageError(

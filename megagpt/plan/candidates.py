@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -38,6 +37,8 @@ class Cluster:
     """Network of a node, 10^9 bits/s; 0: as the accelerator's nodes have."""
     price: float = 0.0
     """Dollars for a GPU-hour; 0: the accelerator's."""
+    host_gb: float = 0.0
+    """Memory of a node's host, 10^9 bytes; 0: as the accelerator's nodes have."""
 
     @property
     def device(self) -> Accelerator:
@@ -48,6 +49,11 @@ class Cluster:
     def dollars(self) -> float:
         """Of a GPU-hour."""
         return self.price or self.device.dollars
+
+    @property
+    def host(self) -> float:
+        """Memory of a node's host, 10^9 bytes."""
+        return self.host_gb or self.device.host_gb * self.per_node
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,13 +112,8 @@ def candidates(config: RunConfig, cluster: Cluster) -> Iterator[Candidate]:
             for micro in [2**n for n in range(7) if share % 2**n == 0]:
                 for recompute in ("none", "full"):
                     for name in list(names)[1:] if plain else ["pipeline"]:
-                        parallel = dataclasses.replace(
-                            made,
-                            micro_batch=micro,
-                            recompute=recompute,
-                            recompute_every=1,
-                            ds_config=name,
-                        )
+                        keys = {"micro_batch": micro, "recompute": recompute, "ds_config": name}
+                        parallel = dataclasses.replace(made, recompute_every=1, **keys)
                         tree = names[name]
                         yield Candidate(config_with(config, parallel), layout, tree["stage"], tree)
 
@@ -152,7 +153,6 @@ def _row(one: Candidate, cluster: Cluster, tokens: int) -> dict[str, float]:
         "seq": model.n_ctx,
         "keys": sum(visible_keys(model, n, "full") for n in range(model.n_layer)) / model.n_layer,
         "vocab": model.embedding_rows,
-        "gated": 0.0,
         "untied": float(not model.tied),
         "gpus": cluster.gpus,
         "tp": layout.tensor,
@@ -162,18 +162,15 @@ def _row(one: Candidate, cluster: Cluster, tokens: int) -> dict[str, float]:
         "zero": one.zero,
         "micro": micro,
         "batch": tokens / model.n_ctx,
-        "sequence_parallel": 0.0,
         "full": _recomputed(one),
-        "selective": 0.0,
         "flash": 1.0,
-        "fp8": 0.0,
         "grad_bytes": gradient,
         "kept_grad_bytes": gradient,
         "weight_bytes": 4.0 if exact else 2.0,
         "logits": min(MOST_LOGITS, micro * model.n_ctx * model.embedding_rows / layout.tensor),
         "buckets": _buckets(one, held, gradient, cluster.gpu == "cpu"),
-        "offload": float(offloads(one.tree, "optimizer")),
-        "offload_weights": float(offloads(one.tree, "param")),
+        "offload": float(bool(offloads(one.tree, "optimizer"))),
+        "offload_weights": float(bool(offloads(one.tree, "param"))),
         **device_columns(device, cluster.node_gb),
         **({"peak": device.fp32_tflops * 1e12} if exact else {}),
         "per_node": cluster.per_node,
@@ -197,12 +194,10 @@ def _recomputed(one: Candidate) -> float:
     return 1.0 if one.layout.pipelined else 1 / parallel.recompute_every
 
 
-@lru_cache
 def stage_layers(model: ModelConfig, stages: int) -> list[int]:
     """Blocks of each pipeline stage."""
-    blocks = range(2, 2 + model.n_layer)
-    bounds = stage_bounds(model, stages)
-    return [sum(first <= n < last for n in blocks) for first, last in pairwise(bounds)]
+    ends = [min(max(bound, 2), 2 + model.n_layer) for bound in stage_bounds(model, stages)]
+    return [last - first for first, last in pairwise(ends)]
 
 
 def _buckets(one: Candidate, held: float, gradient: float, lazy: bool) -> float:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 
 from megagpt.config import RunConfig, add_overrides, load_run
 from megagpt.errors import UsageError
@@ -14,7 +15,7 @@ from megagpt.plan.ds_config import read_ds_config, resolve
 from megagpt.plan.failures import Storm
 from megagpt.plan.judge import Judgement, judge, refusal, search, what_works
 from megagpt.plan.layout import layout_of
-from megagpt.plan.simulate import GPU_HOURS_PER_FAILURE
+from megagpt.plan.simulate import GPU_HOURS_PER_FAILURE, GPU_HOURS_PER_NOTICE
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -38,10 +39,15 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     made.add_argument("--gpu", default="h100", metavar="NAME", help=f"{', '.join(ACCELERATORS)}")
     made.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="default: 8")
     made.add_argument(
-        "--nvlink-domain", type=int, metavar="N", help="GPUs that NVLink connects (default: a node)"
-    )
+        "--nvlink-domain", type=int, metavar="N",
+        help="GPUs that NVLink connects (default: a node; gb200: 72)",
+    )  # fmt: skip
     made.add_argument("--network", metavar="400G", help="a node's network, bits a second")
     made.add_argument("--price", type=float, default=0.0, help="dollars for a GPU-hour")
+    made.add_argument(
+        "--host-memory", type=float, default=0.0, metavar="GB",
+        help="memory of a node's host, for what is offloaded (default: as such nodes have)",
+    )  # fmt: skip
     made.add_argument("--search", action="store_true", help="the ten fastest layouts that fit")
     made.add_argument("--json", action="store_true", help="all of it as JSON")
     made.add_argument("--write", metavar="DIR", help="write run file, DeepSpeed's JSON, job script")
@@ -63,6 +69,7 @@ def _add_simulation(made: argparse.ArgumentParser) -> None:
     made.add_argument("--simulate", action="store_true", help="the run with its failures")
     for name, default, text in (
         ("--gpu-hours-per-failure", GPU_HOURS_PER_FAILURE, "mean GPU-hours between failures"),
+        ("--gpu-hours-per-notice", GPU_HOURS_PER_NOTICE, "between those that --spot announces"),
         ("--restart-minutes", 10.0, "from the end of a start to the next one's first step"),
         ("--queue-minutes", 0.0, "mean time in the queue after a failure"),
         ("--spot", None, "dollars for a GPU-hour of machines that leave with notice"),
@@ -126,7 +133,9 @@ def cluster_of(args: argparse.Namespace, share: int) -> Cluster:
     """The devices of the command line, `share` of them where it does not say. Raises UsageError
     for what cannot be."""
     check_gpu(args.gpu)
-    domain = args.gpus_per_node if args.nvlink_domain is None else args.nvlink_domain
+    domain = args.nvlink_domain
+    if domain is None:
+        domain = max(args.gpus_per_node, ACCELERATORS[args.gpu].domain)
     for name, value in (("gpus-per-node", args.gpus_per_node), ("nvlink-domain", domain)):
         if value < 1:
             raise UsageError(f"--{name} {value}: must be at least 1")
@@ -138,8 +147,10 @@ def cluster_of(args: argparse.Namespace, share: int) -> Cluster:
             network = 0.0
         if not 0 < network < 1e6:
             raise UsageError(f"--network {args.network}: must be like 400G, 10^9 bits a second")
-    if not 0 <= args.price < 1e6:
-        raise UsageError(f"--price {args.price}: must be dollars for a GPU-hour, 0 or more")
+    for name, what in (("price", "dollars for a GPU-hour"), ("host_memory", "GB of a node")):
+        if not 0 <= getattr(args, name) < 1e6:
+            option = f"--{name.replace('_', '-')} {getattr(args, name)}"
+            raise UsageError(f"{option}: must be {what}, 0 or more")
     return Cluster(
         gpu=args.gpu,
         gpus=share if args.gpus is None else args.gpus,
@@ -147,6 +158,7 @@ def cluster_of(args: argparse.Namespace, share: int) -> Cluster:
         domain=domain,
         node_gb=network,
         price=args.price,
+        host_gb=args.host_memory,
     )
 
 
@@ -164,10 +176,14 @@ def _storm(args: argparse.Namespace) -> Storm | None:
     """What --simulate asks for; None without it. Raises UsageError for numbers that cannot be."""
     if not args.simulate:
         return None
-    numbers = args.gpu_hours_per_failure, args.restart_minutes * 60, args.queue_minutes * 60
-    if not numbers[0] > 0 or not min(numbers) >= 0 or not (args.spot is None or args.spot >= 0):
+    between = args.gpu_hours_per_failure, args.gpu_hours_per_notice
+    waits = args.restart_minutes * 60, args.queue_minutes * 60
+    if min(between) <= 0 or min(*waits, args.spot or 0.0) < 0:
         raise UsageError(
-            "--simulate: --gpu-hours-per-failure must be above 0; --restart-minutes, "
-            "--queue-minutes and --spot 0 or more"
+            "--simulate: --gpu-hours-per-failure and --gpu-hours-per-notice must be above 0; "
+            "--restart-minutes, --queue-minutes and --spot 0 or more"
         )
-    return Storm(gpu_hours=numbers[0], restart_s=numbers[1], queue_s=numbers[2], spot=args.spot)
+    notices = math.inf if args.spot is None else between[1]
+    return Storm(
+        failures=between[0], notices=notices, restart_s=waits[0], queue_s=waits[1], spot=args.spot
+    )

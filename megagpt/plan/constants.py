@@ -55,8 +55,9 @@ def constants_for(gpu: str) -> Mapping[str, float]:
 def interval(jobs: Jobs, what: str) -> tuple[Column, Column]:
     """Factors between which 80% of measurements lie, as shares of the prediction, by system.
 
-    `what` is time or memory.
+    `what` is time or memory; a system without its own, or that nobody knows, has those of others.
     """
     known = _FILE["intervals"][what]
     table = np.array([known.get(name, known["other"]) for name in SYSTEMS])
-    return table[jobs.framework, 0], table[jobs.framework, 1]
+    ends = np.where(jobs.unknown[:, None] > 0, known["other"], table[jobs.framework])
+    return ends[:, 0], ends[:, 1]

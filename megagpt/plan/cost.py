@@ -102,15 +102,9 @@ def layer_compute(jobs: Jobs, c: Constants) -> Column:
     rows = b * s
     kv = h * jobs.kv_heads / jobs.heads
     speed = by_system(c, "framework", jobs)
-    products = sum(
-        _product(jobs, c, rows, n, k)
-        for n, k in (
-            ((h + 2 * kv) / t, h),
-            (h, h / t),
-            ((1 + jobs.gated) * jobs.d_ff / t, h),
-            (h, jobs.d_ff / t),
-        )
-    )
+    up = (1 + jobs.gated) * jobs.d_ff / t
+    shapes = ((h + 2 * kv) / t, h), (h, h / t), (up, h), (h, jobs.d_ff / t)
+    products = sum(_product(jobs, c, rows, n, k) for n, k in shapes)
     attention = attention_time(jobs, c)
     # Norms, dropout and residuals are whole on every tensor rank unless the sequence is split.
     apart = np.where(jobs.sequence_parallel > 0, t, 1.0)
@@ -120,11 +114,8 @@ def layer_compute(jobs: Jobs, c: Constants) -> Column:
     passes = 3.0 + again
     attention_passes = np.where(jobs.flash > 0, 3.5, 3.0) + np.maximum(again, jobs.selective)
     pressed = 1 + c["pressure"] * np.maximum(0.0, pressure(jobs) - 0.5)
-    busy = (
-        speed
-        * pressed
-        * (products * passes + attention * attention_passes + element * (2.5 + again))
-    )
+    work = products * passes + attention * attention_passes + element * (2.5 + again)
+    busy = speed * pressed * work
     # Below this the host cannot launch kernels fast enough.
     launch = by_system(c, "launch", jobs) * (2 + again) * np.where(t > 1, 1 + c["launch_tensor"], 1)
     return (busy**2 + launch**2) ** 0.5
@@ -215,11 +206,8 @@ def pipeline_wait(jobs: Jobs, c: Constants) -> Column:
     # Everything but nanotron without sequence parallel, and BigScience's runs of 2022.
     scatter = (jobs.sequence_parallel > 0) | ((jobs.framework != NANOTRON) & ~slow(jobs))
     message = np.where(scatter, message / jobs.tp, message)
-    rate = np.where(
-        jobs.gpus > jobs.domain,
-        node_rate(jobs, c) / jobs.per_node,
-        jobs.nvlink * c["nvlink_tensor"],
-    )
+    inside = jobs.nvlink * c["nvlink_tensor"]
+    rate = np.where(jobs.gpus > jobs.domain, node_rate(jobs, c) / jobs.per_node, inside)
     latency = by_system(c, "pipeline_latency", jobs) * np.where(slow(jobs), c["slow_latency"], 1)
     one = latency + by_system(c, "pipeline_exposed", jobs) * message / rate
     return np.where(jobs.pp > 1, 2 * jobs.vpp * one, 0.0)

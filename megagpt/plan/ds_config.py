@@ -75,11 +75,12 @@ def resolve(config: RunConfig, layout: Layout, tree: dict[str, Any]) -> dict[str
     return resolved
 
 
-def offloads(zero: Mapping[str, Any], what: str) -> bool:
-    """Whether zero_optimization keeps the optimizer's states, or the weights (`what` = optimizer
-    or param), off the device: DeepSpeed's own default is the device "none"."""
+def offloads(zero: Mapping[str, Any], what: str) -> str:
+    """Where zero_optimization keeps the optimizer's states, or the weights (`what` = optimizer or
+    param), off the device: cpu or nvme; "" where it does not, as DeepSpeed's own "none"."""
     section = zero.get(f"offload_{what}")
-    return isinstance(section, dict) and section.get("device", "none") not in ("none", None)
+    place = section.get("device") if isinstance(section, dict) else None
+    return "" if place in ("none", None) else str(place)
 
 
 def _malformed(tree: dict[str, Any]) -> Iterator[str]:

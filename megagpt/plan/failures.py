@@ -17,12 +17,14 @@ Middle = tuple[float, float, float]
 class Storm:
     """What --simulate is asked for."""
 
-    gpu_hours: float
-    """Between failures, on average."""
+    failures: float
+    """GPU-hours between two, on average."""
+    notices: float
+    """The same of machines that leave with notice; infinite where none does."""
     restart_s: float
     queue_s: float
     spot: float | None = None
-    """Dollars for a GPU-hour of machines that leave with notice; None: they do not leave so."""
+    """Dollars for a GPU-hour of machines that leave with notice; None: they are not such."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,13 +54,13 @@ def outlooks(one: Judgement, storm: Storm, today: datetime.date) -> list[Outlook
     size, beside = checkpoint_bytes(config.model), config.checkpoint.background
     write = size / (nodes * WRITE_RATE)
     weather = Weather(
-        failure_every=storm.gpu_hours * 3600 / cluster.gpus,
+        failure_every=storm.failures * 3600 / cluster.gpus,
+        notice_every=storm.notices * 3600 / cluster.gpus,
         # In the background only the copy to the host's memory stops the step.
         save=size / (cluster.gpus * COPY_RATE) if beside else write,
         behind=write if beside else 0.0,
         restart=storm.restart_s,
         queue=storm.queue_s,
-        notice=storm.spot is not None,
     )
     price = cluster.dollars if storm.spot is None else storm.spot
     tokens = config.schedule.segments[-1].batch_tokens

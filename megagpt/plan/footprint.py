@@ -9,16 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megagpt.plan.cost import (
-    MEGAGPT,
-    MEGAGPT_EAGER,
-    Constants,
-    by_system,
-    layer_parameters,
-)
+from megagpt.plan.cost import MEGAGPT, MEGAGPT_EAGER, Constants, by_system, layer_parameters
 from megagpt.plan.jobs import SYSTEMS, Column, Jobs
 
-FSDP = SYSTEMS.index("fsdp")
+CORE, FSDP = SYSTEMS.index("megatron-core"), SYSTEMS.index("fsdp")
 MEMORY_ITEMS = (
     "weights", "gradients", "optimizer", "activations", "logits", "buffers", "overhead"
 )  # fmt: skip
@@ -86,7 +80,9 @@ def stage_bytes(jobs: Jobs, c: Constants, stage: Stage) -> dict[str, Column]:
     moments = np.where((size > 2) & ((jobs.zero == 0) | ~ours), 8, 12)
     return {
         "weights": (1 - jobs.offload_weights) * size * held / share[0],
-        "gradients": jobs.kept_grad_bytes * held / share[1] + copied,
+        # Gradients of a part go to the host with the optimizer, as they are made.
+        "gradients": jobs.kept_grad_bytes * held / share[1] * (1 - jobs.offload * (jobs.zero >= 2))
+        + copied,
         "optimizer": (1 - jobs.offload) * moments * held / share[2],
         "activations": c["activations"] * kept,
         "logits": stage.predicts * by_system(c, "logits", jobs) * size / 2 * jobs.logits,
@@ -99,21 +95,17 @@ def layer_activations(jobs: Jobs) -> Column:
     """Bytes that a layer keeps of one micro-batch for its backward pass, at 16 bits.
 
     s b h (10 + 24 / t + 5 a s / (h t)), the last without fused attention or where the scores are
-    computed again; a gated MLP keeps two products and their mix.
+    computed again; a gated MLP keeps two products and their mix, and what one activates to unless
+    it is fused (Megatron-Core). Products in fp8 keep their inputs so (Transformer Engine).
     """
     h, t = jobs.width, jobs.tp
     apart = np.where(jobs.sequence_parallel > 0, t, 1.0)
-    inside = 4 + 4 * jobs.kv_heads / jobs.heads + jobs.d_ff / h * np.where(jobs.gated > 0, 8, 4)
+    gate = np.where(jobs.framework == CORE, 6, 8)
+    wide = np.where(jobs.gated > 0, gate, 4) - jobs.fp8
+    inside = 4 + 4 * jobs.kv_heads / jobs.heads + jobs.d_ff / h * wide
     stored = (jobs.flash == 0) & (jobs.selective == 0)
     scores = np.where(stored, 5 * jobs.heads * jobs.seq / (h * t), 0.0)
     # PyTorch's selective checkpoints of single operations keep every other product.
     half = np.where((jobs.selective > 0) & (jobs.framework == FSDP), 0.5, 1.0)
-    return (
-        jobs.weight_bytes
-        / 2
-        * half
-        * jobs.seq
-        * jobs.micro
-        * h
-        * (10 / apart + inside / t + scores)
-    )
+    kept = (10 - 2 * jobs.fp8) / apart + inside / t + scores
+    return jobs.weight_bytes / 2 * half * jobs.seq * jobs.micro * h * kept

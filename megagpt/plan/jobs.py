@@ -8,6 +8,7 @@ measured outcome.
 
 import csv
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,30 +18,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megagpt.errors import UsageError
-from megagpt.plan.accelerators import ACCELERATORS, Accelerator, accelerator
+from megagpt.plan.accelerators import ACCELERATORS, Accelerator, accelerator_in
 
 Column = NDArray[np.float64]
 
 FRAMEWORKS = {
-    "megatron-deepspeed zero-3": "deepspeed-zero3",
-    "deepspeed zero-3": "deepspeed-2021",
-    "sagemaker": "deepspeed-zero3",
-    "megatron-deepspeed": "megatron-deepspeed",
-    "gpt-neox": "gpt-neox",
-    "metaseq": "megatron-lm",
-    "nemo-megatron": "megatron-lm",
-    "megatron-lm": "megatron-lm",
-    "megatron-core": "megatron-core",
-    "nemo": "megatron-core",
-    "pax": "pax",
-    "nanotron": "nanotron",
-    "llm-foundry": "fsdp",
-    "fsdp": "fsdp",
-    "megagpt-eager": "megagpt-eager",
-    "megagpt": "megagpt",
-    "llm.c": "ddp",
-    "ddp": "ddp",
-}
+    "megatron-deepspeed zero-3": "deepspeed-zero3", "deepspeed zero-3": "deepspeed-2021",
+    "sagemaker": "deepspeed-zero3", "megatron-deepspeed": "megatron-deepspeed",
+    "neox": "gpt-neox", "metaseq": "megatron-lm", "nemo-megatron": "megatron-lm",
+    "megatron-lm": "megatron-lm", "megatron-core": "megatron-core", "mcore": "megatron-core",
+    "nemo": "megatron-core", "megatron": "megatron-lm", "pax": "pax", "nanotron": "nanotron",
+    "llm-foundry": "fsdp", "torchtitan": "fsdp", "composer": "fsdp", "fsdp": "fsdp",
+    "megagpt-eager": "megagpt-eager", "megagpt": "megagpt", "llm.c": "ddp", "ddp": "ddp",
+}  # fmt: skip
 """Part of a system's name -> generation of frameworks; the first that is found counts."""
 
 SYSTEMS = tuple(dict.fromkeys(FRAMEWORKS.values()))
@@ -48,21 +38,37 @@ EAGER = "-eager"
 """End of the name of a system whose blocks are not compiled; else it is like the one without."""
 GENERATIONS = ("V100", "A100", "H100", "B200")
 
+_STAGES = {"fsdp": 3.0, "deepspeed-zero3": 3.0, "deepspeed-2021": 3.0, "megatron-core": 1.0}
+"""ZeRO's stage of systems where nobody says; others: 0."""
+_OLD = ("megatron-lm", "megatron-deepspeed", "gpt-neox", "deepspeed-2021", "deepspeed-zero3")
+"""Systems that had no fused attention in the years of most of their measurements."""
+WORDS = {
+    "recompute": {
+        "selective": "select|attn|attention|core", "full": "full|block|uniform|all|^y|true|^1$",
+        "none": "^$|^no|^n$|false|^0$|off",
+    },
+    "precision": {
+        "fp8": "fp8|float8", "bf16": "^$|bf16|bfloat16|amp|mixed", "fp16": "fp16|float16|half",
+        "tf32": "tf32", "fp32": "fp32|float32",
+    },
+}  # fmt: skip
+"""Column -> what is meant -> how its cells say so; the first counts."""
+
 # Column -> what an empty cell means.
 _DEFAULTS = {
-    "n_layers": None,
-    "d_model": None,
-    "n_heads": None,
-    "seq_len": None,
-    "global_batch_seqs": None,
-    "vocab": 51_200.0,
-    "tp": 1.0,
-    "pp": 1.0,
-    "zero_stage": 0.0,
-    "gpus_per_node": 8.0,
-    "gated_mlp": 0.0,
+    "n_layers": None, "d_model": None, "n_heads": None, "seq_len": None, "global_batch_seqs": None,
+    "vocab": 51_200.0, "tp": 1.0, "pp": 1.0, "gpus_per_node": 8.0, "gated_mlp": 0.0,
     "untied_output": 0.0,
-}
+}  # fmt: skip
+
+
+_SAME = {
+    "layers": "n_layers", "width": "d_model", "heads": "n_heads", "seq": "seq_len",
+    "keys": "seq_len", "vocab": "vocab", "gated": "gated_mlp", "untied": "untied_output",
+    "gpus": "n_gpus", "tp": "tp", "pp": "pp", "batch": "global_batch_seqs",
+    "per_node": "gpus_per_node",
+}  # fmt: skip
+"""Field of Jobs -> the column that it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +143,8 @@ class Jobs:
     """Generation of the device: index into GENERATIONS."""
     framework: NDArray[np.int64]
     """Index into SYSTEMS."""
+    unknown: Column
+    """1 where nobody knows the system's name, and it is taken for what does the same."""
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -148,10 +156,12 @@ class Jobs:
 
 
 def jobs_in(rows: Sequence[Mapping[str, Any]]) -> Jobs:
-    """Jobs of rows that hold a number for each of their fields."""
+    """Jobs of rows that hold a number for each of their fields; one that is not there is 0."""
     index = ("gpu", "framework")
     columns: dict[str, Any] = {
-        name: np.array([row[name] for row in rows], np.int64 if name in index else np.float64)
+        name: np.array(
+            [row.get(name, 0) for row in rows], np.int64 if name in index else np.float64
+        )
         for name in Jobs.__dataclass_fields__
     }
     return Jobs(**columns)
@@ -169,7 +179,7 @@ def read_rows(path: str | Path) -> list[dict[str, str]]:
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = [
-                {k: (v or "").strip() for k, v in row.items() if k} for row in csv.DictReader(file)
+                {k: _cell(v or "") for k, v in row.items() if k} for row in csv.DictReader(file)
             ]
     except (OSError, UnicodeDecodeError, csv.Error, AttributeError) as error:
         raise UsageError(f"{path}: cannot be read as CSV: {error}") from None
@@ -183,11 +193,29 @@ def read_rows(path: str | Path) -> list[dict[str, str]]:
 _MAY_BE_0 = ("zero_stage", "gated_mlp", "untied_output")
 
 
+def _cell(text: str) -> str:
+    """A cell's text; empty where it only says that there is none."""
+    return "" if text.strip().lower() in ("-", "?", "n/a", "na", "nan", "null") else text.strip()
+
+
+def meant(row: Mapping[str, str], column: str) -> str:
+    """What a cell of WORDS means; "" where it is no word of them."""
+    text = row.get(column, "").lower()
+    return next((name for name, part in WORDS[column].items() if re.search(part, text)), "")
+
+
+def _yes(row: Mapping[str, str], column: str, empty: bool = False) -> float:
+    """1 for a cell that says yes, or is empty where that means so."""
+    text = row.get(column, "").lower()
+    return float(text in ("y", "yes", "true", "1", "on") or (empty and not text))
+
+
 def _number(row: Mapping[str, str], name: str, default: float | None, where: str) -> float:
     """A cell, or the default where it is empty. Raises UsageError for one that is no number."""
     text = row.get(name, "")
+    plain = {"y": "1", "yes": "1", "n": "0", "no": "0"}.get(text.lower(), text.replace(",", ""))
     try:
-        value = float(text) if text else default
+        value = float(plain) if plain else default
     except ValueError:
         value = None
     if value is None or not np.isfinite(value) or value < 0:
@@ -208,55 +236,55 @@ def _filled(row: Mapping[str, str], where: str) -> dict[str, Any]:
     tp, pp = base["tp"], base["pp"]
     base["n_gpus"] = least("n_gpus", tp * pp * least("dp", 1.0))
     dp = least("dp", max(1.0, base["n_gpus"] // (tp * pp)))
-    name, device = accelerator(row.get("gpu_type", ""))
-    framework = framework_of(row.get("system", ""), base["zero_stage"], tp * pp, name)
-    precision = row.get("precision", "") or "bf16"
-    recompute = row.get("recompute", "")
-    share = base["global_batch_seqs"] / dp
-    micro = least("micro_batch", _micro(share, base["seq_len"], pp))
+    gpu = accelerator_in(row.get("gpu_type", "")) or "a100"
+    device = ACCELERATORS[gpu]
+    system = row.get("system", "")
+    known = float(any(part in _plain(system) for part in FRAMEWORKS))
+    framework = framework_of(system, least("zero_stage", 0.0), tp * pp, gpu)
+    precision = _precision(row, device)
+    share = max(1.0, base["global_batch_seqs"] / dp)
+    micro = min(share, least("micro_batch", _micro(share, base["seq_len"], pp)))
+    recompute = meant(row, "recompute")
+    exact = precision in ("fp32", "tf32")
+    peak = {"fp32": device.fp32_tflops / device.tflops, "tf32": 0.5}.get(precision, 1.0)
+    sheet = device_columns(device, _number(row, "internode_gbps_per_node", 0.0, where))
     return {
-        "layers": base["n_layers"],
+        **{field: base[column] for field, column in _SAME.items()},
         **dict(zip(("first", "most", "last"), even_stages(base["n_layers"], pp), strict=True)),
-        "width": base["d_model"],
-        "heads": base["n_heads"],
         "kv_heads": least("n_kv_heads", base["n_heads"]),
         "d_ff": least("d_ff", 4 * base["d_model"]),
-        "seq": base["seq_len"],
-        "keys": base["seq_len"],
-        "vocab": base["vocab"],
-        "gated": base["gated_mlp"],
-        "untied": base["untied_output"],
-        "gpus": base["n_gpus"],
-        "tp": tp,
-        "pp": pp,
         "vpp": least("virtual_pp", _virtual(framework, base["n_layers"] / pp, pp)),
         "dp": dp,
-        "zero": base["zero_stage"],
+        "zero": least("zero_stage", _STAGES.get(framework, 0.0) * known),
         "micro": micro,
-        "batch": base["global_batch_seqs"],
-        "sequence_parallel": float(row.get("sequence_parallel", "") == "y"),
+        "sequence_parallel": _yes(row, "sequence_parallel"),
         "full": float(recompute == "full"),
         "selective": float(recompute == "selective"),
-        "flash": float(row.get("flash_attention", "") == "y"),
+        "flash": _yes(row, "flash_attention", framework not in _OLD),
         "fp8": float(precision == "fp8"),
         "grad_bytes": 2.0 if precision == "fp16" or framework in ("fsdp", "ddp", "pax") else 4.0,
         "kept_grad_bytes": _kept_grad_bytes(framework, precision),
-        "weight_bytes": 2.0,
+        "weight_bytes": 4.0 if exact else 2.0,
         "logits": micro * base["seq_len"] * base["vocab"] / tp,
-        "buckets": 0.0,
-        "offload": 0.0,
-        "offload_weights": 0.0,
-        **device_columns(device, _number(row, "internode_gbps_per_node", 0.0, where)),
-        "per_node": base["gpus_per_node"],
-        "domain": base["gpus_per_node"],
+        **(sheet | {"peak": sheet["peak"] * peak}),
+        "domain": max(base["gpus_per_node"], device.domain),
         "framework": SYSTEMS.index(framework),
+        "unknown": 1 - known,
     }
+
+
+def _precision(row: Mapping[str, str], device: Accelerator) -> str:
+    """The precision of products; V100 has no bf16, and only Hopper and later have fp8."""
+    precision = meant(row, "precision") or "bf16"
+    if device.generation == "V100" and precision == "bf16":
+        return "fp16"
+    return "bf16" if precision == "fp8" and device.generation in ("V100", "A100") else precision
 
 
 def device_columns(device: Accelerator, node_gb: float) -> dict[str, Any]:
     """The columns of a device; a network of 0 is one that nobody named."""
     return {
-        "peak": device.tflops * 1e12,
+        "peak": device.reach * device.tflops * 1e12,
         "processors": device.processors,
         "hbm": device.memory_tb_s * 1e12,
         "memory": device.memory_gb * 1e9,
@@ -294,16 +322,19 @@ def _micro(share: float, seq: float, pp: float) -> float:
     return float(max(n for n in range(1, most + 1) if n == 1 or share % n == 0))
 
 
+def _plain(system: str) -> str:
+    """A system's name with ZeRO's stage written one way."""
+    return re.sub(r"zero[ -]*(stage[ -]*)?3", "zero-3", system.lower())
+
+
 def framework_of(system: str, zero: float, model_parallel: float, gpu: str) -> str:
     """Generation of frameworks by the system's name; for an unknown one by what it does."""
-    low = system.lower()
+    low = _plain(system)
+    # On older devices NeMo was timed with the Megatron-LM of their years alone.
+    core = "megatron-core" if ACCELERATORS[gpu].generation in ("H100", "B200") else "megatron-lm"
     for part, generation in FRAMEWORKS.items():
         if part in low:
-            return generation
-    if zero == 3:
-        return "fsdp"
-    if model_parallel > 1:
-        return (
-            "megatron-core" if ACCELERATORS[gpu].generation in ("H100", "B200") else "megatron-lm"
-        )
-    return "ddp"
+            return core if generation == "megatron-core" else generation
+    if zero == 3 and "deepspeed" in low:
+        return "deepspeed-zero3"
+    return core if model_parallel > 1 and zero < 3 else "fsdp"

@@ -8,15 +8,10 @@ import numpy as np
 
 from megagpt.config import RunConfig
 from megagpt.config.flops import flops_per_token
-from megagpt.plan.candidates import (
-    Candidate,
-    Cluster,
-    candidates,
-    jobs_of,
-    stage_layers,
-)
+from megagpt.plan.candidates import Candidate, Cluster, candidates, jobs_of, stage_layers
 from megagpt.plan.constants import Constants, constants_for, interval
 from megagpt.plan.cost import step_items
+from megagpt.plan.ds_config import offloads
 from megagpt.plan.footprint import MEMORY_ITEMS, Stage, fullest, stage_bytes
 from megagpt.plan.layout import Layout, busy_start_tokens, padded_model
 from megagpt.plan.stages import stage_parameters
@@ -43,6 +38,8 @@ class Judgement:
     time_ends: tuple[float, float]
     """Factors between which 80% of measured step times lie."""
     memory_ends: tuple[float, float]
+    host: dict[str, float]
+    """Bytes by item that a node's ranks keep in its memory; empty without offload."""
 
     @property
     def peak(self) -> float:
@@ -51,8 +48,13 @@ class Judgement:
 
     @property
     def fits(self) -> bool:
-        """Whether that is in the device's memory with some room."""
-        return self.peak <= ROOM * self.cluster.device.memory_gb * 1e9
+        """Whether that is in the device's memory with some room, and the rest in the host's."""
+        return self.peak <= ROOM * self.cluster.device.memory_gb * 1e9 and self.host_fits
+
+    @property
+    def host_fits(self) -> bool:
+        """Whether what is offloaded is in the host's memory with some room."""
+        return sum(self.host.values()) <= ROOM * self.cluster.host * 1e9
 
     @property
     def surely_fits(self) -> bool:
@@ -104,6 +106,7 @@ class Judgement:
             "memory_bytes": self.peak,
             "memory_interval": [self.peak * end for end in self.memory_ends],
             "stages": self.stages,
+            "host_bytes": self.host,
             "step_seconds": self.step,
             "step_interval": [self.step * low, self.step * high],
             "items": self.items,
@@ -152,7 +155,25 @@ def judge(one: Candidate, cluster: Cluster, constants: Constants | None = None) 
         tuple(float(t) for t in np.asarray(sum(items.values()))),
         (ends_[0][0], ends_[0][1]),
         (ends_[1][0], ends_[1][1]),
+        _host(one, cluster, held[0]),
     )
+
+
+def _host(one: Candidate, cluster: Cluster, held: int) -> dict[str, float]:
+    """Bytes by item in the memory of a node for its ranks, whose model has `held` parameters.
+
+    DeepSpeed (stage3.py) keeps the weights in fp32 there with their moments, gradients in fp32
+    twice (as they add up, and for the update), and the weights themselves where they are
+    offloaded too. On NVMe lies the rest, not the gradients.
+    """
+    place, weights = offloads(one.tree, "optimizer"), offloads(one.tree, "param")
+    ours = held / one.layout.data * min(cluster.per_node, cluster.gpus)
+    sizes = {
+        "optimizer": 12 * (place == "cpu"),
+        "gradients": 8 * bool(place),
+        "weights": (4 if one.config.parallel.dtype == "fp32" else 2) * (weights == "cpu"),
+    }
+    return {name: size * ours for name, size in sizes.items() if size}
 
 
 def search(config: RunConfig, cluster: Cluster, most: int = 10) -> list[Judgement]:
@@ -246,11 +267,16 @@ def with_higher_start(one: Judgement) -> Judgement | None:
 def refusal(one: Judgement) -> str:
     """Why a layout that does not fit is refused, and what works instead."""
     worst = max(range(len(one.stages)), key=lambda n: sum(one.stages[n].values()))
-    items = sorted(one.stages[worst].items(), key=lambda item: -item[1])
+    what, each, whose = f"stage {worst}", "a GPU", f"a {one.cluster.gpu}'s"
+    parts, memory = one.stages[worst], one.cluster.device.memory_gb
+    more = ""
+    if not one.host_fits:
+        what, each, whose = "offload", "of a node's host", "its"
+        parts, memory, more = one.host, one.cluster.host, " (--host-memory)"
+    items = sorted(parts.items(), key=lambda item: -item[1])
     told = ", ".join(f"{name} {size / 1e9:,.1f}" for name, size in items if size > 5e7)
-    share = one.cluster.device.memory_gb * ROOM
     return (
-        f"{one.candidate}: stage {worst} needs {one.peak / 1e9:,.1f} GB a GPU ({told}), and "
-        f"{ROOM:.0%} of a {one.cluster.gpu}'s memory are {share:,.0f} GB; "
+        f"{one.candidate}: {what} needs {sum(parts.values()) / 1e9:,.1f} GB {each} ({told}), and "
+        f"{ROOM:.0%} of {whose} memory{more} are {memory * ROOM:,.0f} GB; "
         f"{what_works(one.candidate.config, one.cluster)}"
     )

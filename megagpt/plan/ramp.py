@@ -6,6 +6,8 @@ from itertools import pairwise
 
 from megagpt.config import RunConfig
 from megagpt.config.flops import flops_per_token
+from megagpt.plan.accelerators import ACCELERATORS
+from megagpt.plan.candidates import stage_layers
 from megagpt.plan.layout import (
     Layout,
     accumulation_steps,
@@ -14,7 +16,6 @@ from megagpt.plan.layout import (
     micro_batch_of,
     padded_model,
 )
-from megagpt.plan.speed import PEAK_TFLOPS
 from megagpt.plan.stages import layer_costs, stage_bounds, stage_parameters
 
 UTILISATION = 0.4
@@ -61,28 +62,20 @@ def ramp(config: RunConfig, layout: Layout) -> list[Row]:
 
 
 HEAD = (
-    "from tokens",
-    "to tokens",
-    "batch tokens",
-    "steps",
-    "micro-batch",
-    "accumulation",
-    "idle",
-    "first LR",
-    "last LR",
+    *("from tokens", "to tokens", "batch tokens", "steps", "micro-batch", "accumulation", "idle"),
+    *("first LR", "last LR"),
 )
+COUNTS = (
+    *("first_tokens", "last_tokens", "batch_tokens", "n_steps", "micro_batch", "accumulation"),
+)
+"""Fields of a row below the first heads."""
 
 
 def as_text(rows: list[Row]) -> str:
     """The rows as aligned columns."""
     cells = [
         (
-            f"{row.first_tokens:,}",
-            f"{row.last_tokens:,}",
-            f"{row.batch_tokens:,}",
-            f"{row.n_steps:,}",
-            f"{row.micro_batch:,}",
-            f"{row.accumulation:,}",
+            *(f"{getattr(row, name):,}" for name in COUNTS),
             f"{row.idle:.0%}" if row.idle else "-",
             f"{row.first_lr:.3e}",
             f"{row.last_lr:.3e}",
@@ -113,7 +106,7 @@ def idle_as_text(config: RunConfig, layout: Layout, rows: Sequence[Row]) -> str:
         return ""
     # Tokens that each data rank goes through, those of no weight included.
     tokens = [r.n_steps * r.accumulation * r.micro_batch * config.model.n_ctx for r in idle]
-    rate = UTILISATION * PEAK_TFLOPS["H100"] * 1e12 * layout.pipeline * layout.tensor
+    rate = UTILISATION * ACCELERATORS["h100"].tflops * 1e12 * layout.pipeline * layout.tensor
     days = sum(tokens) * flops_per_token(config.model) / rate / 86_400
     unit, per_day = time_unit(days)
     share = sum(t * row.idle for t, row in zip(tokens, idle, strict=True)) / sum(tokens)
@@ -145,11 +138,9 @@ def stage_rows(config: RunConfig, layout: Layout) -> list[StageRow]:
     model = padded_model(config, layout)
     bounds, costs = stage_bounds(model, layout.pipeline), layer_costs(model)
     held = stage_parameters(model, layout.pipeline, layout.tensor)
-    blocks = set(range(2, 2 + model.n_layer))
-    return [
-        StageRow(len(set(range(first, last)) & blocks), own, sum(costs[first:last]) / sum(costs))
-        for own, (first, last) in zip(held, pairwise(bounds), strict=True)
-    ]
+    shares = [sum(costs[first:last]) / sum(costs) for first, last in pairwise(bounds)]
+    rows = zip(stage_layers(model, layout.pipeline), held, shares, strict=True)
+    return [StageRow(*row) for row in rows]
 
 
 def stages_as_text(config: RunConfig, layout: Layout) -> str:

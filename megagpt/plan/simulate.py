@@ -2,7 +2,7 @@
 
 Nodes fail independently and without memory; the job loses what it did since its last checkpoint,
 waits for the queue and starts again. Work done until a failure counts in whole checkpoint
-intervals, unless a notice leaves time to save (spot machines).
+intervals. What ends with notice (spot machines, preemption) saves first and loses nothing.
 """
 
 import math
@@ -16,6 +16,8 @@ from megagpt.plan.jobs import Column
 
 GPU_HOURS_PER_FAILURE = 50_000.0
 """Of H100s: 419 interruptions in 54 days on 16,384 of them (Grattafiori et al. 2024, Llama 3)."""
+GPU_HOURS_PER_NOTICE = 2000.0
+"""Of spot machines: eight GPUs are taken away every ten days; it differs from day to day."""
 
 
 MOST_WASTE = 100.0
@@ -39,8 +41,13 @@ class Weather:
     behind: float = 0.0
     """From the moment that a checkpoint holds until it counts: one that is written beside training
     is of no use before it is whole."""
-    notice: bool = False
-    """Whether a failure is announced early enough to save."""
+    notice_every: float = math.inf
+    """Between ends of the whole job that are announced early enough to save, on average."""
+
+    @property
+    def every(self) -> float:
+        """Between ends of either kind."""
+        return 1 / (1 / self.failure_every + 1 / self.notice_every)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,16 +72,14 @@ def hopeless(work_s: float, interval_s: float, weather: Weather) -> str:
     """Why such a run does not end, or not within what is worth simulating; empty where it does.
 
     A stretch of c seconds between two checkpoints is tried exp(c / f) times where failures come
-    every f seconds on average; with notice a failure costs the save and what follows alone.
+    every f seconds on average; what is announced costs the save and what follows alone.
     """
-    every, cycle = weather.failure_every, interval_s + weather.save
-    if weather.notice:
-        # What is left of an exponential time after the save's seconds are taken from it.
-        done = every * math.exp(-min(700.0, weather.save / every)) * interval_s / cycle
-        failures = work_s / max(done, 1e-300)
-    else:
-        tries = math.expm1(min(700.0, cycle / every)) * math.exp(min(700.0, weather.behind / every))
-        failures = work_s / interval_s * tries
+    every, cycle = weather.every, interval_s + weather.save
+    announced = every / weather.notice_every
+    # What is left of an exponential time after the save's seconds are taken from it.
+    done = announced * every * math.exp(-min(700.0, weather.save / every)) * interval_s / cycle
+    tries = math.expm1(min(700.0, cycle / every)) * math.exp(min(700.0, weather.behind / every))
+    failures = work_s / max(done + (1 - announced) * interval_s / tries, 1e-300)
     spent = failures * (every + weather.restart + weather.queue)
     text = (
         f"a failure every {every / 60:,.3g} min and a checkpoint every {interval_s / 60:,.3g} min "
@@ -108,13 +113,13 @@ def simulate(
     active = left > 0
     while active.any():
         n = int(active.sum())
-        until = random.exponential(weather.failure_every, n)
+        until = random.exponential(weather.every, n)
         need = left[active] + np.floor(left[active] / interval_s) * weather.save
         ends = until >= need
-        if weather.notice:
-            done = np.maximum(0.0, until - weather.save) * interval_s / cycle
-        else:
-            done = np.floor(np.maximum(0.0, until - weather.behind) / cycle) * interval_s
+        saved = np.maximum(0.0, until - weather.save) * interval_s / cycle
+        whole = np.floor(np.maximum(0.0, until - weather.behind) / cycle) * interval_s
+        announced = random.random(n) < weather.every / weather.notice_every
+        done = np.where(announced, saved, whole)
         wait = weather.restart + random.exponential(max(weather.queue, 1e-9), n)
         spent[active] += np.where(ends, need, until + wait)
         left[active] = np.where(ends, 0.0, np.maximum(left[active] - done, 1e-9))
@@ -133,10 +138,8 @@ def spread_of(ends: tuple[float, float], runs: int = 1000, seed: int = 1) -> Col
 
 
 def best_interval(weather: Weather) -> float:
-    """Seconds between checkpoints that lose least: the first term of Daly 2006, and four hours
-    where a notice leaves time to save."""
-    if weather.notice:
-        return 4 * 3600.0
+    """Seconds between checkpoints that lose least: the first term of Daly 2006. What is announced
+    loses nothing, however long ago the last one was."""
     return max(
         math.sqrt(2 * weather.save * weather.failure_every) - weather.save, weather.save, 60.0
     )

@@ -6,6 +6,7 @@ would leave the last stage far behind the others.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import pairwise
 
 from megagpt.config.flops import head_flops, layer_flops, parameters
@@ -18,6 +19,7 @@ def layer_costs(config: ModelConfig) -> list[float]:
     return [0.0, 0.0, *blocks, 0.0, head_flops(config)]
 
 
+@lru_cache
 def stage_bounds(config: ModelConfig, stages: int) -> list[int]:
     """First layer of each stage, and the number of layers as the last entry: `stages` + 1 numbers.
 
@@ -59,6 +61,7 @@ def _deal(own: Sequence[float], head: float, stages: int, limit: float) -> list[
     return firsts[:0:-1] if firsts[-1] == 0 else None
 
 
+@lru_cache
 def stage_parameters(config: ModelConfig, stages: int, tensor: int = 1) -> list[int]:
     """Parameters that a rank of each stage holds, the tied embedding's copy on the last included.
 

@@ -21,6 +21,7 @@ def judgement_as_text(one: Judgement) -> str:
         f"on {cluster.gpus:,} {cluster.gpu}: {one.candidate}: {one.peak / 1e9:.1f} GB of "
         f"{cluster.device.memory_gb:.0f} (80%: {least:.1f} to {most:.1f})",
         _stages_as_text(one),
+        *_host_as_text(one),
         f"step: {one.step:.3g} s (80%: {one.step * low:.3g} to {one.step * high:.3g}): {step}",
         f"MFU {mfu:.1%} (80%: {mfu / high:.1%} to {mfu / low:.1%}), HFU {again:.1%}; the causal "
         "half of attention counted",
@@ -31,6 +32,15 @@ def judgement_as_text(one: Judgement) -> str:
     if ramp := _ramp_as_text(one):
         lines.append(ramp)
     return "\n".join(lines)
+
+
+def _host_as_text(one: Judgement) -> list[str]:
+    """What a node's host keeps of what is offloaded; nothing without offload."""
+    if not one.host:
+        return []
+    told = ", ".join(f"{name} {size / 1e9:,.1f}" for name, size in one.host.items())
+    whole = sum(one.host.values()) / 1e9
+    return [f"host of a node: {whole:,.1f} GB of {one.cluster.host:,.0f} for {told}"]
 
 
 def _ramp_as_text(one: Judgement) -> str:

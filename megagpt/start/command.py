@@ -19,7 +19,7 @@ from megagpt.corpus.manifest import MANIFEST, CorpusManifest, read_manifest
 from megagpt.corpus.pipe import validation_folder
 from megagpt.errors import EXIT_OK, UsageError
 from megagpt.files import write_file
-from megagpt.plan.accelerators import ACCELERATORS, accelerator, check_gpu
+from megagpt.plan.accelerators import ACCELERATORS, accelerator_in, check_gpu
 from megagpt.plan.candidates import Cluster
 from megagpt.start.fit import MINUTES, SIZES, Fitted, Wish, fit
 from megagpt.start.run_text import run_text
@@ -127,7 +127,7 @@ def machine_of(args: argparse.Namespace, cards: list[Gpu]) -> Cluster | int:
     count = args.gpus or len(cards)
     if not count:
         return cores()
-    found = accelerator(cards[0].name.replace(" ", "-"))[0] if cards else "h100"
+    found = (accelerator_in(cards[0].name) or "a100") if cards else "h100"
     return Cluster(
         gpu=args.gpu or found,
         gpus=count,

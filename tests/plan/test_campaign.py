@@ -1,5 +1,6 @@
 """Runs with failures, files of a plan, and constants learnt from runs."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -59,10 +60,13 @@ def test_the_best_interval_is_best():
 
 def test_a_notice_saves_what_was_done():
     storm = Weather(failure_every=20_000, save=30, restart=300, queue=0)
-    spot = Weather(failure_every=20_000, save=30, restart=300, queue=0, notice=True)
-    slow, fast = (np.mean(simulate(20 * DAY, 10_000, w).days) for w in (storm, spot))
-    assert fast < 0.9 * slow
-    assert best_interval(spot) == 4 * 3600
+    spot = Weather(failure_every=1e12, notice_every=20_000, save=30, restart=300, queue=0)
+    both = Weather(failure_every=40_000, notice_every=40_000, save=30, restart=300, queue=0)
+    slow, fast, mixed = (np.mean(simulate(20 * DAY, 10_000, w).days) for w in (storm, spot, both))
+    # An end costs the save, the start and, without notice, what was done since the last one.
+    assert fast == pytest.approx(20 * (1 + 30 / 10_000) * (1 + 330 / 20_000), rel=0.005)
+    assert mixed == pytest.approx((slow + fast) / 2, rel=0.02) and fast < 0.8 * slow
+    assert best_interval(both) == best_interval(dataclasses.replace(both, notice_every=1.0))
 
 
 def test_failures_that_leave_no_time_end_with_a_message(run_file, capsys):
@@ -71,7 +75,7 @@ def test_failures_that_leave_no_time_end_with_a_message(run_file, capsys):
     why = rf"a failure every 1 min and a checkpoint every 60 min .*: {rule}"
     with pytest.raises(NeverEnds, match=why):
         simulate(10 * DAY, 3600, often)
-    spot = Weather(failure_every=10, save=300, restart=0, queue=0, notice=True)
+    spot = Weather(failure_every=1e9, notice_every=10, save=300, restart=0, queue=0)
     with pytest.raises(NeverEnds, match="it never ends"):
         simulate(10 * DAY, 3600, spot)
     many = Weather(failure_every=20, save=0.01, restart=0, queue=0)
@@ -124,6 +128,7 @@ def test_the_command_simulates_and_writes(run_file, tmp_path, capsys):
         (["--gpus", "16", "--gpus-per-node", "6", "--write", "DIR"], "16 GPUs are no whole nodes"),
         (["--gpus", "8", "--write", "FILE"], "cannot be written: "),
         (["--gpus", "8", "--simulate", "--gpu-hours-per-failure", "0"], "must be above 0"),
+        (["--gpus", "8", "--simulate", "--gpu-hours-per-notice", "0"], "must be above 0"),
         (["--gpus", "8", "--simulate", "--spot", "-1"], "--queue-minutes and --spot 0 or more"),
         (["--gpus", "8", "--picture", "run.toml/x.png"], "/x.png: cannot be written: "),
         (["--gpus", "8", "--picture", "DIR.doc"], "DIR.doc: cannot be written: Format 'doc'"),

@@ -7,9 +7,9 @@ import pytest
 
 from megagpt.cli import main
 from megagpt.errors import UsageError
-from megagpt.plan.accelerators import accelerator
+from megagpt.plan.accelerators import accelerator_in
 from megagpt.plan.batch import COLUMNS, predict_file
-from megagpt.plan.constants import CONSTANTS
+from megagpt.plan.constants import CONSTANTS, interval
 from megagpt.plan.cost import (
     ITEMS,
     data_wait,
@@ -157,7 +157,10 @@ def test_published_memory_is_met():
         ("a trainer of 2030", 3, 1, "h100", "fsdp"),
         ("a trainer of 2030", 1, 8, "h100", "megatron-core"),
         ("", 1, 8, "a100", "megatron-lm"),
-        ("", 0, 1, "a100", "ddp"),
+        ("", 0, 1, "a100", "fsdp"),
+        ("DeepSpeed ZeRO-Infinity", 3, 1, "h100", "deepspeed-zero3"),
+        ("DeepSpeed zero stage 3", 3, 1, "a100", "deepspeed-2021"),
+        ("NeMo 2.0", 1, 32, "a100", "megatron-lm"),
     ],
 )
 def test_unknown_systems_are_taken_for_what_they_do(system, zero, ranks, gpu, generation):
@@ -166,15 +169,69 @@ def test_unknown_systems_are_taken_for_what_they_do(system, zero, ranks, gpu, ge
 
 
 def test_names_of_devices():
-    names = ("A100-40GB-SXM", "NVIDIA H100 80GB HBM3", "GB200", "B300", "Tesla V100-SXM2-32GB", "")
-    assert [accelerator(n)[0] for n in names] == [
-        "a100-40",
-        "h100",
-        "gb200",
-        "b200",
-        "v100",
-        "a100",
+    names = {
+        "A100-40GB-SXM": "a100-40", "NVIDIA A100-SXM4-40GB": "a100-40", "a100_sxm_80gb": "a100",
+        "NVIDIA A100 80GB PCIe": "a100-pcie", "NVIDIA H100 80GB HBM3": "h100", "": "",
+        "NVIDIA H100 PCIe": "h100-pcie", "H100 SXM5 NVLink": "h100", "GH200 480GB": "h200",
+        "H20-96GB": "h20", "GB200-NVL72": "gb200", "B300": "b200", "AMD Instinct MI250X": "mi250x",
+        "Tesla V100-SXM2-32GB": "v100", "Tesla V100-SXM3-16GB": "v100-16", "TPUv4": "",
+    }  # fmt: skip
+    assert {name: accelerator_in(name) for name in names} == names
+
+
+def test_cells_are_read_as_people_write_them(tmp_path):
+    def field(name, **changes):
+        return getattr(jobs(**changes), name)[0]
+
+    assert [field("full", recompute=w) for w in ("Full", "block", "none", "")] == [1, 1, 0, 0]
+    assert [field("selective", recompute=w) for w in ("Selective", "core_attn", "full")] == [
+        1,
+        1,
+        0,
     ]
+    assert [field("sequence_parallel", sequence_parallel=w) for w in ("Yes", "1", "n")] == [1, 1, 0]
+    assert [field("fp8", gpu_type="H200", precision=w) for w in ("FP8", "mxfp8", "bf16")] == [
+        1,
+        1,
+        0,
+    ]
+    # An A100 has no fp8; fp32 weights take 4 bytes, and its products are 16 times as slow.
+    assert field("fp8", precision="fp8") == 0 and field("weight_bytes", precision="float32") == 4
+    assert field("peak") == pytest.approx(16 * field("peak", precision="fp32"))
+    assert [field("gpus", n_gpus="1,024"), field("gated", gated_mlp="y")] == [1024, 1]
+    # Nothing said: fused attention but for Megatron-LM of 2021, weights shared out by FSDP.
+    empty = {"flash_attention": "", "zero_stage": "", "tp": "1", "pp": "1"}
+    for system, meant in (("Megatron-LM", [0, 0, 0]), ("FSDP", [1, 3, 0]), ("mine", [1, 0, 1])):
+        row = empty | {"system": system}
+        assert [field(name, **row) for name in ("flash", "zero", "unknown")] == meant
+    # No micro-batch is larger than a rank's share.
+    assert field("micro", micro_batch="512") == 1536 / 8
+    # Who nobody knows has the interval of systems that the fit had not seen.
+    own, other = (interval(jobs(system=s), "time") for s in ("Megatron-LM", "mine"))
+    assert other[0] < own[0] < 1 < own[1] < other[1]
+    path = tmp_path / "rows.csv"
+    text = (
+        ",".join(ROW)
+        + "\n"
+        + ",".join(
+            (ROW | {"recompute": "partly", "precision": "int4", "virtual_pp": "n/a"}).values()
+        )
+    )
+    path.write_text(text + "\n")
+    _, notes = predict_file(path, tmp_path / "out.csv")
+    assert notes == [
+        "row 1: recompute = 'partly' is not known; use selective, full, none",
+        "row 1: precision = 'int4' is not known; use fp8, bf16, fp16, tf32, fp32",
+    ]
+
+
+def test_fp8_and_fused_gates_keep_less():
+    row = {"system": "NeMo", "gpu_type": "H100", "recompute": "none", "flash_attention": "y"}
+    row |= {"tp": "1", "gated_mlp": "1"}
+    unit = 2048 * 12288
+    assert layer_activations(jobs(**row))[0] == unit * (10 + 8 + 4 * 6)
+    assert layer_activations(jobs(**row, precision="fp8"))[0] == unit * (8 + 8 + 4 * 5)
+    assert layer_activations(jobs(**row | {"system": "nanotron"}))[0] == unit * (10 + 8 + 4 * 8)
 
 
 def test_batch_predicts_each_row_in_its_own_convention(tmp_path):

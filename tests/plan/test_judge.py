@@ -9,6 +9,7 @@ import pytest
 
 from megagpt.cli import main
 from megagpt.config import load_run
+from megagpt.config.flops import parameters
 from megagpt.plan.candidates import Cluster, candidate, candidates
 from megagpt.plan.ds_config import read_ds_config
 from megagpt.plan.judge import decided_by, judge, search, with_higher_start
@@ -257,7 +258,7 @@ def test_more_devices_than_the_batch_has_work_for(run_file, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--gpu", "8"], "--gpu 8: must be one of v100-16, v100, a100-40"),
+        (["--gpu", "8"], "--gpu 8: must be one of v100-16, v100-pcie, v100, a100-40"),
         (["--gpus", "8", "--network", "fast"], "--network fast: must be like 400G"),
         (["--gpus", "8", "--network", "0"], "--network 0: must be like 400G"),
         (["--gpus", "8", "--gpus-per-node", "0"], "--gpus-per-node 0: must be at least 1"),
@@ -266,13 +267,37 @@ def test_more_devices_than_the_batch_has_work_for(run_file, capsys):
         (["--search"], "--search needs --gpus N of at least 1, got None"),
         (["--simulate"], "--simulate, --picture and --write need --gpus N"),
         (["--search", "--gpus", "0"], "--search needs --gpus N of at least 1, got 0"),
-        (["--search", "--gpus", "1", "--gpu", "v100-16"], "nothing works on 1 v100-16; "),
+        (
+            ["--search", "--gpus", "1", "--gpu", "v100-16", "--host-memory", "64"],
+            "nothing works on 1 v100-16; ",
+        ),
+        (["--gpus", "8", "--host-memory", "-1"], "--host-memory -1.0: must be GB of a node, 0 or"),
         (["--batch", "rows.csv"], "--batch ROWS.csv needs --output OUT.csv, and no run file"),
     ],
 )
 def test_what_cannot_be_planned(run_file, capsys, words, message):
     code, out, err = planned(capsys, run_file("13b"), *words)
     assert (code, out) == (2, "") and message in err
+
+
+def test_what_is_offloaded_must_fit_in_the_host(run_file, capsys):
+    words = [run_file("13b"), "parallel.ds_config=zero3_offload", "--gpus", "8", "--json"]
+    one = json.loads(planned(capsys, *words)[1])["layouts"][0]
+    held = parameters(load_run(words[0]).model)
+    # 12 bytes of fp32 weights and moments, gradients twice, 2 of weights; nothing on the devices.
+    sizes = {"optimizer": 12 * held, "gradients": 8 * held, "weights": 2 * held}
+    assert one["host_bytes"] == pytest.approx(sizes, rel=0.01)
+    assert [one["stages"][0][name] for name in sizes] == [0, 0, 0]
+    assert "host of a node: 28" in planned(capsys, *words[:-1])[1]
+    # Two nodes share it; NVMe takes all but the gradients.
+    sixteen = json.loads(planned(capsys, *words, "--gpus", "16")[1])["layouts"][0]["host_bytes"]
+    assert sixteen == pytest.approx({k: v / 2 for k, v in sizes.items()}, rel=0.01)
+    disk = json.loads(planned(capsys, *words, "parallel.ds_config=zero3_nvme")[1])["layouts"][0]
+    assert list(disk["host_bytes"]) == ["gradients"]
+    code, _, err = planned(capsys, *words, "--host-memory", "256")
+    assert code == 2 and "offload needs 28" in err and " GB of a node's host (optimizer 15" in err
+    assert "95% of its memory (--host-memory) are 243 GB; what works on 8 h100:" in err
+    assert "parallel.ds_config=zero3_offload" not in err
 
 
 def test_a_run_file_is_needed(capsys):

@@ -4,9 +4,9 @@ import pytest
 
 from megagpt.cli import main
 from megagpt.config import load_run
+from megagpt.plan.accelerators import peak_tflops
 from megagpt.plan.layout import Layout
 from megagpt.plan.ramp import HEAD, as_text, ramp
-from megagpt.plan.speed import peak_tflops
 
 GPT3 = 'model = "gpt3-125m"\noutput = "x"\n[data]\ntrain = [{ path = "x" }]\n'
 

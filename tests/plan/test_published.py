@@ -62,6 +62,14 @@ def test_the_record_is_that_of_the_constants(fitting, name):
             assert ends == pytest.approx(found[system], rel=1e-3)
 
 
+def test_docs_tell_how_far_off_rows_are_that_were_never_fitted(fitting):
+    table = fitting.unseen()
+    assert table in DOCS and len(table.splitlines()) == 2 + 16
+    off = [abs(float(re.search(r"([+-]\d+)%", line)[1])) for line in table.splitlines()[2:]]
+    told = re.search(r"median error of these 16 is (\d+)%", DOCS)
+    assert told is not None and float(told[1]) == pytest.approx(np.median(off), abs=0.6)
+
+
 def test_order_of_pairs(fitting):
     row = {
         **{"n_layers": "48", "d_model": "8192", "n_heads": "64", "seq_len": "2048"},

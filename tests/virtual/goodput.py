@@ -5,9 +5,10 @@
 
 Each seed is predicted from the other seeds alone: seconds of a step and of saving, and what a
 restart costs, its least as --restart-minutes and what is above on average as --queue-minutes;
-failures come as ten_days.py draws them. Twice: in the hosts' own seconds, where starting again
-costs most of the time, and in the days that the campaign stands for, 20 minutes a step, where what
-is lost since the last checkpoint counts too. Prints the table of docs/how-to/planner.md.
+failures and preemptions, which save first, come as ten_days.py draws them. Twice: in the hosts' own
+seconds, where starting again costs most of the time, and in the days that the campaign stands for,
+20 minutes a step, where what is lost since the last checkpoint counts too. Prints the table of
+docs/how-to/planner.md.
 """
 
 import json
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megagpt.plan.simulate import Weather, simulate
-from tests.virtual.ten_days import MEAN_STEPS
+from tests.virtual.ten_days import KINDS, MEAN_STEPS
 
 SAVED_EVERY = 2
 """Steps between two checkpoints."""
@@ -38,7 +39,8 @@ def predicted(others: Sequence[dict[str, Any]], steps: int, in_days: bool) -> tu
         behind *= STEP_S / (step + between)
         step, between = STEP_S, 0.0
     weather = Weather(
-        failure_every=MEAN_STEPS * (step + between),
+        failure_every=MEAN_STEPS * (step + between) / (1 - KINDS["preempted"]),
+        notice_every=MEAN_STEPS * (step + between) / KINDS["preempted"],
         save=SAVED_EVERY * between,
         behind=behind,
         restart=min(down),
@@ -58,8 +60,10 @@ def measured(one: dict[str, Any], in_days: bool) -> float:
     """Time of the steps that count over all of it."""
     if not in_days:
         return float(one["useful_s"] / one["seconds"])
-    # A failure comes half a step after the last whole one, on average.
-    lost = sum(one["lost_steps"]) + 0.5 * len(one["lost_steps"])
+    # A failure comes half a step after the last whole one, on average; who is preempted ends it.
+    lost = sum(one["lost_steps"]) + 0.5 * (
+        len(one["lost_steps"]) - one["failures"].get("preempted", 0)
+    )
     return float(one["steps"] / (one["steps"] + lost + sum(one["down_s"]) / STEP_S))
 
 
