@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megagpt.checkpoint import record
-from megagpt.checkpoint.load import shapes_of, slice_problems, tell_strangers, vocabulary_of
+from megagpt.checkpoint.load import examined, shapes_of, tell_strangers, vocabulary_of
 from megagpt.checkpoint.record import CONFIG, FileRecord, read_sealed
 from megagpt.checkpoint.slice_file import SliceReader, file_name, fit_rows, write_slices
 from megagpt.checkpoint.slice_index import index_of_packed, packed
@@ -62,8 +62,7 @@ def newest(run: Path) -> Path:
     Raises UsageError when there is none, DamageError when it is damaged (every byte is read).
     """
     folder = record.checkpoints_of(run)[-1]
-    problems = record.files_problems(folder)
-    if problems := problems or slice_problems(folder, load_run(folder / CONFIG).model):
+    if problems := examined(folder).problems:
         raise DamageError("; ".join(problems) + "; give the folder of another checkpoint")
     tell_strangers(folder)
     return folder

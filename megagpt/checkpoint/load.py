@@ -40,13 +40,12 @@ HARMLESS = ("model.vocab_multiple",)
 def verify(folder: Path) -> list[str]:
     """Everything that is wrong with a checkpoint, empty when it is whole: every byte is read, the
     configuration and the slices are opened. Raises UsageError for another version's manifest."""
-    if problems := record.files_problems(folder):
-        return problems
     try:
-        model = load_run(folder / CONFIG).model
+        opened = examined(folder)
     except UsageError as error:
+        record.read_record(folder)  # raises it again where it is of the manifest
         return [f"{error}\n  no run can go on from it, and nothing can open it"]
-    return [*slice_problems(folder, model), *_vocabulary_problems(folder)]
+    return opened.problems or _vocabulary_problems(folder)
 
 
 def shapes_of(model: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -55,18 +54,71 @@ def shapes_of(model: ModelConfig) -> dict[str, tuple[int, ...]]:
         return {name: tuple(p.shape) for name, p in GPT(model).named_parameters()}
 
 
-def slice_problems(folder: Path, model: ModelConfig) -> list[str]:
-    """Parameters of the model that the slices do not hold, each element once, by the headers of all
-    files; then what the index tells otherwise."""
-    names = [file.name for file in record.read_record(folder).files]
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Opened:
+    """A checkpoint that was looked at."""
+
+    problems: list[str]
+    """What is wrong with it; then the rest is not all there."""
+    saved: CheckpointRecord | None = None
+    config: RunConfig | None = None
+    index: str | None = None
+    """The content of slices.json; None: there is none."""
+
+
+def examined(folder: Path) -> Opened:
+    """A checkpoint, every byte of which one process has read. Raises UsageError where another
+    version of megagpt wrote the manifest or the configuration."""
+    opened = _manifest_of(folder)
+    if opened.saved is None:
+        return opened
+    return _whole(folder, opened, _share_problems(folder, opened, slice(None)))
+
+
+def _manifest_of(folder: Path) -> Opened:
     try:
-        problems = SliceReader(folder, names).problems(shapes_of(model))
-        ranks = [rank_of(name) for name in names if SLICES.fullmatch(name)]
-        if INDEX in names and not problems:
-            problems = SliceReader(folder).differences(ranks)
+        saved = record.named_record(folder)
+    except DamageError as error:
+        return Opened(problems=[str(error)])
+    index = None
+    if INDEX in {file.name for file in saved.files}:
+        # What cannot be read is named where its checksum is compared.
+        with suppress(OSError):
+            index = (folder / INDEX).read_bytes().decode(errors="replace")
+    return Opened(problems=[], saved=saved, index=index)
+
+
+def _share_problems(folder: Path, opened: Opened, share: slice) -> list[str]:
+    """What is wrong with some of the files."""
+    assert opened.saved is not None
+    files = opened.saved.files[share]
+    problems = [problem for file in files if (problem := file.problem(folder))]
+    if problems or opened.index is None:
         return problems
+    ranks = [rank_of(file.name) for file in files if SLICES.fullmatch(file.name)]
+    try:
+        return SliceReader(folder, index=opened.index).differences(ranks)
     except DamageError as error:
         return [str(error)]
+
+
+def _whole(folder: Path, opened: Opened, problems: list[str]) -> Opened:
+    """The rest of what every rank has to know of a checkpoint, where its files are whole."""
+    assert opened.saved is not None
+    if problems:
+        # Of a damaged index every rank has said that it cannot be read.
+        return Opened(problems=list(dict.fromkeys(problems)))
+    config = load_run(folder / CONFIG)
+    try:
+        reader = SliceReader(folder, index=opened.index)
+    except DamageError as error:
+        return Opened(problems=[str(error)])
+    # What the manifest does not name has no checksum, so nothing of it may be read.
+    unknown = sorted(reader.files - {file.name for file in opened.saved.files})
+    problems = [f"{folder / INDEX}: names {name}, but the manifest does not" for name in unknown]
+    problems = problems[:MOST_PROBLEMS] or reader.problems(shapes_of(config.model))
+    index = index_text(reader.parameters) if opened.index is None else opened.index
+    return replace(opened, problems=problems, config=config, index=index)
 
 
 def _vocabulary_problems(folder: Path) -> list[str]:
@@ -171,21 +223,9 @@ def _tidied(run: Path) -> list[Path]:
     return record.list_checkpoints(run)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Opened:
-    """A checkpoint as rank 0 has read it for all ranks."""
-
-    problems: list[str]
-    """What is wrong with it; then the rest is not all there."""
-    saved: CheckpointRecord | None = None
-    config: RunConfig | None = None
-    index: str | None = None
-    """The content of slices.json; None: there is none."""
-
-
-def _opened_together(folder: Path, engine: Engine) -> _Opened:
-    """What `verify` finds in files, configuration and slices; every rank reads its share of the
-    files, and rank 0 all that every rank has to know.
+def _opened_together(folder: Path, engine: Engine) -> Opened:
+    """As `examined`; every rank reads its share of the files, and rank 0 all that every rank has to
+    know.
 
     Raises UsageError, on every rank, where another version of megagpt wrote the manifest or the
     configuration.
@@ -196,52 +236,6 @@ def _opened_together(folder: Path, engine: Engine) -> _Opened:
     rank, world = engine.ranks.rank, engine.ranks.world
     found = engine.collect(_share_problems(folder, opened, slice(rank, None, world)))
     return engine.by_first(lambda: _whole(folder, opened, [p for own in found for p in own]))
-
-
-def _manifest_of(folder: Path) -> _Opened:
-    try:
-        saved = record.named_record(folder)
-    except DamageError as error:
-        return _Opened(problems=[str(error)])
-    index = None
-    if INDEX in {file.name for file in saved.files}:
-        # What cannot be read is named where its checksum is compared.
-        with suppress(OSError):
-            index = (folder / INDEX).read_bytes().decode(errors="replace")
-    return _Opened(problems=[], saved=saved, index=index)
-
-
-def _share_problems(folder: Path, opened: _Opened, share: slice) -> list[str]:
-    """What is wrong with some of the files."""
-    assert opened.saved is not None
-    files = opened.saved.files[share]
-    problems = [problem for file in files if (problem := file.problem(folder))]
-    if problems or opened.index is None:
-        return problems
-    ranks = [rank_of(file.name) for file in files if SLICES.fullmatch(file.name)]
-    try:
-        return SliceReader(folder, index=opened.index).differences(ranks)
-    except DamageError as error:
-        return [str(error)]
-
-
-def _whole(folder: Path, opened: _Opened, problems: list[str]) -> _Opened:
-    """The rest of what every rank has to know of a checkpoint, where its files are whole."""
-    assert opened.saved is not None
-    if problems:
-        # Of a damaged index every rank has said that it cannot be read.
-        return _Opened(problems=list(dict.fromkeys(problems)))
-    config = load_run(folder / CONFIG)
-    try:
-        reader = SliceReader(folder, index=opened.index)
-    except DamageError as error:
-        return _Opened(problems=[str(error)])
-    # What the manifest does not name has no checksum, so nothing of it may be read.
-    unknown = sorted(reader.files - {file.name for file in opened.saved.files})
-    problems = [f"{folder / INDEX}: names {name}, but the manifest does not" for name in unknown]
-    problems = problems[:MOST_PROBLEMS] or reader.problems(shapes_of(config.model))
-    index = index_text(reader.parameters) if opened.index is None else opened.index
-    return replace(opened, problems=problems, config=config, index=index)
 
 
 def load_into(reader: SliceReader, saved: CheckpointRecord, engine: Engine) -> None:
@@ -287,7 +281,7 @@ def _rates(before: RunConfig, now: RunConfig, tokens: int) -> str:
 
 def _refuse_changes(
     folder: Path,
-    opened: _Opened,
+    opened: Opened,
     config: RunConfig,
     fingerprints: Callable[[int], Sequence[str]],
     allowed: bool,

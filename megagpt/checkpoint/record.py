@@ -140,18 +140,6 @@ def read_record(folder: Path) -> CheckpointRecord:
         raise DamageError(f"{path}: not a readable manifest ({reason})") from None
 
 
-def files_problems(folder: Path) -> list[str]:
-    """What the manifest names and is not as it says, reading every byte of it; empty when whole.
-
-    Raises UsageError for another version's manifest.
-    """
-    try:
-        saved = named_record(folder)
-    except DamageError as error:
-        return [str(error)]
-    return [problem for file in saved.files if (problem := file.problem(folder))]
-
-
 def named_record(folder: Path) -> CheckpointRecord:
     """The manifest of a checkpoint whose folder has the right name. Raises what read_record raises,
     and DamageError for the name of another step."""

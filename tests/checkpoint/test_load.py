@@ -269,6 +269,10 @@ def test_a_file_of_a_rank_that_is_there_twice(run):
     newest = list_checkpoints(run)[-1]
     shutil.copy(newest / FILES[1], newest / "rank_00002.safetensors")
     rewrite_manifest(newest)
+    assert "rank_00002.safetensors: does not hold of" in verify(newest)[0]
+    # Without an index the headers tell it.
+    (newest / record.INDEX).unlink()
+    rewrite_manifest(newest)
     assert re.search(r"is not there once: element \d+ of part 0 is in two files", verify(newest)[0])
 
 
