@@ -5,7 +5,7 @@ from pathlib import Path
 from megagpt import __version__
 from megagpt.checkpoint.export import Weights
 from megagpt.hub.compare import Comparison
-from megagpt.hub.shapes import ARCHITECTURES, model_type
+from megagpt.hub.shapes import CLASSES, model_type
 from megagpt.log import read_metrics
 from megagpt.log.markdown import cell
 
@@ -74,7 +74,7 @@ def model_card(
     return CARD.read_text(encoding="utf-8").format(
         task="unconditional-image-generation" if kind == "imagegpt" else "text-generation",
         name=cell(source.resolve().name),
-        cls=ARCHITECTURES[kind],
+        cls=CLASSES[kind].name,
         version=__version__,
         model=config.model,
         facts=weights.facts,

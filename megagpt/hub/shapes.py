@@ -5,73 +5,101 @@ What our model cannot compute is refused by the key that asks for it: a key is n
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from megagpt.config.presets import ModelConfig
 from megagpt.errors import UsageError
 
-ARCHITECTURES = {
-    "gpt2": "GPT2LMHeadModel",
-    "gpt_neo": "GPTNeoForCausalLM",
-    "openai-gpt": "OpenAIGPTLMHeadModel",
-    "imagegpt": "ImageGPTForCausalImageModeling",
-}
-"""model_type -> the class of transformers that computes what our model does."""
 NANOGPT = "nanogpt"
 """The model_type that we give to nanoGPT's ckpt.pt and Megatron-LM's checkpoints: GPT-2's names,
 matrices as (out, in)."""
-
-_GPT2 = {"n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024, "vocab_size": 50257}
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "gpt2": {**_GPT2, "activation_function": "gelu_new", "tie_word_embeddings": True},
-    NANOGPT: {"activation_function": "gelu"},
-    "gpt_neo": {
-        "num_layers": 24,
-        "num_heads": 16,
-        "hidden_size": 2048,
-        "max_position_embeddings": 2048,
-        "vocab_size": 50257,
-        "window_size": 256,
-        "attention_types": [[["global", "local"], 12]],
-        "activation_function": "gelu_new",
-        "tie_word_embeddings": True,
-    },
-    "openai-gpt": {**_GPT2, "n_positions": 512, "vocab_size": 40478, "afn": "gelu"},
-    "imagegpt": {
-        "n_layer": 24,
-        "n_head": 8,
-        "n_embd": 512,
-        "n_positions": 1024,
-        "vocab_size": 513,
-        "activation_function": "quick_gelu",
-        "tie_word_embeddings": False,
-    },
+_GPT2 = {
+    "vocab_size": "n_embedding",
+    "n_positions": "n_ctx",
+    # transformers dropped it, llama.cpp's converter reads it.
+    "n_ctx": "n_ctx",
+    "n_embd": "d_model",
+    "n_layer": "n_layer",
+    "n_head": "n_head",
 }
-"""What a class of transformers takes for a key that its config.json leaves out."""
+_NEO = {
+    "vocab_size": "n_embedding",
+    "max_position_embeddings": "n_ctx",
+    "hidden_size": "d_model",
+    "num_layers": "n_layer",
+    "num_heads": "n_head",
+}
 _GELU = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
     "gelu": "gelu",
 }
-_ACTIVATIONS: dict[str, dict[str, str]] = {
-    "gpt2": _GELU,
-    NANOGPT: _GELU,
-    "gpt_neo": _GELU,
-    # The class's own table calls the tanh approximation "gelu".
-    "openai-gpt": {"gelu": "gelu_tanh"},
-    "imagegpt": {"quick_gelu": "gelu_tanh"},
+_AS_GPT2 = {
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "reorder_and_upcast_attn": False,
+    "add_cross_attention": False,
 }
-"""model_type -> name of the activation -> model.activation (Image GPT has one of its own)."""
-_SIZES = {
-    "n_layer": ("n_layer", "num_layers"),
-    "n_head": ("n_head", "num_heads"),
-    "d_model": ("n_embd", "hidden_size"),
-    "n_ctx": ("n_positions", "max_position_embeddings"),
-    "vocab_size": ("vocab_size",),
+_PATTERN = {"window_size": 256, "attention_types": [[["global", "local"], 12]]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForeignClass:
+    """A class of transformers that computes what our model does, as its config.json says it."""
+
+    name: str = ""
+    keys: Mapping[str, str] = field(default_factory=lambda: _GPT2)
+    """Its name of a size -> that of ModelConfig, as it is written."""
+    sizes: tuple[int, ...] = ()
+    """What the class takes for `sources`, in their order, where a config.json leaves them out."""
+    more: Mapping[str, Any] = field(default_factory=dict)
+    """The same for other keys."""
+    activation_key: str = "activation_function"
+    activations: Mapping[str, str] = field(default_factory=lambda: _GELU)
+    """Its name of the activation -> model.activation; the first is its default."""
+    dropouts: tuple[str, ...] = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
+    tied: bool = True
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """Those of `keys` that are read."""
+        return {theirs: ours for theirs, ours in self.keys.items() if theirs != "n_ctx"}
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """What the class takes for a key that its config.json leaves out."""
+        sizes = dict(zip(self.sources, self.sizes, strict=False))
+        activation = {self.activation_key: next(iter(self.activations))}
+        return {**sizes, **activation, "tie_word_embeddings": self.tied, **self.more}
+
+
+CLASSES = {
+    "gpt2": ForeignClass(name="GPT2LMHeadModel", sizes=(50_257, 1024, 768, 12, 12)),
+    "gpt_neo": ForeignClass(
+        name="GPTNeoForCausalLM",
+        keys=_NEO,
+        sizes=(50_257, 2048, 2048, 24, 16),
+        more=_PATTERN,
+        dropouts=("resid_dropout", "embed_dropout", "attention_dropout"),
+    ),
+    "openai-gpt": ForeignClass(
+        name="OpenAIGPTLMHeadModel",
+        sizes=(40_478, 512, 768, 12, 12),
+        activation_key="afn",
+        # The class's own table calls the tanh approximation "gelu".
+        activations={"gelu": "gelu_tanh"},
+    ),
+    "imagegpt": ForeignClass(
+        name="ImageGPTForCausalImageModeling",
+        sizes=(513, 1024, 512, 24, 8),
+        activations={"quick_gelu": "gelu_tanh"},
+        tied=False,
+    ),
 }
-_DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
-_NEO_DROPOUTS = ("resid_dropout", "embed_dropout", "attention_dropout")
+"""By model_type."""
+_NANOGPT = ForeignClass(more={"activation_function": "gelu"})
 
 
 def read_config(theirs: Mapping[str, Any], name: str) -> ModelConfig:
@@ -80,28 +108,29 @@ def read_config(theirs: Mapping[str, Any], name: str) -> ModelConfig:
     Raises UsageError that names the first key which asks for what our model cannot compute.
     """
     kind = theirs.get("model_type")
-    if kind not in _DEFAULTS:
+    cls = _NANOGPT if kind == NANOGPT else CLASSES.get(str(kind))
+    if cls is None:
         raise UsageError(
-            f"{name}: model_type = {kind!r}: must be one of {', '.join(ARCHITECTURES)}; no other "
+            f"{name}: model_type = {kind!r}: must be one of {', '.join(CLASSES)}; no other "
             "model is one of ours"
         )
-    values = {**_DEFAULTS[kind], **theirs}
+    values = {**cls.defaults, **theirs}
     sizes: dict[str, Any] = {
-        ours: whole_number(values, next((key for key in keys if key in values), keys[0]), name)
-        for ours, keys in _SIZES.items()
+        ours: whole_number(values, theirs, name) for theirs, ours in cls.sources.items()
     }
-    _refuse(kind, values, sizes["d_model"], name)
-    more: dict[str, Any] = {"dropout": _dropout(values, name)}
+    _refuse(cls, kind, values, sizes["d_model"], name)
+    more: dict[str, Any] = {"dropout": _dropout(cls, values, name)}
     if kind == "gpt_neo":
         more |= _bands(values, sizes["n_layer"], name)
     if kind == "openai-gpt":
         more["family"] = "gpt1"
+    vocab_size = sizes.pop("n_embedding")
     if kind == "imagegpt":
         more["family"] = "igpt"
-        sizes["vocab_size"] -= 1  # the start token is counted there
+        vocab_size -= 1  # the start token is counted there
     else:
-        more["activation"] = _ACTIVATIONS[kind][values[_activation_key(kind)]]
-    config = ModelConfig(**sizes, **more)
+        more["activation"] = cls.activations[values[cls.activation_key]]
+    config = ModelConfig(vocab_size=vocab_size, **sizes, **more)
     for problem in config.problems():
         raise UsageError(f"{name}: {problem}")
     return config
@@ -123,21 +152,19 @@ def whole_number(values: Mapping[str, Any], key: str, name: str, where: str = ""
     return value
 
 
-def _activation_key(kind: str) -> str:
-    return "afn" if kind == "openai-gpt" else "activation_function"
-
-
-def _refuse(kind: str, values: Mapping[str, Any], d_model: int, name: str) -> None:
+def _refuse(
+    cls: ForeignClass, kind: Any, values: Mapping[str, Any], d_model: int, name: str
+) -> None:
     """Raises UsageError for a key whose value our model cannot compute."""
     inverse = values.get("scale_attn_by_inverse_layer_idx", False)
     rules: dict[str, tuple[object, ...]] = {
-        _activation_key(kind): tuple(_ACTIVATIONS[kind]),
+        cls.activation_key: tuple(cls.activations),
         "layer_norm_epsilon": (1e-5,),
         "n_inner": (None, 4 * d_model),
         "intermediate_size": (None, 4 * d_model),
         "add_cross_attention": (False,),
         "is_encoder_decoder": (False,),
-        "tie_word_embeddings": (kind != "imagegpt",),
+        "tie_word_embeddings": (cls.tied,),
         "scale_attn_weights": (True,) if inverse else (True, False),
         "scale_attn_by_inverse_layer_idx": (True, False) if kind == "gpt2" else (False,),
         "quantization_config": (None,),
@@ -159,12 +186,11 @@ def refuse_others(
             )
 
 
-def _dropout(values: Mapping[str, Any], name: str) -> float:
+def _dropout(cls: ForeignClass, values: Mapping[str, Any], name: str) -> float:
     """The three rates, where they are one; 0 where they differ. It never changes the logits."""
-    keys = _NEO_DROPOUTS if values["model_type"] == "gpt_neo" else _DROPOUTS
     # nanoGPT has one rate alone.
-    rates = [values.get(key, values.get("dropout", 0.0)) for key in keys]
-    for key, rate in zip(keys, rates, strict=True):
+    rates = [values.get(key, values.get("dropout", 0.0)) for key in cls.dropouts]
+    for key, rate in zip(cls.dropouts, rates, strict=True):
         if not isinstance(rate, int | float):
             raise UsageError(f"{name}: {key} = {rate!r}: must be a number")
     return float(rates[0]) if len(set(rates)) == 1 else 0.0
@@ -203,12 +229,12 @@ def model_type(config: ModelConfig) -> str:
     kind = {"gpt1": "openai-gpt", "igpt": "imagegpt"}[config.family]
     if banded:
         raise UsageError(
-            f"model.attention = {list(config.attention)}: {ARCHITECTURES[kind]} has dense layers "
+            f"model.attention = {list(config.attention)}: {CLASSES[kind].name} has dense layers "
             "only, so transformers cannot compute this model"
         )
     if config.family == "gpt1" and config.activation != "gelu_tanh":
         raise UsageError(
-            f'model.activation = {config.activation!r}: {ARCHITECTURES[kind]} has "gelu_tanh" '
+            f'model.activation = {config.activation!r}: {CLASSES[kind].name} has "gelu_tanh" '
             "only, so transformers cannot compute this model"
         )
     return kind
@@ -218,57 +244,36 @@ def write_config(config: ModelConfig, end: int | None, dtype: str) -> dict[str, 
     """The object of a config.json. `end`: the id of END-OF-DOCUMENT, None where the tokenizer is
     not known; dtype: torch's name of the weights'."""
     kind = model_type(config)
-    tree = {
+    cls = CLASSES[kind]
+    tree: dict[str, Any] = {
         "model_type": kind,
-        "architectures": [ARCHITECTURES[kind]],
+        "architectures": [cls.name],
         "dtype": dtype,
         "layer_norm_epsilon": 1e-5,
         "initializer_range": 0.02,
-        "tie_word_embeddings": config.tied,
+        "tie_word_embeddings": cls.tied,
         "bos_token_id": end,
         "eos_token_id": end,
         "use_cache": True,
+        **{theirs: getattr(config, ours) for theirs, ours in cls.keys.items()},
     }
-    return tree | (_neo(config) if kind == "gpt_neo" else _gpt(config, kind))
-
-
-def _gpt(config: ModelConfig, kind: str) -> dict[str, Any]:
-    tree: dict[str, Any] = {
-        "vocab_size": config.n_embedding,
-        "n_positions": config.n_ctx,
-        # transformers dropped it, llama.cpp's converter reads it.
-        "n_ctx": config.n_ctx,
-        "n_embd": config.d_model,
-        "n_layer": config.n_layer,
-        "n_head": config.n_head,
-        # Written even where it is 0: transformers' default is 0.1.
-        **dict.fromkeys(_DROPOUTS, config.dropout),
-    }
+    # Written even where it is 0: transformers' default is 0.1.
+    dropouts = dict.fromkeys(cls.dropouts, config.dropout)
+    same = [theirs for theirs, ours in cls.activations.items() if ours == config.activation]
+    # Image GPT has one of its own, whatever the key says.
+    activation = {cls.activation_key: [*same, *cls.activations][0]}
+    if kind == "gpt_neo":
+        return tree | _bands_of(config) | activation | dropouts
     if kind == "openai-gpt":
-        return {**tree, "afn": "gelu"}
-    gelu = "gelu" if config.activation == "gelu" else "gelu_new"
-    return tree | {
-        "n_inner": None,
-        "activation_function": "quick_gelu" if kind == "imagegpt" else gelu,
-        "scale_attn_weights": True,
-        "scale_attn_by_inverse_layer_idx": False,
-        "reorder_and_upcast_attn": False,
-        "add_cross_attention": False,
-    }
+        return tree | dropouts | activation
+    return tree | dropouts | {"n_inner": None} | activation | _AS_GPT2
 
 
-def _neo(config: ModelConfig) -> dict[str, Any]:
+def _bands_of(config: ModelConfig) -> dict[str, Any]:
     layers = ["global" if config.band(i) is None else "local" for i in range(config.n_layer)]
     return {
-        "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.n_ctx,
-        "hidden_size": config.d_model,
-        "num_layers": config.n_layer,
-        "num_heads": config.n_head,
         "intermediate_size": None,
         "window_size": config.band_width,
         "attention_types": [[layers, 1]],
         "attention_layers": layers,
-        "activation_function": "gelu" if config.activation == "gelu" else "gelu_new",
-        **dict.fromkeys(_NEO_DROPOUTS, config.dropout),
     }
