@@ -36,7 +36,7 @@ from megagpt.hub.naming import shapes_of
 from megagpt.model import initial_value
 from megagpt.tokenizer import fingerprint, load_tokenizer
 from megagpt.use.generator import Continuation, Generator, write_texts
-from megagpt.use.loading import load_reader
+from megagpt.use.loading import load_placed
 from megagpt.use.options import TextOptions
 
 BATCH = 8
@@ -76,7 +76,7 @@ class Pair:
 
     def __init__(self, root: Path, config: ModelConfig) -> None:
         ours, theirs = made_folders(root, config)
-        self._readers = {n: load_reader(ours, "fp32", "cpu", n)[:2] for n in (1, BATCH)}
+        self._readers = {n: load_placed(ours, "fp32", "cpu", n)[:2] for n in (1, BATCH)}
         self.other = transformers.AutoModelForCausalLM.from_pretrained(theirs).eval()
         self.n_vocab = config.vocab_size
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import DecodeError
@@ -18,6 +17,7 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 from numpy.typing import NDArray
 
 from megagpt.errors import DamageError, UsageError
+from megagpt.log.repair import masked_crc
 
 MAGIC = 0xDB4775248B80FB57
 FOOTER = 48
@@ -160,9 +160,3 @@ def _variable(message: bytes) -> Variable:
         size=fields.get(5, 0),
         crc=fields.get(6, 0),
     )
-
-
-def masked_crc(data: bytes) -> int:
-    """CRC-32C as it is stored: turned and moved, since a checksum of checksums would be weak."""
-    crc = google_crc32c.value(data)
-    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF

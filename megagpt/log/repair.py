@@ -8,7 +8,6 @@ Steps that metrics.jsonl has lost come back from there. TensorBoard has every fi
 and no text: a step comes back with about seven digits of each figure, and without its digest.
 """
 
-import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -74,10 +73,15 @@ def _next(data: bytes, at: int) -> int:
     return next((place for place in places if _end(data, place)), len(data))
 
 
-def _checksum(data: bytes) -> bytes:
-    """CRC-32C, masked as TFRecord does."""
+def masked_crc(data: bytes) -> int:
+    """CRC-32C as TensorFlow stores it: turned and moved, since a checksum of checksums would be
+    weak."""
     crc = google_crc32c.value(data)
-    return struct.pack("<I", (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF)
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def _checksum(data: bytes) -> bytes:
+    return masked_crc(data).to_bytes(4, "little")
 
 
 def recorded(folder: Path, wanted: Callable[[Place], bool]) -> dict[Place, dict[str, Any]]:

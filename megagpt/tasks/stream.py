@@ -7,6 +7,7 @@ byte has changes the figure: a window of n_ctx tokens moves by `stride` and scor
 
 import math
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -54,9 +55,10 @@ def stream(scorer: Scorer, name: str, path: Path, stride: int = 0, most: int = 0
     sizes = bytes_of_tokens(scorer.encoding, scorer.model.config.vocab_size)
     n_windows = -(-len(ids) // stride)
     n_windows = min(n_windows, most) if most else n_windows
+    windows = islice(_windows([scorer.end, *ids], scorer.n_ctx, stride), n_windows)
     nats, tokens, size = [], [], []
     with Progress(f"scoring {name}", n_windows, "windows") as progress:
-        for group in _groups(scorer, ids, stride, n_windows):
+        while group := list(islice(windows, GROUP)):
             nats += [-one.logprob for one in scorer.likelihoods(group, progress.add)]
             tokens += [len(after) for _, after in group]
             size += [int(sizes[after].sum()) for _, after in group]
@@ -98,17 +100,7 @@ def _encoded(scorer: Scorer, content: bytes, path: Path) -> list[int]:
     return tokens.tolist()
 
 
-def _groups(scorer: Scorer, ids: list[int], stride: int, n_windows: int) -> Iterator[list[Pair]]:
-    """(context, `stride` tokens to be scored), some at a time; END-OF-DOCUMENT is before the
-    first."""
-    row = [scorer.end, *ids]
-    group: list[Pair] = []
-    for window in range(n_windows):
-        start = 1 + window * stride
-        context = row[max(0, start - (scorer.n_ctx - stride + 1)) : start]
-        group.append((context, row[start : start + stride]))
-        if len(group) == GROUP:
-            yield group
-            group = []
-    if group:
-        yield group
+def _windows(row: list[int], n_ctx: int, stride: int) -> Iterator[Pair]:
+    """(context, `stride` tokens to be scored) of a row, whose first token is read alone."""
+    for start in range(1, len(row), stride):
+        yield row[max(0, start - (n_ctx - stride + 1)) : start], row[start : start + stride]

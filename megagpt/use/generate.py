@@ -155,7 +155,7 @@ def _write(
     args: argparse.Namespace, generator: "Generator", prompts: list[str], options: TextOptions
 ) -> None:
     """Makes and prints the texts."""
-    from megagpt.use.generator import Continuation, write_texts
+    from megagpt.use.generator import Continuation, growing, write_texts
 
     texts = [
         Continuation(generator.ids(prompt, options), options, number)
@@ -171,7 +171,8 @@ def _write(
             print_exactly(json.dumps({**told, "tokens": len(text.tokens)}) + "\n")
     else:
         printer = _InOrder(beginnings, texts)
-        write_texts(generator, texts, printer.grown)
+        for number, piece in growing(generator, texts):
+            printer.grown(number, piece)
     elapsed_s = time.perf_counter() - t0
     n_tokens = generator.made_tokens
     log.info("%d tokens in %.2f s: %.1f tokens/s", n_tokens, elapsed_s, n_tokens / elapsed_s)

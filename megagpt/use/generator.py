@@ -11,7 +11,7 @@ same pieces. With `alone` rows are multiplied one by one, and not even that show
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import tiktoken
@@ -312,27 +312,28 @@ def _told(known: TokenRecord, logs: Tensor, count: int) -> TokenRecord:
     return known
 
 
-def write_texts(
-    generator: Generator,
-    texts: Sequence[Continuation],
-    grown: Callable[[int, str], object] = lambda number, text: None,
-) -> list[str]:
-    """All texts to their ends, each without its prompt; `grown` is told what the text of a number
-    has grown by as soon as that is certain, and of its end. What it returns ends the text where it
-    is true."""
-    made = [""] * len(texts)
-    number_of = {text: number for number, text in enumerate(texts)}
+def growing(generator: Generator, texts: Sequence[Continuation]) -> Iterator[tuple[int, str]]:
+    """(number of a text, what it has grown by as soon as that is certain) of all texts to their
+    ends. A text may be cancelled meanwhile."""
+    number_of: dict[Continuation, int] = {}
     coming = iter(texts)
     while True:
         # A few at a time: each text that comes in is compared with those that wait.
         while generator.waiting < generator.rows and (text := next(coming, None)):
+            number_of[text] = len(number_of)
             generator.add(text)
         if not generator.busy:
-            return made
+            return
         for text, piece in generator.step():
-            made[number_of[text]] += piece.text
-            if grown(number_of[text], piece.text) and not text.finish:
-                generator.cancel(text)
+            yield number_of[text], piece.text
+
+
+def write_texts(generator: Generator, texts: Sequence[Continuation]) -> list[str]:
+    """All texts, each without its prompt."""
+    made = [""] * len(texts)
+    for number, piece in growing(generator, texts):
+        made[number] += piece
+    return made
 
 
 def pieces_of(generator: Generator, text: Continuation) -> Iterator[str]:

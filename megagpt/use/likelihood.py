@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from megagpt.errors import UsageError
 from megagpt.model import GPT
 from megagpt.tokenizer import end_of_document
-from megagpt.use.generator import Continuation, Generator, write_texts
+from megagpt.use.generator import Continuation, Generator, growing
 from megagpt.use.options import TextOptions
 
 Pair = tuple[list[int], list[int]]
@@ -140,20 +140,19 @@ class Scorer:
         """The text after each prompt, in order; none slides beyond n_ctx. A text also ends once
         ended(its number, the text so far) says so. Of a prompt that leaves no room for max_tokens
         the end counts."""
-        made = [""] * len(prompts)
         asked = []
         for prompt, how in zip(prompts, options, strict=True):
             room = max(1, self.n_ctx - how.max_tokens)
             asked.append(Continuation(prompt[-room:], replace(how, slide=False)))
 
-        def grown(number: int, piece: str) -> bool:
+        generator = Generator(self.model, self.encoding, self.batch_size)
+        made = [""] * len(asked)
+        for number, piece in growing(generator, asked):
             made[number] += piece
-            done = bool(asked[number].finish) or ended(number, made[number])
-            if done:
+            if asked[number].finish or ended(number, made[number]):
                 told(1)
-            return done
-
-        return write_texts(Generator(self.model, self.encoding, self.batch_size), asked, grown)
+                generator.cancel(asked[number])
+        return made
 
 
 def document_windows(ids: list[int], end: int, n_ctx: int) -> Iterator[Pair]:
@@ -163,9 +162,7 @@ def document_windows(ids: list[int], end: int, n_ctx: int) -> Iterator[Pair]:
     n_ctx targets and one token before them, and the last one, which has fewer, as much context as
     there is room for.
     """
-    size = min(n_ctx, len(ids))
-    if size:
-        yield [end], ids[:size]
-    for start in range(n_ctx, len(ids), n_ctx):
-        stop = min(start + n_ctx, len(ids))
-        yield ids[stop - n_ctx - 1 : start], ids[start:stop]
+    row = [end, *ids]
+    for start in range(1, len(row), n_ctx):
+        after = row[start : start + n_ctx]
+        yield row[max(0, start + len(after) - n_ctx - 1) : start], after

@@ -47,32 +47,23 @@ def add_split(parser: "argparse.ArgumentParser", command: str) -> None:
 
 
 def load_placed(
-    folder: Path, dtype: str, device: str | None
+    folder: Path, dtype: str, device: str | None, rows: int = 0
 ) -> tuple["GPT", "tiktoken.Encoding", dict[str, Any]]:
     """What load_model gives of a run, a checkpoint or a folder of weights, for --dtype, --device.
 
-    Raises UsageError for a device that this machine lacks, and what load_model raises.
+    rows: of how many texts at a time it reads and writes tokens, if it is for that; on a CPU in
+    fp32 it then has the products of megagpt.use.reading. Raises UsageError for a device that this
+    machine lacks, and what load_model raises.
     """
     import torch
 
     from megagpt.checkpoint import load_model
 
-    return load_model(folder, device_named(device), getattr(torch, DTYPES[dtype]))
-
-
-def load_reader(
-    folder: Path, dtype: str, device: str | None, rows: int
-) -> tuple["GPT", "tiktoken.Encoding", dict[str, Any]]:
-    """What load_placed gives, made for reading and writing `rows` texts at a time: on a CPU in fp32
-    with the products of megagpt.use.reading."""
-    import torch
-
-    from megagpt.checkpoint import load_model
+    place = device_named(device)
+    if not rows or place != "cpu" or dtype != "fp32":
+        return load_model(folder, place, getattr(torch, DTYPES[dtype]))
     from megagpt.use.reading import READING, store
 
-    place = device_named(device)
-    if place != "cpu" or dtype != "fp32":
-        return load_placed(folder, dtype, place)
     loaded = load_model(folder, place, torch.float32, READING)
     store(loaded[0], rows)
     return loaded

@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from megagpt.model import GPT
 from megagpt.use.generator import Continuation, Generator
-from megagpt.use.loading import DTYPES, load_reader
+from megagpt.use.loading import DTYPES, load_placed
 from megagpt.use.pieces import Piece
 
 log = logging.getLogger(__name__)
@@ -40,11 +40,11 @@ def placed_generator(
     --split say; alone: as Generator's. Of several ranks the first one has it, the others do what it
     does and get None when it has done.
 
-    Raises what load_reader and load_shared raise.
+    Raises what load_placed and load_shared raise.
     """
     if not args.split:
         stored = 1 if alone else rows
-        model, encoding, facts = load_reader(args.folder, args.dtype, args.device, stored)
+        model, encoding, facts = load_placed(args.folder, args.dtype, args.device, stored)
         yield Generator(model, encoding, rows, alone), facts
         return
     from megagpt.checkpoint.sharing import leave, load_shared
