@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -117,22 +118,11 @@ def _shard_problems(manifest: CorpusManifest, shard: Shard, progress: Progress |
             problems.append(f"{index_path}: {problem}")
     except DamageError as error:
         problems.append(str(error))
-    digest, done, ends, strays, first_stray = hashlib.sha256(), 0, 0, 0, 0
     # Without a sign, what is below 0 is too large as well.
     unsigned = np.dtype(f"<u{manifest.dtype.itemsize}")
-    with path.open("rb", buffering=0) as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-            tokens = np.frombuffer(block, unsigned)
-            ends += int(np.count_nonzero(tokens == manifest.end_of_document))
-            wrong = tokens >= manifest.ids
-            if wrong.any():
-                first_stray = first_stray if strays else done + int(np.argmax(wrong))
-                strays += int(np.count_nonzero(wrong))
-            done += len(tokens)
-            if progress:
-                progress(len(block))
-    problems.append(_digest_problem(path, digest.hexdigest(), shard.sha256))
+    found = _read_once(path, unsigned, manifest.ids, manifest.end_of_document, progress)
+    digest, ends, strays, first_stray = found
+    problems.append(_digest_problem(path, digest, shard.sha256))
     if strays:
         problems.append(
             f"{path}: {strays} tokens outside the vocabulary of {manifest.ids}, the first "
@@ -197,8 +187,29 @@ def _mask_problems(manifest: CorpusManifest, shard: Shard, progress: Progress | 
     if not shard.mask_sha256:
         return []
     path = manifest.mask_path(shard)
-    problems = [_digest_problem(path, file_sha256(path, progress), shard.mask_sha256)]
-    wrong = np.flatnonzero(np.memmap(path, np.uint8, "r") > 1)
-    if len(wrong):
-        problems.append(f"{path}: {len(wrong)} bytes are neither 0 nor 1, first at {int(wrong[0])}")
+    digest, _, wrong, first = _read_once(path, np.dtype(np.uint8), 2, 1, progress)
+    problems = [_digest_problem(path, digest, shard.mask_sha256)]
+    if wrong:
+        problems.append(f"{path}: {wrong} bytes are neither 0 nor 1, first at {first}")
     return problems
+
+
+def _read_once(
+    path: Path, dtype: np.dtype[Any], most: int, counted: int, progress: Progress | None
+) -> tuple[str, int, int, int]:
+    """(sha256, how many numbers are `counted`, how many are `most` or above, the first of these) of
+    a file of numbers without a sign."""
+    digest, done, found, wrong, first = hashlib.sha256(), 0, 0, 0, 0
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+            numbers = np.frombuffer(block, dtype)
+            found += int(np.count_nonzero(numbers == counted))
+            above = numbers >= most
+            if above.any():
+                first = first if wrong else done + int(np.argmax(above))
+                wrong += int(np.count_nonzero(above))
+            done += len(numbers)
+            if progress:
+                progress(len(block))
+    return digest.hexdigest(), found, wrong, first
