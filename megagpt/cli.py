@@ -1,8 +1,8 @@
 # PYTHON_ARGCOMPLETE_OK
-"""The `megagpt` command: one table of subcommands, each in its own room (L3).
+"""The `megagpt` command: one table of subcommands, each in a module of its own (L3).
 
-A room is imported only when its command is called, so that `megagpt --help` is instant. A room's
-`add_parser(subparsers)` adds its parser, whose `run` default is the function that does the work.
+A module is imported only when its command is called, so that `megagpt --help` is instant. Its
+`add_options(parser)` describes the command, and its `run(args)` does the work.
 """
 
 import argparse
@@ -56,10 +56,12 @@ def parser(command: str | None) -> argparse.ArgumentParser:
     made.add_argument("--local_rank", help=argparse.SUPPRESS)
     commands = made.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (module, text) in COMMANDS.items():
+        one = commands.add_parser(name, help=text)
         if name == command:
-            importlib.import_module(f"megagpt.{module}").add_parser(commands)
-        else:
-            commands.add_parser(name, help=text)
+            found = importlib.import_module(f"megagpt.{module}")
+            # A command with actions sets the function of each.
+            one.set_defaults(run=getattr(found, "run", None))
+            found.add_options(one)
     return made
 
 

@@ -25,14 +25,12 @@ LAUNCHED = ("RANK", "SLURM_STEP_NUM_TASKS")
 asked for."""
 
 
-def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Adds the command to the command line."""
-    made = commands.add_parser(
-        "doctor",
-        help="will training work here: versions, GPUs, network, disks, hosts, shards",
-        description="Examines this machine, or every host that it is launched on: deepspeed "
+def add_options(made: argparse.ArgumentParser) -> None:
+    """Adds the command's options."""
+    made.description = (
+        "Examines this machine, or every host that it is launched on: deepspeed "
         "--module megagpt.doctor RUN.toml, torchrun -m megagpt.doctor, srun python -m "
-        "megagpt.doctor.",
+        "megagpt.doctor."
     )
     made.add_argument("run_file", nargs="?", metavar="RUN.toml", help="run file to prepare for")
     # Not by add_overrides: megagpt.config needs packages that the doctor may find missing.
@@ -57,7 +55,6 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     # The deepspeed launcher adds the first; a host that is asked by ssh is given the second.
     made.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     made.add_argument("--order", help=argparse.SUPPRESS)
-    made.set_defaults(run=run)
 
 
 def _planned(args: argparse.Namespace, order: "Order") -> "Order":

@@ -60,13 +60,9 @@ CASES = {
 NAMES = [name for name in CASES if name != REFERENCE]
 
 
-def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Adds the command to the command line."""
-    made = commands.add_parser(
-        "parity",
-        help="train a run file under every layout and compare the losses",
-        description=__doc__.split("\n\n")[1],
-    )
+def add_options(made: argparse.ArgumentParser) -> None:
+    """Adds the command's options."""
+    made.description = __doc__.split("\n\n")[1]
     made.add_argument("file", metavar="RUN.toml", help="run file; its shards must be prepared")
     add_overrides(made)
     made.add_argument("--steps", type=int, default=30, help="steps (default: %(default)s)")
@@ -77,7 +73,6 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     made.add_argument(
         "--only", metavar="NAME", action="append", help=f"one of: {', '.join(NAMES)}; repeatable"
     )
-    made.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -24,14 +24,11 @@ Outcome = tuple[list[dict[str, Any]], CheckpointRecord]
 """Records of all steps of a run, and its last checkpoint."""
 
 
-def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Adds the command to the command line."""
-    made = commands.add_parser(
-        "verify-resume",
-        help="train a run file with and without a restart and compare every bit",
-        description=__doc__.split("\n\n")[1],
-        epilog="Exit codes: 0 the same; 1 different; 2 wrong usage or configuration; "
-        "3 damaged input.",
+def add_options(made: argparse.ArgumentParser) -> None:
+    """Adds the command's options."""
+    made.description = __doc__.split("\n\n")[1]
+    made.epilog = (
+        "Exit codes: 0 the same; 1 different; 2 wrong usage or configuration; 3 damaged input."
     )
     made.add_argument("file", metavar="RUN.toml", help="run file; its shards must be prepared")
     add_overrides(made)
@@ -46,7 +43,6 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     made.add_argument(
         "--full-shape", action="store_true", help="the run's own model, not a miniature of it"
     )
-    made.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -18,13 +18,9 @@ from megagpt.checkpoint.weights import add_shard_option
 from megagpt.errors import EXIT_DAMAGE, EXIT_OK, DamageError, UsageError
 
 
-def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Adds the commands to the command line."""
-    parser = commands.add_parser(
-        "checkpoint",
-        help="list, verify, reshape and consolidate checkpoints",
-        description="What a run folder's checkpoints hold, and whether they are whole.",
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the commands."""
+    parser.description = "What a run folder's checkpoints hold, and whether they are whole."
     actions = parser.add_subparsers(metavar="ACTION", required=True)
     for name, function, text in (
         ("list", show, "one line for each checkpoint"),

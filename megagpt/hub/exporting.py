@@ -42,14 +42,12 @@ WINDOWS = 2
 """Full contexts whose logits are compared."""
 
 
-def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Adds the command to the command line."""
-    parser = commands.add_parser(
-        "export",
-        help="a trained model as a folder that transformers opens",
-        description="Writes the weights as transformers' own class computes them, with the "
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options."""
+    parser.description = (
+        "Writes the weights as transformers' own class computes them, with the "
         "tokenizer's files and a model card, and compares what transformers makes of it before "
-        "the folder counts.",
+        "the folder counts."
     )
     add_run_dir(parser)
     parser.add_argument("output", metavar="OUT", type=Path, help="folder to write; new")
@@ -58,7 +56,6 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--dtype", choices=list(DTYPES), default="fp32", help="of the weights (default: fp32)"
     )
     add_shard_option(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

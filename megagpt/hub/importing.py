@@ -32,13 +32,11 @@ MERGES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 """A vocabulary and its merges, by transformers and by OpenAI."""
 
 
-def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Adds the command to the command line."""
-    parser = commands.add_parser(
-        "import",
-        help="weights that others trained, as a folder of ours",
-        description="Writes a folder that generate, evaluate, init_from, export and checkpoint "
-        f"verify take. PATH is {FORMS}.",
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options."""
+    parser.description = (
+        "Writes a folder that generate, evaluate, init_from, export and checkpoint "
+        f"verify take. PATH is {FORMS}."
     )
     parser.add_argument("path", metavar="PATH", help="file, folder, or name on the hub")
     parser.add_argument("output", metavar="OUT", type=Path, help="folder to write; new")
@@ -50,7 +48,6 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "kmeans_centers.npy or a corpus's tokenizer.json",
     )
     add_shard_option(parser)
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -27,13 +27,9 @@ if TYPE_CHECKING:
     Text = Callable[[np.ndarray], str]
 
 
-def add_parser(commands: Any) -> None:
-    """Adds `data` and its commands to the command line."""
-    made = commands.add_parser(
-        "data",
-        help="what is in the shards; are they whole; one step's documents",
-        description="Looks into, checks and imports folders of shards.",
-    )
+def add_options(made: argparse.ArgumentParser) -> None:
+    """Adds the commands of `data`."""
+    made.description = "Looks into, checks and imports folders of shards."
     actions = made.add_subparsers(metavar="ACTION", required=True)
     add_parsers(actions)
     add_stage(actions)

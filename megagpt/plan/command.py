@@ -18,15 +18,11 @@ from megagpt.plan.layout import layout_of
 from megagpt.plan.simulate import GPU_HOURS_PER_FAILURE, GPU_HOURS_PER_NOTICE
 
 
-def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Adds the command to the command line."""
-    made = commands.add_parser(
-        "plan",
-        help="what a run will do: layout, batch ramp, steps, memory, time, cost",
-        description="Checks a run file against a number of GPUs and prints what will happen.",
-        # --gpu is another option than --gpus.
-        allow_abbrev=False,
-    )
+def add_options(made: argparse.ArgumentParser) -> None:
+    """Adds the command's options."""
+    made.description = "Checks a run file against a number of GPUs and prints what will happen."
+    # --gpu is another option than --gpus.
+    made.allow_abbrev = False
     made.add_argument("file", metavar="RUN.toml", nargs="?", help="run file")
     add_overrides(made)
     made.add_argument(
@@ -61,7 +57,6 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         metavar="RUN_DIR",
         help="fit the profile of --gpu to what these runs recorded, for every plan from then on",
     )
-    made.set_defaults(run=run)
 
 
 def _add_simulation(made: argparse.ArgumentParser) -> None:

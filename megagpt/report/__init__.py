@@ -7,22 +7,19 @@ NAME = "report.png"
 PAGE = "report.html"
 
 
-def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Adds the command to the command line."""
-    parser = subparsers.add_parser(
-        "report",
-        help="curves of one or several runs as a picture and a page",
-        description="Draws report.png and report.html from the metrics.jsonl of each run folder: "
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options."""
+    parser.description = (
+        "Draws report.png and report.html from the metrics.jsonl of each run folder: "
         "loss over tokens and compute, validation, learning rate, batch size, throughput, gradient "
         "norm, restarts and spikes, and a table of the run with its goodput. With several "
         "folders the runs are compared, and both files go to the first folder unless --output "
-        "names another.",
+        "names another."
     )
     parser.add_argument("folders", metavar="RUN_DIR", nargs="+", type=Path, help="run folder")
     parser.add_argument(
         "--output", metavar="DIR", type=Path, help="folder of the two files (default: first run)"
     )
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

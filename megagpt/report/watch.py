@@ -53,14 +53,12 @@ class Follower:
         return self.lines
 
 
-def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Adds the command to the command line."""
-    parser = subparsers.add_parser(
-        "watch",
-        help="live dashboard of a run in the terminal",
-        description="Shows loss, throughput, progress, time left, the last checkpoint and alerts "
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options."""
+    parser.description = (
+        "Shows loss, throughput, progress, time left, the last checkpoint and alerts "
         "of the run in RUN_DIR, and follows it. Works on any host that sees the folder; Ctrl-C "
-        "leaves the run alone.",
+        "leaves the run alone."
     )
     parser.add_argument("folder", metavar="RUN_DIR", type=Path, help="run folder")
     parser.add_argument(
@@ -71,7 +69,6 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="time between looks (default: 2)",
     )
     parser.add_argument("--once", action="store_true", help="print one frame and end")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -42,16 +42,15 @@ LIMITS = {
 """Option -> (field of Limits, help)."""
 
 
-def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Adds the command to the command line."""
-    parser = subparsers.add_parser(
-        "serve",
-        help="a trained model behind OpenAI's API, and a page to try it",
-        description="Serves /v1/completions, /v1/chat/completions (where the tokenizer has tokens "
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options."""
+    parser.description = (
+        "Serves /v1/completions, /v1/chat/completions (where the tokenizer has tokens "
         "for turns), /v1/models, /tokenize, /detokenize, /health, /metrics, and a page at /. "
-        "Needs FastAPI and uvicorn: pip install -e '.[serve]' in megagpt's checkout.",
-        epilog="SIGTERM and Ctrl-C take no more requests, finish those that are there and exit "
-        "with 0.",
+        "Needs FastAPI and uvicorn: pip install -e '.[serve]' in megagpt's checkout."
+    )
+    parser.epilog = (
+        "SIGTERM and Ctrl-C take no more requests, finish those that are there and exit with 0."
     )
     add_run_dir(parser)
     option = parser.add_argument
@@ -86,7 +85,6 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     add_placing(parser)
     add_split(parser, "serve")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

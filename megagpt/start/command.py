@@ -33,13 +33,11 @@ PREPARE = (
 """By place, because of one text nothing else is kept aside."""
 
 
-def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Adds the command to the command line."""
-    made = commands.add_parser(
-        "init",
-        help="write a run file for a corpus, a size and this machine",
-        description="Writes NAME.toml, a commented run file of at most 20 lines: the vocabulary, "
-        "context, tokens, batch, warm-up and layout are fitted to the corpus and the machine.",
+def add_options(made: argparse.ArgumentParser) -> None:
+    """Adds the command's options."""
+    made.description = (
+        "Writes NAME.toml, a commented run file of at most 20 lines: the vocabulary, "
+        "context, tokens, batch, warm-up and layout are fitted to the corpus and the machine."
     )
     made.add_argument(
         "name", nargs="?", default="", metavar="NAME", help="default: the corpus's name"
@@ -62,7 +60,6 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--gpu", default="", metavar="NAME", help=f"their kind: {', '.join(ACCELERATORS)}"
     )
     made.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="default: 8")
-    made.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

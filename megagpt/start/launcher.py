@@ -30,15 +30,15 @@ from megagpt.plan.sanity import oddities
 LAUNCHERS = ("deepspeed", "torchrun")
 
 
-def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Adds the command to the command line."""
-    made = commands.add_parser(
-        "train",
-        help="check a run file, then train it on this machine",
-        description="Checks run file, layout and corpora, then starts the ranks. Training again "
-        "with the same run folder resumes at the exact step.",
-        epilog="Exit codes: 0 done; 2 wrong usage or configuration; 3 damaged input; 4 weights "
-        "that cannot be; 75 stopped with a checkpoint saved; 1 anything else.",
+def add_options(made: argparse.ArgumentParser) -> None:
+    """Adds the command's options."""
+    made.description = (
+        "Checks run file, layout and corpora, then starts the ranks. Training again "
+        "with the same run folder resumes at the exact step."
+    )
+    made.epilog = (
+        "Exit codes: 0 done; 2 wrong usage or configuration; 3 damaged input; 4 weights "
+        "that cannot be; 75 stopped with a checkpoint saved; 1 anything else."
     )
     made.add_argument("file", metavar="RUN.toml", help="run file")
     add_overrides(made)
@@ -52,7 +52,6 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         action="store_true",
         help="go on from a checkpoint although model, data, schedule, optimizer or seed changed",
     )
-    made.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

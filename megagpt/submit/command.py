@@ -43,13 +43,9 @@ RECENT_SAVES = 5
 """Saves that tell how long the next one takes."""
 
 
-def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Adds the command to the command line."""
-    made = commands.add_parser(
-        "launch",
-        help="write and submit a job that is made for a run: SLURM, PBS, LSF, Kubernetes",
-        description="Writes job scripts. Without a batch system see launch/multinode.sh.",
-    )
+def add_options(made: argparse.ArgumentParser) -> None:
+    """Adds the command's options."""
+    made.description = "Writes job scripts. Without a batch system see launch/multinode.sh."
     systems = made.add_subparsers(metavar="SYSTEM", required=True)
     slurm = systems.add_parser(
         "slurm",

@@ -39,9 +39,9 @@ GOES_WITH = {
 """Options that are for some of what is asked for; with the rest they would do nothing."""
 
 
-def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Adds the command to the command line."""
-    parser = corpora.add_parser(subparsers)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options."""
+    corpora.add_options(parser)
     _add_tasks(parser.add_argument_group("tasks"))
     harness = parser.add_argument_group(
         "EleutherAI's harness, with pip install -e '.[harness]' in megagpt's checkout"
@@ -52,7 +52,6 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     harness.add_argument(
         "--include-path", metavar="DIR", type=Path, help="folder with further tasks' files"
     )
-    parser.set_defaults(run=run)
 
 
 def _add_tasks(tasks: "argparse._ArgumentGroup") -> None:

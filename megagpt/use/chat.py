@@ -35,24 +35,21 @@ HELP = """\
 Ctrl-C          stop the answer"""
 
 
-def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Adds the command to the command line."""
-    parser = subparsers.add_parser(
-        "chat",
-        help="a dialogue with a trained model",
-        description="Talks with the model of the run folder's newest checkpoint. A tokenizer with "
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options."""
+    parser.description = (
+        "Talks with the model of the run folder's newest checkpoint. A tokenizer with "
         "tokens for turns (<|system|>, <|user|>, <|assistant|>, <|end|>) has them written by "
         "these; for any other they are lines that begin with User: and Assistant:, which a model "
-        "that has read such text goes on with.",
-        epilog="Commands:\n" + HELP.replace("%", "%%"),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "that has read such text goes on with."
     )
+    parser.epilog = "Commands:\n" + HELP.replace("%", "%%")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add_run_dir(parser)
     parser.add_argument("--system", metavar="TEXT", default="", help="the model's instruction")
     add_drawing(parser)
     add_placing(parser)
     add_split(parser, "chat")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -71,20 +71,18 @@ class Result:
     """All bits, those of END-OF-DOCUMENT too, over the bytes of text; NaN without text."""
 
 
-def add_parser(
-    subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]",
-) -> argparse.ArgumentParser:
-    """Adds the command to the command line; megagpt.tasks.command adds the tasks to it."""
-    parser = subparsers.add_parser(
-        "evaluate",
-        help="loss, perplexity and bits per byte of a trained model on a corpus; tasks",
-        description="Scores every token of prepared corpora once with the weights of a run, one of "
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of corpora; megagpt.tasks.command adds those of tasks."""
+    parser.description = (
+        "Scores every token of prepared corpora once with the weights of a run, one of "
         "its checkpoints or a consolidated folder, on one process, whatever layout trained them; "
         "or tests the model on tasks. "
-        "The result goes to stdout, everything else to stderr.",
-        epilog=f"Intervals hold {CONFIDENCE:.0%} and treat documents as independent. Windows of "
+        "The result goes to stdout, everything else to stderr."
+    )
+    parser.epilog = (
+        f"Intervals hold {CONFIDENCE:.0%} and treat documents as independent. Windows of "
         "n_ctx tokens follow each other as in training: the first tokens of each have little "
-        "context, unless --stride gives them more.",
+        "context, unless --stride gives them more."
     )
     add_run_dir(parser)
     parser.add_argument(
@@ -121,8 +119,6 @@ def add_parser(
     )
     add_placing(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    parser.set_defaults(run=run)
-    return parser
 
 
 def run(args: argparse.Namespace) -> int:

@@ -41,16 +41,16 @@ def generate(
     yield from pieces_of(generator, Continuation(generator.ids(prompt, options), options))
 
 
-def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Adds the command to the command line."""
-    parser = subparsers.add_parser(
-        "generate",
-        help="text from a trained model",
-        description="Continues prompts with the model of the run folder's newest checkpoint. The "
-        "texts go to stdout as they are made, everything else to stderr.",
-        epilog="Several texts are made in one batch, each by draws of its own: decided by the "
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options."""
+    parser.description = (
+        "Continues prompts with the model of the run folder's newest checkpoint. The "
+        "texts go to stdout as they are made, everything else to stderr."
+    )
+    parser.epilog = (
+        "Several texts are made in one batch, each by draws of its own: decided by the "
         "seed, the number of the sample and the position. Beyond n_ctx tokens the last half of the "
-        "context is read anew and the text goes on.",
+        "context is read anew and the text goes on."
     )
     add_run_dir(parser)
     prompt = parser.add_mutually_exclusive_group()
@@ -85,7 +85,6 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     add_placing(parser)
     add_split(parser, "generate")
     parser.add_argument("--json", action="store_true", help="one JSON object a text on stdout")
-    parser.set_defaults(run=run)
 
 
 DRAWING = {

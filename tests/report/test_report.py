@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megagpt import report
+from megagpt import cli
 from megagpt.errors import UsageError
 from megagpt.log import RunLog
 from megagpt.log.metrics import encode
@@ -54,9 +54,7 @@ def make_run(folder: Path, n_steps: int = 60, restart: bool = False) -> Path:
 
 
 def parse(*words: object) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    report.add_parser(parser.add_subparsers())
-    return parser.parse_args(["report", *map(str, words)])
+    return cli.parser("report").parse_args(["report", *map(str, words)])
 
 
 def draw(folder: Path) -> Path:

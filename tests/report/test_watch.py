@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from megagpt import cli
 from megagpt.errors import UsageError
 from megagpt.log.metrics import cut, encode
 from megagpt.report import watch
@@ -160,9 +161,7 @@ def test_a_frame_of_a_run_that_tells_little(tmp_path):
 
 
 def parse(*words: object) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    watch.add_parser(parser.add_subparsers())
-    return parser.parse_args(["watch", *map(str, words)])
+    return cli.parser("watch").parse_args(["watch", *map(str, words)])
 
 
 def test_once_prints_one_frame(tmp_path, capsys):
@@ -180,11 +179,9 @@ def test_a_run_before_its_first_step(tmp_path, capsys):
 
 
 LIVE = """
-import argparse, sys
-from megagpt.report import watch
-parser = argparse.ArgumentParser()
-watch.add_parser(parser.add_subparsers())
-args = parser.parse_args(["watch", sys.argv[1], "--every", "0.1"])
+import sys
+from megagpt.cli import parser
+args = parser("watch").parse_args(["watch", sys.argv[1], "--every", "0.1"])
 sys.exit(args.run(args))
 """
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
+from megagpt import cli
 from megagpt.cli import main
 from megagpt.config.presets import ModelConfig
 from megagpt.errors import UsageError
@@ -32,9 +33,7 @@ from tests.use.test_generator import CONFIG
 
 
 def parse(*words: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    command.add_parser(parser.add_subparsers())
-    return parser.parse_args(["serve", *words])
+    return cli.parser("serve").parse_args(["serve", *words])
 
 
 def test_what_cannot_be_served_is_told_before_the_model_is_loaded(monkeypatch):

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megagpt import cli
 from megagpt.checkpoint import list_checkpoints
 from megagpt.checkpoint.export import consolidate
 from megagpt.cli import main
@@ -95,6 +96,4 @@ def test_a_device_that_is_not_there():
 
 
 def parse(*words: object) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    command.add_parser(parser.add_subparsers())
-    return parser.parse_args(["evaluate", *map(str, words)])
+    return cli.parser("evaluate").parse_args(["evaluate", *map(str, words)])

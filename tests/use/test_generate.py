@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import kstest
 
+from megagpt import cli
 from megagpt.config.presets import ModelConfig
 from megagpt.errors import UsageError
 from megagpt.model import GPT, initialise
@@ -277,9 +278,7 @@ def test_options_that_make_no_sense(model, encoding, options, message):
 
 
 def parse(*words: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    command.add_parser(parser.add_subparsers())
-    return parser.parse_args(["generate", *words])
+    return cli.parser("generate").parse_args(["generate", *words])
 
 
 def test_arguments_are_checked_before_the_model_is_loaded(tmp_path):
