@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,20 +66,17 @@ def _add_tasks(tasks: "argparse._ArgumentGroup") -> None:
         "enwik8=FILE, or gpt3[=FOLDER|=hub], all of the paper's beside its eight sizes. SOURCE: "
         "JSON lines, or hf:NAME[/CONFIG][:SPLIT]; repeatable",
     )
-    number = tasks.add_argument
+    number = partial(tasks.add_argument, metavar="N", type=int, default=0)
     number(
         "--shots",
         metavar="K",
-        type=int,
+        default=None,
         help="examples before each question, or as many of them as fit into n_ctx (default: 0; "
         "with gpt3 the paper's)",
     )
-    number("--limit", metavar="N", type=int, default=0, help="examples of each task (default: all)")
+    number("--limit", help="examples of each task (default: all)")
     number(
         "--seed",
-        metavar="N",
-        type=int,
-        default=0,
         help="decides the questions made here and the examples before them (default: 0)",
     )
     tasks.add_argument(

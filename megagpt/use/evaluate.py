@@ -14,6 +14,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -93,22 +94,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="corpus: a folder with a manifest.json; repeatable",
     )
-    number = parser.add_argument
-    number("--checkpoint", metavar="STEP", type=int, help="step of the run's checkpoint (newest)")
-    number("--batch-size", metavar="N", type=int, default=8, help="windows at a time (default: 8)")
+    number = partial(parser.add_argument, metavar="N", type=int, default=0)
+    step = "step of the run's checkpoint (newest)"
+    number("--checkpoint", metavar="STEP", default=None, help=step)
+    number("--batch-size", default=8, help="windows at a time (default: 8)")
     number(
         "--max-tokens",
-        metavar="N",
-        type=int,
-        default=0,
         help="tokens of each corpus at most, in windows drawn at random, always the same: those "
         "that the run's own evaluation reads first (default: all)",
     )
     number(
         "--stride",
-        metavar="N",
-        type=int,
-        default=0,
         help="tokens scored in each window, a divisor of n_ctx; fewer give every token more "
         "context and take longer (default: n_ctx)",
     )
