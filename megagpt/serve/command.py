@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from megagpt.errors import UsageError
 from megagpt.serve.limits import Limits
 from megagpt.use.loading import add_placing, add_run_dir, add_split, cache_bytes
+from megagpt.use.options import add_fields, given
 
 if TYPE_CHECKING:
     from megagpt.serve.answering import Served
@@ -27,19 +28,6 @@ CONNECTIONS = 900
 """Open at a time; a process commonly has 1,024 descriptors."""
 KEEP_ALIVE_S = 60
 """Seconds that an idle connection is kept for its next request."""
-DEFAULTS = Limits()
-LIMITS = {
-    "max-concurrent": ("concurrent", "texts that are made at a time"),
-    "max-queue": ("queue", "texts that wait; more are refused with 429"),
-    "max-texts": ("texts", "texts of one request, prompts times n"),
-    "max-prompt-tokens": ("prompt_tokens", "tokens of one prompt; 0: what the context holds"),
-    "max-new-tokens": ("new_tokens", "tokens of one text; 0: what the context holds"),
-    "timeout-s": ("timeout_s", "seconds that a request may take"),
-    "max-body-bytes": ("body_bytes", "bytes of a request's body"),
-    "receive-s": ("receive_s", "seconds in which a request must have come"),
-    "drain-s": ("drain_s", "seconds for unfinished requests when told to stop"),
-}
-"""Option -> (field of Limits, help)."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -70,13 +58,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="web pages of this origin may ask, too; repeatable (default: none)",
     )
-    for name, (field, text) in LIMITS.items():
-        default = getattr(DEFAULTS, field)
-        unit = "SECONDS" if name.endswith("-s") else "N"
-        text = f"{text} (default: {default:,})"
-        option(
-            f"--{name}", metavar=unit, type=type(default), default=default, help=text, dest=field
-        )
+    add_fields(parser, Limits)
     option(
         "--batch-invariant",
         action="store_true",
@@ -89,8 +71,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serves until a signal."""
-    limits = Limits(**{field: getattr(args, field) for field, _ in LIMITS.values()})
-    limits.check({field: f"--{option}" for option, (field, _) in LIMITS.items()})
+    limits = Limits(**given(args, Limits))
+    limits.check()
     if not args.api_key and not _is_loopback(args.host):
         raise UsageError(
             f"--host {args.host}: other machines could use the model; give --api-key or the "

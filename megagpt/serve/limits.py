@@ -1,41 +1,39 @@
 """What a server takes on at most, with units, and how it refuses (L3, without torch)."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from megagpt.errors import UsageError
+from megagpt.use.options import option, option_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
     """Every limit of a server; 0 or less is refused."""
 
-    concurrent: int = 8
-    """Texts that are made at a time: rows of the cache."""
-    queue: int = 64
-    """Texts that wait for a row; more are refused with 429."""
-    texts: int = 64
-    """Texts of one request: prompts times n."""
-    prompt_tokens: int = 0
-    """Tokens of one prompt; 0: what the context holds."""
-    new_tokens: int = 0
-    """Tokens of one text's max_tokens; 0: what the context holds."""
-    timeout_s: float = 600.0
-    """Seconds that a request may take from its arrival to its end."""
-    body_bytes: int = 1 << 20
-    """Bytes of a request's body."""
-    receive_s: float = 10.0
-    """Seconds in which a request's headers, and again its body, must have come."""
-    drain_s: float = 30.0
-    """Seconds that unfinished requests are given when the server is told to stop."""
+    concurrent: int = option(8, "N", "texts that are made at a time", "--max-concurrent")
+    """Rows of the cache."""
+    queue: int = option(64, "N", "texts that wait; more are refused with 429", "--max-queue")
+    texts: int = option(64, "N", "texts of one request, prompts times n", "--max-texts")
+    prompt_tokens: int = option(
+        0, "N", "tokens of one prompt; 0: what the context holds", "--max-prompt-tokens"
+    )
+    new_tokens: int = option(
+        0, "N", "tokens of one text; 0: what the context holds", "--max-new-tokens"
+    )
+    timeout_s: float = option(600.0, "SECONDS", "seconds that a request may take")
+    """From its arrival to its end."""
+    body_bytes: int = option(1 << 20, "N", "bytes of a request's body", "--max-body-bytes")
+    receive_s: float = option(10.0, "SECONDS", "seconds in which a request must have come")
+    """Its headers, and again its body."""
+    drain_s: float = option(30.0, "SECONDS", "seconds for unfinished requests when told to stop")
 
-    def check(self, options: Mapping[str, str]) -> None:
-        """Raises UsageError that names every limit that is none. options: field -> what sets it."""
+    def check(self) -> None:
+        """Raises UsageError that names every limit that is none, by its option."""
         unlimited = ("prompt_tokens", "new_tokens")
         problems = [
-            f"{options[one.name]} {value}: must be "
+            f"{option_of(one)} {value}: must be "
             + ("0 or more" if one.name in unlimited else "greater than 0, and finite")
             for one in fields(self)
             if not 0 < (value := getattr(self, one.name)) < math.inf

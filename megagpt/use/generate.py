@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from megagpt.errors import UsageError, print_exactly
 from megagpt.use.loading import add_placing, add_run_dir, add_split
-from megagpt.use.options import TextOptions
+from megagpt.use.options import TextOptions, add_fields, given
 
 if TYPE_CHECKING:
     import tiktoken
@@ -87,32 +87,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object a text on stdout")
 
 
-DRAWING = {
-    "max_tokens": ("N", "tokens at most"),
-    "temperature": ("T", "below 1 the likely tokens get likelier; 0: always the likeliest"),
-    "top_k": ("K", "draw among the K likeliest tokens; 0: among all"),
-    "top_p": ("P", "draw among the fewest likeliest tokens of probability P, 0 < P <= 1, together"),
-    "frequency_penalty": ("A", "taken from a token's logit for each time it is in the text"),
-    "presence_penalty": ("A", "taken once from the logit of a token that is in the text"),
-    "repetition_penalty": (
-        "A",
-        "divides the logits above 0 of tokens in prompt and text, multiplies those below",
-    ),
-}
-"""Field of TextOptions -> its option's metavar and help."""
-
-
 def add_drawing(parser: argparse.ArgumentParser) -> None:
     """Adds the options of a text's length and draws; `drawing` reads them."""
-    for name, (metavar, text) in DRAWING.items():
-        default = getattr(TextOptions(), name)
-        parser.add_argument(
-            f"--{name.replace('_', '-')}",
-            metavar=metavar,
-            type=type(default),
-            default=default,
-            help=f"{text} (default: {default})",
-        )
+    add_fields(parser, TextOptions)
     parser.add_argument(
         "--stop",
         metavar="TEXT",
@@ -128,8 +105,7 @@ def add_drawing(parser: argparse.ArgumentParser) -> None:
 def drawing(args: argparse.Namespace) -> dict[str, Any]:
     """What add_drawing's options say, as arguments of TextOptions."""
     seed = secrets.randbelow(2**31) if args.seed is None else args.seed
-    given = {name: getattr(args, name) for name in DRAWING}
-    return given | {"seed": seed, "stop_texts": tuple(args.stop)}
+    return given(args, TextOptions) | {"seed": seed, "stop_texts": tuple(args.stop)}
 
 
 def run(args: argparse.Namespace) -> int:

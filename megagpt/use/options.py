@@ -1,11 +1,16 @@
-"""How a text is made: what a caller may ask for (L3, without torch)."""
+"""How a text is made: what a caller may ask for, and options that set a dataclass (L3, without
+torch)."""
 
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import Field, dataclass, field, fields
+from typing import TYPE_CHECKING, Any
 
 from megagpt.errors import UsageError
+
+if TYPE_CHECKING:
+    import argparse
 
 MOST_LOGPROBS = 20
 """Likeliest tokens that are told of each position at most."""
@@ -19,29 +24,73 @@ SHOWN = 80
 """Characters of a wrong value that an error repeats."""
 
 
+# --- options of a command that are fields of a dataclass ----------------------------------------
+
+
+def option(default: int | float, metavar: str, text: str, name: str = "") -> Any:
+    """A field that an option of a command sets: `name`, or the field's own name."""
+    return field(default=default, metadata={"metavar": metavar, "help": text, "name": name})
+
+
+def option_of(one: Field[Any]) -> str:
+    """The option that sets a field."""
+    return one.metadata["name"] or f"--{one.name.replace('_', '-')}"
+
+
+def add_fields(parser: "argparse.ArgumentParser", kind: type) -> None:
+    """Adds the options of a dataclass; `given` reads them."""
+    for one in _set_by_options(kind):
+        parser.add_argument(
+            option_of(one),
+            dest=one.name,
+            metavar=one.metadata["metavar"],
+            type=type(one.default),
+            default=one.default,
+            help=f"{one.metadata['help']} (default: {one.default:,})",
+        )
+
+
+def given(args: "argparse.Namespace", kind: type) -> dict[str, Any]:
+    """What the options of a dataclass say, as its arguments."""
+    return {one.name: getattr(args, one.name) for one in _set_by_options(kind)}
+
+
+def _set_by_options(kind: Any) -> list[Field[Any]]:
+    return [one for one in fields(kind) if one.metadata]
+
+
+# --- texts --------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextOptions:
     """How a text is made. Logits are changed by the penalties first, then by the biases; then a
     token is drawn by temperature, then top-k, then top-p."""
 
-    max_tokens: int = 200
-    """Length of the text at most, without the prompt."""
+    max_tokens: int = option(200, "N", "tokens at most")
+    """Without the prompt."""
     min_tokens: int = 0
     """END-OF-DOCUMENT and stop_tokens are not drawn before so many tokens."""
-    temperature: float = 0.8
-    """Divides the logits; below 1 the likely get likelier, 0 takes the likeliest always."""
-    top_k: int = 0
-    """Draw among the k likeliest tokens; 0: among all."""
-    top_p: float = 1.0
-    """Draw among the fewest likeliest tokens that reach this probability together; 1: among all."""
-    frequency_penalty: float = 0.0
-    """Taken from a token's logit for each time that it is in the text so far, without the
-    prompt."""
-    presence_penalty: float = 0.0
-    """Taken once from the logit of a token that is in the text so far, without the prompt."""
-    repetition_penalty: float = 1.0
-    """Of tokens in prompt and text, divides logits above 0 and multiplies those below (Keskar et
-    al. 2019, section 4.1)."""
+    temperature: float = option(
+        0.8, "T", "below 1 the likely tokens get likelier; 0: always the likeliest"
+    )
+    """Divides the logits."""
+    top_k: int = option(0, "K", "draw among the K likeliest tokens; 0: among all")
+    top_p: float = option(
+        1.0, "P", "draw among the fewest likeliest tokens of probability P, 0 < P <= 1, together"
+    )
+    frequency_penalty: float = option(
+        0.0, "A", "taken from a token's logit for each time it is in the text"
+    )
+    """So far, without the prompt."""
+    presence_penalty: float = option(
+        0.0, "A", "taken once from the logit of a token that is in the text"
+    )
+    """So far, without the prompt."""
+    repetition_penalty: float = option(
+        1.0, "A", "divides the logits above 0 of tokens in prompt and text, multiplies those below"
+    )
+    """Keskar et al. 2019, section 4.1."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Token -> what is added to its logit, -100 to 100; -100 forbids it."""
     seed: int = 0

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from pathlib import Path
 
 import httpx2
@@ -24,7 +25,7 @@ from megagpt.serve.app import build_app
 from megagpt.serve.limits import Limits
 from megagpt.tokenizer import load_tokenizer
 from megagpt.use.generator import Continuation, Generator
-from megagpt.use.options import TextOptions
+from megagpt.use.options import TextOptions, given, option_of
 from megagpt.use.together import placed_generator
 from tests.lib.server import chat_folder, serving
 from tests.lib.weights import weights_folder
@@ -237,13 +238,10 @@ def test_the_command_line_takes_every_limit(capsys):
     with pytest.raises(SystemExit):
         main(["serve", "--help"])
     text = capsys.readouterr().out
-    assert all(f"--{name}" in text for name in command.LIMITS)
-    options = [f"--{name}" for name in command.LIMITS]
-    words = [word for name in options for word in (name, "7")]
-    args = parse("x", *words)
-    assert {getattr(args, field) for field, _ in command.LIMITS.values()} == {7}
-    # Every field of the limits has an option.
-    assert {field for field, _ in command.LIMITS.values()} == set(Limits.__slots__)
+    options = [option_of(one) for one in fields(Limits)]
+    assert all(f"{name} " in text for name in options)
+    args = parse("x", *(word for name in options for word in (name, "7")))
+    assert set(given(args, Limits).values()) == {7}
 
 
 def test_a_cancelled_request_never_begins(served):
