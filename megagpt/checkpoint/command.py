@@ -8,8 +8,7 @@ from megagpt.checkpoint import record
 from megagpt.checkpoint.export import (
     INDEX,
     consolidate,
-    consolidated_problems,
-    consolidated_strangers,
+    consolidated_state,
     reshape,
 )
 from megagpt.checkpoint.journal import NAME, journal_problems
@@ -69,8 +68,7 @@ def check(args: argparse.Namespace) -> int:
     damaged; exit code 3 for any damage."""
     damaged, sealed = False, None
     if (args.folder / INDEX).exists():
-        problems = consolidated_problems(args.folder)
-        names = [] if problems else consolidated_strangers(args.folder)
+        problems, names = consolidated_state(args.folder)
         print(f"{args.folder.absolute().name}  {_verdict(problems, names)}")
         return EXIT_DAMAGE if problems else EXIT_OK
     for folder in record.checkpoints_of(args.folder):

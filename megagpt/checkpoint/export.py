@@ -185,7 +185,7 @@ def load_model(
 def _consolidated(folder: Path, compare: bool) -> tuple[Callable[[str], Tensor], dict[str, Any]]:
     """(canonical name -> whole parameter in fp32, facts). Raises DamageError for a file that is
     missing, damaged or not readable."""
-    if compare and (problems := consolidated_problems(folder)):
+    if compare and (problems := consolidated_state(folder)[0]):
         raise DamageError("; ".join(problems) + f"; {WRITE_AGAIN}")
     index = _index(folder)
     file_of, metadata = index["weight_map"], {"vocabulary": ""} | index["metadata"]
@@ -202,24 +202,19 @@ def _consolidated(folder: Path, compare: bool) -> tuple[Callable[[str], Tensor],
     return read, {key: metadata[key] for key in FACTS}
 
 
-def consolidated_problems(folder: Path) -> list[str]:
-    """What is wrong with a folder of consolidated weights, reading every byte; empty when whole."""
+def consolidated_state(folder: Path) -> tuple[list[str], list[str]]:
+    """(what is wrong with a folder of consolidated weights, reading every byte; what lies there and
+    is read by nothing)."""
     try:
         index = _index(folder)
         files = [FileRecord(**file) for file in index["metadata"].get("files", ())]
         unknown = {*index["weight_map"].values()} - {file.name for file in files}
         if unknown and "sha256" in index:
             raise ValueError(f"no checksum of {', '.join(sorted(unknown))}")
-        return [problem for file in files if (problem := file.problem(folder))]
+        problems = [problem for file in files if (problem := file.problem(folder))]
+        return problems, record.strangers(folder, files, INDEX) if files else []
     except BROKEN as error:
-        return [f"{folder / INDEX}: not readable as consolidated weights ({error})"]
-
-
-def consolidated_strangers(folder: Path) -> list[str]:
-    """What lies in a folder of whole consolidated weights and is read by nothing."""
-    index = _index(folder)
-    files = [FileRecord(**file) for file in index["metadata"].get("files", ())]
-    return record.strangers(folder, files, INDEX) if files else []
+        return [f"{folder / INDEX}: not readable as consolidated weights ({error})"], []
 
 
 def _index(folder: Path) -> dict[str, Any]:

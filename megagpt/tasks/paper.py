@@ -7,9 +7,12 @@ against another source.
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from megagpt.tasks.scoring import TaskResult
 from megagpt.use.evaluate import Estimate
@@ -56,12 +59,7 @@ def at_compute(values: Sequence[float], pf_days: float) -> float:
     """The value of eight at so many PF-days; NaN outside of what the paper trained."""
     if len(values) != len(SIZES) or not PF_DAYS[0] <= pf_days <= PF_DAYS[-1]:
         return math.nan
-    for place in range(1, len(SIZES)):
-        if pf_days <= PF_DAYS[place]:
-            break
-    low, high = math.log(PF_DAYS[place - 1]), math.log(PF_DAYS[place])
-    share = (math.log(pf_days) - low) / (high - low)
-    return values[place - 1] + share * (values[place] - values[place - 1])
+    return float(np.interp(math.log(pf_days), np.log(PF_DAYS), values))
 
 
 def paper_rows(results: list[TaskResult], pf_days: float) -> list[PaperRow]:
@@ -131,8 +129,8 @@ def paper_lines(rows: list[PaperRow], pf_days: float) -> list[str]:
 
 def _doubtful(row: PaperRow, pf_days: float) -> bool:
     """Whether a figure from memory stands at an end of the line that our compute is on."""
-    place = next(i for i in range(1, len(SIZES)) if pf_days <= PF_DAYS[i])
-    return bool({SIZES[place - 1], SIZES[place]}.intersection(row.unchecked))
+    place = max(1, bisect_left(PF_DAYS, pf_days))
+    return bool({*SIZES[place - 1 : place + 1]}.intersection(row.unchecked))
 
 
 def _shown(value: float) -> str:

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megagpt.checkpoint import list_checkpoints, load_model, verify
-from megagpt.checkpoint.export import consolidate, consolidated_problems
+from megagpt.checkpoint.export import consolidate, consolidated_state
 from megagpt.checkpoint.journal import Journal, read_journal
 from megagpt.checkpoint.record import read_record
 from megagpt.cluster.ranks import Ranks
@@ -109,7 +109,7 @@ class Flips:
 
     def consolidated(self, count: int) -> None:
         folder = Path("consolidated")
-        self.read("consolidated", folder.iterdir(), count, lambda: consolidated_problems(folder))
+        self.read("consolidated", folder.iterdir(), count, lambda: consolidated_state(folder)[0])
         self.read(
             "opened", folder.iterdir(), count // 50, lambda: refused(lambda: load_model(folder))
         )
