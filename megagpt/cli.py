@@ -2,7 +2,8 @@
 """The `megagpt` command: one table of subcommands, each in a module of its own (L3).
 
 A module is imported only when its command is called, so that `megagpt --help` is instant. Its
-`add_options(parser)` describes the command, and its `run(args)` does the work.
+`add_options(parser)` describes the command, and its `run(args)` does the work; it returns an exit
+code where there are several.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megagpt import __version__
-from megagpt.errors import UsageError, ended
+from megagpt.errors import EXIT_OK, UsageError, ended
 
 COMMANDS = {
     "init": ("start.command", "write a run file for a corpus, a size and this machine"),
@@ -93,7 +94,7 @@ def run(argv: Sequence[str]) -> int:
     for name, value in vars(args).items():
         _check(name.replace("_", "-"), value)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    return int(args.run(args))
+    return args.run(args) or EXIT_OK
 
 
 def _check(name: str, value: object) -> None:

@@ -46,7 +46,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         action.set_defaults(run=function)
 
 
-def show(args: argparse.Namespace) -> int:
+def show(args: argparse.Namespace) -> None:
     """Prints step, tokens, size and layout of each checkpoint."""
     for folder in record.checkpoints_of(args.folder):
         try:
@@ -60,7 +60,6 @@ def show(args: argparse.Namespace) -> int:
             split = ", ".join(f"{k} {v}" for k, v in state.layout.items())
             kept = "  milestone" if state.milestone else ""
             print(f"{folder.name}  {state.tokens:,} tokens  {size:,} bytes  {split}{kept}")
-    return EXIT_OK
 
 
 def check(args: argparse.Namespace) -> int:
@@ -109,14 +108,12 @@ def _verdict(problems: Sequence[str], strangers: Sequence[str]) -> str:
     return "; ".join(problems) or "whole" + (named if strangers else "")
 
 
-def cut(args: argparse.Namespace) -> int:
+def cut(args: argparse.Namespace) -> None:
     """Writes the newest checkpoint cut anew; prints where."""
     print(reshape(args.folder, args.output, args.ranks))
-    return EXIT_OK
 
 
-def gather(args: argparse.Namespace) -> int:
+def gather(args: argparse.Namespace) -> None:
     """Writes the newest checkpoint's weights; prints where."""
     for path in consolidate(args.folder, args.output, args.shard_bytes):
         print(path)
-    return EXIT_OK

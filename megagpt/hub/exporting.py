@@ -21,7 +21,7 @@ from torch import Tensor
 from megagpt.checkpoint import record
 from megagpt.checkpoint.export import INDEX, Weights, new_folder, open_weights
 from megagpt.checkpoint.weights import SHARD_BYTES, add_shard_option, write_tensors
-from megagpt.errors import EXIT_OK, MegagptError
+from megagpt.errors import MegagptError
 from megagpt.files import temporary_of, write_file
 from megagpt.hub.card import model_card
 from megagpt.hub.compare import Comparison, compare
@@ -58,14 +58,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_shard_option(parser)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     """Writes the folder; prints where, and what was measured."""
     found = export_model(args.folder, args.output, args.dtype, args.shard_bytes)
     print(
         f"{args.output}: {args.dtype}; logits differ by {found.difference:.2g} at most (the "
         f"largest is {found.largest:.3g}); {found.tokens} greedy tokens compared"
     )
-    return EXIT_OK
 
 
 def export_model(

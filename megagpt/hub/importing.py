@@ -16,7 +16,7 @@ from megagpt.config import RunConfig, dump_run, parse_run
 from megagpt.config.presets import ModelConfig
 from megagpt.config.schedule import Schedule
 from megagpt.config.sections import DataConfig, DataSource
-from megagpt.errors import EXIT_OK, DamageError, UsageError
+from megagpt.errors import DamageError, UsageError
 from megagpt.files import temporary_of, write_file
 from megagpt.hub.naming import imported
 from megagpt.hub.palettes import palette_beside
@@ -50,11 +50,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_shard_option(parser)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     """Writes the folder; prints where."""
     import_model(args.path, args.output, args.tokenizer, args.shard_bytes)
     print(args.output)
-    return EXIT_OK
 
 
 def import_model(

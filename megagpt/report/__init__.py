@@ -22,7 +22,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     """Writes the files and prints their paths."""
     from megagpt.report.page import write_page
     from megagpt.report.picture import draw_runs
@@ -33,4 +33,3 @@ def run(args: argparse.Namespace) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     print(draw_runs(runs, folder / NAME))
     print(write_page(runs, folder / PAGE))
-    return 0

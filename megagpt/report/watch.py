@@ -71,7 +71,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--once", action="store_true", help="print one frame and end")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     """Shows the dashboard until Ctrl-C, or until the run is complete."""
     from rich.console import Console
     from rich.live import Live
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
         console = Console(width=100)
     if args.once:
         console.print(_look(args.folder, follower, console.width)[0])
-        return 0
+        return
     try:
         with Live(console=console, screen=True, auto_refresh=False) as live:
             done = False
@@ -94,10 +94,9 @@ def run(args: argparse.Namespace) -> int:
                 # A long record takes its time: never more than a tenth of it for looking.
                 time.sleep(0 if done else max(args.every, 9 * (time.monotonic() - t0)))
     except KeyboardInterrupt:
-        return 0
+        return
     # The other screen is gone: the last frame stays on this one.
     console.print(shown)
-    return 0
 
 
 def _look(folder: Path, follower: Follower, width: int) -> "tuple[RenderableType, bool]":

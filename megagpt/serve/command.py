@@ -69,7 +69,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_split(parser, "serve")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     """Serves until a signal."""
     limits = Limits(**given(args, Limits))
     limits.check()
@@ -96,7 +96,6 @@ def run(args: argparse.Namespace) -> int:
         if generator is not None:
             served = served_by(generator, facts, args.name or args.folder.absolute().name, limits)
             _listen(args, listener or _bound(args.host, args.port), served)
-    return 0
 
 
 def _listen(args: argparse.Namespace, listener: socket.socket, served: "Served") -> None:

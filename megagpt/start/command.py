@@ -17,7 +17,7 @@ from megagpt.config.flops import parameters
 from megagpt.config.presets import PRESETS
 from megagpt.corpus.manifest import MANIFEST, CorpusManifest, read_manifest
 from megagpt.corpus.pipe import validation_folder
-from megagpt.errors import EXIT_OK, UsageError
+from megagpt.errors import UsageError
 from megagpt.files import write_file
 from megagpt.plan.accelerators import ACCELERATORS, accelerator_in, check_gpu
 from megagpt.plan.candidates import Cluster
@@ -62,7 +62,7 @@ def add_options(made: argparse.ArgumentParser) -> None:
     made.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="default: 8")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     """Writes the file and says what comes next. Raises UsageError for what cannot be."""
     name = args.name.removesuffix(".toml")
     if not name and len(args.data) > 1 and not args.data[-1].exists():
@@ -88,7 +88,6 @@ def run(args: argparse.Namespace) -> int:
     parse_run(text, name=str(path))
     write_file(path, text)
     print(_told(fitted, path))
-    return EXIT_OK
 
 
 def _told(fitted: Fitted, path: Path) -> str:

@@ -20,7 +20,7 @@ from typing import NoReturn
 from megagpt.check.machine import gpus
 from megagpt.cluster.ranks import discover
 from megagpt.config import RunConfig, add_overrides, load_run
-from megagpt.errors import EXIT_OK, UsageError
+from megagpt.errors import UsageError
 from megagpt.order.loader import check_corpora
 from megagpt.plan.corpora import missing
 from megagpt.plan.ds_config import read_ds_config, resolve
@@ -54,7 +54,7 @@ def add_options(made: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     """Checks, then replaces this process by the launcher. Raises what the checks find."""
     config = load_run(args.file, args.overrides)
     words = [args.file, *args.overrides, *["--allow-changes"] * args.allow_changes]
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
 
         if finished(config, of_any_recipe=args.allow_changes):
             print(summary(config))
-            return EXIT_OK
+            return
     for oddity in oddities(config):
         print(f"note: {oddity}", flush=True)
     print(f"{ranks} rank{'s' * (ranks > 1)}, run folder {config.output}", flush=True)

@@ -106,7 +106,7 @@ def _add_tasks(tasks: "argparse._ArgumentGroup") -> None:
     )
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     """Prints the figures of each task, or of each corpus."""
     asked = [f"--{name}" for name in ("data", "task", "harness") if getattr(args, name)]
     if len(asked) > 1:
@@ -116,22 +116,24 @@ def run(args: argparse.Namespace) -> int:
             option = f"--{key.replace('_', '-')}"
             raise UsageError(f"{option}: is for {' and '.join(kinds)}; leave it out")
     if args.harness:
-        return _harness(args)
-    return _tasks(args) if args.task else corpora.run(args)
+        _harness(args)
+    elif args.task:
+        _tasks(args)
+    else:
+        corpora.run(args)
 
 
-def _tasks(args: argparse.Namespace) -> int:
+def _tasks(args: argparse.Namespace) -> None:
     from megagpt.tasks.catalogue import wanted
 
     if args.max_tokens < 0:
         raise UsageError(f"--max-tokens {args.max_tokens}: must be 0 (all) or more")
     found = wanted(args.task, args.seed, bool(args.shots))
-    if not args.all_checkpoints:
-        folder = corpora.checkpoint_of(args.folder, args.checkpoint)
-        _print(args, found, evaluated(args, found, folder))
-        return 0
-    _learn(args, found)
-    return 0
+    if args.all_checkpoints:
+        _learn(args, found)
+        return
+    folder = corpora.checkpoint_of(args.folder, args.checkpoint)
+    _print(args, found, evaluated(args, found, folder))
 
 
 def _learn(args: argparse.Namespace, found: "Wanted") -> None:
@@ -169,7 +171,7 @@ def _point(result: "TaskResult", facts: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _harness(args: argparse.Namespace) -> int:
+def _harness(args: argparse.Namespace) -> None:
     try:
         from megagpt.tasks.harness import harness_lines, run_harness
     except ImportError as error:
@@ -191,7 +193,6 @@ def _harness(args: argparse.Namespace) -> int:
         print(encode({"checkpoint": str(folder), **told}).decode(), end="")
     else:
         print(harness_lines(found))
-    return 0
 
 
 def evaluated(

@@ -52,7 +52,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_split(parser, "chat")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     """Talks until the end of the input."""
     options = TextOptions(**drawing(args), slide=False)
     options.check()
@@ -61,7 +61,6 @@ def run(args: argparse.Namespace) -> int:
     with placed_generator(args, rows=1) as (generator, _):
         if generator is not None:
             _talk(generator, options, args.system)
-    return 0
 
 
 def _talk(generator: "Generator", options: TextOptions, system: str) -> None:

@@ -117,7 +117,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     """Prints the figures of each corpus."""
     import torch
 
@@ -164,11 +164,10 @@ def run(args: argparse.Namespace) -> int:
             "confidence": CONFIDENCE,
         }
         print(encode({**how, "results": [asdict(result) for result in results]}).decode(), end="")
-        return 0
+        return
     log.info("{checkpoint}: step {step}, trained on {tokens:,} tokens".format(**facts))
     for result in results:
         print("\n".join(_lines(result)))
-    return 0
 
 
 def _check_documents(manifest: "CorpusManifest") -> None:

@@ -108,7 +108,7 @@ def drawing(args: argparse.Namespace) -> dict[str, Any]:
     return given(args, TextOptions) | {"seed": seed, "stop_texts": tuple(args.stop)}
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     """Prints the texts."""
     for name in ("samples", "batch_size"):
         if getattr(args, name) < 1:
@@ -123,7 +123,6 @@ def run(args: argparse.Namespace) -> int:
     with placed_generator(args, rows, args.batch_invariant) as (generator, _):
         if generator is not None:
             _write(args, generator, prompts, options)
-    return 0
 
 
 def _write(
