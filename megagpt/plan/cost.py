@@ -27,7 +27,7 @@ HOST_UPDATES = 2e9
 TILE = 256 * 128
 """Elements of a product's result that one multiprocessor computes at a time (cuBLAS)."""
 NANOTRON = SYSTEMS.index("nanotron")
-MEGAGPT, MEGAGPT_EAGER = SYSTEMS.index("megagpt"), SYSTEMS.index(f"megagpt{EAGER}")
+OURS = [SYSTEMS.index("megagpt"), SYSTEMS.index(f"megagpt{EAGER}")]
 OMNI_PATH = SYSTEMS.index("megatron-deepspeed")
 
 
@@ -43,6 +43,16 @@ def by_system(constants: Constants, kind: str, jobs: Jobs) -> Column:
 def by_gpu(constants: Constants, kind: str, jobs: Jobs) -> Column:
     """The constant `kind.GENERATION` of each job."""
     return np.array([constants[f"{kind}.{name}"] for name in GENERATIONS])[jobs.gpu]
+
+
+def ours(jobs: Jobs) -> "np.ndarray[tuple[int], np.dtype[np.bool_]]":
+    """Where megagpt itself trains, through DeepSpeed."""
+    return np.asarray(np.isin(jobs.framework, OURS))
+
+
+def on_host(jobs: Jobs) -> "np.ndarray[tuple[int], np.dtype[np.bool_]]":
+    """Where the devices are processors of a host, whose ranks talk through gloo."""
+    return np.asarray(jobs.processors == 1)
 
 
 def stage_parameters_of(jobs: Jobs) -> Column:
@@ -71,8 +81,9 @@ def step_items(jobs: Jobs, c: Constants) -> dict[str, Column]:
     tensor = jobs.most * wire
     whole = (jobs.layers * (layer + wire) + head) / jobs.pp
     gathered = sharded_wait(jobs, c)
-    # Weights that arrive while a layer computes cost what does not fit behind it.
-    q = 1 + by_system(c, "overlap", jobs)
+    # Weights that arrive while a layer computes cost what does not fit behind it; the processors of
+    # a host do both.
+    q = 1 + np.where(on_host(jobs), 0.0, by_system(c, "overlap", jobs))
     behind = (compute**q + gathered**q) ** (1 / q) - compute
     scale = 1.0 + by_gpu(c, "straggler", jobs) * np.log2(np.maximum(1.0, jobs.gpus / jobs.per_node))
     return {
@@ -227,8 +238,7 @@ def data_wait(jobs: Jobs, c: Constants) -> Column:
     hidden: 2 (d - 1) / d of the gradients, once a step. ZeRO-3 pays with each micro-batch, and so
     do DeepSpeed's gradients under ZeRO-2, which are cut as they are made (stage_1_and_2.py)."""
     held = stage_parameters_of(jobs)
-    ours = (jobs.framework == MEGAGPT) | (jobs.framework == MEGAGPT_EAGER)
-    times = np.where(ours & (jobs.zero == 2), jobs.micro_batches, 1.0)
+    times = np.where(ours(jobs) & (jobs.zero == 2), jobs.micro_batches, 1.0)
     back = np.where(jobs.zero > 0, jobs.weight_bytes, jobs.grad_bytes)
     volume = (times * jobs.grad_bytes + back) * held
     ring = (
@@ -241,8 +251,12 @@ def data_wait(jobs: Jobs, c: Constants) -> Column:
 
 def sharded_wait(jobs: Jobs, c: Constants) -> Column:
     """Seconds of ZeRO-3's traffic for one micro-batch: weights gathered forward and backward and
-    gradients scattered, 3 x 2 bytes of each parameter, and a latency for each hop of each ring."""
-    volume = 3 * 2 * stage_parameters_of(jobs) * (jobs.dp - 1) / jobs.dp / group_rate(jobs, c)
+    gradients scattered, and a latency for each hop of each ring. What --calibrate found of the
+    ring's rate counts here too. Over gloo a reduce-scatter is an all-reduce, of which each rank
+    keeps its part (torch's ProcessGroupGloo): twice the traffic."""
+    rate = group_rate(jobs, c) / np.where(ours(jobs), by_system(c, "data_exposed", jobs), 1.0)
+    each = 2 * jobs.weight_bytes + jobs.grad_bytes * np.where(on_host(jobs), 2, 1)
+    volume = each * stage_parameters_of(jobs) * (jobs.dp - 1) / jobs.dp / rate
     hops = by_system(c, "sharded_latency", jobs) * jobs.dp * jobs.most
     # From the host's memory each rank fetches its own part forward and backward.
     own = 2 * jobs.weight_bytes * stage_parameters_of(jobs) / jobs.dp

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megagpt.plan.cost import MEGAGPT, MEGAGPT_EAGER, Constants, by_system, layer_parameters
+from megagpt.plan.cost import Constants, by_system, layer_parameters, ours
 from megagpt.plan.jobs import SYSTEMS, Column, Jobs
 
 CORE, FSDP = SYSTEMS.index("megatron-core"), SYSTEMS.index("fsdp")
@@ -73,11 +73,10 @@ def stage_bytes(jobs: Jobs, c: Constants, stage: Stage) -> dict[str, Column]:
     passed = np.where(jobs.pp > 1, 2 * edge * stage.in_flight, 0.0)
     # DeepSpeed copies a rank's own part of the gradients for the update: ZeRO-1 out of the whole
     # ones, ZeRO-3 into one flat piece (stage3.py, _prepare_fp32_grad_for_sub_group).
-    ours = (jobs.framework == MEGAGPT) | (jobs.framework == MEGAGPT_EAGER)
-    flat = ours & ((jobs.zero == 1) | (jobs.zero == 3)) & (jobs.offload == 0)
+    flat = ours(jobs) & ((jobs.zero == 1) | (jobs.zero == 3)) & (jobs.offload == 0)
     copied = np.where(flat, jobs.kept_grad_bytes * held / jobs.dp, 0.0)
     # fp32 weights are their own master only without ZeRO.
-    moments = np.where((size > 2) & ((jobs.zero == 0) | ~ours), 8, 12)
+    moments = np.where((size > 2) & ((jobs.zero == 0) | ~ours(jobs)), 8, 12)
     return {
         "weights": (1 - jobs.offload_weights) * size * held / share[0],
         # Gradients of a part go to the host with the optimizer, as they are made.

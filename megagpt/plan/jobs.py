@@ -241,7 +241,11 @@ def _filled(row: Mapping[str, str], where: str) -> dict[str, Any]:
     system = row.get("system", "")
     known = float(any(part in _plain(system) for part in FRAMEWORKS))
     framework = framework_of(system, least("zero_stage", 0.0), tp * pp, gpu)
+    zero = least("zero_stage", _STAGES.get(framework, 0.0) * known)
     precision = _precision(row, device)
+    # ZeRO-3 reduces gradients in 16 bits everywhere but here.
+    short = precision == "fp16" or framework in ("fsdp", "ddp", "pax")
+    short = short or (zero == 3 and not framework.startswith("megagpt"))
     share = max(1.0, base["global_batch_seqs"] / dp)
     micro = min(share, least("micro_batch", _micro(share, base["seq_len"], pp)))
     recompute = meant(row, "recompute")
@@ -255,14 +259,14 @@ def _filled(row: Mapping[str, str], where: str) -> dict[str, Any]:
         "d_ff": least("d_ff", 4 * base["d_model"]),
         "vpp": least("virtual_pp", _virtual(framework, base["n_layers"] / pp, pp)),
         "dp": dp,
-        "zero": least("zero_stage", _STAGES.get(framework, 0.0) * known),
+        "zero": zero,
         "micro": micro,
         "sequence_parallel": _yes(row, "sequence_parallel"),
         "full": float(recompute == "full"),
         "selective": float(recompute == "selective"),
         "flash": _yes(row, "flash_attention", framework not in _OLD),
         "fp8": float(precision == "fp8"),
-        "grad_bytes": 2.0 if precision == "fp16" or framework in ("fsdp", "ddp", "pax") else 4.0,
+        "grad_bytes": 2.0 if short else 4.0,
         "kept_grad_bytes": _kept_grad_bytes(framework, precision),
         "weight_bytes": 4.0 if exact else 2.0,
         "logits": micro * base["seq_len"] * base["vocab"] / tp,

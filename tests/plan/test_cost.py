@@ -1,5 +1,6 @@
 """The cost model against arithmetic by hand, and its promises against what others measured."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,16 @@ def test_traffic_by_hand():
     whole = 96 * 12 * 12288**2 + 51200 * 12288
     assert sharded_wait(z3, c)[0] == pytest.approx(6 * whole * 7 / 8 / 150e9)
     assert data_wait(z3, c)[0] == 0
+    # Our gradients travel in fp32, at the ring's rate that --calibrate found; over gloo twice, and
+    # nothing hides them behind the same processors' computations.
+    own = jobs(zero_stage="3", tp="1", pp="1", n_gpus="8", system="megagpt", precision="bf16")
+    c |= {"sharded_latency.megagpt": 0.0, "data_exposed.megagpt": 1.25}
+    assert sharded_wait(own, c)[0] == pytest.approx(1.25 * 8 * whole * 7 / 8 / 150e9)
+    host = dataclasses.replace(own, processors=np.ones(1))
+    gathered = sharded_wait(host, c)[0]
+    assert gathered == pytest.approx(1.25 * 12 * whole * 7 / 8 / 150e9)
+    assert step_items(host, c)["data"][0] == pytest.approx(host.micro_batches[0] * gathered)
+    assert step_items(own, c)["data"][0] < 0.9 * own.micro_batches[0] * sharded_wait(own, c)[0]
 
 
 def test_more_of_anything_that_costs_takes_longer():
