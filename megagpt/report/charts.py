@@ -14,7 +14,7 @@ vocabularies of 32k to 50k: for other text, or another tokenizer, slopes compare
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -83,15 +83,16 @@ def charts(runs: Sequence[Run]) -> list[Chart]:
     """All charts that have something to show, the most asked for first."""
     *figures, loss_scale, step_time = (_figure(runs, *figure) for figure in _FIGURES)
     parts = _parts(runs)
+    losses = ("validation loss of each set", "validation loss of ")
     candidates = [
         _loss(runs),
         _compute(runs),
         *_tasks(runs),
-        *_validation_sets(runs),
+        *_of_each(runs, _validation_sets, losses, "dots", unit="nats per token", ylog=True),
         *figures,
         parts if parts["lines"] else step_time,
-        *_sources(runs),
-        *_memory(runs),
+        *_of_each(runs, _epochs, ("epochs of each source", "epochs of "), "line"),
+        *_of_each(runs, _memory, ("memory of rank 0", "memory of rank 0: "), "line", unit="bytes"),
         loss_scale,
     ]
     for chart in candidates:
@@ -254,58 +255,49 @@ def _figure(
 
 def _of_each(
     runs: Sequence[Run],
-    found: Iterable[tuple[str, int, Curve]],
+    curves_of: Callable[[Run], dict[str, Curve]],
     titles: tuple[str, str],
     kind: str,
     **options: Any,
 ) -> list[Chart]:
     """All figures of one run in a chart; of several runs a chart for each figure.
 
-    found: name of the figure, number of the run, curve. titles: of the one chart, and what the
-    figure's name follows in those of several.
+    curves_of: the figures of a run by name. titles: of the one chart, and what the figure's name
+    follows in those of several.
     """
     made: dict[str, Chart] = {}
-    for name, index, curve in found:
-        if not np.isfinite(curve[1]).any():
-            continue
-        several = len(runs) > 1
-        title = titles[1] + name if several else titles[0]
-        lines = made.setdefault(title, _chart(title, **options))["lines"]
-        shown, colour = (runs[index].name, index) if several else (name, len(lines))
-        lines.append(_line(shown, colour_of(colour), curve, kind, index))
+    several = len(runs) > 1
+    for index, run in enumerate(runs):
+        for name, curve in curves_of(run).items():
+            if not np.isfinite(curve[1]).any():
+                continue
+            title = titles[1] + name if several else titles[0]
+            lines = made.setdefault(title, _chart(title, **options))["lines"]
+            shown, colour = (run.name, index) if several else (name, len(lines))
+            lines.append(_line(shown, colour_of(colour), curve, kind, index))
     return list(made.values())
 
 
-def _validation_sets(runs: Sequence[Run]) -> list[Chart]:
-    found = (
-        (name, index, (run.validation[0], losses))
-        for index, run in enumerate(runs)
-        for name, losses in run.validation_sets.items()
-    )
-    titles = ("validation loss of each set", "validation loss of ")
-    return _of_each(runs, found, titles, "dots", unit="nats per token", ylog=True)
+def _validation_sets(run: Run) -> dict[str, Curve]:
+    return {name: (run.validation[0], losses) for name, losses in run.validation_sets.items()}
 
 
-def _sources(runs: Sequence[Run]) -> list[Chart]:
-    """Epochs of each source of data."""
-    found = []
-    for index, run in enumerate(runs):
-        for name in table(run.steps[-1].get("sources")):
-            of_each = [table(table(step.get("sources")).get(name)) for step in run.steps]
-            found.append((name, index, (run.tokens, column(of_each, "epochs"))))
-    return _of_each(runs, found, ("epochs of each source", "epochs of "), "line")
+def _epochs(run: Run) -> dict[str, Curve]:
+    """Of each source of data."""
+    sources = [table(step.get("sources")) for step in run.steps]
+    return {
+        name: (run.tokens, column([table(of_step.get(name)) for of_step in sources], "epochs"))
+        for name in sources[-1]
+    }
 
 
-def _memory(runs: Sequence[Run]) -> list[Chart]:
-    found = []
-    for index, run in enumerate(runs):
-        # Some figures are measured every hundred steps.
-        names = {name for step in run.steps[:200] for name in step if name.endswith("_bytes")}
-        for name in sorted(names):
-            shown = name.removesuffix("_bytes").replace("_", " ")
-            found.append((shown, index, (run.tokens, run.smoothed(name))))
-    titles = ("memory of rank 0", "memory of rank 0: ")
-    return _of_each(runs, found, titles, "line", unit="bytes")
+def _memory(run: Run) -> dict[str, Curve]:
+    # Some figures are measured every hundred steps.
+    names = {name for step in run.steps[:200] for name in step if name.endswith("_bytes")}
+    return {
+        name.removesuffix("_bytes").replace("_", " "): (run.tokens, run.smoothed(name))
+        for name in sorted(names)
+    }
 
 
 def _parts(runs: Sequence[Run]) -> Chart:
