@@ -45,6 +45,7 @@ setup(
         "megagpt.plan": ["*.json"],
         "megagpt.report": ["*.css", "*.html", "*.js", "*.mplstyle", "uplot/*"],
         "megagpt.serve": ["*.html"],
+        "megagpt.start": ["*.jinja"],
         "megagpt.tasks": ["*.txt"],
         "megagpt.tokenizer": ["*.bpe", "LICENSE*"],
         "megagpt.use": ["*.jinja"],
