@@ -9,6 +9,8 @@ import math
 import shlex
 from pathlib import Path
 
+import psutil
+
 from megagpt.check.machine import Gpu, gpus
 from megagpt.check.run_file import WITHOUT_BF16
 from megagpt.cluster.ranks import cores
@@ -129,6 +131,7 @@ def machine_of(args: argparse.Namespace, cards: list[Gpu]) -> Cluster | int:
         gpus=count,
         per_node=min(count, args.gpus_per_node),
         domain=min(count, args.gpus_per_node),
+        host_gb=psutil.virtual_memory().total / 1e9 if cards else 0.0,
     )
 
 

@@ -6,6 +6,7 @@ import itertools
 import re
 
 import numpy as np
+import psutil
 import pytest
 
 from megagpt.check.machine import Gpu
@@ -199,6 +200,7 @@ def test_the_machine_is_what_is_named_or_found(monkeypatch):
     cards = [Gpu(name="NVIDIA A100-SXM4-80GB", memory_mib=81920, errors=0)] * 4
     found = machine_of(args, cards)
     assert (found.gpu, found.gpus, found.per_node) == ("a100", 4, 4)
+    assert found.host == psutil.virtual_memory().total / 1e9
     assert isinstance(machine_of(args, []), int)
     args = argparse.Namespace(gpus=32, gpu="h200", gpus_per_node=8)
     named = machine_of(args, [])
