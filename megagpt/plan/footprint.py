@@ -65,8 +65,8 @@ def stage_bytes(jobs: Jobs, c: Constants, stage: Stage) -> dict[str, Column]:
     whole = layer_activations(jobs)
     again = jobs.full
     kept = stage.layers * stage.in_flight * (again * edge + (1 - again) * whole)
-    # A layer that is computed again is there in full for a while.
-    kept = kept + again * whole
+    # A layer that is computed again is there in full for a while, or its scores.
+    kept = kept + again * whole + jobs.selective * (1 - jobs.flash) * scores_of(jobs)
     # Two layers' weights at once; DeepSpeed's own bound on them is among its buckets.
     gathered = np.where((jobs.zero >= 3) & (jobs.buckets == 0), 2 * size, 0.0)
     gathered = gathered * layer_parameters(jobs)
@@ -102,9 +102,13 @@ def layer_activations(jobs: Jobs) -> Column:
     gate = np.where(jobs.framework == CORE, 6, 8)
     wide = np.where(jobs.gated > 0, gate, 4) - jobs.fp8
     inside = 4 + 4 * jobs.kv_heads / jobs.heads + jobs.d_ff / h * wide
-    stored = (jobs.flash == 0) & (jobs.selective == 0)
-    scores = np.where(stored, 5 * jobs.heads * jobs.seq / (h * t), 0.0)
     # PyTorch's selective checkpoints of single operations keep every other product.
     half = np.where((jobs.selective > 0) & (jobs.framework == FSDP), 0.5, 1.0)
-    kept = (10 - 2 * jobs.fp8) / apart + inside / t + scores
-    return jobs.weight_bytes / 2 * half * jobs.seq * jobs.micro * h * kept
+    kept = h * ((10 - 2 * jobs.fp8) / apart + inside / t)
+    stored = np.where((jobs.flash == 0) & (jobs.selective == 0), scores_of(jobs), 0.0)
+    return jobs.weight_bytes / 2 * half * jobs.seq * jobs.micro * kept + stored
+
+
+def scores_of(jobs: Jobs) -> Column:
+    """Bytes of a layer's attention scores of one micro-batch, of their softmax and dropout."""
+    return jobs.weight_bytes / 2 * jobs.micro * 5 * jobs.heads / jobs.tp * jobs.seq**2

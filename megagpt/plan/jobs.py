@@ -280,9 +280,9 @@ def _filled(row: Mapping[str, str], where: str) -> dict[str, Any]:
 def _precision(row: Mapping[str, str], device: Accelerator) -> str:
     """The precision of products; V100 has no bf16, and only Hopper and later have fp8."""
     precision = meant(row, "precision") or "bf16"
-    if device.generation == "V100" and precision == "bf16":
-        return "fp16"
-    return "bf16" if precision == "fp8" and device.generation in ("V100", "A100") else precision
+    if precision == "fp8" and device.generation in ("V100", "A100"):
+        precision = "bf16"
+    return "fp16" if precision == "bf16" and device.generation == "V100" else precision
 
 
 def device_columns(device: Accelerator, node_gb: float) -> dict[str, Any]:

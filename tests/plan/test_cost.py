@@ -122,6 +122,11 @@ def test_memory_by_hand():
     split = jobs(sequence_parallel="y", flash_attention="y", recompute="none")
     assert layer_activations(split)[0] == sbh * 34 / 8
     assert layer_activations(jobs(flash_attention="y"))[0] == sbh * (10 + 24 / 8)
+    # Selective recomputation has the scores of one layer at a time, 5 a b s^2 bytes.
+    one = [jobs(tp="1", pp="1", recompute="selective", flash_attention=f) for f in "ny"]
+    extra = [fullest(job, CONSTANTS)["activations"][0] for job in one]
+    scores = CONSTANTS["activations"] * 5 * 96 * 2048**2
+    assert extra[0] - extra[1] == pytest.approx(scores, rel=1e-6)
     # ZeRO shares out the optimizer, then gradients, then weights.
     shares = [fullest(jobs(tp="1", pp="1", zero_stage=z), CONSTANTS) for z in "0123"]
     assert [round(s["optimizer"][0] / s["weights"][0], 2) for s in shares] == [6, 0.75, 0.75, 6]
@@ -207,6 +212,7 @@ def test_cells_are_read_as_people_write_them(tmp_path):
         0,
     ]
     # An A100 has no fp8; fp32 weights take 4 bytes, and its products are 16 times as slow.
+    assert field("grad_bytes", gpu_type="V100", precision="fp8") == 2
     assert field("fp8", precision="fp8") == 0 and field("weight_bytes", precision="float32") == 4
     assert field("peak") == pytest.approx(16 * field("peak", precision="fp32"))
     assert [field("gpus", n_gpus="1,024"), field("gated", gated_mlp="y")] == [1024, 1]
