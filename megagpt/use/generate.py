@@ -129,7 +129,7 @@ def _write(
     args: argparse.Namespace, generator: "Generator", prompts: list[str], options: TextOptions
 ) -> None:
     """Makes and prints the texts."""
-    from megagpt.use.generator import Continuation, growing, write_texts
+    from megagpt.use.generator import Continuation, write_texts
 
     texts = [
         Continuation(generator.ids(prompt, options), options, number)
@@ -144,44 +144,40 @@ def _write(
             told = {"prompt": prompt, "sample": text.number, "text": words, "finish": text.finish}
             print_exactly(json.dumps({**told, "tokens": len(text.tokens)}) + "\n")
     else:
-        printer = _InOrder(beginnings, texts)
-        for number, piece in growing(generator, texts):
-            printer.grown(number, piece)
+        _print_in_order(generator, beginnings, texts)
     elapsed_s = time.perf_counter() - t0
     n_tokens = generator.made_tokens
     log.info("%d tokens in %.2f s: %.1f tokens/s", n_tokens, elapsed_s, n_tokens / elapsed_s)
     log.info("seed %d", options.seed)
 
 
-class _InOrder:
-    """Prints one text after another, the one whose turn it is as it grows."""
+def _print_in_order(
+    generator: "Generator", prompts: Sequence[str], texts: "Sequence[Continuation]"
+) -> None:
+    """Makes the texts and prints one after another, the one whose turn it is as it grows."""
+    from megagpt.use.generator import growing
 
-    def __init__(self, prompts: Sequence[str], texts: "Sequence[Continuation]") -> None:
-        self._prompts, self._texts = prompts, texts
-        self._waiting = [""] * len(texts)
-        self._done = [False] * len(texts)
-        self._turn = -1
-        self._begin_next()
-
-    def grown(self, number: int, piece: str) -> None:
-        """Takes what the text of a number has grown by."""
-        self._waiting[number] += piece
-        self._done[number] = bool(self._texts[number].finish)
-        while self._turn < len(self._texts):
-            print_exactly(self._waiting[self._turn])
-            self._waiting[self._turn] = ""
-            if not self._done[self._turn]:
-                return
+    waiting, done, turn = [""] * len(texts), [False] * len(texts), 0
+    _begin(prompts, turn)
+    for number, piece in growing(generator, texts):
+        waiting[number] += piece
+        done[number] = bool(texts[number].finish)
+        while turn < len(texts):
+            print_exactly(waiting[turn])
+            waiting[turn] = ""
+            if not done[turn]:
+                break
             print(flush=True)
-            self._begin_next()
+            turn += 1
+            _begin(prompts, turn)
 
-    def _begin_next(self) -> None:
-        self._turn += 1
-        if self._turn == len(self._texts):
-            return
-        if len(self._texts) > 1:
-            print(f"--- {self._turn + 1} of {len(self._texts)} ---")
-        print_exactly(self._prompts[self._turn])
+
+def _begin(prompts: Sequence[str], turn: int) -> None:
+    """Prints the beginning of the text whose turn it is, if there is one left."""
+    if turn < len(prompts):
+        if len(prompts) > 1:
+            print(f"--- {turn + 1} of {len(prompts)} ---")
+        print_exactly(prompts[turn])
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:
