@@ -83,7 +83,7 @@ def blocks(source: str, size: int) -> Iterator[Block]:
         yield from _digits()
     elif path.suffix in (".npy", ".npz"):
         yield from _arrays(path)
-    elif path.is_dir() and any(path.glob(CIFAR["test"][0])):
+    elif path.is_dir() and any(any(path.glob(names[0])) for names in CIFAR.values()):
         yield from _cifar(path, "10")
     elif path.is_dir() and any((path / name).is_file() for name in CIFAR["train"][1:]):
         yield from _cifar(path, "100")
@@ -113,17 +113,18 @@ def _arrays(path: Path) -> Iterator[Block]:
             tree = np.load(file, allow_pickle=False)
             there = dict(tree) if path.suffix == ".npz" else {"images": tree}
         images = there["images"]
-        labels = there.get("labels", np.full(len(images), -1)).astype(np.int64)
+        labels = there.get("labels", np.full(len(images), -1))
     except Exception as error:  # zipfile, zlib and numpy's headers have a dozen kinds
         raise DamageError(
             f'{path}: no arrays of images ({error}); a .npz has "images" and perhaps "labels"'
         ) from None
-    if images.dtype != np.uint8 or len(labels) != len(images):
+    whole = labels.dtype.kind in "iu" and labels.shape == (len(images),)
+    if images.dtype != np.uint8 or not whole:
         raise UsageError(
-            f"{path}: {images.dtype} images with {len(labels)} labels: must be uint8, 0 to 255, "
-            f"and one label for each of the {len(images)}"
+            f"{path}: {images.dtype} images with labels {labels.dtype} {labels.shape}: must be "
+            f"uint8, 0 to 255, and one integer for each of the {len(images)}"
         )
-    yield Block("train", _coloured(images, str(path)), labels)
+    yield Block("train", _coloured(images, str(path)), labels.astype(np.int64))
 
 
 def _coloured(images: NDArray[np.uint8], name: str) -> NDArray[np.uint8]:
@@ -144,6 +145,8 @@ def _cifar(folder: Path, kind: str) -> Iterator[Block]:
                 images = rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
                 if len(labels) != len(images):
                     raise ValueError(f"{len(labels)} labels of {len(images)} images")
+                if not ((labels >= 0) & (labels < int(kind))).all():
+                    raise ValueError(f"classes of {labels.min()} to {labels.max()} of {kind}")
             except Exception as error:  # a pickle has a dozen kinds
                 raise DamageError(f"{path}: not CIFAR's ({error}); copy it again") from None
             yield Block(split, images, labels)

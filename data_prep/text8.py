@@ -20,7 +20,7 @@ import numpy as np
 from megagpt.corpus.command import parser, prepare_by_place, run, split_by_place
 from megagpt.corpus.download import fetch
 from megagpt.corpus.records import prepare
-from megagpt.errors import DamageError
+from megagpt.errors import DamageError, UsageError
 
 URL = "http://mattmahoney.net/dc/{}.zip"
 PERCENT = {"train": 90, "validation": 5, "test": 5}
@@ -29,7 +29,8 @@ DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, KeyError, UnicodeDecodeError
 
 
 def read(path: Path, name: str) -> bytes:
-    """The bytes of text8 or enwik8, plain or zipped. Raises DamageError."""
+    """The bytes of text8 or enwik8, plain or zipped. Raises DamageError for another content,
+    UsageError for what cannot be read."""
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -39,6 +40,11 @@ def read(path: Path, name: str) -> bytes:
         if name == "text8":
             content.decode("ascii")
         return content
+    except OSError as error:
+        raise UsageError(
+            f"{path}: cannot be read ({error.strerror}); give {name} or {name}.zip, or leave "
+            "out --file to download it"
+        ) from None
     except DAMAGE as error:
         raise DamageError(f"{path}: not {name} ({error}); remove it to download again") from None
 

@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from training import answers, options, run_text, train
+from training import answers, options, run, run_text, train
 
 from megagpt.corpus.records import Masked, prepare
 
@@ -73,4 +73,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

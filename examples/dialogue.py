@@ -21,7 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import yaml
-from training import options, start, text_of, train
+from training import options, run, start, text_of, train
 
 from megagpt.checkpoint import load_model
 from megagpt.corpus.download import fetch
@@ -103,4 +103,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

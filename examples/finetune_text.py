@@ -11,15 +11,15 @@ unless it is kept in mind: with `--keep 0.3` three samples of ten are of the old
 """
 
 import argparse
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from pydoc_data.topics import topics
 
-from training import options, script, start, text_of, train
+from training import options, run, script, start, text_of, train
 
 from megagpt.checkpoint import load_model
 from megagpt.checkpoint.export import Weights
+from megagpt.errors import UsageError
 from megagpt.files import write_file
 from megagpt.tokenizer.portable import described
 from megagpt.use.generate import TextOptions, generate
@@ -66,8 +66,12 @@ def main() -> None:
     args = made.parse_args()
     weights = start(args.start)
     data = weights.config.data  # of imported weights: a placeholder
+    if not 0 <= args.keep < 1:
+        raise UsageError(f"--keep {args.keep}: must be 0 or more and below 1")
     if args.keep and not all(Path(s.path).exists() for s in data.train):
-        sys.exit(f"--keep {args.keep}: what {args.start} was trained on is not here; leave it out")
+        raise UsageError(
+            f"--keep {args.keep}: what {args.start} was trained on is not here; leave it out"
+        )
     new = write(args, weights)
     old = [Path(s.path) for s in data.validation if Path(s.path).exists()]
     share = args.keep / sum(s.weight for s in data.train)
@@ -82,4 +86,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -19,9 +19,10 @@ import numpy as np
 import tomli_w
 import torch
 from probing import FEW, Labelled, by_layer, few_labels
-from training import SCRIPTS, script, train
+from training import SCRIPTS, run, script, train
 
 from megagpt.checkpoint.export import open_weights
+from megagpt.errors import UsageError
 from megagpt.files import write_durably
 from megagpt.model import GPT
 from megagpt.order.loader import TokenLoader
@@ -39,9 +40,13 @@ class Part(NamedTuple):
     pixels: torch.Tensor
     labels: np.ndarray
 
+    def known(self) -> "Part":
+        """The images whose class is known."""
+        return Part(self.pixels[self.labels >= 0], self.labels[self.labels >= 0])
+
 
 def read(folder: Path, n_ctx: int) -> Part:
-    """A prepared split in the order of its files; labels of -1 where there are none."""
+    """A prepared split in the order of its files; labels of -1 where none is known."""
     loader = TokenLoader([(folder, 1.0)], n_ctx, 0, shuffle=False)
     pixels = torch.from_numpy(loader.samples(0, loader.n_windows)[:, 1:])
     there = folder / "labels.npy"
@@ -63,8 +68,8 @@ def run_text(args: argparse.Namespace) -> str:
 
 def draw(model: GPT, palette: Palette, held: Part, folder: Path, seed: int) -> None:
     """Two pictures: images of the model's own; originals, their upper halves, three completions."""
-    own = paint(model, held.pixels[: 4 * COLUMNS, :0], seed).numpy()
-    sheet = palette.decode(own).reshape(4, COLUMNS, *palette.decode(own).shape[1:])
+    own = palette.decode(paint(model, torch.zeros(4 * COLUMNS, 0), seed).numpy())
+    sheet = own.reshape(4, COLUMNS, *own.shape[1:])
     write_durably(folder / "drawn.png", png(grid(sheet, 6)))
     first = held.pixels[:COLUMNS]
     whole = palette.decode(first.numpy())
@@ -97,7 +102,10 @@ def main() -> None:
     add("--draws", type=int, default=20, help="draws of few labels")
     add("--ranks", type=int, default=1, help="processes, started by deepspeed where several")
     add("--seed", type=int, default=1337, help="initial weights and data order")
+    add("--allow-changes", action="store_true", help="go on with a run that had other options")
     args = made.parse_args()
+    if args.draws < 2:
+        raise UsageError(f"--draws {args.draws}: must be 2 or more, for an interval of their mean")
     place = ["--output", args.data, "--validation-fraction", 0.2]
     if args.images == "digits":
         place += ["--field", 12, "--copies", 8]
@@ -107,11 +115,12 @@ def main() -> None:
     assert palette is not None
     held = read(args.data.with_name(f"{args.data.name}-validation"), n_ctx)
     draw(model, palette, held, args.output, args.seed)
-    if (held.labels < 0).any():
-        return
     own = read(args.data, n_ctx)
     own = Part(own.pixels[: args.probed], own.labels[: args.probed])
-    parts = [labelled(model, palette, one) for one in (own, held)]
+    parts = [labelled(model, palette, one.known()) for one in (own, held)]
+    if min(len(np.unique(part.labels)) for part in parts) < 2:
+        print("no probe: the images are of no classes, or of one")
+        return
     for name, share in by_layer(*parts).items():
         print(f"{name}: {share:.1f}% with all labels")
     for few in reversed(FEW):
@@ -119,4 +128,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from training import options, run_text, train
+from training import options, run, run_text, train
 
 from megagpt.corpus.records import Masked, prepare
 from megagpt.tasks.arithmetic import LABELS, arithmetic
@@ -57,4 +57,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

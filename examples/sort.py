@@ -12,7 +12,7 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from training import answers, options, run_text, train
+from training import answers, options, run, run_text, train
 
 from megagpt.corpus.records import Masked, prepare
 
@@ -48,4 +48,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

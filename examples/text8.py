@@ -16,7 +16,7 @@ import runpy
 from pathlib import Path
 
 from characters import learn, reading
-from training import SCRIPTS, options, script
+from training import SCRIPTS, options, run, script
 
 from megagpt.files import write_file
 from megagpt.use.score import ScoreOptions, evaluate
@@ -59,4 +59,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

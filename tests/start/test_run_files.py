@@ -108,6 +108,8 @@ def test_images_have_the_recipe_of_their_paper(name):
     assert schedule.decay_tokens in (0, schedule.total_tokens) and schedule.min_lr_ratio == 0
     assert config.optimizer.weight_decay == 0 and model.dropout == 0
     assert config.optimizer.betas == (0.9, 0.95) and config.evaluate.samples == 8
+    # Crops of photographs are all of the paper's augmentation; it mirrors in fine-tuning alone.
+    assert not config.data.flip and not config.data.shift
 
 
 @pytest.mark.parametrize("name", SOURCES)
