@@ -256,11 +256,7 @@ def _manifest(
     shards: Sequence[Shard],
     files: list[ForeignFile],
 ) -> CorpusManifest:
-    totals = {
-        "documents": sum(shard.documents for shard in shards),
-        "tokens": sum(shard.tokens for shard in shards),
-    }
-    if not totals["documents"]:
+    if not any(shard.documents for shard in shards):
         raise UsageError(f"{files[0].path}: no document in it or the files beside it")
     sources = tuple(
         {
@@ -278,7 +274,6 @@ def _manifest(
         shards,
         split=Subset(files[0].split, rule="the names of the files that were imported"),
         sources=sources,
-        totals=totals,
         preparation={"imported": sorted({file.format for file in files})},
     )
 

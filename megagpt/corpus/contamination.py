@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,17 +195,21 @@ class GramCounter:
 
 
 def rare_grams(
-    sources: Sequence[Source], state: State, options: PrepareOptions
-) -> tuple[Hashes, int]:
-    """(13-grams of the evaluation files that are to be removed, sorted; how many others are common
-    phrases of the sources). Reads all of these."""
+    sources: Sequence[Source], state: State, options: PrepareOptions, notes: Counter[str]
+) -> Hashes:
+    """13-grams of the evaluation files that are to be removed, sorted; `notes` gets the number of
+    the others, common phrases of the sources. Reads all of these, where there are such files."""
+    if not options.decontaminate:
+        return np.zeros(0, np.uint64)
     grams = evaluation_grams(options.decontaminate, options.text_field)
     result = state.folder / "rare.grams"
     if not result.exists():
         rare = np.delete(grams, common(_seen(grams, sources, state, options)))
         write_durably(result, rare.astype("<u8").tobytes())
     rare = np.fromfile(result, "<u8")
-    return rare, len(grams) - len(rare)
+    if left := len(grams) - len(rare):
+        notes["13-grams of evaluation files left as common"] = left
+    return rare
 
 
 def _seen(

@@ -102,6 +102,7 @@ class CorpusManifest:
     shards: tuple[Shard, ...]
     sources: tuple[dict[str, Any], ...] = ()
     totals: dict[str, Any] = field(default_factory=dict)
+    """Counts; those of documents and tokens are written with them."""
     preparation: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -305,13 +306,11 @@ def write_manifest(manifest: CorpusManifest) -> None:
 
     A corpus that format 1 can describe is of format 1, for the versions that know no other.
     """
-    length, masked = manifest.record_length, manifest.masked
-    start = {} if manifest.record_start < 0 else {"start": manifest.record_start}
+    length, start = manifest.record_length, manifest.record_start
+    records = {"length": length} | ({"start": start} if start >= 0 else {})
     shards = [asdict(shard) for shard in manifest.shards]
-    if not masked:
-        shards = [{k: v for k, v in one.items() if k != "mask_sha256"} for one in shards]
     data = {
-        "format": 2 if length or masked else 1,
+        "format": 2 if length or manifest.masked else 1,
         "tokenizer": {
             "name": manifest.tokenizer_name,
             "vocab_size": manifest.vocab_size,
@@ -321,10 +320,11 @@ def write_manifest(manifest: CorpusManifest) -> None:
         },
         "dtype": manifest.dtype.name,
         "split": asdict(manifest.split),
-        **({"records": {"length": length} | start} if length else {}),
-        "shards": shards,
+        **({"records": records} if length else {}),
+        # Of a mask only where there are some.
+        "shards": [{k: v for k, v in one.items() if v or k != "mask_sha256"} for one in shards],
         "sources": list(manifest.sources),
-        "totals": manifest.totals,
+        "totals": {"documents": manifest.documents, "tokens": manifest.tokens} | manifest.totals,
         "preparation": manifest.preparation,
     }
     write_durably(manifest.folder / MANIFEST, sealed_json(data).encode())

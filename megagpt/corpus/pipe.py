@@ -3,8 +3,8 @@
     python data_prep/tokenize_corpus.py INPUT... --output DIR
 
 1) Inputs become units of about 8 MB, by the input alone (documents.py, unit.py).
-2) Worker processes make a part of each: read, clean, encode, write (texts.py, clean.py, encode.py,
-   part.py); neither text nor tokens of files travel between processes (workers.py).
+2) Worker processes make a part of each: read (texts.py), clean, encode, write (part.py); neither
+   text nor tokens of files travel between processes (workers.py).
 3) This process takes the parts in order: it keeps or drops each document (duplicates.py), adds it
    to the shards (shards.py), flushes them and remembers how far it is (unfinished.py). So the
    bytes are the same for any number of workers, and a killed run decides the same again from the
@@ -28,11 +28,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from megagpt.corpus.clean import Rules
 from megagpt.corpus.contamination import rare_grams
 from megagpt.corpus.digests import Digests, made_of
 from megagpt.corpus.documents import Documents, Inputs, Source, find_sources, total_bytes
-from megagpt.corpus.duplicates import Duplicates, Hashes
+from megagpt.corpus.duplicates import Duplicates
 from megagpt.corpus.manifest import (
     MANIFEST,
     SPLIT_RULE,
@@ -141,52 +140,32 @@ class _Pipe:
         options = replace(options, workers=options.workers or here or 1)
         self._options, self._encoding, self._recipe = options, encoding, recipe
         self._inputs, self._sources = inputs, inputs.sources
-        self._folders = [options.output]
-        if options.validation_fraction:
-            self._folders.append(validation_folder(options.output))
-        self._summary = Summary(
-            folders=tuple(self._folders),
-            strict=options.strict,
-            validation_fraction=options.validation_fraction,
-        )
+        both = (options.output, validation_folder(options.output))
+        self._folders = both if options.validation_fraction else both[:1]
+        self._summary = Summary(self._folders, options.strict, options.validation_fraction)
         self._duplicates = Duplicates(options.deduplicate, options.near_duplicates, options.hashes)
         self._first_item: Counter[int] = Counter()
         """Lines, rows or elements of each source in the parts so far."""
 
     def run(self) -> Summary:
         """Prepare, or continue where a killed run was."""
-        options = self._options
-        sources = source_plan(self._sources)
+        options, sources = self._options, source_plan(self._sources)
         plan = {**self._recipe, "sources": sources, "unit_bytes": options.unit_bytes}
         with State(self._folders, plan) as self._state:
-            for folder in self._folders:
-                folder.mkdir(parents=True, exist_ok=True)
-            grams = self._rare_grams()
+            grams = rare_grams(self._sources, self._state, options, self._summary.notes)
             encoder = Encoder(self._encoding, options.backend)
+            size, most = self._encoding.n_vocab, options.shard_tokens
             self._writers = [
-                ShardWriter(
-                    folder,
-                    self._encoding.n_vocab,
-                    shard_tokens=options.shard_tokens,
-                    finished=finished,
-                )
+                ShardWriter(folder, size, shard_tokens=most, finished=finished)
                 for folder, finished in zip(self._folders, self._state.finished, strict=True)
             ]
-            self._describe_inputs()
+            self._summary.describe_inputs(self._inputs)
             self._resumed = self._state.units
-            self._work(grams, encoder)
+            self._work(PartMaker(self._state.folder, options, grams, encoder))
         return self._summary
 
-    def _work(self, grams: Hashes, encoder: Encoder) -> None:
-        options, summary = self._options, self._summary
-        rules = Rules(
-            validation_fraction=options.validation_fraction,
-            by_place=options.validation_by_place,
-            hashed=options.deduplicate,
-            minhashes=options.hashes if options.near_duplicates else 0,
-            grams=grams,
-        )
-        maker = PartMaker(self._state.folder, options.text_field, rules, encoder)
+    def _work(self, maker: PartMaker) -> None:
+        options, state, summary = self._options, self._state, self._summary
         # The workers first: what follows may start threads.
         with (
             Workers(options.workers, maker) as workers,
@@ -197,16 +176,16 @@ class _Pipe:
             def is_done(unit: Unit) -> bool:
                 digests.take(unit)
                 # Where the first pass has read it, the second must read the same.
-                if options.decontaminate and not self._state.is_done(unit, "grams"):
-                    raise self._state.other_input()
-                return self._state.is_done(unit)
+                if options.decontaminate and not state.is_done(unit, "grams"):
+                    raise state.other_input()
+                return state.is_done(unit)
 
             count = 0
             for unit in workers.in_order(plan_units(self._sources, options.unit_bytes), is_done):
-                part = read_part(unit_path(self._state.folder, unit.number, "doc"))
+                part = read_part(unit_path(state.folder, unit.number, "doc"))
                 self._take(unit, part)
                 count = unit.number + 1
-                if count - self._state.units >= FLUSH_UNITS:
+                if count - state.units >= FLUSH_UNITS:
                     self._flush(count)
                 # Of standard input and iterators only the text is known.
                 known = self._sources[unit.sources[0]].bytes
@@ -215,26 +194,10 @@ class _Pipe:
                     progress.skip(size)
                 else:
                     progress.add(size, int(part.sizes.sum()))
-            self._flush(max(count, self._state.units))
+            self._flush(max(count, state.units))
             self._write_manifests(digests.entries())
-        summary.backend = "tiktoken" if any(workers.notes) else encoder.backend
-        summary.messages = sorted({*workers.notes, encoder.note} - {""})
-
-    def _rare_grams(self) -> Hashes:
-        if not self._options.decontaminate:
-            return np.zeros(0, np.uint64)
-        rare, left = rare_grams(self._sources, self._state, self._options)
-        if left:
-            self._summary.notes["13-grams of evaluation files left as common"] = left
-        return rare
-
-    def _describe_inputs(self) -> None:
-        for path, reason, detail in self._inputs.problems:
-            self._summary.describe(reason, path, detail)
-            self._summary.left_out[reason] += 1
-        if self._inputs.others:
-            note = "files of folders with an unknown ending"
-            self._summary.notes[note] = len(self._inputs.others)
+        summary.backend = "tiktoken" if any(workers.notes) else maker.encoder.backend
+        summary.messages = sorted({*workers.notes, maker.encoder.note} - {""})
 
     # --- parts in order -------------------------------------------------------------------------
 
@@ -244,8 +207,8 @@ class _Pipe:
         for item, reason, detail, path in part.problems:
             summary.describe(reason, path or self._place(unit, item), detail)
         keep, gone = self._duplicates.keep(part.hashes, part.signatures)
-        for counts in (part.counts, gone):
-            summary.left_out.update(counts)
+        summary.left_out.update(part.counts)
+        summary.left_out.update(gone)
         summary.notes.update(part.notes)
         self._add(unit, part, keep)
         sizes = np.where(keep, part.sizes, 0)
@@ -313,18 +276,11 @@ class _Pipe:
             reasons = ", ".join(f"{key} {n}" for key, n in left_out.items())
             self._state.remove()
             raise UsageError(f"no document is left to write ({reasons or 'the inputs are empty'})")
-        shards = [writer.close() for writer in self._writers]
         rule = BY_PLACE if options.validation_by_place else SPLIT_RULE
+        more = {"left_out": left_out, "longest_document_tokens": summary.longest_tokens}
+        shards = [writer.close() for writer in self._writers]
         # Train last: its manifest says that everything is there.
         for index in reversed(range(len(shards))):
-            totals: dict[str, Any] = {
-                "documents": summary.documents[index],
-                "tokens": summary.tokens[index],
-                "text_bytes": summary.text_bytes[index],
-            }
-            if index == 0:
-                totals["left_out"] = left_out
-                totals["longest_document_tokens"] = summary.longest_tokens
             name = ("train", "validation")[index]
             manifest = new_manifest(
                 self._folders[index],
@@ -333,7 +289,7 @@ class _Pipe:
                 shards[index],
                 split=options.split or Subset(name, options.validation_fraction, rule),
                 sources=tuple(sources),
-                totals=totals,
+                totals={"text_bytes": summary.text_bytes[index]} | ({} if index else more),
                 preparation=self._recipe,
             )
             write_manifest(manifest)

@@ -196,11 +196,7 @@ class _Samples:
         more: dict[str, Any] = {
             "split": split,
             "record_length": self.length,
-            "totals": {
-                "documents": sum(shard.documents for shard in shards),
-                "tokens": sum(shard.tokens for shard in shards),
-                "left_out": dict(self.left_out),
-            },
+            "totals": {"left_out": dict(self.left_out)},
             "preparation": {"samples": self.digest.hexdigest()},
         }
         if self._encoding:

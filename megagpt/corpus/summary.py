@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megagpt.corpus.documents import Inputs
 from megagpt.errors import DamageError
 
 SHOWN = 20
@@ -21,6 +22,10 @@ class Summary:
 
     folders: tuple[Path, ...] = ()
     """Train, and validation when there is one."""
+    strict: bool = False
+    """Whether the first document that has to be left out ends the preparation."""
+    validation_fraction: float = 0.0
+    """What was asked for."""
     documents: list[int] = field(default_factory=lambda: [0, 0])
     """Of train and validation."""
     tokens: list[int] = field(default_factory=lambda: [0, 0])
@@ -32,13 +37,9 @@ class Summary:
     notes: Counter[str] = field(default_factory=Counter)
     messages: list[str] = field(default_factory=list)
     backend: str = ""
-    validation_fraction: float = 0.0
-    """What was asked for."""
     elapsed_s: float = 0.0
     finished_before: bool = False
     """Nothing was done, the output was complete."""
-    strict: bool = False
-    """Whether the first document that has to be left out ends the preparation."""
     _described: Counter[str] = field(default_factory=Counter)
 
     def describe(self, reason: str, where: str, detail: str) -> None:
@@ -51,6 +52,14 @@ class Summary:
             log.warning("%s; left out", text)
         elif self._described[reason] == SHOWN + 1:
             log.warning("further cases of %r are only counted", reason)
+
+    def describe_inputs(self, inputs: Inputs) -> None:
+        """Say and count what was passed over in looking for inputs."""
+        for path, reason, detail in inputs.problems:
+            self.describe(reason, path, detail)
+            self.left_out[reason] += 1
+        if inputs.others:
+            self.notes["files of folders with an unknown ending"] = len(inputs.others)
 
     def text(self) -> str:
         """The summary as lines."""

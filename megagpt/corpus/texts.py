@@ -1,6 +1,6 @@
 """The texts of one unit in order: the first step of the pipe that a worker runs.
 
-    read (here) -> clean -> encode -> write
+    read (here) -> clean -> encode -> write (part.py)
 
 A document is one `Piece` or, when a text file is long, several; the last one says so. What is no
 document is a `Problem`, also when it shows after the first pieces: they count for nothing then.

@@ -110,7 +110,7 @@ def _fast_encoder(encoding: tiktoken.Encoding) -> FastEncoder | None:
 
 
 class Encoder:
-    """Encodes texts; megagpt.corpus.encode ends each document with END-OF-DOCUMENT.
+    """Encodes texts; megagpt.corpus.part ends each document with END-OF-DOCUMENT.
 
     `backend` is what is in use after construction; `note` says why it is not the fast one.
     Constructing starts no thread, so that a process may fork afterwards.

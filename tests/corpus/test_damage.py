@@ -12,8 +12,8 @@ import pytest
 from backports import zstd
 
 from megagpt.corpus import array as array_module
-from megagpt.corpus import encode as encode_module
 from megagpt.corpus import open as open_module
+from megagpt.corpus import part as encode_module
 from megagpt.corpus import texts as reading
 from megagpt.corpus.array import Broken, array_elements
 from megagpt.corpus.open import opened

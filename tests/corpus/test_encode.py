@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import tiktoken
 
-from megagpt.corpus import encode as encode_module
-from megagpt.corpus.clean import Text
-from megagpt.corpus.encode import Encoded, encode
+from megagpt.corpus import part as encode_module
+from megagpt.corpus.part import Encoded, Text, encode
 from megagpt.errors import DamageError, UsageError
 from megagpt.tokenizer import encoder as encoder_module
 from megagpt.tokenizer import load_tokenizer
