@@ -33,7 +33,7 @@ from megagpt.corpus.documents import Source, find_sources, total_bytes
 from megagpt.corpus.duplicates import Hashes, row_hashes, text_hash, word_hashes
 from megagpt.corpus.progress import Progress
 from megagpt.corpus.recipe import PrepareOptions
-from megagpt.corpus.texts import Problem, join, read, texts, utf8
+from megagpt.corpus.texts import Problem, join, read, utf8
 from megagpt.corpus.unfinished import State, payload_digest, unit_path
 from megagpt.corpus.unit import Unit, plan_units
 from megagpt.corpus.workers import Workers
@@ -183,8 +183,10 @@ class GramCounter:
     def __call__(self, unit: Unit) -> str:
         """Of texts with a problem the second pass says what is wrong."""
         seen = [np.zeros(0, np.uint64)]
-        for text in texts(unit, self.text_field):
-            text, content = utf8(text)
+        for item in join(read(unit, self.text_field)):
+            if isinstance(item, Problem):
+                continue
+            text, content = utf8(item[1])
             places = shared_grams(text, self.grams)
             if len(places):
                 seen.append(sightings(places, text_hash(content)))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megagpt.corpus.open import BOM, COMPRESSIONS, TRUNCATED, opened
+from megagpt.corpus.open import BOM, COMPRESSIONS, head_of
 from megagpt.errors import UsageError
 
 FORMATS = ("text", "jsonl", "json", "parquet")
@@ -207,14 +207,8 @@ def _format(path: str, format: str | None) -> tuple[str, str]:
     kind = format or SUFFIXES.get(ending.lower(), "")
     if kind == "parquet":
         compression = ""
-    if kind == "json" and not format and _first_byte(path, compression) == b"{":
-        kind = "jsonl"  # lines of JSON in a file called .json are common
+    if kind == "json" and not format:
+        # Lines of JSON in a file called .json are common.
+        first = head_of(path, compression).removeprefix(BOM).lstrip()[:1]
+        kind = "jsonl" if first == b"{" else kind
     return kind, compression
-
-
-def _first_byte(path: str, compression: str) -> bytes:
-    try:
-        with opened(path, compression) as (file, _):
-            return bytes(file.read(4096).removeprefix(BOM).lstrip()[:1])
-    except TRUNCATED:
-        return b""

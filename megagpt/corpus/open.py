@@ -8,8 +8,9 @@ import json
 import lzma
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import IO, Any
 
 from backports import zstd
@@ -20,6 +21,13 @@ TRUNCATED = (EOFError, lzma.LZMAError, zlib.error, zstd.ZstdError, OSError)
 """What a cut or damaged compressed file raises."""
 # Files of `zstd --long=31`; without it the library refuses windows above 128 MB.
 ZSTD_OPTIONS: dict[int, int] = {zstd.DecompressionParameter.window_log_max: 31}
+DECOMPRESSORS: dict[str, Callable[[], Any]] = {
+    "gz": partial(zlib.decompressobj, wbits=31),
+    "zst": partial(zstd.ZstdDecompressor, options=ZSTD_OPTIONS),
+    "bz2": bz2.BZ2Decompressor,
+    "xz": lzma.LZMADecompressor,
+}
+"""Each makes what unpacks one member."""
 PACKED = 1 << 13
 """Compressed bytes that are unpacked at a time: what comes before a damaged byte is lost from
 their start on."""
@@ -34,6 +42,15 @@ def opened(path: str, compression: str) -> Iterator[tuple[Any, Any]]:
         return
     with open(path, "rb") as raw:
         yield (io.BufferedReader(_Members(raw, compression)) if compression else raw), raw
+
+
+def head_of(path: str, compression: str) -> bytes:
+    """The first 4096 bytes; none where there is damage, which is named when the file is read."""
+    try:
+        with opened(path, compression) as (file, _):
+            return bytes(file.read(4096))
+    except TRUNCATED:
+        return b""
 
 
 def why_unreadable(error: BaseException) -> tuple[str, str]:
@@ -80,11 +97,13 @@ class _Members(io.RawIOBase):
         """The next bytes. Raises one of TRUNCATED where the file is cut short or damaged."""
         while self._member is not None or self._next():
             # Where the last output was full, a decompressor may need no input and yet give nothing.
-            asked = self._member.needs_input and not self._packed
+            asked = getattr(self._member, "needs_input", True) and not self._packed
             if asked:
                 self._packed = self._raw.read(PACKED)
-            packed, self._packed = self._packed, b""
+            packed = self._packed
             data = self._member.decompress(packed, len(buffer))
+            # zlib gives back what it did not take, the others keep it.
+            self._packed = getattr(self._member, "unconsumed_tail", b"")
             if self._member.eof:
                 self._packed, self._member = self._member.unused_data, None
             elif asked and not packed and not data:
@@ -112,41 +131,5 @@ class _Members(io.RawIOBase):
             raise EOFError("the file is empty")
         self._count += 1
         if self._packed:
-            self._member = _decompressor(self._kind)
+            self._member = DECOMPRESSORS[self._kind]()
         return bool(self._packed)
-
-
-def _decompressor(kind: str) -> Any:
-    if kind == "gz":
-        return _Gzip()
-    if kind == "bz2":
-        return bz2.BZ2Decompressor()
-    if kind == "xz":
-        return lzma.LZMADecompressor()
-    return zstd.ZstdDecompressor(options=ZSTD_OPTIONS)
-
-
-class _Gzip:
-    """zlib with the interface of the other decompressors."""
-
-    def __init__(self) -> None:
-        self._zlib = zlib.decompressobj(wbits=31)
-
-    def decompress(self, data: bytes, size: int) -> bytes:
-        """At most `size` bytes of what `data`, and what was kept of it before, holds."""
-        return self._zlib.decompress(self._zlib.unconsumed_tail + data, size)
-
-    @property
-    def needs_input(self) -> bool:
-        """Whether nothing is kept."""
-        return not self._zlib.unconsumed_tail
-
-    @property
-    def eof(self) -> bool:
-        """Whether the member has ended and its checksum fits."""
-        return self._zlib.eof
-
-    @property
-    def unused_data(self) -> bytes:
-        """What was given beyond the member."""
-        return self._zlib.unused_data

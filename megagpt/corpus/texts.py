@@ -79,13 +79,6 @@ def join(items: Iterable[Item]) -> Iterator[Item]:
         yield item
 
 
-def texts(unit: Unit, text_field: str) -> Iterator[str]:
-    """The whole documents of a unit, without those that have a problem."""
-    for item in join(read(unit, text_field)):
-        if not isinstance(item, Problem):
-            yield item[1]
-
-
 def utf8(text: str) -> tuple[str, bytes]:
     """A text that UTF-8 can say, and its bytes. As with tiktoken, a pair of surrogates becomes one
     character and a lone one U+FFFD."""

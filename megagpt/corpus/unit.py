@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from megagpt.corpus.array import array_elements, rest_left_out
 from megagpt.corpus.documents import Source
-from megagpt.corpus.open import BOM, TRUNCATED, opened, other_encoding, why_unreadable
+from megagpt.corpus.open import BOM, TRUNCATED, head_of, opened, other_encoding, why_unreadable
 
 UNIT_BYTES = 8 << 20
 
@@ -74,9 +74,11 @@ def _files_unit(texts: dict[int, Source], size: int) -> Unit:
 
 def _parts(source: Source, unit_bytes: int) -> Iterator[Unit]:
     """The units of one source, which do not know its index."""
+    is_json = source.is_file and source.format in ("json", "jsonl")
     if source.documents is not None:
         yield from _text_units(((text, 0) for text in source.documents.texts()), 0, unit_bytes)
-    elif encoding := _other_encoding(source):
+    elif encoding := other_encoding(head_of(source.path, source.compression) if is_json else b""):
+        # Of JSON in UTF-16 every line would be a problem.
         broken = [rest_left_out("invalid UTF-8", encoding)]
         yield Unit(kind="texts", payload=broken, size=source.bytes)
     elif source.format == "json":
@@ -92,17 +94,6 @@ def _parts(source: Source, unit_bytes: int) -> Iterator[Unit]:
     else:
         bounds = [*range(0, source.bytes, unit_bytes), source.bytes]
         yield from _ranges("range", source, bounds, bounds)
-
-
-def _other_encoding(source: Source) -> str:
-    """That JSON is in UTF-16, of which every line would be a problem; else nothing."""
-    if source.path == "-" or source.format not in ("json", "jsonl"):
-        return ""
-    try:
-        with opened(source.path, source.compression) as (file, _):
-            return other_encoding(file.read(4096))
-    except TRUNCATED:
-        return ""
 
 
 def _ranges(
