@@ -1,5 +1,5 @@
 """The command lines of this package: the scripts of data_prep, and `megagpt data inspect | verify |
-import`, to which megagpt.order.command adds `stage` and `batch`."""
+import | stage`, to which megagpt.order.command adds `batch`."""
 
 from __future__ import annotations
 
@@ -185,6 +185,25 @@ def add_parsers(subparsers: Any) -> None:
     adopt.add_argument("--shard-tokens", type=int, default=SHARD_TOKENS, metavar="N",
                        help="tokens of a shard")  # fmt: skip
     adopt.set_defaults(run=run_import)
+    _add_stage(subparsers)
+
+
+def _add_stage(subparsers: Any) -> None:
+    staged = subparsers.add_parser(
+        "stage",
+        help="copy corpora to a host's own disk, once, each file against its checksum",
+        description="Copies folders of shards below SCRATCH; of several processes on a host one "
+        "copies and the others wait. Files that are there already and whole are kept. Prints where "
+        "each copy is, for data.train and data.validation.",
+        epilog="Exit codes: 0 done; 2 no corpus, or no room; 3 a damaged file, named.",
+    )
+    staged.add_argument(
+        "folders", type=Path, nargs="+", metavar="DIR", help="folder with a manifest.json"
+    )
+    staged.add_argument(
+        "scratch", type=Path, metavar="SCRATCH", help="a folder of this host's disk"
+    )
+    staged.set_defaults(run=run_stage)
 
 
 def run_inspect(args: argparse.Namespace) -> int:
@@ -245,4 +264,19 @@ def run_import(args: argparse.Namespace) -> int:
             f"{made.folder}: {made.split.name} split, {made.documents:,} documents, "
             f"{made.tokens:,} tokens of {made.tokenizer_name}"
         )
+    return EXIT_OK
+
+
+def run_stage(args: argparse.Namespace) -> int:
+    """Copy corpora and print where they are."""
+    from megagpt.corpus.stage import stage
+
+    if len({folder.resolve().name for folder in args.folders}) < len(args.folders):
+        raise UsageError(
+            f"{', '.join(map(str, args.folders))}: folders of one name would be one copy; give "
+            "them a SCRATCH each"
+        )
+    for folder in args.folders:
+        copy, size = stage(folder, args.scratch)
+        print(f"{copy}: {size:,} bytes copied")
     return EXIT_OK

@@ -4,52 +4,19 @@ checksum (L1).
     srun --ntasks-per-node=1 megagpt data stage data/web /local/scratch
 """
 
-import argparse
 import fcntl
 import json
 import shutil
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from megagpt.corpus.manifest import MANIFEST, read_manifest
 from megagpt.corpus.progress import Progress
-from megagpt.errors import EXIT_OK, FULL, DamageError, UsageError
+from megagpt.errors import FULL, DamageError, UsageError
 from megagpt.files import file_sha256, temporary_of, whole_file, write_file
 
 STATE = ".staged.json"
 """In the copy: what its files were when they were found whole."""
-
-
-def add_stage(subparsers: Any) -> None:
-    """Adds `stage` to the commands of `megagpt data`."""
-    staged = subparsers.add_parser(
-        "stage",
-        help="copy corpora to a host's own disk, once, each file against its checksum",
-        description="Copies folders of shards below SCRATCH; of several processes on a host one "
-        "copies and the others wait. Files that are there already and whole are kept. Prints where "
-        "each copy is, for data.train and data.validation.",
-        epilog="Exit codes: 0 done; 2 no corpus, or no room; 3 a damaged file, named.",
-    )
-    staged.add_argument(
-        "folders", type=Path, nargs="+", metavar="DIR", help="folder with a manifest.json"
-    )
-    staged.add_argument(
-        "scratch", type=Path, metavar="SCRATCH", help="a folder of this host's disk"
-    )
-    staged.set_defaults(run=run_stage)
-
-
-def run_stage(args: argparse.Namespace) -> int:
-    """Copies corpora and prints where they are."""
-    if len({folder.resolve().name for folder in args.folders}) < len(args.folders):
-        raise UsageError(
-            f"{', '.join(map(str, args.folders))}: folders of one name would be one copy; give "
-            "them a SCRATCH each"
-        )
-    for folder in args.folders:
-        copy, size = stage(folder, args.scratch)
-        print(f"{copy}: {size:,} bytes copied")
-    return EXIT_OK
 
 
 def stage(folder: Path, scratch: Path) -> tuple[Path, int]:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from megagpt.config import add_overrides
 from megagpt.corpus.command import add_parsers
-from megagpt.corpus.stage import add_stage
 from megagpt.errors import DamageError, UsageError
 
 if TYPE_CHECKING:
@@ -32,7 +31,6 @@ def add_options(made: argparse.ArgumentParser) -> None:
     made.description = "Looks into, checks and imports folders of shards."
     actions = made.add_subparsers(metavar="ACTION", required=True)
     add_parsers(actions)
-    add_stage(actions)
     add_batch(actions)
 
 

@@ -141,7 +141,7 @@ def test_every_option_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
         with pytest.raises(SystemExit):
             script(path.stem).main()
-    assert len(parsers) == len(SCRIPTS) + 4
+    assert len(parsers) == len(SCRIPTS) + 5
     for name, parser in parsers.items():
         assert parser.description, name
         for action in parser._actions:
