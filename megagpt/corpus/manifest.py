@@ -43,6 +43,8 @@ from megagpt.corpus.shards import Shard
 from megagpt.errors import DamageError, UsageError
 from megagpt.files import file_sha256, sealed_json, write_durably
 from megagpt.tokenizer import end_of_document, fingerprint, load_tokenizer, token_dtype
+from megagpt.tokenizer.palette import Palette
+from megagpt.tokenizer.portable import FILE
 
 if TYPE_CHECKING:
     import tiktoken
@@ -82,12 +84,12 @@ class CorpusManifest:
     """A folder of shards."""
 
     folder: Path
-    tokenizer_name: str
+    tokenizer_name: str = ""
     """A name for `load_tokenizer`, or `tokenizer.json`: see `tokenizer`; "": no tokenizer."""
     vocab_size: int
-    end_of_document: int
+    end_of_document: int = -1
     """-1: there is none, which only records may have."""
-    fingerprint: str
+    fingerprint: str = ""
     """`megagpt.tokenizer.fingerprint` of the encoding; empty when an import did not know it."""
     tokenizer_sha256: str = ""
     """Of the copy in the folder; empty for a name, and in manifests of earlier versions."""
@@ -102,7 +104,6 @@ class CorpusManifest:
     shards: tuple[Shard, ...]
     sources: tuple[dict[str, Any], ...] = ()
     totals: dict[str, Any] = field(default_factory=dict)
-    """Counts; those of documents and tokens are written with them."""
     preparation: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -276,29 +277,33 @@ def _unlike_records(manifest: CorpusManifest) -> str | None:
 
 
 def new_manifest(
-    folder: Path, tokenizer: str, encoding: tiktoken.Encoding, shards: Sequence[Shard], **more: Any
+    folder: Path,
+    tokenizer: str,
+    made: tiktoken.Encoding | Palette | int,
+    shards: Sequence[Shard],
+    **more: Any,
 ) -> CorpusManifest:
-    """The manifest of shards that `encoding` made; `more` are the other fields. `tokenizer` is what
-    `load_tokenizer` took: a file of it is copied into the folder."""
-    name, path, digest = encoding.name, Path(tokenizer), ""
-    path = path / "tokenizer.json" if path.is_dir() else path
-    if name not in ("gpt2", "bytes") and path.is_file():
-        write_durably(folder / "tokenizer.json", path.read_bytes())
-        name = "tokenizer.json"
-        # The file may have changed since it was loaded, which a long preparation ends with.
-        load_tokenizer(folder / name, fingerprint(encoding))
-        digest = file_sha256(folder / name)
-    return CorpusManifest(
-        folder=folder,
-        tokenizer_name=name,
-        vocab_size=encoding.n_vocab,
-        end_of_document=end_of_document(encoding),
-        fingerprint=fingerprint(encoding),
-        tokenizer_sha256=digest,
-        dtype=token_dtype(encoding.n_vocab),
-        shards=tuple(shards),
-        **more,
-    )
+    """The manifest of shards whose ids `made` gave: an encoding, a palette, or so many ids that
+    stand for no text; `more` are the other fields. `tokenizer` is what `load_tokenizer` took: a
+    file of it is copied into the folder."""
+    if isinstance(made, int):
+        more |= {"vocab_size": made}
+    elif isinstance(made, Palette):
+        write_durably(folder / FILE, made.text.encode())
+        more |= {"tokenizer_name": FILE, "vocab_size": made.size, "record_start": made.size}
+        more |= {"fingerprint": made.fingerprint, "tokenizer_sha256": file_sha256(folder / FILE)}
+    else:
+        more |= {"tokenizer_name": made.name, "vocab_size": made.n_vocab}
+        more |= {"end_of_document": end_of_document(made), "fingerprint": fingerprint(made)}
+        path = Path(tokenizer) / FILE if Path(tokenizer).is_dir() else Path(tokenizer)
+        if made.name not in ("gpt2", "bytes") and path.is_file():
+            write_durably(folder / FILE, path.read_bytes())
+            # The file may have changed since it was loaded, which a long preparation ends with.
+            load_tokenizer(folder / FILE, more["fingerprint"])
+            more |= {"tokenizer_name": FILE, "tokenizer_sha256": file_sha256(folder / FILE)}
+    counts = {name: sum(getattr(s, name) for s in shards) for name in ("documents", "tokens")}
+    more |= {"totals": counts | more.get("totals", {}), "dtype": token_dtype(more["vocab_size"])}
+    return CorpusManifest(folder=folder, shards=tuple(shards), **more)
 
 
 def write_manifest(manifest: CorpusManifest) -> None:
@@ -324,7 +329,7 @@ def write_manifest(manifest: CorpusManifest) -> None:
         # Of a mask only where there are some.
         "shards": [{k: v for k, v in one.items() if v or k != "mask_sha256"} for one in shards],
         "sources": list(manifest.sources),
-        "totals": {"documents": manifest.documents, "tokens": manifest.tokens} | manifest.totals,
+        "totals": manifest.totals,
         "preparation": manifest.preparation,
     }
     write_durably(manifest.folder / MANIFEST, sealed_json(data).encode())

@@ -36,10 +36,8 @@ from megagpt.corpus.manifest import (
 from megagpt.corpus.shards import SHARD_TOKENS, Shard, ShardWriter
 from megagpt.corpus.unfinished import FOLDER, State
 from megagpt.errors import UsageError
-from megagpt.files import file_sha256, write_durably
-from megagpt.tokenizer import end_of_document, fingerprint, load_tokenizer, token_dtype
+from megagpt.tokenizer import end_of_document, fingerprint, load_tokenizer
 from megagpt.tokenizer.palette import Palette
-from megagpt.tokenizer.portable import FILE
 
 log = logging.getLogger("megagpt.data")
 
@@ -87,12 +85,20 @@ def prepare(
     assert given is not None
     if (folder / MANIFEST).exists():
         return _there(folder, samples, given, split)
-    name = samples.fingerprint if samples.palette else str(vocabulary)
+    name = samples.fingerprint if isinstance(vocabulary, Palette) else str(vocabulary)
     plan = {"samples": name, "split": split, "shard_tokens": shard_tokens}
     with State([folder], plan) as state:
         _remove_started(folder)
         try:
-            shards = _written(folder, samples, given, shard_tokens)
+            writer = ShardWriter(folder, samples.size, shard_tokens=shard_tokens)
+            for tokens, sizes, mask in samples.batches(given):
+                writer.add(tokens, sizes, mask)
+            if not (shards := writer.close()):
+                why = [f"{count} left out: {reason}" for reason, count in samples.left_out.items()]
+                raise UsageError(
+                    f"{folder}: no sample is left to write ({', '.join(why) or 'none was given'}); "
+                    "give one that scores a target"
+                )
         except UsageError:  # nothing that a call with other samples would have to go on with
             _remove_started(folder)
             state.remove()
@@ -103,22 +109,6 @@ def prepare(
     for reason, count in samples.left_out.items():
         log.warning("%s: %d samples left out: %s", folder, count, reason)
     return manifest
-
-
-def _written(
-    folder: Path, samples: _Samples, given: Iterable[Ids | Masked], shard_tokens: int
-) -> list[Shard]:
-    """The shards of all samples. Raises UsageError for samples that make none."""
-    writer = ShardWriter(folder, samples.size, shard_tokens=shard_tokens)
-    for tokens, sizes, mask in samples.batches(given):
-        writer.add(tokens, sizes, mask)
-    if shards := writer.close():
-        return shards
-    reasons = [f"{count} left out: {why}" for why, count in samples.left_out.items()]
-    told = ", ".join(reasons) or "none was given"
-    raise UsageError(
-        f"{folder}: no sample is left to write ({told}); give one that scores a target"
-    )
 
 
 def _remove_started(folder: Path) -> None:
@@ -156,13 +146,14 @@ class _Samples:
     def __init__(self, folder: Path, vocabulary: Any, documents: bool) -> None:
         """Raises UsageError for what is no vocabulary, or none of documents."""
         self._folder, self._vocabulary = folder, vocabulary
-        self.palette = vocabulary if isinstance(vocabulary, Palette) else None
         self.fingerprint = ""
         """Of the vocabulary; empty for ids that stand for no text."""
-        self._start = self._end = self._encoding = None
-        """The id in front of each record, that behind each document; what makes text of ids."""
+        self._start = self._end = None
+        """The id in front of each record, that behind each document."""
+        self._made: Any = vocabulary
+        """What the ids come from, as `new_manifest` takes it."""
         if isinstance(vocabulary, str | Path):
-            encoding = self._encoding = load_tokenizer(str(vocabulary))
+            encoding = self._made = load_tokenizer(str(vocabulary))
             self.size, self.fingerprint = encoding.n_vocab, fingerprint(encoding)
             self._end = end_of_document(encoding) if documents else None
         elif documents:
@@ -170,11 +161,11 @@ class _Samples:
                 f"{folder}: vocabulary {vocabulary}: documents end with END-OF-DOCUMENT, which a "
                 "tokenizer names; give one, or make records"
             )
-        elif self.palette:
-            self.size = self._start = self.palette.size
-            self.fingerprint = self.palette.fingerprint
+        elif isinstance(vocabulary, Palette):
+            self.size = self._start = vocabulary.size
+            self.fingerprint = vocabulary.fingerprint
         elif isinstance(vocabulary, int | np.integer) and not isinstance(vocabulary, bool):
-            self.size = int(vocabulary)
+            self.size = self._made = int(vocabulary)
         else:
             raise UsageError(
                 f"{folder}: vocabulary {vocabulary!r}: must be a tokenizer's name or file, a "
@@ -187,32 +178,20 @@ class _Samples:
         self.masked: bool | None = None
         """Whether the samples have masks; None: there was none yet."""
         self.left_out: Counter[str] = Counter()
-        kind = f"{self.size} {self._end}{' start' if self.palette else ''}"
+        kind = f"{self.size} {self._end}{' start' if self._start is not None else ''}"
         self.digest = hashlib.sha256(kind.encode())
 
     def manifest(self, shards: Sequence[Shard], split: Subset) -> CorpusManifest:
-        """The manifest of those that were written; the palette goes into the folder."""
-        folder = self._folder
-        more: dict[str, Any] = {
-            "split": split,
-            "record_length": self.length,
-            "totals": {"left_out": dict(self.left_out)},
-            "preparation": {"samples": self.digest.hexdigest()},
-        }
-        if self._encoding:
-            return new_manifest(folder, str(self._vocabulary), self._encoding, shards, **more)
-        if self.palette:
-            write_durably(folder / FILE, self.palette.text.encode())
-            more |= {"tokenizer_sha256": file_sha256(folder / FILE), "record_start": self.size}
-        return CorpusManifest(
-            folder=folder,
-            tokenizer_name=FILE if self.palette else "",
-            fingerprint=self.fingerprint,
-            vocab_size=self.size,
-            end_of_document=-1,
-            dtype=token_dtype(self.size),
-            shards=tuple(shards),
-            **more,
+        """The manifest of those that were written; the vocabulary's file goes into the folder."""
+        return new_manifest(
+            self._folder,
+            str(self._vocabulary),
+            self._made,
+            shards,
+            split=split,
+            record_length=self.length,
+            totals={"left_out": dict(self.left_out)},
+            preparation={"samples": self.digest.hexdigest()},
         )
 
     def batches(
