@@ -65,7 +65,7 @@ def import_shards(
     encoding = load_tokenizer(tokenizer)
     files = [recognise(path, encoding.n_vocab, raw) for path in _find(inputs)]
     if output is None:
-        return [_adopt(files, tokenizer, progress)]
+        return [_adopt(files, tokenizer, encoding, progress)]
     if output.exists() and any(output.iterdir()) and not (output / FOLDER).is_dir():
         raise UsageError(f"{output} is not empty; choose another --output or empty it")
     folders = _folders(files, output)
@@ -172,11 +172,13 @@ def _convert(
 
 
 def _adopt(
-    files: list[ForeignFile], tokenizer: str, progress: Callable[[int], None] | None
+    files: list[ForeignFile],
+    tokenizer: str,
+    encoding: tiktoken.Encoding,
+    progress: Callable[[int], None] | None,
 ) -> CorpusManifest:
     """Write a manifest beside Megatron pairs. Raises UsageError when they have to be converted."""
     folder = files[0].path.parent
-    encoding = load_tokenizer(tokenizer)
     if (folder / MANIFEST).exists():
         raise UsageError(f"{folder} has a {MANIFEST} already; remove it to write another")
     splits = {file.split: file.path.name for file in files}
@@ -283,16 +285,15 @@ def _megatron(path: Path, end: int) -> Documents:
     index, tokens = _pair(path, end)
     for start, stop in pairwise(index.bounds):
         document = tokens[start:stop]
-        if len(document) and int(document[-1]) == end:
-            document = document[:-1]
+        if not len(document) or int(document[-1]) != end:
+            document = np.append(document.astype(np.int64), end)
         # An end inside a Megatron document is text that looked like one: it ends one here too.
-        yield from _split(np.append(document.astype(np.int64), end), end)
+        yield from _split(document, end)
 
 
 def _stream(tokens: npt.NDArray, end: int) -> Documents:
-    """Documents of tokens in a row with ends between, before or after them, a batch at a time."""
-    if int(tokens[0]) == end:  # llm.c puts it in front of each document
-        tokens = tokens[1:]
+    """Documents of tokens in a row with ends between, before (llm.c) or after them, a batch at a
+    time."""
     rest = np.zeros(0, tokens.dtype)
     for start in range(0, len(tokens), BATCH):
         block = np.concatenate((rest, tokens[start : start + BATCH]))

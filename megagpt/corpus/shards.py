@@ -203,8 +203,8 @@ class ShardWriter:
         self._finished = list(finished)
         self._sizes: list[npt.NDArray[np.int64]] = []
         self._tokens = 0
-        self._bin: _Growing | None = None
-        self._mask: _Growing | None = None
+        self._files: dict[str, _Growing] = {}
+        """Of the open shard, by ending; without one where all of it was skipped so far."""
 
     def add(
         self,
@@ -222,17 +222,17 @@ class ShardWriter:
                 f"a document of {int(np.max(sizes))} tokens: the index holds at most "
                 f"{LONGEST_DOCUMENT}; split the document"
             )
-        self._fill(tokens, sizes, mask)
+        self._fill({".bin": tokens} if mask is None else {".bin": tokens, ".mask": mask}, sizes)
 
     def skip(self, sizes: npt.NDArray[np.integer]) -> None:
         """Count documents that an earlier run has written already."""
-        assert self._bin is None
-        self._fill(None, sizes)
+        assert not self._files
+        self._fill({}, sizes)
 
     def flush(self) -> None:
         """Put all that was added on the disk, so that another run may `skip` it."""
-        if self._bin is not None:
-            self._bin.flush()
+        for file in self._files.values():
+            file.flush()
 
     def close(self) -> list[Shard]:
         """Complete the last shard; all shards in order."""
@@ -240,12 +240,8 @@ class ShardWriter:
             self._close_shard()
         return self.shards
 
-    def _fill(
-        self,
-        tokens: npt.NDArray | None,
-        sizes: npt.NDArray[np.integer],
-        mask: npt.NDArray[np.uint8] | None = None,
-    ) -> None:
+    def _fill(self, values: dict[str, npt.NDArray], sizes: npt.NDArray[np.integer]) -> None:
+        """Append documents of `sizes`; `values` by the ending of the file that they go to."""
         ends = np.cumsum(sizes, dtype=np.int64)
         first, done = 0, 0
         while first < len(sizes):
@@ -257,19 +253,18 @@ class ShardWriter:
                     continue
                 last = first + 1  # longer than a shard: alone in one
             end = int(ends[last - 1])
-            if tokens is not None:
-                self._bin = self._bin or self._open()
-                self._bin.write(tokens[done:end], self.dtype)
-            if mask is not None:
-                self._mask = self._mask or _Growing(self._path(".mask"), 0)
-                self._mask.write(mask[done:end], np.dtype(np.uint8))
+            for ending, row in values.items():
+                self._file(ending).write(row[done:end])
             self._sizes.append(np.asarray(sizes[first:last], np.int64))
             self._tokens += end - done
             first, done = last, end
 
-    def _open(self) -> _Growing:
-        """The .bin of the open shard, cut back to the tokens counted so far."""
-        return _Growing(self._path(".bin"), self._tokens * self.dtype.itemsize)
+    def _file(self, ending: str) -> _Growing:
+        """A file of the open shard; opened, it is cut back to the tokens counted so far."""
+        if ending not in self._files:
+            dtype = self.dtype if ending == ".bin" else np.dtype(np.uint8)
+            self._files[ending] = _Growing(self._path(ending), self._tokens, dtype)
+        return self._files[ending]
 
     def _close_shard(self) -> None:
         sizes = np.concatenate(self._sizes)
@@ -283,17 +278,16 @@ class ShardWriter:
         else:
             shard = self._complete(sizes)
         self.shards.append(shard)
-        self._sizes, self._tokens, self._bin, self._mask = [], 0, None, None
+        self._sizes, self._tokens, self._files = [], 0, {}
 
     def _complete(self, sizes: npt.NDArray[np.int64]) -> Shard:
-        tokens = self._bin or self._open()  # there is none when all of it was skipped
-        tokens.flush()
+        tokens = self._file(".bin")
+        self.flush()
         index = index_bytes(sizes, self.dtype)
         write_durably(self._path(".idx"), index)
-        if self._mask:
-            self._mask.flush()
-            self._mask.complete()
-        tokens.complete()
+        mask = self._files.get(".mask")
+        for file in reversed(self._files.values()):  # the tokens last
+            file.complete()
         sync_folder(self.folder)
         return Shard(
             name=self._path("").name,
@@ -302,7 +296,7 @@ class ShardWriter:
             bytes=self._tokens * self.dtype.itemsize,
             sha256=tokens.digest.hexdigest(),
             index_sha256=hashlib.sha256(index).hexdigest(),
-            mask_sha256=self._mask.digest.hexdigest() if self._mask else "",
+            mask_sha256=mask.digest.hexdigest() if mask else "",
         )
 
     def _path(self, ending: str) -> Path:
@@ -312,9 +306,10 @@ class ShardWriter:
 class _Growing:
     """A file of the open shard, under a temporary name until it is complete, hashed as it grows."""
 
-    def __init__(self, path: Path, size: int) -> None:
-        """Opens it after its first `size` bytes. Raises DamageError when it is shorter."""
+    def __init__(self, path: Path, count: int, dtype: np.dtype) -> None:
+        """Opens it after its first `count` items. Raises DamageError when it is shorter."""
         self._path, self._temporary = path, path.with_name(path.name + ".tmp")
+        self._dtype, size = dtype, count * dtype.itemsize
         self.digest = hashlib.sha256()
         if size == 0:
             self.file = self._temporary.open("wb", buffering=0)
@@ -331,10 +326,10 @@ class _Growing:
         while block := self.file.read(BLOCK):
             self.digest.update(block)
 
-    def write(self, values: npt.NDArray, dtype: np.dtype) -> None:
+    def write(self, values: npt.NDArray) -> None:
         """Append the values."""
         for start in range(0, len(values), SLICE):
-            view = np.ascontiguousarray(values[start : start + SLICE], dtype).data.cast("B")
+            view = np.ascontiguousarray(values[start : start + SLICE], self._dtype).data.cast("B")
             self.digest.update(view)
             # A raw file may take less than it is given: a full disk shows in the next call.
             while view:

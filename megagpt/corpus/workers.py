@@ -46,7 +46,7 @@ class Workers:
         self._finished: SimpleQueue[Future[str]] = SimpleQueue()
         with signals_held():
             for _ in range(count):
-                self._executor.submit(_ready)
+                self._executor.submit(os.getpid)  # anything: a task starts a process
         self._processes = set(multiprocessing.active_children()) - others
         self.notes: set[str] = set()
 
@@ -147,10 +147,6 @@ def _end_with_parent() -> None:
     assert parent is not None
     parent.join()
     os._exit(1)
-
-
-def _ready() -> str:
-    return ""
 
 
 def _run(unit: Unit) -> str:
