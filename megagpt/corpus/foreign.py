@@ -81,7 +81,7 @@ def recognise(path: Path, n_vocab: int, raw: str = "") -> ForeignFile:
     elif not raw and head.startswith(b"\x93NUMPY"):
         found = _numpy(path, size)
     else:
-        if not raw and (look := _look(path, head, size)):
+        if not raw and (look := next(_looks(path, head, size), "")):
             raise _unknown(path, look)
         found = ForeignFile(path, "raw" if raw else "nanogpt", np.dtype(raw or "u2"))
         if size % found.dtype.itemsize or not size:
@@ -134,31 +134,26 @@ def _numpy(path: Path, size: int) -> ForeignFile:
     return ForeignFile(path, "numpy", kind, array.offset)
 
 
-def _look(path: Path, head: bytes, size: int) -> str:
-    """What else than bare uint16 tokens a file looks like; "" where nothing speaks against them."""
+def _looks(path: Path, head: bytes, size: int) -> Iterator[str]:
+    """What else than bare uint16 tokens a file looks like; nothing where all speaks for them."""
     if path.suffix != ".bin":
-        return f"a {path.suffix} file" if path.suffix else "a file that is not called .bin"
-    for magic, name in MAGICS.items():
-        if head.startswith(magic):
-            return name
+        yield f"a {path.suffix} file" if path.suffix else "a file that is not called .bin"
+    yield from (name for magic, name in MAGICS.items() if head.startswith(magic))
     if path.with_name(path.name + ".index").exists():
-        return "tokens of datatrove, whose .index lies beside it"
+        yield "tokens of datatrove, whose .index lies beside it"
     if path.with_name("meta.pkl").exists():
-        return "nanoGPT's ids of characters: meta.pkl beside it, which is not opened, lists them"
-    return next(_table(head, size), "") or next(_text(head), "") or next(_numbers(head, size), "")
-
-
-def _table(head: bytes, size: int) -> Iterator[str]:
-    """A count and the offsets of so many samples, the last of them the end of the file."""
+        yield "nanoGPT's ids of characters: meta.pkl beside it, which is not opened, lists them"
+    # A count and the offsets of so many samples, the last of them the end of the file.
     count = int.from_bytes(head[:4], "little")
     if 0 < count < len(head) // 4 - 1:
         offsets = np.frombuffer(head, "<u4", count + 1, 4).astype(np.int64)
         if offsets[-1] == size and np.all(np.diff(offsets) >= 0):
             yield f"a shard of {count} samples of Mosaic's streaming or litdata"
+    yield from _text(head[:4096])
+    yield from _numbers(head, size)
 
 
-def _text(head: bytes) -> Iterator[str]:
-    part = head[:4096]
+def _text(part: bytes) -> Iterator[str]:
     # Of the ids of real text every few have a byte below 9; no text has.
     if len(part) >= 256 and min(part) >= 9:
         yield "text"

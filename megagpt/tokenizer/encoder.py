@@ -151,14 +151,13 @@ class Encoder:
             self.note = "fastokens gave other ids than tiktoken in the self-check; using tiktoken"
 
     def encode_pieces(self, parts: list[str]) -> tuple[npt.NDArray, npt.NDArray[np.int64]]:
-        """(tokens, sizes): the ids of all texts in a row, and the number of ids of each.
+        """(tokens, sizes): the ids of all texts (one or more) in a row, and the number of ids of
+        each.
 
         Texts must not hold lone surrogates; what `pieces` would cut may be too long for tiktoken.
         Raises ValueError for a text that tiktoken cannot split, DamageError when the fast backend
         differs from tiktoken, UsageError when the ids do not stand for all of the text.
         """
-        if not parts:
-            return np.zeros(0, self.dtype), np.zeros(0, np.int64)
         if self.backend == "bytes":
             raw = [part.encode() for part in parts]
             tokens = np.frombuffer(b"".join(raw), np.uint8).astype(self.dtype)
