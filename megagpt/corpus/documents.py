@@ -163,6 +163,9 @@ def _add_file(found: Inputs, path: str, format: str | None, named: bool) -> None
     elif problem:
         found.pass_over(path, "no regular file", problem)
     elif found.is_new(path, status):
+        # Lines of JSON in a file called .json are common.
+        first = head_of(path, compression) if kind == "json" and not format else b""
+        kind = "jsonl" if first.removeprefix(BOM).lstrip().startswith(b"{") else kind
         size, time_ns = status.st_size, status.st_mtime_ns
         found.sources.append(Source(path, kind, compression, size, time_ns))
 
@@ -207,8 +210,4 @@ def _format(path: str, format: str | None) -> tuple[str, str]:
     kind = format or SUFFIXES.get(ending.lower(), "")
     if kind == "parquet":
         compression = ""
-    if kind == "json" and not format:
-        # Lines of JSON in a file called .json are common.
-        first = head_of(path, compression).removeprefix(BOM).lstrip()[:1]
-        kind = "jsonl" if first == b"{" else kind
     return kind, compression

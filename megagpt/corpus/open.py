@@ -54,7 +54,7 @@ def head_of(path: str, compression: str) -> bytes:
 
 
 def why_unreadable(error: BaseException) -> tuple[str, str]:
-    """(reason, detail) of a problem, for one of TRUNCATED."""
+    """(reason, detail) of a problem, for one of TRUNCATED and what a reader says of the content."""
     if isinstance(error, OSError) and error.errno is not None:
         return "unreadable file", error.strerror or str(error)
     return "truncated or damaged file", str(error)

@@ -128,10 +128,8 @@ def _elements(source: Source) -> Iterator[tuple[Any, int]]:
         with opened(source.path, source.compression) as (file, raw):
             for element in array_elements(file):
                 yield element, raw.tell() if source.bytes else 0
-    except TRUNCATED as error:
+    except (*TRUNCATED, ValueError) as error:
         yield rest_left_out(*why_unreadable(error)), source.bytes
-    except ValueError as error:
-        yield rest_left_out("truncated or damaged file", str(error)), source.bytes
 
 
 def _text_units(

@@ -112,12 +112,14 @@ def test_links_are_followed_once(here: Path) -> None:
 def test_what_is_no_file_is_named_or_refused(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("in").mkdir()
     os.mkfifo("in/pipe.jsonl")
+    os.mkfifo("in/pipe.json")  # of which the beginning must not be looked at
     os.mkfifo("in/pipe")
     with socket.socket(socket.AF_UNIX) as server:
         server.bind("in/socket.txt")
         found = find_sources(["in"])
         assert [(path, reason) for path, reason, _ in found.problems] == [
-            ("in/pipe.jsonl", "no regular file"), ("in/socket.txt", "no regular file"),
+            ("in/pipe.json", "no regular file"), ("in/pipe.jsonl", "no regular file"),
+            ("in/socket.txt", "no regular file"),
         ]  # fmt: skip
         assert (found.sources, found.others) == ([], ["in/pipe"])
         for path in ("in/pipe.jsonl", "in/socket.txt", "/dev/null", "/dev/zero"):
