@@ -26,16 +26,18 @@ def read_hostfile(path: Path) -> dict[str, int]:
             "`host-a slots=8`"
         ) from None
     slots: dict[str, int] = {}
+    names: set[str] = set()
     problems = []
     for number, line in enumerate((line.partition("#")[0].strip() for line in lines), 1):
-        match = re.fullmatch(r"([^\s,=-][^\s,]*)\s+slots\s*=\s*(\d{1,6})", line, re.ASCII)
+        match = re.fullmatch(r"(\w[\w.@:%-]*)\s+slots\s*=\s*(\d{1,6})", line, re.ASCII)
         if not line:
             continue
         if match is None or int(match[2]) < 1:
             problems.append(f"line {number}: {line!r:.100}: must read `HOST slots=N`, N at least 1")
-        elif match[1] in slots:
-            problems.append(f"line {number}: {match[1]} stands there twice; add its slots up")
+        elif (name := match[1].rpartition("@")[2].lower()) in names:
+            problems.append(f"line {number}: {name} stands there twice; add its slots up")
         else:
+            names.add(name)
             slots[match[1]] = int(match[2])
     if not slots and not problems:
         problems.append("no host in it; write a line `HOST slots=N` for each")

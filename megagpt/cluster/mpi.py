@@ -69,14 +69,15 @@ def unknown_world(environ: Mapping[str, str]) -> str:
     """A pair such as X_RANK = 3, X_SIZE = 8 that a launcher must have left which is not known here;
     "" where no variables tell of more than one process."""
     for name, value in environ.items():
-        match = re.fullmatch(r"(\w+?)_(RANK|RANKID|PROCID)", name)
+        # How many share a host says nothing.
+        match = re.fullmatch(r"(\w+?)(?<!LOCAL)(?<!SLURM)_(RANK|RANKID|PROCID)", name)
         for end in ("SIZE", "WORLD_SIZE", "NTASKS", "NPROCS") if match and value.isdigit() else ():
             assert match is not None
             size = environ.get(f"{match[1]}_{end}", "")
-            if match[1] not in ("SLURM", "LOCAL") and size.isdigit() and int(size) > 1:
+            if size.isdigit() and size.lstrip("0") > "1":
                 return f"{name} = {value}, {match[1]}_{end} = {size}"
     rank = environ.get("PMIX_RANK", "0")
-    return f"PMIX_RANK = {rank}" if rank.isdigit() and int(rank) > 0 else ""
+    return f"PMIX_RANK = {rank}" if rank.isdigit() and rank.strip("0") else ""
 
 
 def mpi_address(environ: Mapping[str, str]) -> tuple[str, str]:

@@ -39,6 +39,7 @@ from megagpt.cluster.interface import choose_interface
 from megagpt.cluster.meeting import LongWork, Meeting
 from megagpt.cluster.mpi import mpi_address
 from megagpt.cluster.ranks import MASTER, Ranks, cores, slurm_address, told_rank
+from megagpt.cluster.watchdog import parent_of
 from megagpt.config import RunConfig
 from megagpt.errors import MegagptError
 
@@ -94,7 +95,8 @@ def join(ranks: Ranks, config: RunConfig | None = None) -> None:
     megagpt.cluster.agreement. Raises UsageError that names what differs; MegagptError that names
     ranks which did not come within meeting_minutes(config), and when the launcher died before.
     """
-    if ranks.launcher in ("deepspeed", "torchrun", "mpi") and _adopted(os.getppid()):
+    parents = {"deepspeed": 2, "torchrun": 1, "mpi": 1}.get(ranks.launcher, 0)
+    if any(map(_adopted, _above()[:parents])):
         raise MegagptError(
             f"rank {ranks.rank}: the launcher died while this rank started; run the command again"
         )
@@ -185,6 +187,13 @@ def share_folder(folder: Path) -> None:
 def long_work(alive: Callable[[], None]) -> LongWork:
     """Work that all ranks that have met begin together; `alive` is called as it goes on."""
     return LongWork(_meetings[-1], alive)
+
+
+def _above() -> list[int]:
+    """This process's parent and its parent, which is what started deepspeed's launcher, such as a
+    connection by ssh."""
+    parent = os.getppid()
+    return [parent, *filter(None, [parent_of(parent)])]
 
 
 def _adopted(parent: int) -> bool:

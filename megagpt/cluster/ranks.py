@@ -6,6 +6,7 @@ only SLURM's variables, which say where rank 0 is too; MPI's launchers leave the
 """
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -39,11 +40,10 @@ def discover(environ: Mapping[str, str]) -> Ranks:
         ranks = _from_variables(environ, "srun" if tasks > 1 else "deepspeed")
     elif marks_of(environ):
         ranks = _from_mpi(environ)
-    elif tasks > 1:
-        ranks = _from_slurm(environ)
     else:
-        _check_alone(environ)
-        return Ranks()
+        ranks = _from_slurm(environ) if tasks > 1 else Ranks()
+    if ranks.world == 1:
+        _check_alone(environ, ranks.launcher)
     if not ranks.rank < ranks.world or not ranks.local_rank < ranks.local_world:
         raise UsageError(
             f"environment: rank {ranks.rank} of {ranks.world}, rank {ranks.local_rank} of "
@@ -60,6 +60,11 @@ def discover(environ: Mapping[str, str]) -> Ranks:
             f"environment: {' and '.join(missing)} not set: the {ranks.world} ranks need the host "
             "name of rank 0 and a free port on it to find each other; export both before the launch"
         )
+    if environ.get("MASTER_PORT") and ranks.world > 1:
+        if not 0 < _number(environ, "MASTER_PORT") < 65536:
+            raise UsageError(
+                f"environment: MASTER_PORT = {environ['MASTER_PORT']}: must lie between 1 and 65535"
+            )
     return ranks
 
 
@@ -75,13 +80,7 @@ def _from_variables(environ: Mapping[str, str], launcher: str) -> Ranks:
         launcher = name if mark in environ else launcher
     on_host = "LOCAL_SIZE" if launcher == "deepspeed" else "LOCAL_WORLD_SIZE"
     marks = Marks(launcher, "RANK", "WORLD_SIZE", "LOCAL_RANK", on_host)
-    ranks = _ranks(environ, marks, launcher)
-    if ranks.world == 1 and (found := unknown_world(environ)):
-        raise UsageError(
-            f"environment: WORLD_SIZE = 1, but {found}: every process would train by itself; unset "
-            "RANK, WORLD_SIZE and LOCAL_RANK before the launch, or export those of each process"
-        )
-    return ranks
+    return _ranks(environ, marks, launcher)
 
 
 def _ranks(environ: Mapping[str, str], marks: Marks, launcher: str) -> Ranks:
@@ -118,18 +117,19 @@ def _from_mpi(environ: Mapping[str, str]) -> Ranks:
     return Ranks() if _number(environ, marks.size) == 1 else _ranks(environ, marks, "mpi")
 
 
-def _check_alone(environ: Mapping[str, str]) -> None:
+def _check_alone(environ: Mapping[str, str], launcher: str) -> None:
     """Raises UsageError where variables tell of more processes than this one."""
-    if environ.get("WORLD_SIZE", "1") not in ("", "1"):
+    found = unknown_world(environ)
+    if launcher == "python":
+        # Of a shell that was itself started by a launcher.
+        for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
+            if environ.get(name, "1") not in ("", "1"):
+                found = f"{name} = {environ[name]}"
+    if found:
         raise UsageError(
-            f"environment: WORLD_SIZE = {environ['WORLD_SIZE']} is set, but not RANK; start with "
-            "deepspeed, torchrun or srun, or unset WORLD_SIZE for a single process"
-        )
-    if found := unknown_world(environ):
-        raise UsageError(
-            f"environment: {found}, of a launcher that is not known here: every process would "
-            "train by itself; export RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT for "
-            "every process, or unset these for a single one"
+            f"environment: {found:.300}, but nothing that is known here tells this process of "
+            "others: every process would train by itself; export RANK, WORLD_SIZE, LOCAL_RANK, "
+            "MASTER_ADDR and MASTER_PORT for every process, or unset what another launch has left"
         )
 
 
@@ -183,8 +183,8 @@ def _step_tasks(environ: Mapping[str, str]) -> int:
 
 def _number(environ: Mapping[str, str], name: str) -> int:
     value = environ.get(name, "")
-    if not value.isdecimal():
-        raise UsageError(f"environment: {name} = {value!r}: must be a whole number, 0 or more")
+    if not re.fullmatch(r"\d{1,9}", value, re.ASCII):
+        raise UsageError(f"environment: {name} = {value!r:.100}: must be a whole number, 0 or more")
     return int(value)
 
 

@@ -11,8 +11,8 @@ import re
 from megagpt.errors import UsageError
 
 _BRACKETS = re.compile(r"([^\[\]]*)\[([^\[\]]+)\](.*)", re.DOTALL)
-_RANGE = re.compile(r"([0-9]+)-([0-9]+)|([a-z])-([a-z])", re.IGNORECASE)
-_COUNT = re.compile(r"([0-9]+)(?:\(x([0-9]+)\))?")
+_RANGE = re.compile(r"([0-9]{1,9})-([0-9]{1,9})|([a-z])-([a-z])", re.IGNORECASE)
+_COUNT = re.compile(r"([0-9]{1,9})(?:\(x([0-9]{1,9})\))?")
 
 
 def expand_hosts(short: str) -> list[str]:

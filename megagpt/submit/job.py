@@ -26,20 +26,18 @@ LEAST_LEAD_S = 120.0
 
 def seconds_of(text: str) -> int:
     """SLURM's time limits: minutes, M:S, H:M:S, D-H, D-H:M, D-H:M:S. Raises UsageError."""
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
-    seconds = 0
-    if match:
-        days, *parts = match.groups()
-        numbers = [int(part) for part in parts if part is not None]
-        # With days the first number is hours; without, one or two numbers begin at minutes.
-        scale = 3600 if days is not None or len(numbers) == 3 else 60
-        for number in numbers:
-            seconds += number * scale
-            scale //= 60
-        seconds += 86400 * int(days or 0)
+    match = re.fullmatch(r"(?:(\d{1,9})-)?(\d{1,9})(?::(\d{1,9}))?(?::(\d{1,9}))?", text)
+    days, *parts = match.groups() if match else ("0", "0")
+    numbers = [int(part) for part in parts if part]
+    # With days the first number is hours; without, one or two numbers begin at minutes.
+    units = (3600, 60, 1) if days is not None or len(numbers) == 3 else (60, 1)
+    seconds = 86400 * int(days or 0) + sum(
+        n * unit for n, unit in zip(numbers, units, strict=False)
+    )
     if not seconds:
         raise UsageError(
-            f"--time {text}: must be a time limit as SLURM reads it: minutes, H:M:S, D-H or D-H:M:S"
+            f"--time {text:.100}: must be a time limit as SLURM reads it: minutes, H:M:S, D-H or "
+            "D-H:M:S"
         )
     return seconds
 

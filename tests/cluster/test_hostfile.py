@@ -26,6 +26,9 @@ def test_a_hostfile_as_deepspeed_reads_it(tmp_path):
         (None, r"cannot read the hostfile \(No such file or directory\)"),
         ("# nobody\n", "no host in it"),
         ("a slots=1\na slots=2\n", "line 2: a stands there twice; add its slots up"),
+        ("me@a slots=1\nA slots=2\n", "line 2: a stands there twice; add its slots up"),
+        ("a[1-3] slots=1\n", r"line 1: 'a\[1-3\] slots=1': must read"),
+        ("a\x1b[1m slots=1\n$(b) slots=1\n", "(?s)line 1: .*line 2: "),
         ("a slots=0\nb\nc slot=3\n", r"(?s)line 1: 'a slots=0': must read.*line 2: 'b'.*line 3"),
     ],
 )

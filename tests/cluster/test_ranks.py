@@ -99,7 +99,7 @@ def test_what_a_script_exports_by_hand_from_slurms_variables():
         ({"RANK": "0", "WORLD_SIZE": "2"}, "RANK is set, but not LOCAL_RANK;"),
         (
             {"WORLD_SIZE": "8"},
-            "WORLD_SIZE = 8 is set, but not RANK; start with deepspeed, torchrun",
+            "WORLD_SIZE = 8, but nothing that is known here tells this process of others",
         ),
         (
             DEEPSPEED | {"RANK": "8"},
@@ -133,7 +133,11 @@ def test_what_a_script_exports_by_hand_from_slurms_variables():
         (DEEPSPEED | {"RANK": "-1"}, "RANK = '-1': must be a whole number, 0 or more"),
         (TORCHRUN | {"LOCAL_WORLD_SIZE": "2(x4)"}, r"LOCAL_WORLD_SIZE = '2\(x4\)': must be a who"),
         (SRUN | {"SLURM_STEP_NUM_TASKS": ""}, "SLURM_STEP_NUM_TASKS = '': must be a whole"),
+        (DEEPSPEED | {"RANK": "9" * 5000}, "RANK = '9{99}: must be a whole number"),
+        (DEEPSPEED | {"RANK": "\u0663"}, "RANK = '\u0663': must be a whole number"),
         (TORCHRUN | {"MASTER_PORT": ""}, "MASTER_PORT not set: the 8 ranks need the host name"),
+        (TORCHRUN | {"MASTER_PORT": "65536"}, "MASTER_PORT = 65536: must lie between 1 and 65535"),
+        (SRUN | {"MASTER_PORT": "x"}, "MASTER_PORT = 'x': must be a whole number, 0 or more"),
     ],
 )
 def test_contradictions_are_named(environ, message):
@@ -278,14 +282,23 @@ def test_mpis_ranks_on_one_host_need_nothing_to_meet():
         ),
         (
             {"HOROVOD_RANK": "0", "HOROVOD_SIZE": "4"},
-            "HOROVOD_RANK = 0, HOROVOD_SIZE = 4, of a launcher that is not known here: every proc",
+            "HOROVOD_RANK = 0, HOROVOD_SIZE = 4, but nothing that is known here tells this process",
         ),
-        ({"NEW_PROCID": "0", "NEW_NTASKS": "2"}, "NEW_PROCID = 0, NEW_NTASKS = 2, of a launcher"),
-        ({"PMIX_RANK": "2"}, "PMIX_RANK = 2, of a launcher that is not known here"),
+        ({"NEW_PROCID": "0", "NEW_NTASKS": "2"}, "NEW_PROCID = 0, NEW_NTASKS = 2, but nothing"),
+        ({"PMIX_RANK": "2"}, "PMIX_RANK = 2, but nothing that is known"),
         # Of an image or a shell, before the launcher's own.
         (
             OPENMPI | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"},
-            "WORLD_SIZE = 1, but OMPI_COMM_WORLD_RANK = 3, OMPI_COMM_WORLD_SIZE = 8: every proc",
+            "OMPI_COMM_WORLD_RANK = 3, OMPI_COMM_WORLD_SIZE = 8, but nothing that is known here",
+        ),
+        # Of the shell in which a job was submitted, itself started by mpirun.
+        (
+            SRUN | {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"},
+            "SLURM_STEP_NUM_TASKS = 8, but nothing .* or unset what another launch has left",
+        ),
+        (
+            {"PMI_RANK": "0", "PMI_SIZE": "1", "NEW_RANK": "1", "NEW_SIZE": "9" * 5000},
+            "NEW_RANK = 1, NEW_SIZE = 9{275}, but nothing",
         ),
         (OPENMPI | {"OMPI_COMM_WORLD_SIZE": "\u00b2"}, "must be a whole number, 0 or more"),
     ],

@@ -41,7 +41,7 @@ def test_counts():
     assert expand_counts("8") == [8]
 
 
-@pytest.mark.parametrize("short", ["", "2(3)", "x", "2,,1", "-1"])
+@pytest.mark.parametrize("short", ["", "2(3)", "x", "2,,1", "-1", "9" * 5000])
 def test_what_is_no_list_of_counts(short):
     with pytest.raises(UsageError, match=r"tasks of the hosts '.*': not of the form 2\(x3\),1"):
         expand_counts(short)

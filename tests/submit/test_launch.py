@@ -219,7 +219,7 @@ def test_times_as_slurm_reads_them(text, seconds):
     assert seconds_of(text) == seconds
 
 
-@pytest.mark.parametrize("text", ["", "0", "1h", "1:2:3:4", "-5", "UNLIMITED"])
+@pytest.mark.parametrize("text", ["", "0", "1h", "1:2:3:4", "-5", "UNLIMITED", "9" * 5000])
 def test_times_that_are_none(text):
     with pytest.raises(UsageError, match=r"--time .*must be a time limit as SLURM reads it"):
         seconds_of(text)
