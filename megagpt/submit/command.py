@@ -150,9 +150,9 @@ def run_other(args: argparse.Namespace) -> int:
         account=getattr(args, "account", ""),
         options=getattr(args, "option", []),
     )
-    name, text = "job.json", ""
     if args.system == "kubernetes":
-        text = manifest(args.kind, facts, Pods(args.image, args.claim, args.mount))
+        pods = Pods(args.image, args.claim, args.mount)
+        name, text = "job.json", manifest(args.kind, facts, pods)
     else:
         name, text = f"job.{args.system}", {"pbs": pbs, "lsf": lsf}[args.system](facts)
     write_job(args, folder / name, text, layout)

@@ -14,6 +14,8 @@ from pathlib import Path
 from megagpt.errors import UsageError
 from megagpt.submit.job import LAUNCH
 
+OWN = {"PBS": r"-l.*\b(select|nodes|walltime)=", "BSUB": r"-(n|nnodes|W)\b"}
+"""Options that no --option may change: the run was checked for them."""
 START_S = 180
 """Seconds of a job's time that pass before its ranks count theirs."""
 
@@ -72,17 +74,13 @@ def plain(text: str, also: str = ":@%") -> str:
 
 def pbs(facts: Facts) -> str:
     """The script of a job of PBS."""
-    cpus = facts.gpus * facts.cores
-    chunk = f"ncpus={cpus}:ngpus={facts.gpus}:mpiprocs={facts.gpus}"
+    chunk = f"ncpus={facts.gpus * facts.cores}:ngpus={facts.gpus}:mpiprocs={facts.gpus}"
     lines = [
         f"-N {plain(facts.name)}",
         f"-l select={facts.nodes}:{chunk}",
         f"-l walltime={facts.clock}",
         "-j oe",
         f"-o {plain(str(facts.folder / 'job.log'), '')}",
-        *([f"-q {plain(facts.queue)}"] if facts.queue else []),
-        *([f"-A {plain(facts.account)}"] if facts.account else []),
-        *facts.options,
     ]
     return _script("PBS", "pbs", lines, facts)
 
@@ -100,17 +98,19 @@ def lsf(facts: Facts) -> str:
         '-Q "75"',
         "-wa USR2",
         f"-wt {facts.lead // 60}",
-        *([f"-q {plain(facts.queue)}"] if facts.queue else []),
-        *([f"-P {plain(facts.account)}"] if facts.account else []),
-        *facts.options,
     ]
     return _script("BSUB", "lsf", lines, facts)
 
 
 def _script(mark: str, system: str, lines: Sequence[str], facts: Facts) -> str:
+    more = {"q": facts.queue, {"PBS": "A", "BSUB": "P"}[mark]: facts.account}
+    given = [f"-{name} {plain(value)}" for name, value in more.items() if value]
+    lines = [*lines, *given, *facts.options]
     for line in lines:
         if not line.isprintable():
             raise UsageError(f"{line!r}: an option must be one line without control characters")
+        if line in facts.options and re.match(OWN[mark], line):
+            raise UsageError(f"--option {line!r}: nodes, ranks and time have options of their own")
     job = shlex.quote(str(facts.folder / f"job.{system}"))
     python, launch = shlex.quote(sys.executable), shlex.quote(str(LAUNCH))
     return "\n".join(

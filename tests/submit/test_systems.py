@@ -222,6 +222,17 @@ def test_an_option_of_two_lines_is_refused(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("system", "option"),
+    [("pbs", "-l walltime=1:00:00"), ("pbs", "-l place=pack,select=1"), ("lsf", "-W 1:00")],
+)
+def test_options_that_the_run_was_checked_for_stay(tmp_path, capsys, system, option):
+    assert main(["launch", system, str(run_file(tmp_path)), *SIZE, f"--option={option}"]) == 2
+    said = capsys.readouterr().err
+    assert f"--option '{option}': nodes, ranks and time have options of their own" in said
+    assert not (tmp_path / "run").exists()
+
+
 # --- what the jobs do ---------------------------------------------------------------------------
 
 
