@@ -242,14 +242,16 @@ def consolidate(run: Path, output: Path, shard_bytes: int = SHARD_BYTES) -> list
     """
     folder = new_folder(output)
     source = newest(run)
-    reader, config, facts = SliceReader(source), load_run(source / CONFIG), _facts(source)
+    weights = open_weights(source, compare=False)
     tensors = [
-        PlannedTensor(name, shape, partial(_unpadded, reader, name, shape))
-        for name, shape in sorted(shapes_of(config.model).items())
+        # Without the padding that the layout of the run added.
+        PlannedTensor(name, shape, partial(weights.whole, name, shape))
+        for name, shape in sorted(shapes_of(weights.config.model).items())
     ]
     with record.written_whole(folder, temporary_of(folder)) as temporary:
-        facts["vocabulary"] = _take_vocabulary(source, facts, temporary)
-        write_weights(temporary, tensors, config, facts, shard_bytes)
+        vocabulary = _take_vocabulary(source, weights.facts, temporary)
+        facts = weights.facts | {"vocabulary": vocabulary}
+        write_weights(temporary, tensors, weights.config, facts, shard_bytes)
     return [output / path.name for path in sorted(folder.iterdir())]
 
 
@@ -278,11 +280,6 @@ def write_weights(
     files = [asdict(FileRecord.of(path)) for path in sorted(folder.iterdir())]
     metadata = {"total_size": total, **facts, "orientation": ORIENTATION, "files": files}
     write_file(folder / INDEX, sealed_json({"metadata": metadata, "weight_map": file_of}))
-
-
-def _unpadded(reader: SliceReader, name: str, shape: Sequence[int]) -> Tensor:
-    """The parameter without the padding that the layout of the run added to it."""
-    return fit_rows(reader.full(name), shape, name)
 
 
 def _take_vocabulary(source: Path, facts: dict[str, Any], folder: Path) -> str:
