@@ -24,6 +24,12 @@ HOST_LINK = 12e9
 HOST_UPDATES = 2e9
 """Parameters/s that a host's processors update with DeepSpeed's CPU Adam (its own benchmark: 1 to
 2 billion a second)."""
+HOST_GATHER = 1.4
+"""Time of a byte that gloo gathers, as a multiple of one that its all-reduce moves: 0.4 beside
+0.55 GB/s of 4 to 70 MB between two ranks on two cores."""
+HOST_MESSAGE = 2e-3
+"""Seconds of one of ZeRO-3's gathers of no size on a host, with DeepSpeed's work around it: what a
+step of six small layers takes longer than under ZeRO-1, by 105 gathers."""
 TILE = 256 * 128
 """Elements of a product's result that one multiprocessor computes at a time (cuBLAS)."""
 NANOTRON = SYSTEMS.index("nanotron")
@@ -236,10 +242,13 @@ def group_rate(jobs: Jobs, c: Constants) -> Column:
 def data_wait(jobs: Jobs, c: Constants) -> Column:
     """Seconds of a step's gradient reduction (and ZeRO's gathering of weights) that are not
     hidden: 2 (d - 1) / d of the gradients, once a step. ZeRO-3 pays with each micro-batch, and so
-    do DeepSpeed's gradients under ZeRO-2, which are cut as they are made (stage_1_and_2.py)."""
+    do DeepSpeed's gradients under ZeRO-2, which are cut as they are made; it reduces whole buckets
+    for all ranks, under ZeRO-1 too (stage_1_and_2.py, use_multi_rank_bucket_allreduce)."""
     held = stage_parameters_of(jobs)
-    times = np.where(ours(jobs) & (jobs.zero == 2), jobs.micro_batches, 1.0)
-    back = np.where(jobs.zero > 0, jobs.weight_bytes, jobs.grad_bytes)
+    whole = np.where(jobs.zero == 2, 2 * jobs.micro_batches, 2.0)
+    times = np.where(ours(jobs) & (jobs.zero > 0), whole, 1.0)
+    gathered = jobs.weight_bytes * np.where(on_host(jobs), HOST_GATHER, 1.0)
+    back = np.where(jobs.zero > 0, gathered, jobs.grad_bytes)
     volume = (times * jobs.grad_bytes + back) * held
     ring = (
         volume * (jobs.dp - 1) / jobs.dp / group_rate(jobs, c)
@@ -255,9 +264,13 @@ def sharded_wait(jobs: Jobs, c: Constants) -> Column:
     ring's rate counts here too. Over gloo a reduce-scatter is an all-reduce, of which each rank
     keeps its part (torch's ProcessGroupGloo): twice the traffic."""
     rate = group_rate(jobs, c) / np.where(ours(jobs), by_system(c, "data_exposed", jobs), 1.0)
-    each = 2 * jobs.weight_bytes + jobs.grad_bytes * np.where(on_host(jobs), 2, 1)
+    host = on_host(jobs)
+    gathered = 2 * jobs.weight_bytes * np.where(host, HOST_GATHER, 1.0)
+    each = gathered + jobs.grad_bytes * np.where(host, 2, 1)
     volume = each * stage_parameters_of(jobs) * (jobs.dp - 1) / jobs.dp / rate
-    hops = by_system(c, "sharded_latency", jobs) * jobs.dp * jobs.most
+    # A host's messages: four matrices of a layer, each gathered forward and backward.
+    hops = by_system(c, "sharded_latency", jobs) * jobs.dp
+    hops = np.where(host & (jobs.dp > 1), 8 * HOST_MESSAGE, hops) * jobs.most
     # From the host's memory each rank fetches its own part forward and backward.
     own = 2 * jobs.weight_bytes * stage_parameters_of(jobs) / jobs.dp
     return volume + hops + jobs.offload_weights * own / HOST_LINK

@@ -65,9 +65,7 @@ HEAD = (
     *("from tokens", "to tokens", "batch tokens", "steps", "micro-batch", "accumulation", "idle"),
     *("first LR", "last LR"),
 )
-COUNTS = (
-    *("first_tokens", "last_tokens", "batch_tokens", "n_steps", "micro_batch", "accumulation"),
-)
+COUNTS = "first_tokens last_tokens batch_tokens n_steps micro_batch accumulation".split()
 """Fields of a row below the first heads."""
 
 

@@ -36,11 +36,10 @@ def judgement_as_text(one: Judgement) -> str:
 
 def _host_as_text(one: Judgement) -> list[str]:
     """What a node's host keeps of what is offloaded; nothing without offload."""
-    if not one.host:
-        return []
     told = ", ".join(f"{name} {size / 1e9:,.1f}" for name, size in one.host.items())
     whole = sum(one.host.values()) / 1e9
-    return [f"host of a node: {whole:,.1f} GB of {one.cluster.host:,.0f} for {told}"]
+    line = f"host of a node: {whole:,.1f} GB of {one.cluster.host:,.0f} for {told}"
+    return [line] if one.host else []
 
 
 def _ramp_as_text(one: Judgement) -> str:

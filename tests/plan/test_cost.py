@@ -12,6 +12,8 @@ from megagpt.plan.accelerators import accelerator_in
 from megagpt.plan.batch import COLUMNS, predict_file
 from megagpt.plan.constants import CONSTANTS, interval
 from megagpt.plan.cost import (
+    HOST_GATHER,
+    HOST_MESSAGE,
     ITEMS,
     data_wait,
     layer_parameters,
@@ -83,6 +85,10 @@ def test_traffic_by_hand():
     whole = 96 * 12 * 12288**2 + 51200 * 12288
     assert sharded_wait(z3, c)[0] == pytest.approx(6 * whole * 7 / 8 / 150e9)
     assert data_wait(z3, c)[0] == 0
+    # DeepSpeed's ZeRO-1 reduces whole buckets for all ranks, and gathers the weights.
+    one = jobs(zero_stage="1", tp="1", pp="1", n_gpus="8", system="megagpt", precision="bf16")
+    c |= {"data_exposed.megagpt": 1.0}
+    assert data_wait(one, c)[0] == pytest.approx((2 * 4 + 2) * whole * 7 / 8 / 150e9)
     # Our gradients travel in fp32, at the ring's rate that --calibrate found; over gloo twice, and
     # nothing hides them behind the same processors' computations.
     own = jobs(zero_stage="3", tp="1", pp="1", n_gpus="8", system="megagpt", precision="bf16")
@@ -90,7 +96,8 @@ def test_traffic_by_hand():
     assert sharded_wait(own, c)[0] == pytest.approx(1.25 * 8 * whole * 7 / 8 / 150e9)
     host = dataclasses.replace(own, processors=np.ones(1))
     gathered = sharded_wait(host, c)[0]
-    assert gathered == pytest.approx(1.25 * 12 * whole * 7 / 8 / 150e9)
+    moved = 1.25 * (4 * HOST_GATHER + 8) * whole * 7 / 8 / 150e9
+    assert gathered == pytest.approx(moved + 96 * 8 * HOST_MESSAGE)
     assert step_items(host, c)["data"][0] == pytest.approx(host.micro_batches[0] * gathered)
     assert step_items(own, c)["data"][0] < 0.9 * own.micro_batches[0] * sharded_wait(own, c)[0]
 
