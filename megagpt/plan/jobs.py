@@ -178,9 +178,8 @@ def read_rows(path: str | Path) -> list[dict[str, str]]:
     """Rows of a CSV file. Raises UsageError for one that cannot be read or lacks a column."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = [
-                {k: _cell(v or "") for k, v in row.items() if k} for row in csv.DictReader(file)
-            ]
+            table = csv.DictReader(file)
+            rows = [{k: _cell(v or "") for k, v in row.items() if k} for row in table]
     except (OSError, UnicodeDecodeError, csv.Error, AttributeError) as error:
         raise UsageError(f"{path}: cannot be read as CSV: {error}") from None
     needed = ["row_id", *(name for name, default in _DEFAULTS.items() if default is None)]
@@ -249,7 +248,6 @@ def _filled(row: Mapping[str, str], where: str) -> dict[str, Any]:
     share = max(1.0, base["global_batch_seqs"] / dp)
     micro = min(share, least("micro_batch", _micro(share, base["seq_len"], pp)))
     recompute = meant(row, "recompute")
-    exact = precision in ("fp32", "tf32")
     peak = {"fp32": device.fp32_tflops / device.tflops, "tf32": 0.5}.get(precision, 1.0)
     sheet = device_columns(device, _number(row, "internode_gbps_per_node", 0.0, where))
     return {
@@ -268,7 +266,7 @@ def _filled(row: Mapping[str, str], where: str) -> dict[str, Any]:
         "fp8": float(precision == "fp8"),
         "grad_bytes": 2.0 if short else 4.0,
         "kept_grad_bytes": _kept_grad_bytes(framework, precision),
-        "weight_bytes": 4.0 if exact else 2.0,
+        "weight_bytes": 4.0 if precision in ("fp32", "tf32") else 2.0,
         "logits": micro * base["seq_len"] * base["vocab"] / tp,
         **(sheet | {"peak": sheet["peak"] * peak}),
         "domain": max(base["gpus_per_node"], device.domain),
