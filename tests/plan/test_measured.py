@@ -59,8 +59,10 @@ class Queue(threading.Thread):
             for process in psutil.Process().children(recursive=True):
                 if process.pid not in self.seen:
                     self.seen[process.pid] = []
-                    with contextlib.suppress(OSError):
-                        # Each training is a session, which shares the cores as one (autogroup).
+                    with contextlib.suppress(psutil.Error, OSError):
+                        # Its threads to come inherit it. Where sessions share the cores as one
+                        # (autogroup), theirs takes precedence.
+                        process.nice(-19)
                         Path(f"/proc/{process.pid}/autogroup").write_text("-15")
                 with contextlib.suppress(OSError, IndexError):
                     # The thread that computes; gloo's own wait for a peer, not for a core.
