@@ -12,7 +12,7 @@ from scipy.stats import t as student
 
 FEW = (4, 10, 25)
 """Labels a class."""
-STRENGTHS = (0.003, 0.03, 0.3)
+STRENGTHS = (0.003, 0.03, 0.3, 3.0, 30.0)
 """Of the regression: inverse of its L2 penalty, on features of mean 0 and variance 1."""
 CHOOSING = 5
 """Draws of few labels by which layer and strength are chosen."""
