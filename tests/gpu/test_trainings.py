@@ -22,11 +22,12 @@ from tests.lib.distributed import (
     wait_for_step,
 )
 
-pytestmark = pytest.mark.gpu
 MODEL = {"n_layer": 2, "n_head": 4, "d_model": 64, "vocab_size": 257, "band_width": 16}
 QUIET = {"every_tokens": 0}
 LIMIT_S = 280 if os.environ.get("DEVICE") == "cpu" else 85
 """Of one training; a busy CPU compiles for minutes."""
+# Up to three trainings a test.
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(3 * LIMIT_S)]
 
 
 def small(root: Path, device: str, tokens: int, **model: object) -> Path:
