@@ -154,8 +154,8 @@ back_in_time() {
 
 # shellcheck source=launch/hosts.sh
 . "$(dirname "${BASH_SOURCE[0]}")/hosts.sh"
-for name in RETRIES EXCLUDE_AFTER SPARE; do
-  [[ ${!name} =~ ^(0|[1-9][0-9]*)$ ]] || die "$name = ${!name}: must be a whole number, 0 or more"
+for name in RETRIES EXCLUDE_AFTER SPARE PAUSE; do
+  [[ ${!name:-0} =~ ^(0|[1-9][0-9]*)$ ]] || die "$name = ${!name}: must be a whole number, 0 or more"
 done
 
 # train_in_job RUN_FOLDER COMMAND...: runs the command, whose first step of SLURM trains. Queues the

@@ -7,6 +7,7 @@ set -euo pipefail
 HOSTFILE=${HOSTFILE:-hostfile}      # a line for each host: name slots=GPUS; rank 0 is on the first
 PORT=${PORT:-29500}                 # of rank 0
 INTERFACE=${INTERFACE:-}            # network between the hosts; empty: each rank's way to rank 0
+PAUSE=${PAUSE:-30}                  # seconds between two starts, in which hosts may come back
 
 [ $# -ge 1 ] || { sed -n 's/^# \(.*:  \)/\1/p' "$0"; exit 2; }
 # shellcheck source=launch/env.sh
@@ -19,16 +20,17 @@ if [ "$1" = --until-done ]; then
   # Between two starts there is nothing to stop but the pause.
   trap 'asked=1 told=1; [ -z "$start" ] || kill -TERM "$start" 2> /dev/null || true' \
     TERM INT HUP USR1 USR2 XCPU
-  export UNREACHED=1                # a host that is not there may come back
   while [ -z "$asked" ]; do
     before=$(newest_checkpoint "$folder")
     "$0" "$@" &
     start=$!
+    [ -z "$asked" ] || kill -TERM "$start"
     wait_on "$start"
     echo "$(date "+%F %T") a start ended with code $code"
     [ -z "$asked" ] || break
     gets_on "$code" "$folder" "$before" "$$" || exit "$code"
-    sleep "${PAUSE:-30}" &          # seconds in which hosts may come back
+    export UNREACHED=75             # all hosts were there: one that is gone may come back
+    sleep "$PAUSE" &
     start=$!
     wait "$start" || true
   done
@@ -71,9 +73,7 @@ mark=SendEnv=megagpt_$(basename "$scratch")
 export PDSH_SSH_ARGS_APPEND="-o $mark -o ServerAliveInterval=15 -o ServerAliveCountMax=4"
 
 set -m                              # deepspeed and pdsh in a process group of their own
-deepspeed --hostfile "$scratch/hosts" --master_addr "${hosts[0]#*@}" --master_port "$PORT" --force_multi \
-  --module megagpt.train "$@" &
-runner=$!
+runner=''
 # deepspeed would stop its ranks by `pkill` on every host, which hits other runs and loses the step.
 # A signal to one rank lets all of them save: rank 0, which is on the first host of the file, by the
 # name that it has there. Where none can be reached, their connections end, and they save too.
@@ -82,18 +82,19 @@ stop() {
   local place=
   # An older lock is an earlier run's.
   [ ! "$folder/.lock" -nt "$DS_ENV_FILE" ] || place=$(< "$folder/.lock")
-  if [[ $place =~ ^process\ ([0-9]+)\ on\  ]]; then
-    ssh -n -o ConnectTimeout=10 "${hosts[0]}" kill -TERM "${BASH_REMATCH[1]}" \
-      || pkill -f -- "$mark" || true
-  else
-    kill -TERM -- "-$runner" || true
-  fi
+  [[ $place =~ ^process\ ([0-9]+)\ on\  ]] \
+    && ssh -n -o ConnectTimeout=10 "${hosts[0]}" kill -TERM "${BASH_REMATCH[1]}" \
+    || kill -KILL -- "-$runner" || true
 }
-trap 'told=1; stop' TERM INT HUP USR1 USR2 XCPU
+trap 'told=1 asked=1; [ -z "$runner" ] || stop' TERM INT HUP USR1 USR2 XCPU
+deepspeed --hostfile "$scratch/hosts" --master_addr "${hosts[0]#*@}" --master_port "$PORT" --force_multi \
+  --module megagpt.train "$@" &
+runner=$!
+[ -z "${asked:-}" ] || stop
 wait_on "$runner"
 # Should deepspeed or pdsh have been killed: ranks save and end once their connection is gone.
 if pkill -f -- "$mark"; then
-  kill -TERM -- "-$runner" 2> /dev/null
+  kill -TERM -- "-$runner" 2> /dev/null || true
   [ "$code" != 0 ] || code=1
 fi
 exit "$code"

@@ -135,6 +135,7 @@ def test_a_sites_file_may_use_what_is_not_set_and_call_what_fails(flags, tmp_pat
         ("RETRIES", "five", "RETRIES = five: must be a whole number, 0 or more"),
         ("SPARE", "-1", "SPARE = -1: must be a whole number, 0 or more"),
         ("EXCLUDE_AFTER", "2.5", "EXCLUDE_AFTER = 2.5: must be a whole number, 0 or more"),
+        ("PAUSE", "1m", "PAUSE = 1m: must be a whole number, 0 or more"),
     ],
 )
 def test_settings_that_are_none(name, value, message):
