@@ -17,7 +17,7 @@ from megagpt.plan.stages import stage_bounds, stage_parameters
 
 MOST_LOGITS = 1 << 29
 """Logits that the loss holds at once; more are computed part by part."""
-HOST_COPIES = {1: (0, 3), 2: (0, 3), 3: (2, 5)}
+HOST_COPIES = {1: (0, 3), 2: (0, 3), 3: (2, 6)}
 """ZeRO's stage -> copies of its weights that a rank on a host's processors holds beside DeepSpeed's
 buckets: alone, and among others (gloo). No physics: whole numbers read off the resident memory of
 small models in fp32 on one and two ranks, those of tests/plan/test_measured.py among them."""
