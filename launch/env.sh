@@ -1,8 +1,10 @@
 # shellcheck shell=bash
 # What every launch needs and people forget. Sourced by the scripts beside it, after their
-# parameters; it reads PYTHON, INTERFACE and RETRIES, and the site's own file: see launch/sites.
+# parameters; it reads PYTHON, INTERFACE and those below, and the site's own file: see launch/sites.
 
 RETRIES=${RETRIES:-5}                         # starts in a row that may end without a new checkpoint
+STAGE=${STAGE:-}                              # folders of shards that each host of a SLURM job copies
+STAGE_TO=${STAGE_TO:-}                        # below this folder of its own disk before each start
 
 die() { echo "${0##*/}: $*" >&2; exit "${DIE:-2}"; }
 
@@ -129,12 +131,24 @@ among_hosts() { grep -qxF -f <("$@") <(slurm_hosts); }
 
 slurm_port() { echo $((20000 + SLURM_JOB_ID % 12000)); }
 
-# tell_step: ranks save and end. SLURM may not have made the step yet, nor may its ranks listen:
-# they are told again until they have ended.
+# a_step COMMAND...: srun, or deepspeed by it, until it ends with `code`. What the job is asked meanwhile,
+# or was before, it is told.
+a_step() {
+  local launcher=$1
+  "$@" &
+  step=$!
+  [ -z "${asked:-}" ] || tell_step
+  wait_on "$step"
+}
+
+# tell_step: ranks save and end, by USR1, which srun passes on. They are told until they have: SLURM may
+# not have made the step yet, nor may they listen.
 tell_step() {
-  while kill -0 "$step" 2> /dev/null; do
-    if scancel --signal=TERM "$SLURM_JOB_ID.$nth" 2> /dev/null; then sleep 30; else sleep 1; fi
+  while kill -0 "$step"; do
+    if [ "$launcher" = deepspeed ]; then pkill -USR1 -x -P "$step" srun; else kill -USR1 "$step"; fi
+    sleep 2
   done > /dev/null 2>&1 &
+  back_in_time
 }
 
 # back_in_time: queues the job again a moment before its end, should ranks still save then: SLURM ends
@@ -158,20 +172,18 @@ for name in RETRIES EXCLUDE_AFTER SPARE PAUSE; do
   [[ ${!name:-0} =~ ^(0|[1-9][0-9]*)$ ]] || die "$name = ${!name}: must be a whole number, 0 or more"
 done
 
-# train_in_job RUN_FOLDER COMMAND...: runs the command, whose first step of SLURM trains. Queues the
-# job again until the run is done; not when a new start would fail the same way. A job with spare hosts
-# (SPARE) starts again by itself while enough are well. The script has set a trap that sets
-# `asked`: SLURM sends USR1 before the end of the time, and where it is set up so, when it preempts,
+# train_in_job RUN_FOLDER COMMAND...: runs the command. Queues the job again until the run is done; not
+# when a new start would fail the same way. A job with spare hosts (SPARE) starts again by itself while
+# enough are well. The script has set a trap that sets `asked`: SLURM sends USR1 before the end of the time, and where it is set up so, when it preempts,
 # which may be before anything has begun.
 train_in_job() {
-  local folder=$1 before code step='' told id=$SLURM_JOB_ID nth=0 starts
+  local folder=$1 before code step='' told id=$SLURM_JOB_ID starts
   shift
   # In an array this task alone: the job id of its last task means all of them.
   id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$id}
-  trap 'asked=1 told=1; [ -z "$step" ] || { tell_step; back_in_time; }' USR1
-  # Where the run file was read by srun, that was the job's first step.
-  case ${READER:-} in srun*) nth=1 ;; esac
+  trap 'asked=1 told=1; [ -z "$step" ] || tell_step' USR1
   mkdir -p "$folder"
+  [ -z "$STAGE" ] || [ -n "$STAGE_TO" ] || die "STAGE = $STAGE: needs STAGE_TO, a folder of each host's disk"
   [ "$1" = srun ] || SPARE=0                  # deepspeed takes all of its hostfile
   [ "$SPARE" = 0 ] || [ "$SPARE" -lt "$SLURM_JOB_NUM_NODES" ] \
     || die "SPARE = $SPARE of $SLURM_JOB_NUM_NODES hosts: none is left to train; ask for more hosts"
@@ -188,14 +200,13 @@ train_in_job() {
     echo "$(date "+%F %T") start $starts ended with code $code"
     gets_on "$code" "$folder" "$before" "$id" "${asked:-}" || exit "$code"
     if [ -n "${asked:-}" ] || [ "$code" = 75 ] || ! has_spare "$folder"; then break; fi
-    nth=$((nth + 1))
   done
   again "$id" "$folder" || exit "$code"       # a site that allows no requeue, a job of a chain
 }
 
 # start_in_job RUN_FOLDER COMMAND...: one start, with `code`, and whom it blames.
 start_in_job() {
-  local folder=$1 said unfit='' words=("${@:2}") where
+  local folder=$1 said unfit='' words=("${@:2}") where=()
   code=143
   if [ "$SPARE" -gt 0 ]; then
     read -ra where < <(step_hosts "$folder")
@@ -204,14 +215,17 @@ start_in_job() {
   echo "$id $(date +%s) $(slurm_hosts | paste -sd ' ')" > "$folder/.start"
   if [ -z "${asked:-}" ] && [ "$DOCTOR" = 1 ]; then
     examine "$folder" "${words[@]}" || unfit=$?
-    code=${unfit:-$code} nth=$((nth + 1))
   fi
+  if [ -z "${asked:-}$unfit" ] && [ -n "$STAGE" ]; then
+    # shellcheck disable=SC2086  # several words each
+    a_step srun "${where[@]}" --ntasks=$((SLURM_JOB_NUM_NODES - SPARE)) --ntasks-per-node=1 --label \
+      ${SRUN:-} $WITHIN "$PYTHON" -m megagpt data stage $STAGE "$STAGE_TO"
+    unfit=${code#0}
+  fi
+  code=${unfit:-143}
   if [ -z "${asked:-}$unfit" ]; then
     said=$(mktemp)
-    "${words[@]}" 2> >(tee >(grep --line-buffered '^srun: error: ' > "$said") >&2) &
-    step=$!
-    [ -z "${asked:-}" ] || { tell_step; back_in_time; }
-    wait_on "$step"
+    a_step "${words[@]}" 2> >(tee >(grep --line-buffered '^srun: error: ' > "$said") >&2)
     sleep 1                                   # for the last that srun has said
     case $code in 0 | 2 | 3 | 75) ;; *) [ -n "${asked:-}" ] || blame_by_srun "$folder" "$said" ;; esac
     rm -f "$said"

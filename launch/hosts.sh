@@ -112,9 +112,7 @@ examine() {
     case $word in --allow-changes) ;; megagpt.train) words+=(megagpt.doctor) ;; *) words+=("$word") ;; esac
   done
   table=$(mktemp)
-  "${words[@]}" > >(tee "$table") 2>&1 &
-  step=$!
-  wait_on "$step"
+  a_step "${words[@]}" > >(tee "$table") 2>&1
   sleep 1                                     # for the last lines of the table
   for host in $(slurm_hosts); do
     if grep -E '^([0-9]+: )?FAIL ' "$table" | grep -qE " ${host}(\.[A-Za-z0-9.-]+)?[:,]"; then

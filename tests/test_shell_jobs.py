@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import sys
 import time
 from datetime import datetime
 from pathlib import Path
@@ -217,7 +218,9 @@ def test_starts_without_progress_are_counted_and_a_checkpoint_begins_anew(job):
 
 def test_starts_that_were_told_to_stop_are_no_failures(job):
     for _ in range(3):
-        done = job.start("exec sleep 9 & p=$!; kill -USR1 $PPID; sleep 1; kill $p; wait $p")
+        done = job.start(
+            "trap '' USR1; exec sleep 9 & p=$!; kill -USR1 $PPID; sleep 1; kill $p; wait $p"
+        )
         assert job.told() == ["requeue 7"], done.stderr
         assert "ended with code 143" in done.stdout
     assert not (job.folder / ".retries").exists()
@@ -230,20 +233,54 @@ def test_usr1_before_the_training_begins_queues_the_job_again(job):
     assert "ended with code 143" in done.stdout and not (job.root / "trained").exists()
 
 
-def test_a_step_that_is_not_made_yet_is_told_once_it_is(job, tmp_path):
-    # SLURM knows no step at first.
-    line = f'echo "$@" >> {tmp_path}/scancel; test $(wc -l < {tmp_path}/scancel) -ge 3'
-    job.stands_in("scancel", line)
-    training = f"kill -USR1 $PPID; until test $(cat {tmp_path}/scancel | wc -l) -ge 3; do sleep 0.1"
-    job.start(training + "; done 2> /dev/null; exit 75")
-    assert job.told("scancel")[:3] == ["--signal=TERM 7.0"] * 3
-    assert job.told() == ["requeue 7"]
+def test_a_step_that_does_not_listen_yet_is_told_again(job):
+    deaf = (
+        "trap '' USR1; kill -USR1 $PPID; sleep 1; trap 'exit 75' USR1; while :; do sleep 0.1; done"
+    )
+    done = job.start(deaf)
+    assert job.told() == ["requeue 7"], done.stderr
+    assert "ended with code 75" in done.stdout
+
+
+def test_deepspeed_is_not_told_but_its_srun(job, tmp_path):
+    job.stands_in("srun", "trap 'exit 75' USR1; kill -USR1 $1; while :; do sleep 0.1; done")
+    job.stands_in("deepspeed", "srun $PPID; exit $?")
+    script = f'source launch/env.sh; PATH={tmp_path}/bin:$PATH; train_in_job "$1" deepspeed'
+    path = f"{tmp_path}/bin:{os.environ['PATH']}"
+    done = run("bash", "-c", script, "job", job.folder, PATH=path, SLURM_JOB_ID="7")
+    assert job.told() == ["requeue 7"], done.stderr
+    assert "ended with code 75" in done.stdout
+
+
+STAGED = {"STAGE": "data/a data/b", "STAGE_TO": "/disk", "SLURM_JOB_NUM_NODES": "3"}
+
+
+@pytest.mark.parametrize("code", [0, 2, 1])
+def test_corpora_are_staged_before_a_start_or_there_is_none(job, tmp_path, code):
+    job.stands_in("srun", f'echo "$@" >> {tmp_path}/srun; exit {code}')
+    done = job.start(f"touch {tmp_path}/trained", **STAGED)
+    staging = f"{sys.executable} -m megagpt data stage data/a data/b /disk"
+    assert job.told("srun") == [f"--ntasks=3 --ntasks-per-node=1 --label {staging}"]
+    assert (tmp_path / "trained").exists() == (code == 0), done.stderr
+    assert job.told() == ["requeue 7"] * (code == 1) and done.returncode == (0, 0, 2)[code]
+
+
+def test_a_job_that_is_told_to_stop_while_it_stages_is_not_done(job, tmp_path):
+    job.stands_in("srun", "trap 'exit 0' USR1; kill -USR1 $PPID; while :; do sleep 0.1; done")
+    done = job.start(f"touch {tmp_path}/trained", **STAGED)
+    assert job.told() == ["requeue 7"] and not (tmp_path / "trained").exists(), done.stderr
+
+
+def test_staging_needs_a_place(job):
+    done = job.start("exit 0", STAGE="data/a")
+    assert done.returncode == 2
+    assert done.stderr.endswith(": STAGE = data/a: needs STAGE_TO, a folder of each host's disk\n")
 
 
 @pytest.mark.parametrize("by", ["variable", "scontrol"])
 def test_a_save_that_lasts_beyond_the_end_of_the_job_queues_it_again(job, tmp_path, by):
     told = f"until grep -q requeue {tmp_path}/scontrol; do sleep 0.1; done"
-    training = f"kill -USR1 $PPID; {told}; exit 1"
+    training = f"trap '' USR1; kill -USR1 $PPID; {told}; exit 1"
     end = int(time.time()) + 22
     if by == "scontrol":
         shown = (

@@ -6,4 +6,3 @@ PYTHON=${PYTHON:-/project/megagpt/venv/bin/python}
 LAUNCH="mpiexec -n ${RANKS:-1} --ppn ${PER_HOST:-1} --cpu-bind depth --depth ${CORES:-8}"
 export NCCL_NET="AWS Libfabric" # with the plugin of the site
 INTERFACE=${INTERFACE:-hsn0}
-SCRATCH=/local/scratch

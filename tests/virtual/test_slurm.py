@@ -65,7 +65,7 @@ class Job:
             os.kill(process, signal.SIGSTOP)
         try:
             yield
-            wait_until(lambda: all(map(asked_to_stop, ranks)), "SIGTERM reaches all ranks")
+            wait_until(lambda: all(map(asked_to_stop, ranks)), "SIGUSR1 reaches all ranks")
         finally:
             for process in ranks:
                 with contextlib.suppress(ProcessLookupError):
@@ -73,14 +73,14 @@ class Job:
 
 
 def asked_to_stop(process: int) -> bool:
-    """Whether SIGTERM waits for a process that is held, or has reached it."""
+    """Whether SIGUSR1 waits for a process that is held, or has reached it."""
     try:
         status = Path(f"/proc/{process}/status").read_text()
     except OSError:
         return True
     fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
     waiting = int(fields["ShdPnd"], 16) | int(fields["SigPnd"], 16)
-    return bool(waiting >> (signal.SIGTERM - 1) & 1) or not fields["State"].startswith("T")
+    return bool(waiting >> (signal.SIGUSR1 - 1) & 1) or not fields["State"].startswith("T")
 
 
 def is_the_calm_run(run: Path) -> None:
