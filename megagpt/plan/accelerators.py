@@ -84,8 +84,8 @@ def check_gpu(name: str) -> None:
 
 def accelerator_in(text: str) -> str:
     """The name of the accelerator that the text holds; "" where nothing fits."""
-    # Whole numbers: neither is an A1000 an A100 nor an H200 an H20.
-    words = {name: rf"(?<![a-z0-9])(?:{part})(?!\d)" for name, part in _NAMES.items()}
+    # Whole numbers: neither is an A1000 an A100 nor an H200 an H20; 8xH100 is one.
+    words = {name: rf"(?<![a-wyz0-9])(?:{part})(?!\d)" for name, part in _NAMES.items()}
     return next((name for name, part in words.items() if re.search(part, text.lower())), "")
 
 

@@ -56,7 +56,7 @@ def _doubts(rows: Sequence[Mapping[str, str]], jobs: Jobs) -> Iterator[str]:
         if gpu and not accelerator_in(gpu):
             yield f"{where}: gpu_type = {gpu!r} is not known; predicted for an A100 of 80 GB"
         for name, words in WORDS.items():
-            if not meant(row, name):
+            if row.get(name) and not meant(row, name):
                 yield f"{where}: {name} = {row[name]!r} is not known; use {', '.join(words)}"
         shape = jobs.tp[n], jobs.pp[n], jobs.dp[n]
         if np.prod(shape) != jobs.gpus[n]:

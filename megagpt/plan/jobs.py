@@ -42,15 +42,16 @@ _STAGES = {"fsdp": 3.0, "deepspeed-zero3": 3.0, "deepspeed-2021": 3.0, "megatron
 """ZeRO's stage of systems where nobody says; others: 0."""
 _OLD = ("megatron-lm", "megatron-deepspeed", "gpt-neox", "deepspeed-2021", "deepspeed-zero3")
 """Systems that had no fused attention in the years of most of their measurements."""
+_FLAG = {"n": "^n|false|^0$|^off|without|disable", "y": r"^y|true|^[1-9]|^on|with|flash|fa\d?$"}
 WORDS = {
     "recompute": {
-        "selective": "select|attn|attention|core", "full": "full|block|uniform|all|^y|true|^1$",
-        "none": "^$|^no|^n$|false|^0$|off",
+        "none": "^$|^no|^n$|false|^0$|^off|disable", "selective": "select|attn|attention|core",
+        "full": "full|block|uniform|all|^y|true|^1$",
     },
     "precision": {
-        "fp8": "fp8|float8", "bf16": "^$|bf16|bfloat16|amp|mixed", "fp16": "fp16|float16|half",
-        "tf32": "tf32", "fp32": "fp32|float32",
-    },
+        "fp8": "fp8|float8", "fp16": "fp16|(?<!b)float16|half|^16",
+        "bf16": "^$|bf16|bfloat16|amp|mixed", "tf32": "tf32", "fp32": "fp32|float32",
+    }, "flash_attention": _FLAG, "sequence_parallel": _FLAG,
 }  # fmt: skip
 """Column -> what is meant -> how its cells say so; the first counts."""
 
@@ -205,14 +206,14 @@ def meant(row: Mapping[str, str], column: str) -> str:
 
 def _yes(row: Mapping[str, str], column: str, empty: bool = False) -> float:
     """1 for a cell that says yes, or is empty where that means so."""
-    text = row.get(column, "").lower()
-    return float(text in ("y", "yes", "true", "1", "on") or (empty and not text))
+    return float(meant(row, column) == "y" or (empty and not row.get(column)))
 
 
 def _number(row: Mapping[str, str], name: str, default: float | None, where: str) -> float:
     """A cell, or the default where it is empty. Raises UsageError for one that is no number."""
     text = row.get(name, "")
-    plain = {"y": "1", "yes": "1", "n": "0", "no": "0"}.get(text.lower(), text.replace(",", ""))
+    words = {"y": "1", "yes": "1", "true": "1", "n": "0", "no": "0", "false": "0"}
+    plain = words.get(text.lower(), text.replace(",", ""))
     try:
         value = float(plain) if plain else default
     except ValueError:
@@ -307,9 +308,7 @@ def even_stages(layers: float, pp: float) -> tuple[float, float, float]:
 
 def _kept_grad_bytes(framework: str, precision: str) -> float:
     """fp16 adds up in place; bf16 in fp32, and DeepSpeed's bf16 optimizer keeps both."""
-    if precision == "fp16":
-        return 2.0
-    return 6.0 if framework == "megatron-deepspeed" else 4.0
+    return 2.0 if precision == "fp16" else 6.0 if framework == "megatron-deepspeed" else 4.0
 
 
 def _virtual(framework: str, layers: float, pp: float) -> float:

@@ -196,8 +196,9 @@ def test_names_of_devices():
         "A100-40GB-SXM": "a100-40", "NVIDIA A100-SXM4-40GB": "a100-40", "a100_sxm_80gb": "a100",
         "NVIDIA A100 80GB PCIe": "a100-pcie", "NVIDIA H100 80GB HBM3": "h100", "": "",
         "NVIDIA H100 PCIe": "h100-pcie", "H100 SXM5 NVLink": "h100", "GH200 480GB": "h200",
-        "H20-96GB": "h20", "GB200-NVL72": "gb200", "B300": "b200", "AMD Instinct MI250X": "mi250x",
-        "Tesla V100-SXM2-32GB": "v100", "Tesla V100-SXM3-16GB": "v100-16", "TPUv4": "",
+        "H20-96GB": "h20", "GB200-NVL72": "gb200", "B300": "b200", "8xH100": "h100",
+        "AMD Instinct MI250X": "mi250x", "Tesla V100-SXM2-32GB": "v100", "TPUv4": "",
+        "Tesla V100-SXM3-16GB": "v100-16",
     }  # fmt: skip
     assert {name: accelerator_in(name) for name in names} == names
 
@@ -206,13 +207,14 @@ def test_cells_are_read_as_people_write_them(tmp_path):
     def field(name, **changes):
         return getattr(jobs(**changes), name)[0]
 
-    assert [field("full", recompute=w) for w in ("Full", "block", "none", "")] == [1, 1, 0, 0]
-    assert [field("selective", recompute=w) for w in ("Selective", "core_attn", "full")] == [
-        1,
-        1,
-        0,
-    ]
-    assert [field("sequence_parallel", sequence_parallel=w) for w in ("Yes", "1", "n")] == [1, 1, 0]
+    for column, name, words, read in (
+        ("recompute", "full", ("Full", "block", "none", "None (all kept)", ""), [1, 1, 0, 0, 0]),
+        ("recompute", "selective", ("Selective", "core_attn", "full, offloaded"), [1, 1, 0]),
+        ("sequence_parallel", "sequence_parallel", ("Yes", "1", "n", ""), [1, 1, 0, 0]),
+        ("flash_attention", "flash", ("FA2", "FlashAttention-2", "no flash", "off"), [1, 1, 0, 0]),
+        ("precision", "grad_bytes", ("fp16 mixed", "16-mixed", "bf16 AMP", "mixed"), [2, 2, 4, 4]),
+    ):
+        assert [field(name, **{column: word}) for word in words] == read
     assert [field("fp8", gpu_type="H200", precision=w) for w in ("FP8", "mxfp8", "bf16")] == [
         1,
         1,
@@ -222,7 +224,7 @@ def test_cells_are_read_as_people_write_them(tmp_path):
     assert field("grad_bytes", gpu_type="V100", precision="fp8") == 2
     assert field("fp8", precision="fp8") == 0 and field("weight_bytes", precision="float32") == 4
     assert field("peak") == pytest.approx(16 * field("peak", precision="fp32"))
-    assert [field("gpus", n_gpus="1,024"), field("gated", gated_mlp="y")] == [1024, 1]
+    assert [field("gpus", n_gpus="1,024"), field("gated", gated_mlp="True")] == [1024, 1]
     # Nothing said: fused attention but for Megatron-LM of 2021, weights shared out by FSDP.
     empty = {"flash_attention": "", "zero_stage": "", "tp": "1", "pp": "1"}
     for system, meant in (("Megatron-LM", [0, 0, 0]), ("FSDP", [1, 3, 0]), ("mine", [1, 0, 1])):
@@ -238,14 +240,19 @@ def test_cells_are_read_as_people_write_them(tmp_path):
         ",".join(ROW)
         + "\n"
         + ",".join(
-            (ROW | {"recompute": "partly", "precision": "int4", "virtual_pp": "n/a"}).values()
+            (
+                ROW
+                | {"recompute": "partly", "precision": "int4", "virtual_pp": "n/a"}
+                | {"flash_attention": "perhaps"}
+            ).values()
         )
     )
     path.write_text(text + "\n")
     _, notes = predict_file(path, tmp_path / "out.csv")
     assert notes == [
-        "row 1: recompute = 'partly' is not known; use selective, full, none",
-        "row 1: precision = 'int4' is not known; use fp8, bf16, fp16, tf32, fp32",
+        "row 1: recompute = 'partly' is not known; use none, selective, full",
+        "row 1: precision = 'int4' is not known; use fp8, fp16, bf16, tf32, fp32",
+        "row 1: flash_attention = 'perhaps' is not known; use n, y",
     ]
 
 
