@@ -59,11 +59,9 @@ def _doubts(rows: Sequence[Mapping[str, str]], jobs: Jobs) -> Iterator[str]:
             if row.get(name) and not meant(row, name):
                 yield f"{where}: {name} = {row[name]!r} is not known; use {', '.join(words)}"
         shape = jobs.tp[n], jobs.pp[n], jobs.dp[n]
-        if np.prod(shape) != jobs.gpus[n]:
-            yield (
-                f"{where}: tp x pp x dp = {' x '.join(f'{size:g}' for size in shape)} = "
-                f"{np.prod(shape):g}, but n_gpus = {jobs.gpus[n]:g}"
-            )
+        told, product = " x ".join(f"{size:g}" for size in shape), np.prod(shape)
+        if product != jobs.gpus[n]:
+            yield f"{where}: tp x pp x dp = {told} = {product:g}, but n_gpus = {jobs.gpus[n]:g}"
 
 
 def counted_flops(jobs: Jobs, conventions: list[str]) -> Column:

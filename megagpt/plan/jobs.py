@@ -160,9 +160,7 @@ def jobs_in(rows: Sequence[Mapping[str, Any]]) -> Jobs:
     """Jobs of rows that hold a number for each of their fields; one that is not there is 0."""
     index = ("gpu", "framework")
     columns: dict[str, Any] = {
-        name: np.array(
-            [row.get(name, 0) for row in rows], np.int64 if name in index else np.float64
-        )
+        name: np.array([row.get(name, 0) for row in rows], "i8" if name in index else "f8")
         for name in Jobs.__dataclass_fields__
     }
     return Jobs(**columns)

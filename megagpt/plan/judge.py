@@ -164,16 +164,22 @@ def _host(one: Candidate, cluster: Cluster, held: int) -> dict[str, float]:
 
     DeepSpeed (stage3.py) keeps the weights in fp32 there with their moments, gradients in fp32
     twice (as they add up, and for the update), and the weights themselves where they are
-    offloaded too. On NVMe lies the rest, not the gradients.
+    offloaded too. On NVMe lies the rest but the gradients that add up; the host has buffers for
+    it: some whole sub-groups of the optimizer's (optimizer_utils.py), and its own of the weights'.
     """
-    place, weights = offloads(one.tree, "optimizer"), offloads(one.tree, "param")
-    ours = held / one.layout.data * min(cluster.per_node, cluster.gpus)
+    tree, part, ranks = one.tree, held / one.layout.data, min(cluster.per_node, cluster.gpus)
+    place, weights = offloads(tree, "optimizer"), offloads(tree, "param")
+    states, own = tree.get("offload_optimizer") or {}, tree.get("offload_param") or {}
+    piece = min(part, tree.get("sub_group_size", 1e9)) * states.get("buffer_count", 4)
+    kept = own.get("buffer_count", 5) * own.get("buffer_size", 1e8)
+    width = 4 if one.config.parallel.dtype == "fp32" else 2
     sizes = {
-        "optimizer": 12 * (place == "cpu"),
-        "gradients": 8 * bool(place),
-        "weights": (4 if one.config.parallel.dtype == "fp32" else 2) * (weights == "cpu"),
+        "optimizer": 12 * part * (place == "cpu"),
+        "gradients": 4 * part * (bool(place) + (place == "cpu")),
+        "weights": width * part * (weights == "cpu"),
+        "buffers": 4 * piece * (place == "nvme") + width * kept * (weights == "nvme"),
     }
-    return {name: size * ours for name, size in sizes.items() if size}
+    return {name: size * ranks for name, size in sizes.items() if size}
 
 
 def search(config: RunConfig, cluster: Cluster, most: int = 10) -> list[Judgement]:
