@@ -174,8 +174,8 @@ done
 
 # train_in_job RUN_FOLDER COMMAND...: runs the command. Queues the job again until the run is done; not
 # when a new start would fail the same way. A job with spare hosts (SPARE) starts again by itself while
-# enough are well. The script has set a trap that sets `asked`: SLURM sends USR1 before the end of the time, and where it is set up so, when it preempts,
-# which may be before anything has begun.
+# enough are well. The script has set a trap that sets `asked`: SLURM sends USR1 before the end of the
+# time, and where it is set up so, when it preempts, which may be before anything has begun.
 train_in_job() {
   local folder=$1 before code step='' told id=$SLURM_JOB_ID starts
   shift
