@@ -104,7 +104,7 @@ def simulate(
     if why := hopeless(float(np.median(work)), interval_s, weather):
         raise NeverEnds(
             f"--simulate: {why}; save more often (checkpoint.every_tokens), or raise "
-            "--gpu-hours-per-failure"
+            "--gpu-hours-per-failure, or --gpu-hours-per-notice with --spot"
         )
     random = np.random.default_rng(seed)
     left = work.copy()

@@ -76,7 +76,7 @@ def test_failures_that_leave_no_time_end_with_a_message(run_file, capsys):
     with pytest.raises(NeverEnds, match=why):
         simulate(10 * DAY, 3600, often)
     spot = Weather(failure_every=1e9, notice_every=10, save=300, restart=0, queue=0)
-    with pytest.raises(NeverEnds, match="it never ends"):
+    with pytest.raises(NeverEnds, match="it never ends; .* or --gpu-hours-per-notice with"):
         simulate(10 * DAY, 3600, spot)
     many = Weather(failure_every=20, save=0.01, restart=0, queue=0)
     with pytest.raises(NeverEnds, match="failures are more than the 20,000 simulated"):
