@@ -30,6 +30,7 @@ if [ -z "${asked:-}" ]; then
   # shellcheck disable=SC2086  # several words each
   $LAUNCH $WITHIN "$PYTHON" -m megagpt.train "$@" &
   step=$!
+  [ -z "${asked:-}" ] || kill -USR1 "$step"
   wait_on "$step"
 fi
 echo "$(date "+%F %T") a start ended with code $code"

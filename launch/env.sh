@@ -139,6 +139,8 @@ a_step() {
   step=$!
   [ -z "${asked:-}" ] || tell_step
   wait_on "$step"
+  # deepspeed says 0 where a signal ended its srun, which may not have listened yet.
+  [ "$launcher ${asked:-} $code" != "deepspeed 1 0" ] || code=138
 }
 
 # tell_step: ranks save and end, by USR1, which srun passes on. They are told until they have: SLURM may
@@ -213,14 +215,14 @@ start_in_job() {
     words=(srun "${where[@]}" "${@:3}")
   fi
   echo "$id $(date +%s) $(slurm_hosts | paste -sd ' ')" > "$folder/.start"
-  if [ -z "${asked:-}" ] && [ "$DOCTOR" = 1 ]; then
-    examine "$folder" "${words[@]}" || unfit=$?
-  fi
-  if [ -z "${asked:-}$unfit" ] && [ -n "$STAGE" ]; then
+  if [ -z "${asked:-}" ] && [ -n "$STAGE" ]; then
     # shellcheck disable=SC2086  # several words each
     a_step srun "${where[@]}" --ntasks=$((SLURM_JOB_NUM_NODES - SPARE)) --ntasks-per-node=1 --label \
       ${SRUN:-} $WITHIN "$PYTHON" -m megagpt data stage $STAGE "$STAGE_TO"
     unfit=${code#0}
+  fi
+  if [ -z "${asked:-}$unfit" ] && [ "$DOCTOR" = 1 ]; then
+    examine "$folder" "${words[@]}" || unfit=$?
   fi
   code=${unfit:-143}
   if [ -z "${asked:-}$unfit" ]; then

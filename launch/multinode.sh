@@ -24,7 +24,7 @@ if [ "$1" = --until-done ]; then
     before=$(newest_checkpoint "$folder")
     "$0" "$@" &
     start=$!
-    [ -z "$asked" ] || kill -TERM "$start"
+    [ -z "$asked" ] || kill -TERM "$start" || true
     wait_on "$start"
     echo "$(date "+%F %T") a start ended with code $code"
     [ -z "$asked" ] || break

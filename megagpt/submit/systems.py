@@ -14,7 +14,7 @@ from pathlib import Path
 from megagpt.errors import UsageError
 from megagpt.submit.job import LAUNCH
 
-OWN = {"PBS": r"-l.*\b(select|nodes|walltime)=", "BSUB": r"-(n|nnodes|W)\b"}
+OWN = {"PBS": r"l(.*\b)?(select|nodes|walltime)=", "BSUB": r"(n|nnodes|W)(?![A-Za-z])"}
 """Options that no --option may change: the run was checked for them."""
 START_S = 180
 """Seconds of a job's time that pass before its ranks count theirs."""
@@ -109,7 +109,7 @@ def _script(mark: str, system: str, lines: Sequence[str], facts: Facts) -> str:
     for line in lines:
         if not line.isprintable():
             raise UsageError(f"{line!r}: an option must be one line without control characters")
-        if line in facts.options and re.match(OWN[mark], line):
+        if line in facts.options and re.search(r"(^|\s)-" + OWN[mark], line):
             raise UsageError(f"--option {line!r}: nodes, ranks and time have options of their own")
     job = shlex.quote(str(facts.folder / f"job.{system}"))
     python, launch = shlex.quote(sys.executable), shlex.quote(str(LAUNCH))

@@ -224,7 +224,14 @@ def test_an_option_of_two_lines_is_refused(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("system", "option"),
-    [("pbs", "-l walltime=1:00:00"), ("pbs", "-l place=pack,select=1"), ("lsf", "-W 1:00")],
+    [
+        ("pbs", "-l walltime=1:00:00"),
+        ("pbs", "-l place=pack,select=1"),
+        ("pbs", "-lselect=1"),
+        ("pbs", "-r y -l nodes=1"),
+        ("lsf", "-W 1:00"),
+        ("lsf", "-n4"),
+    ],
 )
 def test_options_that_the_run_was_checked_for_stay(tmp_path, capsys, system, option):
     assert main(["launch", system, str(run_file(tmp_path)), *SIZE, f"--option={option}"]) == 2
