@@ -50,8 +50,8 @@ mapfile -t hosts < <(cut -d ' ' -f 1 "$scratch/hosts")
 
 # Every host is there, with this folder and this interpreter.
 missing=$(for host in "${hosts[@]}"; do
-  ssh -n -o BatchMode=yes -o ConnectTimeout=10 "$host" "cd '$PWD' && test -x '$PYTHON'" 2> /dev/null \
-    || printf '%s ' "$host" &
+  ssh -n -o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=15 "$host" "cd '$PWD' && test -x '$PYTHON'" \
+    2> /dev/null || printf '%s ' "$host" &
 done; wait)
 [ -z "$missing" ] || DIE=${UNREACHED:-2} die "${missing}of $HOSTFILE: ssh does not reach it, or $PWD or $PYTHON is not" \
   "there; take it out of the hostfile, or repair it"

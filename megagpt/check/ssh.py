@@ -60,8 +60,9 @@ def visit(host: str, order: Order) -> tuple[Report, float]:
     that as its only finding."""
     try:
         socket.getaddrinfo(host, None)
-        options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_S}"]
-        words = ["ssh", *options, host, command(order, os.environ)]
+        # A host that is lost meanwhile would be waited for without an end.
+        options = ("BatchMode=yes", f"ConnectTimeout={CONNECT_S}", "ServerAliveInterval=15")
+        words = ["ssh", *(f"-o{option}" for option in options), host, command(order, os.environ)]
         done = subprocess.run(words, capture_output=True, text=True)
     except socket.gaierror as error:
         # ssh may know the name from its own configuration; the ranks will not.
