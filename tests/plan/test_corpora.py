@@ -92,6 +92,11 @@ def test_a_job_whose_corpora_are_not_there(path, tmp_path, capsys, monkeypatch):
     assert "note: data/none: no prepared corpus there" in capsys.readouterr().out
     assert main([*job, "--submit"]) == 2
     assert "the job will end at once without it" in capsys.readouterr().err
+    # Copied by the job itself; what ends it here is that there is no SLURM.
+    monkeypatch.setenv("STAGE", "corpora/none")
+    monkeypatch.setenv("PATH", "")
+    assert main([*job, "--submit"]) == 2
+    assert "no prepared corpus there" not in capsys.readouterr().err
     assert main([*job, "model.vocab_size=300"]) == 0
     assert "training will refuse it" in capsys.readouterr().out
 
