@@ -66,7 +66,7 @@ HEAVY = (
     "verify-resume run.toml --steps 1 --ranks 1 seed=2",
 )
 WORDS = (
-    *("", ".", "..", "/", "/dev/null", "/proc/self/mem", "/nowhere/x", "run.toml", "corpus", "run"),
+    *("", ".", "..", "/", "/dev/null", "/proc/self/mem", "/proc/no/x", "run.toml", "corpus", "run"),
     *(
         "\udcff",
         "\x1b[2J",

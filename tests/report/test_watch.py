@@ -175,7 +175,7 @@ def test_once_prints_one_frame(tmp_path, capsys):
 def test_a_run_before_its_first_step(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_bytes(encode({"event": "start", "step": 0, "tokens": 0}))
     watch.run(parse(tmp_path, "--once"))
-    assert "waiting for the first step" in capsys.readouterr().out.replace("\n", " ")
+    assert "waiting for the first step" in " ".join(capsys.readouterr().out.split())
 
 
 LIVE = """

@@ -142,8 +142,9 @@ def test_it_looks_at_the_weights_to_start_from(tmp_path):
 
     start = f"init_from={tmp_path / 'weights'}"
     assert "weights of step 0 are there and fit the model" in told(start)
-    assert "init_from = '/nowhere': not on this machine, so it is not" in told("init_from=/nowhere")
+    absent = str(tmp_path / "absent")
+    assert f"init_from = {absent!r}: not on this machine, so" in told(f"init_from={absent}")
     with pytest.raises(UsageError, match="another model .*\n.*model.n_layer: 2 -> 3"):
         told(start, "model.n_layer=3")
     # Those of a corpus that is not here may be of any tokenizer.
-    assert "fit the model" in told(start, 'data.train=[{path="/nowhere"}]')
+    assert "fit the model" in told(start, f'data.train=[{{path="{absent}"}}]')
