@@ -57,6 +57,7 @@ ACCELERATORS = {
     "h100": Accelerator("H100", 132, 989, 67, 3.35, 80, 450, 3200, 700, 2.8, 256),
     "h200-nvl": Accelerator("H100", 132, 835.5, 60, 4.8, 141, 450, 400, 600, 3.0, 128, 0.95),
     "h200": Accelerator("H100", 132, 989, 67, 4.8, 141, 450, 3200, 700, 3.3, 256),
+    "gh200": Accelerator("H100", 132, 989, 67, 4.0, 96, 450, 800, 700, 2.5, 480),
     "h20": Accelerator("H100", 78, 148, 44, 4.0, 96, 450, 3200, 400, 1.5, 256),
     "b200": Accelerator("B200", 148, 2250, 80, 8.0, 180, 900, 3200, 1000, 5.0, 256),
     # Processors of one host: only --calibrate makes anything of it.
@@ -67,10 +68,10 @@ ACCELERATORS = {
     "mi300x": Accelerator("H100", 304, 1307, 163.4, 5.3, 192, 448, 3200, 750, 2.5, 256, 0.64),
 }
 _NAMES = {
-    "gb200": "gb[23]00", "b200": "b[23]00", "h200-nvl": "h200.*nvl(?!ink)", "h200": "g?h200",
-    "h20": "h20", "h100-500w": "h100-500w|h100.*96", "h100-pcie": "h100.*pcie",
-    "h100-nvl": "h100.*nvl(?!ink)", "h100": "h100|h800|hopper", "a100-40": "a100.*40",
-    "a100-pcie": "a100.*pcie", "a100": "a100|a800", "v100-16": "v100.*16",
+    "gb200": "gb[23]00", "b200": "b[23]00", "h200-nvl": "h200.*nvl(?!ink)",
+    "h200": "h200|gh200.*144", "gh200": "gh200", "h20": "h20", "h100-500w": "h100-500w|h100.*96",
+    "h100-pcie": "h100.*pcie", "h100-nvl": "h100.*nvl(?!ink)", "h100": "h100|h800|hopper",
+    "a100-40": "a100.*40", "a100-pcie": "a100.*pcie", "a100": "a100|a800", "v100-16": "v100.*16",
     "v100-pcie": "v100.*pcie", "v100": "v100", "mi250x": "mi250", "mi300x": "mi300|mi325",
 }  # fmt: skip
 """Accelerator -> what its name holds as a driver or a paper writes it; the first counts."""

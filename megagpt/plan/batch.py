@@ -31,7 +31,7 @@ def predict_file(rows_file: str | Path, output: str | Path) -> tuple[int, list[s
     jobs = jobs_from_rows(rows, str(rows_file))
     seconds = step_time(jobs, CONSTANTS)
     memory = np.asarray(sum(fullest(jobs, CONSTANTS).values())) / 1e9
-    flops = counted_flops(jobs, [row.get("flops_convention", "") for row in rows])
+    flops = counted_flops(jobs, [meant(row, "flops_convention") for row in rows])
     low, high = interval(jobs, "time")
     less, more = interval(jobs, "memory")
     rate = flops / jobs.gpus / 1e12
@@ -64,8 +64,8 @@ def _doubts(rows: Sequence[Mapping[str, str]], jobs: Jobs) -> Iterator[str]:
             yield f"{where}: tp x pp x dp = {told} = {product:g}, but n_gpus = {jobs.gpus[n]:g}"
 
 
-def counted_flops(jobs: Jobs, conventions: list[str]) -> Column:
-    """FLOPs of a step as each row counts them; they differ by up to 40%.
+def counted_flops(jobs: Jobs, conventions: Sequence[str]) -> Column:
+    """FLOPs of a step as each row counts them (WORDS); they differ by up to 40%.
 
     hw_full: four passes over the layers, three over the logits (Narayanan et al. 2021, equation
     3). hw_8PT: 8 for each parameter of a layer and token. model_6PT: 6 N + 12 L h s a token with N
@@ -80,7 +80,6 @@ def counted_flops(jobs: Jobs, conventions: list[str]) -> Column:
         "hw_full": 4 * layers + 3 * logits,
         "hw_8PT": 8 * parameters,
         "model_6PT": 6 * everything + 12 * jobs.layers * jobs.width * jobs.seq,
-        "": 3 * layers + 3 * logits,
     }
-    names = [next(name for name in counts if text.startswith(name)) for text in conventions]
-    return tokens * np.array([counts[name][i] for i, name in enumerate(names)])
+    model = 3 * layers + 3 * logits
+    return tokens * np.array([counts.get(c, model)[i] for i, c in enumerate(conventions)])

@@ -116,8 +116,7 @@ def _cluster(config: RunConfig, facts: Mapping[str, Any], world: int) -> Cluster
     computing = facts.get("computing")
     device = str(computing.get("device", "")) if isinstance(computing, dict) else ""
     gpu = "cpu" if device == "cpu" else accelerator_in(device)
-    profile = read_profile(gpu) if gpu else None
-    if profile is None:
+    if not gpu or (profile := read_profile(gpu)) is None:
         return None
     place = profile.get("cluster", {})
     return Cluster(gpu=gpu, gpus=world, **{k: place[k] for k in PLACE if k in place})

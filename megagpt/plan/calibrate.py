@@ -25,38 +25,32 @@ from megagpt.plan.jobs import Column
 from megagpt.plan.judge import judge
 from megagpt.plan.layout import world_in
 
-FITTED = {
-    "framework.megagpt": 1.0,
-    "launch.megagpt": 1.0,
-    "launch.megagpt-eager": 1.0,
-    "data_exposed.megagpt": 1.0,
-    "step.megagpt": 1.0,
-}
-"""Constant -> how far it may move, as a logarithm's standard deviation."""
+FITTED = (
+    *("framework.megagpt", "launch.megagpt", "launch.megagpt-eager", "data_exposed.megagpt"),
+    "step.megagpt",
+)
+"""Constants that may move, each by a logarithm of about 1."""
 NOISE = {"step": 0.02, "forward and backward": 0.02, "optimizer": 0.1, "communication": 0.1}
 """Relative error of each that is taken for noise."""
 Measured = Mapping[str, float]
 """Seconds by name of PARTS, those that a record has."""
+Steps = list[tuple[Candidate, int, Cluster, Measured]]
+"""Layout, tokens of a step, devices and what was measured."""
 
 
 def calibrate(folders: Sequence[str], cluster: Cluster) -> Path:
     """Fits the profile of the cluster's devices to these runs, writes it and returns its path."""
-    pairs: list[tuple[Candidate, int]] = []
-    measured: list[Measured] = []
-    clusters: list[Cluster] = []
+    steps: Steps = []
     spare: list[float] = []
     for folder in folders:
         config, world, records = _read(Path(folder))
         one, where = candidate(config, world), replace(cluster, gpus=world)
-        for tokens, seconds in _steps(records, folder):
-            pairs.append((one, tokens))
-            measured.append(seconds)
-            clusters.append(where)
+        steps += [(one, tokens, where, each) for tokens, each in _steps(records, folder)]
         # Rank 0 records, and is on the first stage.
         first = sum(judge(one, where, CONSTANTS).stages[0].values())
         predicted = first - 1e9 * CONSTANTS["overhead.megagpt"]
         spare += [most - predicted] if (most := peak_of(records)) else []
-    own = _fit(pairs, clusters, measured)
+    own = _fit(steps)
     if spare:
         own["overhead.megagpt"] = max(0.0, statistics.median(spare) / 1e9)
     path = profile_path(cluster.gpu)
@@ -66,20 +60,18 @@ def calibrate(folders: Sequence[str], cluster: Cluster) -> Path:
     return path
 
 
-def _fit(
-    pairs: Sequence[tuple[Candidate, int]], clusters: Sequence[Cluster], measured: list[Measured]
-) -> dict[str, float]:
+def _fit(steps: Steps) -> dict[str, float]:
     """Gauss-Newton on logarithms, drawn towards today's values."""
-    jobs = [jobs_of([pair], where) for pair, where in zip(pairs, clusters, strict=True)]
+    jobs = [jobs_of([(one, tokens)], where) for one, tokens, where, _ in steps]
     start = {k: CONSTANTS.get(k, CONSTANTS[k.partition(".")[0]]) for k in FITTED}
     # One rank has something to say to nobody, though it waits a moment for itself.
     known = [
         (i, part)
-        for i, one in enumerate(measured)
-        for part in one
-        if one[part] > 0 and (part != "communication" or clusters[i].gpus > 1)
+        for i, (_, _, where, each) in enumerate(steps)
+        for part in each
+        if each[part] > 0 and (part != "communication" or where.gpus > 1)
     ]
-    seconds = np.array([measured[i][part] for i, part in known])
+    seconds = np.array([steps[i][3][part] for i, part in known])
     noise = np.array([NOISE[part] for _, part in known])
 
     def told(x: Column) -> Column:
@@ -87,7 +79,7 @@ def _fit(
         items = [step_items(job, CONSTANTS | own) for job in jobs]
         return np.log([sum(float(items[i][k][0]) for k in PARTS[part][0]) for i, part in known])
 
-    x, prior = np.zeros(len(start)), 1 / np.array(list(FITTED.values()))
+    x = np.zeros(len(start))
     # Devices that the table does not know at all may be far off: then first the speed alone.
     off = float(np.median(np.log(seconds) - told(x)))
     x[0] = off if abs(off) > np.log(3) else 0.0
@@ -95,8 +87,8 @@ def _fit(
     for _ in range(20):
         base = told(x)
         slope = np.stack([(told(x + 0.01 * e) - base) / 0.01 for e in np.eye(len(x))], axis=1)
-        left = np.concatenate([slope / noise[:, None], np.diag(prior)])
-        right = np.concatenate([(np.log(seconds) - base) / noise, (middle - x) * prior])
+        left = np.concatenate([slope / noise[:, None], np.eye(len(x))])
+        right = np.concatenate([(np.log(seconds) - base) / noise, middle - x])
         change = np.clip(np.linalg.lstsq(left, right, rcond=None)[0], -1, 1)
         x = x + change
         if np.abs(change).max() < 1e-4:

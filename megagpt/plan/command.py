@@ -17,6 +17,15 @@ from megagpt.plan.judge import Judgement, judge, refusal, search, what_works
 from megagpt.plan.layout import layout_of
 from megagpt.plan.simulate import GPU_HOURS_PER_FAILURE, GPU_HOURS_PER_NOTICE
 
+_SIMULATED = {
+    "gpu-hours-per-failure": (GPU_HOURS_PER_FAILURE, "mean GPU-hours between failures"),
+    "gpu-hours-per-notice": (GPU_HOURS_PER_NOTICE, "between those that --spot announces"),
+    "restart-minutes": (10.0, "from the end of a start to the next one's first step"),
+    "queue-minutes": (0.0, "mean time in the queue after a failure"),
+    "spot": (None, "dollars for a GPU-hour of machines that leave with notice"),
+}
+"""Number of --simulate -> what it is where nobody says it, and its meaning."""
+
 
 def add_options(made: argparse.ArgumentParser) -> None:
     """Adds the command's options."""
@@ -62,14 +71,9 @@ def add_options(made: argparse.ArgumentParser) -> None:
 def _add_simulation(made: argparse.ArgumentParser) -> None:
     """The options of --simulate."""
     made.add_argument("--simulate", action="store_true", help="the run with its failures")
-    for name, default, text in (
-        ("--gpu-hours-per-failure", GPU_HOURS_PER_FAILURE, "mean GPU-hours between failures"),
-        ("--gpu-hours-per-notice", GPU_HOURS_PER_NOTICE, "between those that --spot announces"),
-        ("--restart-minutes", 10.0, "from the end of a start to the next one's first step"),
-        ("--queue-minutes", 0.0, "mean time in the queue after a failure"),
-        ("--spot", None, "dollars for a GPU-hour of machines that leave with notice"),
-    ):
-        made.add_argument(name, type=float, default=default, metavar="X", help=text)
+    for name, (default, text) in _SIMULATED.items():
+        text += "" if default is None else f" (default: {default:g})"
+        made.add_argument(f"--{name}", type=float, metavar="X", help=text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -168,17 +172,25 @@ def _searched(args: argparse.Namespace, config: RunConfig, cluster: Cluster) -> 
 
 
 def _storm(args: argparse.Namespace) -> Storm | None:
-    """What --simulate asks for; None without it. Raises UsageError for numbers that cannot be."""
+    """What --simulate asks for; None without it. Raises UsageError for numbers that cannot be, and
+    for those that would not count."""
+    numbers = {name: getattr(args, name.replace("-", "_")) for name in _SIMULATED}
+    given = [name for name, value in numbers.items() if value is not None]
+    if given and not args.simulate:
+        raise UsageError(f"--{given[0]} counts with --simulate alone; add it")
     if not args.simulate:
         return None
-    between = args.gpu_hours_per_failure, args.gpu_hours_per_notice
-    waits = args.restart_minutes * 60, args.queue_minutes * 60
-    if min(between) <= 0 or min(*waits, args.spot or 0.0) < 0:
+    if "gpu-hours-per-notice" in given and args.spot is None:
+        raise UsageError("--gpu-hours-per-notice counts with --spot PRICE alone; add it")
+    for name, (default, _) in _SIMULATED.items():
+        numbers[name] = default if numbers[name] is None else numbers[name]
+    failures, notices, restart, queue, spot = numbers.values()
+    if min(failures, notices) <= 0 or min(restart, queue, spot or 0.0) < 0:
         raise UsageError(
             "--simulate: --gpu-hours-per-failure and --gpu-hours-per-notice must be above 0; "
             "--restart-minutes, --queue-minutes and --spot 0 or more"
         )
-    notices = math.inf if args.spot is None else between[1]
+    notices = math.inf if spot is None else notices
     return Storm(
-        failures=between[0], notices=notices, restart_s=waits[0], queue_s=waits[1], spot=args.spot
+        failures=failures, notices=notices, restart_s=60 * restart, queue_s=60 * queue, spot=spot
     )

@@ -42,7 +42,9 @@ _STAGES = {"fsdp": 3.0, "deepspeed-zero3": 3.0, "deepspeed-2021": 3.0, "megatron
 """ZeRO's stage of systems where nobody says; others: 0."""
 _OLD = ("megatron-lm", "megatron-deepspeed", "gpt-neox", "deepspeed-2021", "deepspeed-zero3")
 """Systems that had no fused attention in the years of most of their measurements."""
-_FLAG = {"n": "^n|false|^0$|^off|without|disable", "y": r"^y|true|^[1-9]|^on|with|flash|fa\d?$"}
+_FLAG = {
+    "n": r"^n|false|^0(\.0)?$|^off|without|disable", "y": r"^y|true|^[1-9]|^on|with|flash|fa\d?$"
+}  # fmt: skip
 WORDS = {
     "recompute": {
         "none": "^$|^no|^n$|false|^0$|^off|disable", "selective": "select|attn|attention|core",
@@ -51,23 +53,24 @@ WORDS = {
     "precision": {
         "fp8": "fp8|float8", "fp16": "fp16|(?<!b)float16|half|^16",
         "bf16": "^$|bf16|bfloat16|amp|mixed", "tf32": "tf32", "fp32": "fp32|float32",
-    }, "flash_attention": _FLAG, "sequence_parallel": _FLAG,
+    },
+    **dict.fromkeys(("flash_attention", "sequence_parallel", "gated_mlp", "untied_output"), _FLAG),
+    "flops_convention": {
+        "hw_full": "^hw_full", "hw_8PT": "^hw_8pt", "model_6PT": "^model_6pt", "model": "^$|^model",
+    },
 }  # fmt: skip
 """Column -> what is meant -> how its cells say so; the first counts."""
 
 # Column -> what an empty cell means.
 _DEFAULTS = {
     "n_layers": None, "d_model": None, "n_heads": None, "seq_len": None, "global_batch_seqs": None,
-    "vocab": 51_200.0, "tp": 1.0, "pp": 1.0, "gpus_per_node": 8.0, "gated_mlp": 0.0,
-    "untied_output": 0.0,
+    "vocab": 51_200.0, "tp": 1.0, "pp": 1.0, "gpus_per_node": 8.0,
 }  # fmt: skip
-
 
 _SAME = {
     "layers": "n_layers", "width": "d_model", "heads": "n_heads", "seq": "seq_len",
-    "keys": "seq_len", "vocab": "vocab", "gated": "gated_mlp", "untied": "untied_output",
-    "gpus": "n_gpus", "tp": "tp", "pp": "pp", "batch": "global_batch_seqs",
-    "per_node": "gpus_per_node",
+    "keys": "seq_len", "vocab": "vocab", "gpus": "n_gpus", "tp": "tp", "pp": "pp",
+    "batch": "global_batch_seqs", "per_node": "gpus_per_node",
 }  # fmt: skip
 """Field of Jobs -> the column that it is."""
 
@@ -188,9 +191,6 @@ def read_rows(path: str | Path) -> list[dict[str, str]]:
     return rows
 
 
-_MAY_BE_0 = ("zero_stage", "gated_mlp", "untied_output")
-
-
 def _cell(text: str) -> str:
     """A cell's text; empty where it only says that there is none."""
     return "" if text.strip().lower() in ("-", "?", "n/a", "na", "nan", "null") else text.strip()
@@ -210,8 +210,7 @@ def _yes(row: Mapping[str, str], column: str, empty: bool = False) -> float:
 def _number(row: Mapping[str, str], name: str, default: float | None, where: str) -> float:
     """A cell, or the default where it is empty. Raises UsageError for one that is no number."""
     text = row.get(name, "")
-    words = {"y": "1", "yes": "1", "true": "1", "n": "0", "no": "0", "false": "0"}
-    plain = words.get(text.lower(), text.replace(",", ""))
+    plain = text.replace(",", "")
     try:
         value = float(plain) if plain else default
     except ValueError:
@@ -226,7 +225,7 @@ def _filled(row: Mapping[str, str], where: str) -> dict[str, Any]:
 
     def least(name: str, default: float | None) -> float:
         value = _number(row, name, default, where)
-        if value <= 0 and name not in _MAY_BE_0:
+        if value <= 0 and name != "zero_stage":
             raise UsageError(f"{where}: {name} = {row.get(name)}: must be above 0")
         return value
 
@@ -258,6 +257,8 @@ def _filled(row: Mapping[str, str], where: str) -> dict[str, Any]:
         "dp": dp,
         "zero": zero,
         "micro": micro,
+        "gated": _yes(row, "gated_mlp"),
+        "untied": _yes(row, "untied_output"),
         "sequence_parallel": _yes(row, "sequence_parallel"),
         "full": float(recompute == "full"),
         "selective": float(recompute == "selective"),

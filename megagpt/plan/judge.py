@@ -112,10 +112,8 @@ class Judgement:
             "items": self.items,
             "seconds_by_batch": list(self.seconds),
         }
-        for name, recompute in (
-            ("mfu", "none"),
-            ("hfu", self.candidate.config.parallel.recompute),
-        ):
+        again = self.candidate.config.parallel.recompute
+        for name, recompute in (("mfu", "none"), ("hfu", again)):
             share = self.utilisation(recompute)
             found |= {name: share, f"{name}_interval": [share / high, share / low]}
         for name, value in (
@@ -274,8 +272,7 @@ def refusal(one: Judgement) -> str:
     """Why a layout that does not fit is refused, and what works instead."""
     worst = max(range(len(one.stages)), key=lambda n: sum(one.stages[n].values()))
     what, each, whose = f"stage {worst}", "a GPU", f"a {one.cluster.gpu}'s"
-    parts, memory = one.stages[worst], one.cluster.device.memory_gb
-    more = ""
+    parts, memory, more = one.stages[worst], one.cluster.device.memory_gb, ""
     if not one.host_fits:
         what, each, whose = "offload", "of a node's host", "its"
         parts, memory, more = one.host, one.cluster.host, " (--host-memory)"

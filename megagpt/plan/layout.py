@@ -52,7 +52,7 @@ class Layout:
     def __str__(self) -> str:
         parts = [("pipeline", self.pipeline), ("data", self.data), ("tensor", self.tensor)]
         split = " x ".join(f"{name} {n}" for name, n in parts if n > 1)
-        return f"{self.world} rank{'s' if self.world > 1 else ''}" + (
+        return f"{self.world} rank{'s' if self.world != 1 else ''}" + (
             f" = {split}" if split else ""
         )
 

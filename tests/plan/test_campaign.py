@@ -128,7 +128,15 @@ def test_the_command_simulates_and_writes(run_file, tmp_path, capsys):
         (["--gpus", "16", "--gpus-per-node", "6", "--write", "DIR"], "16 GPUs are no whole nodes"),
         (["--gpus", "8", "--write", "FILE"], "cannot be written: "),
         (["--gpus", "8", "--simulate", "--gpu-hours-per-failure", "0"], "must be above 0"),
-        (["--gpus", "8", "--simulate", "--gpu-hours-per-notice", "0"], "must be above 0"),
+        (
+            ["--gpus", "8", "--simulate", "--spot", "1", "--gpu-hours-per-notice", "0"],
+            "must be above 0",
+        ),
+        (
+            ["--gpus", "8", "--simulate", "--gpu-hours-per-notice", "2000"],
+            "--gpu-hours-per-notice counts with --spot PRICE alone; add it",
+        ),
+        (["--gpus", "8", "--spot", "1"], "--spot counts with --simulate alone; add it"),
         (["--gpus", "8", "--simulate", "--spot", "-1"], "--queue-minutes and --spot 0 or more"),
         (["--gpus", "8", "--picture", "run.toml/x.png"], "/x.png: cannot be written: "),
         (["--gpus", "8", "--picture", "DIR.doc"], "DIR.doc: cannot be written: Format 'doc'"),

@@ -195,7 +195,8 @@ def test_names_of_devices():
     names = {
         "A100-40GB-SXM": "a100-40", "NVIDIA A100-SXM4-40GB": "a100-40", "a100_sxm_80gb": "a100",
         "NVIDIA A100 80GB PCIe": "a100-pcie", "NVIDIA H100 80GB HBM3": "h100", "": "",
-        "NVIDIA H100 PCIe": "h100-pcie", "H100 SXM5 NVLink": "h100", "GH200 480GB": "h200",
+        "NVIDIA H100 PCIe": "h100-pcie", "H100 SXM5 NVLink": "h100", "GH200 480GB": "gh200",
+        "NVIDIA GH200 144G HBM3e": "h200",
         "H20-96GB": "h20", "GB200-NVL72": "gb200", "B300": "b200", "8xH100": "h100",
         "AMD Instinct MI250X": "mi250x", "Tesla V100-SXM2-32GB": "v100", "TPUv4": "",
         "Tesla V100-SXM3-16GB": "v100-16",
@@ -225,6 +226,8 @@ def test_cells_are_read_as_people_write_them(tmp_path):
     assert field("fp8", precision="fp8") == 0 and field("weight_bytes", precision="float32") == 4
     assert field("peak") == pytest.approx(16 * field("peak", precision="fp32"))
     assert [field("gpus", n_gpus="1,024"), field("gated", gated_mlp="True")] == [1024, 1]
+    with pytest.raises(UsageError, match="row 1: tp = 'y': must be a number"):
+        jobs(tp="y")
     # Nothing said: fused attention but for Megatron-LM of 2021, weights shared out by FSDP.
     empty = {"flash_attention": "", "zero_stage": "", "tp": "1", "pp": "1"}
     for system, meant in (("Megatron-LM", [0, 0, 0]), ("FSDP", [1, 3, 0]), ("mine", [1, 0, 1])):
@@ -237,13 +240,13 @@ def test_cells_are_read_as_people_write_them(tmp_path):
     assert other[0] < own[0] < 1 < own[1] < other[1]
     path = tmp_path / "rows.csv"
     text = (
-        ",".join(ROW)
+        ",".join([*ROW, "flops_convention"])
         + "\n"
         + ",".join(
             (
                 ROW
                 | {"recompute": "partly", "precision": "int4", "virtual_pp": "n/a"}
-                | {"flash_attention": "perhaps"}
+                | {"flash_attention": "perhaps", "flops_convention": "MFU"}
             ).values()
         )
     )
@@ -253,6 +256,7 @@ def test_cells_are_read_as_people_write_them(tmp_path):
         "row 1: recompute = 'partly' is not known; use none, selective, full",
         "row 1: precision = 'int4' is not known; use fp8, fp16, bf16, tf32, fp32",
         "row 1: flash_attention = 'perhaps' is not known; use n, y",
+        "row 1: flops_convention = 'MFU' is not known; use hw_full, hw_8PT, model_6PT, model",
     ]
 
 
