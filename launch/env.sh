@@ -51,6 +51,25 @@ except MegagptError as error:
 PY
 }
 
+# complete COMMAND...: whether the run of a command's or script's words has come to its end. deepspeed
+# ends with 0 as well where a signal has ended what it had started.
+complete() {
+  # shellcheck disable=SC2086  # several words
+  ${READER:-$WITHIN} "$PYTHON" - "$@" <<'PY' 2> /dev/null
+import sys, time
+from megagpt.config import load_run
+from megagpt.run.folder import finished
+words = sys.argv[1:]
+words = words[words.index("megagpt.train") + 1 :] if "megagpt.train" in words else words
+run = load_run(words[0], [word for word in words[1:] if "=" in word])
+until = time.monotonic() + 3  # a network file system may show it late
+while "--dry-run" not in words and not finished(run, of_any_recipe=True):
+    time.sleep(1)
+    if time.monotonic() > until:
+        sys.exit(1)
+PY
+}
+
 # Every rank finds its own interface by its way to rank 0, unless one is named for all.
 if [ -n "${INTERFACE:-}" ]; then
   export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$INTERFACE}
@@ -132,15 +151,15 @@ among_hosts() { grep -qxF -f <("$@") <(slurm_hosts); }
 slurm_port() { echo $((20000 + SLURM_JOB_ID % 12000)); }
 
 # a_step COMMAND...: srun, or deepspeed by it, until it ends with `code`. What the job is asked meanwhile,
-# or was before, it is told.
+# or was before, it is told. What srun says against it is added to the file `said`.
 a_step() {
   local launcher=$1
-  "$@" &
+  # Around the process, which would otherwise be that of a shell.
+  { "$@" & } 2> >(tee >(grep --line-buffered '^srun: error: ' >> "$said") >&2)
   step=$!
   [ -z "${asked:-}" ] || tell_step
   wait_on "$step"
-  # deepspeed says 0 where a signal ended its srun, which may not have listened yet.
-  [ "$launcher ${asked:-} $code" != "deepspeed 1 0" ] || code=138
+  sleep 1                                     # for the last that it has said
 }
 
 # tell_step: ranks save and end, by USR1, which srun passes on. They are told until they have: SLURM may
@@ -208,8 +227,8 @@ train_in_job() {
 
 # start_in_job RUN_FOLDER COMMAND...: one start, with `code`, and whom it blames.
 start_in_job() {
-  local folder=$1 said unfit='' words=("${@:2}") where=()
-  code=143
+  local folder=$1 said unfit='' alone='' words=("${@:2}") where=()
+  code=143 said=$(mktemp)
   if [ "$SPARE" -gt 0 ]; then
     read -ra where < <(step_hosts "$folder")
     words=(srun "${where[@]}" "${@:3}")
@@ -219,20 +238,18 @@ start_in_job() {
     # shellcheck disable=SC2086  # several words each
     a_step srun "${where[@]}" --ntasks=$((SLURM_JOB_NUM_NODES - SPARE)) --ntasks-per-node=1 --label \
       ${SRUN:-} $WITHIN "$PYTHON" -m megagpt data stage $STAGE "$STAGE_TO"
-    unfit=${code#0}
+    unfit=${code#0} alone=$unfit
   fi
   if [ -z "${asked:-}$unfit" ] && [ "$DOCTOR" = 1 ]; then
     examine "$folder" "${words[@]}" || unfit=$?
   fi
   code=${unfit:-143}
   if [ -z "${asked:-}$unfit" ]; then
-    said=$(mktemp)
-    a_step "${words[@]}" 2> >(tee >(grep --line-buffered '^srun: error: ' > "$said") >&2)
-    sleep 1                                   # for the last that srun has said
-    case $code in 0 | 2 | 3 | 75) ;; *) [ -n "${asked:-}" ] || blame_by_srun "$folder" "$said" ;; esac
-    rm -f "$said"
+    a_step "${words[@]}"
+    [ "$2 $code" != "deepspeed 0" ] || complete "$@" || code=138
   fi
-  rm -f "$folder/.start"
+  case $code in 0 | 2 | 3 | 75) ;; *) [ -n "${asked:-}" ] || blame_by_srun "$folder" "$said" "$alone" ;; esac
+  rm -f "$said" "$folder/.start"
 }
 
 # again ID FOLDER: queues the job again, without the hosts that failed. SLURM ends this script then.

@@ -58,9 +58,9 @@ step_hosts() {
   echo "--nodes=$count --ntasks=$((count * ${SLURM_NTASKS_PER_NODE:-1})) --nodelist=$hosts"
 }
 
-# blame_by_srun FOLDER FILE: what srun says of a start that failed. The first task that a signal ended
-# is the culprit: srun ends the others, by TERM and then by KILL. A task that ended by itself may
-# have waited in vain for another, so it is none.
+# blame_by_srun FOLDER FILE [ALONE]: what srun says of a start that failed. The first task that a signal
+# ended is the culprit: srun ends the others, by TERM and then by KILL. A task that ended by itself may
+# have waited in vain for another, so it is none; but where each works ALONE, and no other failed.
 blame_by_srun() {
   local line host
   while read -r line; do
@@ -69,7 +69,10 @@ blame_by_srun() {
       return
     elif [[ $line =~ ^srun:\ error:\ ([^:\ ]+):\ tasks?\ [0-9,-]+:\ (.*)$ ]]; then
       host=${BASH_REMATCH[1]} line=${BASH_REMATCH[2]}
-      case $line in Exited* | Terminated*) return ;; esac
+      case $line in
+        Terminated*) return ;;
+        Exited*) [ -n "${3:-}" ] && [ "$(wc -l < "$2")" = 1 ] || return ;;
+      esac
       # Of several hosts in one line none is known to be the first.
       case $host in *[!A-Za-z0-9_.-]*) return ;; esac
       blame "$1" "$host" "a rank ended: $line"
@@ -113,7 +116,6 @@ examine() {
   done
   table=$(mktemp)
   a_step "${words[@]}" > >(tee "$table") 2>&1
-  sleep 1                                     # for the last lines of the table
   for host in $(slurm_hosts); do
     if grep -E '^([0-9]+: )?FAIL ' "$table" | grep -qE " ${host}(\.[A-Za-z0-9.-]+)?[:,]"; then
       blame "$folder" "$host" "failed the doctor's examination" "$EXCLUDE_AFTER"

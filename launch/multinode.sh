@@ -56,14 +56,31 @@ done; wait)
 [ -z "$missing" ] || DIE=${UNREACHED:-2} die "${missing}of $HOSTFILE: ssh does not reach it, or $PWD or $PYTHON is not" \
   "there; take it out of the hostfile, or repair it"
 
+set -m                              # what is started in a process group of its own, as deepspeed and pdsh
+runner=''
+# deepspeed would stop its ranks by `pkill` on every host, which hits other runs and loses the step.
+# A signal to one rank lets all of them save: rank 0, which is on the first host of the file, by the
+# name that it has there. Where none can be reached, their connections end, and they save too.
+# shellcheck disable=SC2329  # the trap calls it
+stop() {
+  local place=
+  # An older lock is an earlier run's; while the doctor looks there is none of this one.
+  [ ! -e "$scratch/env" ] || [ ! "$folder/.lock" -nt "$scratch/env" ] || place=$(< "$folder/.lock")
+  [[ $place =~ ^process\ ([0-9]+)\ on\  ]] \
+    && ssh -n -o ConnectTimeout=10 "${hosts[0]}" kill -TERM "${BASH_REMATCH[1]}" \
+    || kill -KILL -- "-$runner" || true
+}
+trap 'told=1 asked=1; [ -z "$runner" ] || stop' TERM INT HUP USR1 USR2 XCPU
 if [ "$DOCTOR" = 1 ]; then
   words=()
   for word in "$@"; do [ "$word" = --allow-changes ] || words+=("$word"); done
-  code=0
-  table=$("$PYTHON" -m megagpt doctor "${words[@]}" --hostfile "$scratch/hosts") || code=$?
-  [ -z "$table" ] || echo "$table"
-  ! grep -q '^FAIL ' <<< "$table" || DIE=1 die "see the table above"
-  [ "$code" = 0 ] || exit "$code"           # words that it does not take
+  "$PYTHON" -m megagpt doctor "${words[@]}" --hostfile "$scratch/hosts" > "$scratch/table" &
+  runner=$!
+  [ -z "${asked:-}" ] || stop
+  wait_on "$runner"
+  cat "$scratch/table"
+  ! grep -q '^FAIL ' "$scratch/table" || DIE=1 die "see the table above"
+  [ "$code" = 0 ] || exit "$code"           # words that it does not take, or a signal
 fi
 
 deepspeed_env > "$scratch/env"
@@ -72,21 +89,6 @@ export DS_ENV_FILE=$scratch/env
 mark=SendEnv=megagpt_$(basename "$scratch")
 export PDSH_SSH_ARGS_APPEND="-o $mark -o ServerAliveInterval=15 -o ServerAliveCountMax=4"
 
-set -m                              # deepspeed and pdsh in a process group of their own
-runner=''
-# deepspeed would stop its ranks by `pkill` on every host, which hits other runs and loses the step.
-# A signal to one rank lets all of them save: rank 0, which is on the first host of the file, by the
-# name that it has there. Where none can be reached, their connections end, and they save too.
-# shellcheck disable=SC2329  # the trap calls it
-stop() {
-  local place=
-  # An older lock is an earlier run's.
-  [ ! "$folder/.lock" -nt "$DS_ENV_FILE" ] || place=$(< "$folder/.lock")
-  [[ $place =~ ^process\ ([0-9]+)\ on\  ]] \
-    && ssh -n -o ConnectTimeout=10 "${hosts[0]}" kill -TERM "${BASH_REMATCH[1]}" \
-    || kill -KILL -- "-$runner" || true
-}
-trap 'told=1 asked=1; [ -z "$runner" ] || stop' TERM INT HUP USR1 USR2 XCPU
 deepspeed --hostfile "$scratch/hosts" --master_addr "${hosts[0]#*@}" --master_port "$PORT" --force_multi \
   --module megagpt.train "$@" &
 runner=$!
@@ -95,6 +97,6 @@ wait_on "$runner"
 # Should deepspeed or pdsh have been killed: ranks save and end once their connection is gone.
 if pkill -f -- "$mark"; then
   kill -TERM -- "-$runner" 2> /dev/null || true
-  [ "$code" != 0 ] || code=1
 fi
+[ "$code" != 0 ] || complete "$@" || code=137
 exit "$code"

@@ -20,6 +20,7 @@ trap 'told=1; pkill -TERM -f -- "-m megagpt.train"' TERM INT
 deepspeed --hostfile "$hosts" --no_ssh --node_rank "$node" --master_addr "$address" \
   --master_port "$port" --force_multi --module megagpt.train "$@" &
 wait_on $!
+[ "$code" != 0 ] || complete "$@" || code=138
 case $code in 0 | 2 | 3) exit "$code" ;; esac
 # The first pod counts starts that save nothing, for all; what it ends with ends the job.
 if [ "$node" = 0 ] && ! gets_on "$code" "$folder" "$before" "${HOSTNAME:-pod}"; then

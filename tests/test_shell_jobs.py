@@ -253,6 +253,19 @@ def test_deepspeed_is_not_told_but_its_srun(job, tmp_path, hears, code):
     assert f"ended with code {code}" in done.stdout
 
 
+def test_a_deepspeed_whose_srun_was_killed_has_not_done_the_run(job, tmp_path):
+    """It ends with 0 then, and so it does where the run is done."""
+    job.stands_in("deepspeed", "exit 0")
+    script = (
+        'source launch/env.sh; PATH=$3:$PATH; train_in_job "$1" deepspeed -- -m megagpt.train "$2"'
+    )
+    path = f"{tmp_path}/bin:{os.environ['PATH']}"
+    words = ("job", job.folder, run_file(tmp_path), f"{tmp_path}/bin")
+    done = run("bash", "-c", script, *words, PATH=path, SLURM_JOB_ID="7")
+    assert job.told() == ["requeue 7"], done.stderr
+    assert "ended with code 138" in done.stdout
+
+
 STAGED = {"STAGE": "data/a data/b", "STAGE_TO": "/disk", "SLURM_JOB_NUM_NODES": "3"}
 
 
@@ -271,6 +284,24 @@ def test_a_job_that_is_told_to_stop_while_it_stages_is_not_done(job, tmp_path):
     job.stands_in("srun", "trap 'exit 0' USR1; kill -USR1 $PPID; while :; do sleep 0.1; done")
     done = job.start(f"touch {tmp_path}/trained", **STAGED)
     assert job.told() == ["requeue 7"] and not (tmp_path / "trained").exists(), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("said", "host"),
+    [
+        ("host-b: task 1: Exited with exit code 1", "host-b"),
+        ("host-b: task 1: Killed", "host-b"),
+        ("Node failure on host-b", "host-b"),
+        # What all read may be at fault.
+        ("host-[a-b]: tasks 0-1: Exited with exit code 1", ""),
+        ("host-a: task 0: Exited with exit code 1\nsrun: error: host-b: task 1: Exited ...", ""),
+    ],
+)
+def test_a_host_that_cannot_stage_is_blamed(job, said, host):
+    job.stands_in("srun", f"printf '%s\\n' {shlex.quote('srun: error: ' + said)} >&2; exit 1")
+    job.start("exit 0", **STAGED)
+    told = job.folder / "failed_hosts.txt"
+    assert (told.read_text().split()[0] if told.exists() else "") == host
 
 
 def test_staging_needs_a_place(job):

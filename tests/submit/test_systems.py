@@ -13,11 +13,12 @@ from pathlib import Path
 import jsonschema
 import pytest
 
+from megagpt.checkpoint.record import CheckpointRecord, write_record
 from megagpt.cli import main
 from megagpt.errors import UsageError
 from megagpt.submit.systems import plain
 from tests.lib.corpus import run_file
-from tests.lib.distributed import ROOT
+from tests.lib.distributed import ROOT, wait_for_end
 
 SIZE = ("--nodes", "2", "--gpus-per-node", "2", "--time", "24:00:00", "--cpus-per-task", "4")
 POD = ("--image", "megagpt:1", "--claim", "shared", "--mount", "/work")
@@ -259,6 +260,16 @@ class Site:
         path.chmod(0o755)
         return str(path)
 
+    def completes(self) -> str:
+        """A line of shell by which the run has come to its end."""
+        facts = {"step": 20, "tokens": 30 * 512, "samples": 480, "seed": 1, "skipped_steps": 0}
+        empty = {"loss_scale": {}, "layout": {}, "data": {}, "versions": {}, "milestone": False}
+        end = CheckpointRecord(**facts, **empty, updates=20, files=())
+        folder, made = self.root / "run" / "checkpoints", self.root / "step_00000020"
+        made.mkdir()
+        write_record(made, end)
+        return f"mkdir -p {folder}; mv {made} {folder}"
+
     def run(self, *words: object, **environ: str) -> subprocess.CompletedProcess[str]:
         path = f"{self.bin}:{os.environ['PATH']}"
         more = {"PYTHON": f"{self.bin}/python", "PATH": path, "PYTHONPATH": str(ROOT), **environ}
@@ -301,7 +312,8 @@ def test_a_signal_reaches_the_ranks_as_one_that_mpi_passes_on(site):
     [(0, 0, 0), (2, 1, 2), (3, 0, 3), (75, 0, 138), (75, 1, 138), (1, 1, 138), (1, 0, 138)],
 )
 def test_a_pod_ends_with_what_its_operator_starts_again(site, code, node, ends):
-    site.stands_in("deepspeed", f'cat "$2" > {site.root}/hosts; echo "$@" >&2; exit {code}')
+    does = f"{site.completes()}; exit 0" if code == 0 else f"exit {code}"
+    site.stands_in("deepspeed", f'cat "$2" > {site.root}/hosts; echo "$@" >&2; {does}')
     place = {"RANK": str(node), "MASTER_ADDR": "mine-master-0", "MASTER_PORT": "23456"}
     done = site.run("launch/pod.sh", site.file, NODES="2", GPUS="4", **place)
     assert done.returncode == ends, done.stderr
@@ -324,12 +336,33 @@ def test_several_hosts_until_the_run_is_done(site):
     (site.root / "hosts").write_text("host-a slots=1\n")
     count = f"echo . >> {site.root}/starts; n=$(wc -l < {site.root}/starts)"
     site.stands_in("ssh", "exit 0")
-    site.stands_in("deepspeed", f"{count}; [ $n != 1 ] || exit 1; [ $n != 2 ] || exit 75; exit 0")
+    # The third says that all is done, as deepspeed does where a signal ended what it had started.
+    codes = (
+        f"[ $n != 1 ] || exit 1; [ $n != 2 ] || exit 75; [ $n = 3 ] || {{ {site.completes()}; }}"
+    )
+    site.stands_in("deepspeed", f"{count}; {codes}; exit 0")
     words = ("launch/multinode.sh", "--until-done", site.file)
     done = site.run(*words, HOSTFILE=str(site.root / "hosts"), PAUSE="0")
     assert done.returncode == 0, done.stderr
-    codes = re.findall(r"a start ended with code (\d+)", done.stdout)
-    assert codes == ["1", "75", "0"]
+    said = re.findall(r"a start ended with code (\d+)", done.stdout)
+    assert said == ["1", "75", "137", "0"]
+
+
+def test_a_pod_whose_launcher_was_killed_is_not_done(site):
+    site.stands_in("deepspeed", "exit 0")
+    assert site.run("launch/pod.sh", site.file).returncode == 138
+
+
+def test_a_signal_ends_the_doctor_before_a_start(site):
+    (site.root / "hosts").write_text("localhost slots=1\n")
+    looks = f"case $* in *megagpt.doctor*) echo $$ > {site.root}/looks; exec sleep 60 ;; esac"
+    site.stands_in("ssh", looks)
+    environ = {"HOSTFILE": str(site.root / "hosts"), "DOCTOR": "1"}
+    line = f"""launch/multinode.sh {site.file} & p=$!
+        until [ -s {site.root}/looks ]; do sleep 0.1; done; kill -TERM $p; wait $p"""
+    done = site.run("bash", "-c", line, **environ)
+    assert done.returncode == 137, done.stderr
+    wait_for_end([int((site.root / "looks").read_text())], "the doctor's ssh", 20)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
