@@ -88,6 +88,7 @@ def test_failures_that_leave_no_time_end_with_a_message(run_file, capsys):
     assert "as the run file saves, every 2" in first and "it never ends" in first
     assert "at best, every 1 min: goodput 1" in second
     assert main([*words, "0.001"]) == 2
+    assert main([*words, "1e9", "--spot", "1", "--gpu-hours-per-notice", "0.001"]) == 2
     assert "megagpt: --simulate: a failure every 0.00375 min" in capsys.readouterr().err
 
 
