@@ -82,13 +82,15 @@ deepspeed_env() {
   local name file
   for name in $(compgen -e); do
     case $name in
-      *TOKEN* | *SECRET* | *PASSW* | *_KEY* | *CREDENTIAL*) ;;
+      *_TOKEN* | *SECRET* | *PASSW* | *_KEY* | *CREDENTIAL*) ;;
       PATH | LD_LIBRARY_PATH | LD_PRELOAD | TMPDIR | XDG_CACHE_HOME | TZ | LANG | LC_* \
         | OMP_* | KMP_* | MKL_* | GLOO_* | NCCL_* | RCCL_* | TORCH* | PYTORCH_* | TRITON_* | DS_* \
-        | CUDA_[!V]* | HIP_[!V]* | HSA_* | ROCM_* | MIOPEN_* | FI_* | UCX_* | UCC_* | IBV_* | MLX5_* \
-        | I_MPI_* | OMPI_MCA_* | HF_* | HUGGINGFACE_* | TRANSFORMERS_* | WANDB_* | MEGAGPT_* \
+        | CUDA_[!V]* | HIP_[!V]* | HSA_* | ROCM_* | MIOPEN_* | FI_* | OFI_* | UCX_* | UCC_* | IBV_* | MLX5_* \
+        | RDMAV_* | PSM[23]_* | I_MPI_* | OMPI_MCA_* | HF_* | HUGGINGFACE_* | TRANSFORMERS_* | TIKTOKEN_* \
+        | WANDB_* | MEGAGPT_* | CC | CXX | *_CA_BUNDLE | SSL_CERT_* \
         | http_proxy | https_proxy | no_proxy | HTTP_PROXY | HTTPS_PROXY | NO_PROXY)
-        [ "$name" = DS_ENV_FILE ] || printf '%s=%s\n' "$name" "$(quoted "${!name}")" ;;
+        # pdsh puts the host's name for %h.
+        [ "$name" = DS_ENV_FILE ] || printf '%s=%s\n' "$name" "$(quoted "${!name//%/%%}")" ;;
     esac
   done
   file=${DS_ENV_FILE:-.deepspeed_env}
@@ -202,7 +204,7 @@ train_in_job() {
   shift
   # In an array this task alone: the job id of its last task means all of them.
   id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$id}
-  trap 'asked=1 told=1; [ -z "$step" ] || tell_step' USR1
+  trap 'asked=1 told=1; [ -z "$step" ] || tell_step' USR1 USR2 XCPU
   mkdir -p "$folder"
   [ -z "$STAGE" ] || [ -n "$STAGE_TO" ] || die "STAGE = $STAGE: needs STAGE_TO, a folder of each host's disk"
   [ "$1" = srun ] || SPARE=0                  # deepspeed takes all of its hostfile

@@ -89,8 +89,18 @@ export DS_ENV_FILE=$scratch/env
 mark=SendEnv=megagpt_$(basename "$scratch")
 export PDSH_SSH_ARGS_APPEND="-o $mark -o ServerAliveInterval=15 -o ServerAliveCountMax=4"
 
+# deepspeed puts words with a blank into double quotes for the shells of the other hosts, and others
+# as they are.
+words=()
+for word in "$@"; do
+  case $word in
+    *\ *) word=${word//\\/\\\\} word=${word//\$/\\\$} word=${word//\`/\\\`} ;;
+    *) word=$(quoted "$word") ;;
+  esac
+  words+=("${word//%/%%}")          # pdsh puts the host's name for %h
+done
 deepspeed --hostfile "$scratch/hosts" --master_addr "${hosts[0]#*@}" --master_port "$PORT" --force_multi \
-  --module megagpt.train "$@" &
+  --module megagpt.train "${words[@]}" &
 runner=$!
 [ -z "${asked:-}" ] || stop
 wait_on "$runner"

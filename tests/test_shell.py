@@ -92,6 +92,9 @@ def test_what_is_handed_on_to_the_ranks_of_other_hosts(tmp_path):
         "HF_HOME": "/data/my models",
         "TMPDIR": "/scratch",
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        "OFI_NCCL_PROTOCOL": "RDMA",
+        "TIKTOKEN_CACHE_DIR": "/data/tiktoken",
+        "SSL_CERT_FILE": "/etc/site.pem",
     }
     kept_back = {"HF_TOKEN": "secret", "WANDB_API_KEY": "secret", "CUDA_VISIBLE_DEVICES": "0"}
     kept_back["HF_KEY"] = "secret"
@@ -106,6 +109,30 @@ def test_what_is_handed_on_to_the_ranks_of_other_hosts(tmp_path):
     for name, value in (given | {"FI_PROVIDER": "tcp"}).items():
         said = run("bash", "-c", f'{shell} printf %s "${name}"', HOME="/")
         assert said.stdout == value, name
+
+
+@pytest.mark.skipif(not shutil.which("pdsh"), reason="needs Debian's pdsh")
+def test_a_runs_words_reach_other_hosts_as_they_are(tmp_path):
+    """By deepspeed and pdsh, whose shells on other hosts read them anew."""
+    root, ssh = tmp_path / "my $r`x", tmp_path / "bin" / "ssh"
+    root.mkdir()
+    ssh.parent.mkdir()
+    shell = f"""eval "set -- ${{line#*megagpt.train}}"; printf '%s\\0' "$@" > {tmp_path}/words"""
+    ssh.write_text(f"#!/bin/bash\nline=$*\ncase $* in *megagpt.train*) {shell}; exit 1 ;; esac\n")
+    ssh.chmod(0o755)
+    (tmp_path / "hosts").write_text("host-a slots=1\n")
+    words = [str(run_file(root)), """output='runs/%h"'""", "model.n_layer= 2 ", "seed=3"]
+    environ = {"HOSTFILE": f"{tmp_path}/hosts", "PATH": f"{ssh.parent}:{os.environ['PATH']}"}
+    environ["NCCL_DEBUG_FILE"] = "/tmp/%h"
+    done = run("launch/multinode.sh", *words, **environ)
+    assert (tmp_path / "words").read_text().split("\0")[:-1] == words, done.stderr
+
+
+def test_deepspeed_in_a_job_cuts_no_list_short(tmp_path):
+    more = {"SLURM_SUBMIT_DIR": str(ROOT), "NCCL_IB_HCA": "mlx5_0,mlx5_1"}
+    done = run("bash", "launch/slurm_deepspeed.sbatch", run_file(tmp_path), **more)
+    said = "NCCL_IB_HCA = mlx5_0,mlx5_1: deepspeed has srun set what is before the comma alone; use"
+    assert done.returncode == 2 and said in done.stderr, done.stderr
 
 
 def test_the_sites_file_comes_first_and_its_address_stays(tmp_path):
