@@ -17,8 +17,6 @@ matrices as (out, in)."""
 _GPT2 = {
     "vocab_size": "n_embedding",
     "n_positions": "n_ctx",
-    # transformers dropped it, llama.cpp's converter reads it.
-    "n_ctx": "n_ctx",
     "n_embd": "d_model",
     "n_layer": "n_layer",
     "n_head": "n_head",
@@ -37,6 +35,7 @@ _GELU = {
     "gelu": "gelu",
 }
 _AS_GPT2 = {
+    "n_inner": None,
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
     "reorder_and_upcast_attn": False,
@@ -51,9 +50,9 @@ class ForeignClass:
 
     name: str = ""
     keys: Mapping[str, str] = field(default_factory=lambda: _GPT2)
-    """Its name of a size -> that of ModelConfig, as it is written."""
+    """Its name of a size -> that of ModelConfig."""
     sizes: tuple[int, ...] = ()
-    """What the class takes for `sources`, in their order, where a config.json leaves them out."""
+    """What the class takes for `keys`, in their order, where a config.json leaves them out."""
     more: Mapping[str, Any] = field(default_factory=dict)
     """The same for other keys."""
     activation_key: str = "activation_function"
@@ -63,14 +62,9 @@ class ForeignClass:
     tied: bool = True
 
     @property
-    def sources(self) -> dict[str, str]:
-        """Those of `keys` that are read."""
-        return {theirs: ours for theirs, ours in self.keys.items() if theirs != "n_ctx"}
-
-    @property
     def defaults(self) -> dict[str, Any]:
         """What the class takes for a key that its config.json leaves out."""
-        sizes = dict(zip(self.sources, self.sizes, strict=False))
+        sizes = dict(zip(self.keys, self.sizes, strict=False))
         activation = {self.activation_key: next(iter(self.activations))}
         return {**sizes, **activation, "tie_word_embeddings": self.tied, **self.more}
 
@@ -116,7 +110,7 @@ def read_config(theirs: Mapping[str, Any], name: str) -> ModelConfig:
         )
     values = {**cls.defaults, **theirs}
     sizes: dict[str, Any] = {
-        ours: whole_number(values, theirs, name) for theirs, ours in cls.sources.items()
+        ours: whole_number(values, key, name) for key, ours in cls.keys.items()
     }
     _refuse(cls, kind, values, sizes["d_model"], name)
     more: dict[str, Any] = {"dropout": _dropout(cls, values, name)}
@@ -245,6 +239,7 @@ def write_config(config: ModelConfig, end: int | None, dtype: str) -> dict[str, 
     not known; dtype: torch's name of the weights'."""
     kind = model_type(config)
     cls = CLASSES[kind]
+    same = [theirs for theirs, ours in cls.activations.items() if ours == config.activation]
     tree: dict[str, Any] = {
         "model_type": kind,
         "architectures": [cls.name],
@@ -256,17 +251,16 @@ def write_config(config: ModelConfig, end: int | None, dtype: str) -> dict[str, 
         "eos_token_id": end,
         "use_cache": True,
         **{theirs: getattr(config, ours) for theirs, ours in cls.keys.items()},
+        # Image GPT has one of its own, whatever model.activation says.
+        cls.activation_key: [*same, *cls.activations][0],
+        # Written even where it is 0: transformers' default is 0.1.
+        **dict.fromkeys(cls.dropouts, config.dropout),
     }
-    # Written even where it is 0: transformers' default is 0.1.
-    dropouts = dict.fromkeys(cls.dropouts, config.dropout)
-    same = [theirs for theirs, ours in cls.activations.items() if ours == config.activation]
-    # Image GPT has one of its own, whatever the key says.
-    activation = {cls.activation_key: [*same, *cls.activations][0]}
     if kind == "gpt_neo":
-        return tree | _bands_of(config) | activation | dropouts
-    if kind == "openai-gpt":
-        return tree | dropouts | activation
-    return tree | dropouts | {"n_inner": None} | activation | _AS_GPT2
+        return tree | _bands_of(config)
+    # transformers dropped it, llama.cpp's converter reads it.
+    tree["n_ctx"] = config.n_ctx
+    return tree if kind == "openai-gpt" else tree | _AS_GPT2
 
 
 def _bands_of(config: ModelConfig) -> dict[str, Any]:
