@@ -98,6 +98,9 @@ def charts(runs: Sequence[Run]) -> list[Chart]:
     for chart in candidates:
         # Of a line that is finite nowhere there is nothing to draw.
         chart["lines"] = [line for line in chart["lines"] if line["x"]]
+        # A logarithmic axis shows nothing of figures that are all 0 or below.
+        for name in "xy":
+            chart[f"{name}log"] &= any(v > 0 for line in chart["lines"] for v in line[name])
         _count_hidden(chart["lines"])
     return [chart for chart in candidates if chart["lines"]]
 

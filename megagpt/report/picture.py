@@ -117,8 +117,7 @@ def _scale(axes: Any, axis: Any, chart: Chart, name: str) -> None:
             return amounts(values)
 
     values = np.concatenate([np.asarray(line[name], float) for line in chart["lines"]])
-    # A logarithmic axis shows nothing of losses that are all 0 or below.
-    log = chart[f"{name}log"] and bool((values > 0).any())
+    log = chart[f"{name}log"]
     locator: Any = MaxNLocator(nbins=7 if chart["title"] == "loss" else 5, steps=[1, 2, 2.5, 5, 10])
     if log:
         values = values[values > 0]

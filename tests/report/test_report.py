@@ -99,6 +99,7 @@ def test_losses_without_a_logarithm_are_drawn_on_a_plain_axis(tmp_path, loss):
     lines = [{"step": n, "tokens": 10 * n, "loss": loss, "grad_norm": 0.0} for n in (1, 2)]
     (tmp_path / "metrics.jsonl").write_bytes(b"".join(map(encode, lines)))
     assert is_png(draw(tmp_path))
+    assert not any(chart["ylog"] for chart in charts(read_runs([tmp_path])))
 
 
 def test_a_run_without_steps_is_named(tmp_path):
