@@ -176,22 +176,20 @@ class SliceReader:
     is read lies in no file.
     """
 
-    def __init__(
-        self, folder: Path, names: Sequence[str] | None = None, index: str | None = None
-    ) -> None:
-        """names: files whose headers tell what there is; None: the checkpoint's index does, or
-        where it has none, the headers of all files that the manifest names. index: the index's
-        content, where it is known already."""
+    def __init__(self, folder: Path, index: str | None = None) -> None:
+        """index: the content of the checkpoint's index, where it is known already. Where there is
+        none, the headers of all files that the manifest names tell what there is."""
         self.folder = folder
         self._files = _Files(folder)
-        if names is None and index is None:
+        names: list[str] = []
+        if index is None:
             names = [file.name for file in read_record(folder).files]
             if INDEX in names:
                 index = (folder / INDEX).read_bytes().decode(errors="replace")
         if index is not None:
             self.parameters = self._of_index(index)
         else:
-            self.parameters = self._of_headers([n for n in names or () if SLICES.fullmatch(n)])
+            self.parameters = self._of_headers([n for n in names if SLICES.fullmatch(n)])
 
     def _of_index(self, text: str) -> Parameters:
         try:

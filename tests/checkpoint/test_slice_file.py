@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megagpt.checkpoint.slice_file import FileRecord, SliceReader, fit_rows, write_slices
+from megagpt.checkpoint.slice_file import FileRecord, fit_rows, write_slices
 from megagpt.engine import split as splits
 from megagpt.engine.slices import STATES, Slice, TensorShare
 from megagpt.errors import DamageError, UsageError
+from tests.lib.checkpoints import opened
 
 Whole = dict[str, dict[str, Tensor]]
 """key -> name -> tensor."""
@@ -71,11 +72,6 @@ def write(folder: Path, held: list[list[Slice]]) -> list[FileRecord]:
     return [
         write_slices(folder / f"rank_{rank:05d}.safetensors", own) for rank, own in enumerate(held)
     ]
-
-
-def opened(folder: Path) -> SliceReader:
-    """All files of a folder that has no manifest."""
-    return SliceReader(folder, sorted(path.name for path in folder.glob("rank_*")))
 
 
 @settings(max_examples=40, deadline=None)
