@@ -181,15 +181,13 @@ class SliceReader:
         none, the headers of all files that the manifest names tell what there is."""
         self.folder = folder
         self._files = _Files(folder)
-        names: list[str] = []
         if index is None:
             names = [file.name for file in read_record(folder).files]
-            if INDEX in names:
-                index = (folder / INDEX).read_bytes().decode(errors="replace")
-        if index is not None:
-            self.parameters = self._of_index(index)
-        else:
-            self.parameters = self._of_headers([n for n in names if SLICES.fullmatch(n)])
+            if INDEX not in names:
+                self.parameters = self._of_headers([n for n in names if SLICES.fullmatch(n)])
+                return
+            index = (folder / INDEX).read_bytes().decode(errors="replace")
+        self.parameters = self._of_index(index)
 
     def _of_index(self, text: str) -> Parameters:
         try:
