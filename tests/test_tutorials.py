@@ -148,9 +148,9 @@ def test_readmes_other_doors_need_only_their_data(door, tmp_path):
     if door == 1:
         assert result.returncode == 0 and "on 8 h100" in result.stdout
     else:
-        assert [line for line in result.stdout.splitlines() if "FAIL" in line] == [
-            line for line in result.stdout.splitlines() if "FAIL  shards" in line
-        ]
+        # How much space is left is the machine's matter.
+        found = {line.split()[1] for line in result.stdout.splitlines() if "FAIL" in line}
+        assert found - {"disk"} == {"shards"}
     result = execute(start, tmp_path)
     assert result.returncode == 2
     assert re.search(r"data/\S+ does not exist|no prepared corpus there", result.stderr)

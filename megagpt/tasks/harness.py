@@ -9,6 +9,7 @@ requests, and Scorer answers them; the contexts and windows are those of its cla
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +28,9 @@ from megagpt.use.likelihood import Pair, Scorer
 from megagpt.use.loading import load_placed
 from megagpt.use.options import TextOptions
 
+# The harness would draw standard errors in processes forked from this one, and what the threads of
+# torch hold then may keep those from ending. A thousand draws are one process's work there, too.
+os.environ.setdefault("DISABLE_MULTIPROC", "1")
 TEXT_TOKENS = 256
 """Tokens of a generated text where a task does not say, as in the harness."""
 BOOTSTRAP = 1000

@@ -70,7 +70,8 @@ def test_an_item_ends_at_its_limit_with_all_its_processes(tmp_path, monkeypatch)
     monkeypatch.setenv(FILE, str(tmp_path / "results.jsonl"))
     monkeypatch.setenv("DEVICE", "cpu")
     driver.run(Item("probe", 1), 1.0, tmp_path / "log.txt")
-    (end,) = read(tmp_path / "results.jsonl")
+    # A quick machine has answered some of its questions by then.
+    (end,) = (r for r in read(tmp_path / "results.jsonl") if r["kind"] == "item")
     assert end["code"] == "limit" and end["s"] < 30
     assert "===== probe, at most 1 s" in (tmp_path / "log.txt").read_text()
 
