@@ -154,7 +154,7 @@ def _block_units(source: Source, unit_bytes: int) -> Iterator[Unit]:
     try:
         with opened(source.path, source.compression) as (file, raw):
             rest = file.read(len(BOM)).removeprefix(BOM)
-            while block := _block(file, unit_bytes):
+            for block in _blocks(file, unit_bytes):
                 cut = block.rfind(b"\n") + 1
                 lines, rest = rest + block[:cut], block[cut:]
                 if not cut:
@@ -170,14 +170,17 @@ def _block_units(source: Source, unit_bytes: int) -> Iterator[Unit]:
         yield Unit(kind="texts", payload=broken, size=source.bytes - before)
 
 
-def _block(file: IO[bytes], size: int) -> bytes:
-    """The next `size` bytes, or what comes before the byte where the stream is damaged."""
+def _blocks(file: IO[bytes], size: int) -> Iterator[bytes]:
+    """Blocks of `size` bytes, the last of what is left. Where the stream is damaged, what comes
+    before is a block too; then one of TRUNCATED is raised."""
     parts: list[bytes] = []
     try:
-        while size > 0 and (part := file.read1(size)):  # type: ignore[attr-defined]
+        while part := file.read1(size - sum(map(len, parts))):  # type: ignore[attr-defined]
             parts.append(part)
-            size -= len(part)
+            if sum(map(len, parts)) == size:
+                yield b"".join(parts)
+                parts = []
     except TRUNCATED:
-        if not parts:
-            raise
-    return b"".join(parts)
+        yield b"".join(parts)
+        raise
+    yield b"".join(parts)

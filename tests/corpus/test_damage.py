@@ -13,7 +13,7 @@ from backports import zstd
 
 from megagpt.corpus import array as array_module
 from megagpt.corpus import open as open_module
-from megagpt.corpus import part as encode_module
+from megagpt.corpus import part as part_module
 from megagpt.corpus import texts as reading
 from megagpt.corpus.array import Broken, array_elements
 from megagpt.corpus.open import opened
@@ -111,6 +111,25 @@ def test_truncated_compressed_files(
     assert found[:-1] == ([] if name == "a.txt" else texts[: len(found) - 1])
     assert found[-1] == "good" and (name == "a.txt" or len(found) > 100 or ending == "zst")
     assert path.name in caplog.text and "truncated or damaged file" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("ending", "why"), [("xz", "Corrupt input data"), ("zst", "Data corruption detected")]
+)
+def test_a_damaged_stream_is_told_by_its_first_error(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, ending: str, why: str
+) -> None:
+    """And not by what a decompressor says that is asked again."""
+    draw = random.Random(5)
+    texts = [str(draw.random()) * 20 for _ in range(2000)]
+    packed = bytearray(pack(jsonl(tmp_path / "a", texts).read_bytes(), f".{ending}"))
+    packed[len(packed) * 3 // 4] ^= 0x5A
+    (tmp_path / f"a.jsonl.{ending}").write_bytes(packed)
+    summary = prepare([tmp_path / f"a.jsonl.{ending}"], options(tmp_path))
+    assert summary.left_out == {"truncated or damaged file": 1}
+    found = decoded(tmp_path / "out")
+    assert len(found) > 500 and found == texts[: len(found)]
+    assert f"{why}; the rest of it is left out" in caplog.text
 
 
 @pytest.mark.parametrize("ending", ["gz", "bz2", "xz", "zst"])
@@ -249,8 +268,8 @@ def test_a_problem_costs_no_text_of_the_file_before_it(
 ) -> None:
     """Whatever of that file is written when the problem comes."""
     for module, name, value in (
-        (reading, "PIECE_BYTES", 100), (encode_module, "BATCH", 1000),
-        (encode_module, "PIECE", 50), (encoder_module, "PIECE", 50),
+        (reading, "PIECE_BYTES", 100), (part_module, "BATCH", 1000),
+        (part_module, "PIECE", 50), (encoder_module, "PIECE", 50),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, value)
     texts = ["one word more " * count for count in (50, 73, 80, 150, 10)]

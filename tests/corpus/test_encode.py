@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiktoken
 
-from megagpt.corpus import part as encode_module
+from megagpt.corpus import part as part_module
 from megagpt.corpus.part import Encoded, Text, encode
 from megagpt.errors import DamageError, UsageError
 from megagpt.tokenizer import encoder as encoder_module
@@ -108,8 +108,8 @@ def test_text_that_cannot_be_cut_is_searched_once(monkeypatch: pytest.MonkeyPatc
     encoding = other_encoding("groups")
     monkeypatch.setattr(encoder_module, "PIECE", 100)
     monkeypatch.setattr(encoder_module, "MARGIN", 64)
-    monkeypatch.setattr(encode_module, "PIECE", 100)
-    monkeypatch.setattr(encode_module, "MARGIN", 64)
+    monkeypatch.setattr(part_module, "PIECE", 100)
+    monkeypatch.setattr(part_module, "MARGIN", 64)
     tried, proven = [], encoder_module._is_proven
 
     def trying(text: str, cut: int, encoding: tiktoken.Encoding) -> bool:
