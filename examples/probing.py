@@ -84,4 +84,6 @@ def few_labels(train: Labelled, test: Labelled, few: int, raw: str, draws: int) 
         found = scores(train, test, how, few, range(1000, 1000 + draws))
         reach = student.ppf(0.975, draws - 1) * np.std(found, ddof=1) / np.sqrt(draws)
         told.append(f"{how[0]} {np.mean(found):.1f}% +- {reach:.1f}")
-    return f"{few} labels a class: {', '.join(told)} (mean of {draws} draws)"
+    least = min(few, *np.unique(train.labels, return_counts=True)[1])
+    fewer = f" ({least} where it has no more)" if least < few else ""
+    return f"{few} labels a class{fewer}: {', '.join(told)} (mean of {draws} draws)"

@@ -9,6 +9,7 @@ import time
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tomli_w
 from PIL import Image
@@ -175,6 +176,17 @@ def test_image_gpt_draws_completes_and_is_probed(tmp_path: Path) -> None:
     assert [event.step for event in events.Images("samples")] == [0, 12 * 32 * 144]
     for split in ("", "-validation"):
         assert verify_shards(tmp_path / f"data/digits{split}") == []
+
+
+def test_a_class_that_has_fewer_labels_than_asked_for_is_told(monkeypatch) -> None:
+    pytest.importorskip("sklearn")
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    probing = runpy.run_path(str(ROOT / "examples/probing.py"))
+    labels = np.arange(40) % 10 % 4  # 12, 12, 8 and 8
+    part = probing["Labelled"]({"layer 0": labels[:, None] + 0.5, "raw": labels[:, None]}, labels)
+    for few, told in ((4, ""), (10, r" \(8 where it has no more\)")):
+        found = probing["few_labels"](part, part, few, "raw", 2)
+        assert re.match(rf"{few} labels a class{told}: layer 0 ", found)
 
 
 @pytest.mark.slow
