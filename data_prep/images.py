@@ -42,6 +42,8 @@ PIXELS = 1_000_000
 """Pixels that k-means sees at most."""
 BLOCK = 4096
 """Images that are in memory as bytes at a time."""
+BOUNDS = {"copies": (1, 1000), "size": (0, 1024), "field": (0, 1024), "seed": (0, 2**32 - 1)}
+"""Of options. 1024 pixels a side are a context of a million; scikit-learn seeds have 32 bits."""
 ENDINGS = {".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 SHARE, SHORTER = 224, (256, 384)
 """The paper's crops of ImageNet: 224 pixels of a shorter side that is drawn between the two."""
@@ -305,9 +307,9 @@ def check(args: argparse.Namespace) -> None:
         raise UsageError(
             f"--validation-fraction {args.validation_fraction}: must be 0 or more and below 1"
         )
-    for name, least in (("copies", 1), ("size", 0), ("field", 0), ("seed", 0)):
-        if (value := getattr(args, name)) < least:
-            raise UsageError(f"--{name} {value}: must be {least} or more")
+    for name, (least, most) in BOUNDS.items():
+        if not least <= (value := getattr(args, name)) <= most:
+            raise UsageError(f"--{name} {value}: must be {least} or more, and {most} at most")
 
 
 def work(args: argparse.Namespace) -> int:

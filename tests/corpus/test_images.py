@@ -247,6 +247,8 @@ def test_images_are_put_at_places_of_their_own(tmp_path: Path) -> None:
         (["--field", 2], "--field 2: must be 3 or more, an image's own side"),
         (["--seed", -1], "--seed -1: must be 0 or more"),
         (["--size", -1], "--size -1: must be 0 or more"),
+        (["--size", 1025], "--size 1025: must be 0 or more, and 1024 at most"),
+        (["--seed", 2**32], "--seed 4294967296: must be 0 or more, and 4294967295 at most"),
     ):
         made = script("images", tmp_path / "in.npz", *more, "--output", tmp_path / "other")
         assert made.returncode == 2 and why in made.stderr
