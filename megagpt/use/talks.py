@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megagpt.corpus.duplicates import text_hash
 from megagpt.corpus.manifest import CorpusManifest
+from megagpt.corpus.open import BOM
 from megagpt.corpus.records import Masked, prepare
 from megagpt.errors import DamageError, UsageError
 from megagpt.files import write_file
@@ -48,11 +49,16 @@ class Talk(NamedTuple):
 
 def read_talks(path: Path) -> Iterator[Talk]:
     """The dialogues of a file of JSON lines. Raises DamageError for a line that is none, UsageError
-    for a file that cannot be opened."""
+    for a file that cannot be opened or is an array."""
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror}); give JSON lines") from None
+    if b"".join(lines[:1]).removeprefix(BOM).startswith(b"["):
+        raise UsageError(
+            f"{path}: an array of JSON, as ShareGPT's files are; give a dialogue a line: "
+            f"jq -c '.[]' {path} > talks.jsonl"
+        )
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
