@@ -18,7 +18,7 @@ def reading(made: argparse.ArgumentParser, data: str, context: int, batch: int) 
     """Adds what a step reads to a command line."""
     add = made.add_argument
     add("--data", type=Path, default=Path(data), help="folder of the shards")
-    add("--context", type=int, default=context, help="characters seen at once, an even number")
+    add("--context", type=int, default=context, help="characters seen at once")
     add("--batch", type=int, default=batch, help="sequences of a step")
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from characters import learn, reading
 from training import SCRIPTS, options, run, script
 
+from megagpt.errors import UsageError
 from megagpt.files import write_file
 from megagpt.use.score import ScoreOptions, evaluate
 
@@ -49,6 +50,8 @@ def main() -> None:
     add("--archive", type=Path, help="the miniature's package, where it is there already")
     reading(made, "data/text8-mini", context=128, batch=8)
     args = made.parse_args()
+    if args.context % 2:
+        raise UsageError(f"--context {args.context}: must be even; half of it precedes what counts")
     file = args.file or miniature(args)
     kind = ["--enwik8"] * ("enwik8" in file.name)
     script("text8.py", "--file", file, "--output", args.data, *kind)

