@@ -155,14 +155,12 @@ def _block_units(source: Source, unit_bytes: int) -> Iterator[Unit]:
         with opened(source.path, source.compression) as (file, raw):
             rest = file.read(len(BOM)).removeprefix(BOM)
             for block in _blocks(file, unit_bytes):
-                cut = block.rfind(b"\n") + 1
-                lines, rest = rest + block[:cut], block[cut:]
-                if not cut:
-                    rest = lines + rest
-                    continue
-                read = raw.tell() if source.bytes else 0
-                yield Unit(kind="block", payload=lines, size=read - before, last=False)
-                before = read
+                lines = rest + block
+                cut = lines.rfind(b"\n") + 1
+                lines, rest = lines[:cut], lines[cut:]
+                if lines:
+                    start, before = before, raw.tell() if source.bytes else 0
+                    yield Unit(kind="block", payload=lines, size=before - start, last=False)
         yield Unit(kind="block", payload=rest, size=source.bytes - before)
     except TRUNCATED as error:
         # The line that was being read is lost with the rest of the file.
