@@ -54,11 +54,8 @@ def read_talks(path: Path) -> Iterator[Talk]:
         lines = path.read_bytes().splitlines()
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror}); give JSON lines") from None
-    if b"".join(lines[:1]).removeprefix(BOM).startswith(b"["):
-        raise UsageError(
-            f"{path}: an array of JSON, as ShareGPT's files are; give a dialogue a line: "
-            f"jq -c '.[]' {path} > talks.jsonl"
-        )
+    if lines and lines[0].removeprefix(BOM).startswith(b"["):
+        raise UsageError(f"{path}: an array; write lines: jq -c '.[]' {path} > talks.jsonl")
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

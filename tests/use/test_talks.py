@@ -132,7 +132,7 @@ def test_what_is_no_dialogue_is_named_by_its_line(tmp_path):
         list(read_talks(tmp_path / "none.jsonl"))
     for raw in (json.dumps([{"conversations": SHAREGPT}]), "\ufeff[\n  {"):
         (tmp_path / "c.json").write_text(raw)
-        with pytest.raises(UsageError, match=r"c.json: an array .* a line: jq -c '.\[\]' .*c.json"):
+        with pytest.raises(UsageError, match=r"c.json: an array; .* lines: jq -c '.\[\]' .*c.json"):
             list(read_talks(tmp_path / "c.json"))
     file = written(tmp_path / "a.jsonl", {"messages": OPENAI})
     with pytest.raises(UsageError, match="none of 1 dialogues .* is of this split; give more"):
