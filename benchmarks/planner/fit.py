@@ -21,7 +21,7 @@ import numpy as np
 
 from megagpt.plan.constants import CONSTANTS, PATH, interval
 from megagpt.plan.cost import step_time
-from megagpt.plan.footprint import fullest
+from megagpt.plan.device_memory import fullest
 from megagpt.plan.jobs import SYSTEMS, Column, Jobs, jobs_from_rows, read_rows
 
 HERE = Path(__file__).parent

@@ -18,9 +18,9 @@ from megagpt.order.fitting import check_vocabulary
 from megagpt.order.loader import TokenLoader, training_loader
 from megagpt.order.windows import TokenWindows
 from megagpt.plan.corpora import overlaps
+from megagpt.plan.disk import checkpoint_bytes, checkpoints_kept
 from megagpt.plan.ds_config import read_ds_config, resolve
 from megagpt.plan.layout import layout_of, spans_hosts
-from megagpt.plan.memory import checkpoint_bytes, checkpoints_kept
 from megagpt.plan.sanity import MOST_EPOCHS, epochs_of, read_times
 
 WITHOUT_BF16 = ("P100", "V100", "T4", "RTX 20", "Quadro RTX")

@@ -4,7 +4,8 @@
    (the only stall) and starts one thread a rank.
 2) The thread writes the rank's file, hashes and flushes it.
 3) Once all ranks are done, `finish` brings the records to rank 0, which writes the manifest last
-   and renames the folder. A thread of its removes older checkpoints, while training goes on.
+   and renames the folder. A thread of its removes older checkpoints (`record.retire`), while
+   training goes on.
 A crash at any instant leaves the checkpoints before it as they were. A rank that cannot write
 says so in the gathering, and all ranks agree that there is no checkpoint.
 """

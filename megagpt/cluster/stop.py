@@ -1,8 +1,8 @@
 """Why a run should stop before its end: a signal, a time limit, a number of steps (L2).
 
 Each rank looks at its own signals and clock; the training loop adds the answers up, so that all
-ranks stop after the same step. It saves then (`Trainer.save_if_due`) and raises Stopped
-(`Trainer.leave_if_asked`), of which `megagpt.train` makes the exit code.
+ranks stop after the same step. The loop (loop.py) saves then (`save_if_due`) and raises Stopped
+(`leave_if_asked`), of which `megagpt.train` makes the exit code.
 """
 
 import signal

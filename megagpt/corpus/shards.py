@@ -1,8 +1,8 @@
 """The files of a shard: `.bin` with raw tokens, `.idx` with Megatron's index, and `.mask` where not
 every token is a target (stdlib, numpy).
 
-`.bin` holds little-endian tokens, documents one after another, each with its END-OF-DOCUMENT; it
-has no header. `.idx` is little-endian as well:
+`.bin` holds little-endian tokens, documents one after another, each with the END-OF-DOCUMENT that
+part.py puts behind it; it has no header. `.idx` is little-endian as well:
 
     9 bytes  magic `MMIDIDX\\0\\0`
     u64      version, 1

@@ -3,7 +3,8 @@
 z = (x - median) / (1.4826 MAD) over the latest steps, MAD the median of the distances to the
 median: 1.4826 MAD estimates a normal distribution's standard deviation (Rousseeuw and Croux 1993),
 and a spike among the latest steps does not hide the next one. The norm is taken as its logarithm,
-since norms vary by factors. Both numbers are the same on every rank, and so is the verdict.
+since norms vary by factors. Both numbers are the same on every rank, and so is the verdict. What
+follows from it, by `optimizer.spike_action`, is loop.py's.
 """
 
 import math

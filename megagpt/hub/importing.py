@@ -1,4 +1,5 @@
-"""`megagpt import PATH OUT`: what others trained, as a folder of weights of ours (L3)."""
+"""`megagpt import PATH OUT`: what others trained, as a folder of weights of ours (L3). Each tensor
+is naming.py's."""
 
 import argparse
 import json

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from megagpt.config.flops import flops_per_token, parameters, pf_days
 from megagpt.plan.corpora import missing
+from megagpt.plan.disk import checkpoint_bytes, checkpoints_kept
 from megagpt.plan.drawing import draw
 from megagpt.plan.failures import Outlook, Storm, outlooks
 from megagpt.plan.judge import Judgement, decided_by, ramp_days, with_higher_start
 from megagpt.plan.launch_files import write_plan
-from megagpt.plan.memory import checkpoint_bytes, checkpoints_kept
 from megagpt.plan.ramp import idle_as_text, ramp, ramp_as_text, stage_rows, stages_as_text
 from megagpt.plan.sanity import disk, epochs_of, oddities
 from megagpt.plan.told import judgement_as_text, outlooks_as_text, search_as_text

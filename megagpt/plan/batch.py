@@ -12,7 +12,7 @@ from megagpt.files import write_file
 from megagpt.plan.accelerators import accelerator_in
 from megagpt.plan.constants import CONSTANTS, interval
 from megagpt.plan.cost import layer_parameters, step_time
-from megagpt.plan.footprint import fullest
+from megagpt.plan.device_memory import fullest
 from megagpt.plan.jobs import WORDS, Column, Jobs, jobs_from_rows, meant, read_rows
 
 COLUMNS = (

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from megagpt.errors import UsageError
-from megagpt.plan.footprint import MEMORY_ITEMS
+from megagpt.plan.device_memory import MEMORY_ITEMS
 from megagpt.plan.judge import ROOM, Judgement, search
 
 

@@ -3,8 +3,8 @@
 import datetime
 from dataclasses import dataclass
 
+from megagpt.plan.disk import WRITE_RATE, checkpoint_bytes
 from megagpt.plan.judge import Judgement
-from megagpt.plan.memory import WRITE_RATE, checkpoint_bytes
 from megagpt.plan.simulate import NeverEnds, Weather, best_interval, simulate, spread_of
 
 COPY_RATE = 5e9

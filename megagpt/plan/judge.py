@@ -11,8 +11,8 @@ from megagpt.config.flops import flops_per_token
 from megagpt.plan.candidates import Candidate, Cluster, candidates, jobs_of, stage_layers
 from megagpt.plan.constants import Constants, constants_for, interval
 from megagpt.plan.cost import step_items
+from megagpt.plan.device_memory import MEMORY_ITEMS, Stage, fullest, stage_bytes
 from megagpt.plan.ds_config import offloads
-from megagpt.plan.footprint import MEMORY_ITEMS, Stage, fullest, stage_bytes
 from megagpt.plan.layout import Layout, busy_start_tokens, padded_model
 from megagpt.plan.stages import stage_parameters
 

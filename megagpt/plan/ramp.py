@@ -1,4 +1,7 @@
-"""The batch ramp of a run as a table, before anything is trained (L0, stdlib only)."""
+"""The batch ramp of a run as a table, before anything is trained (L0, stdlib only).
+
+The ramp itself is config/schedule.py's; training accumulates as many micro-batches as the loader
+deals out for a step (`Engine.train_step`)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

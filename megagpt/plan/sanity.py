@@ -5,7 +5,7 @@ from itertools import pairwise
 
 from megagpt.config import RunConfig
 from megagpt.plan.corpora import manifest, mismatches
-from megagpt.plan.memory import checkpoint_bytes, checkpoints_kept
+from megagpt.plan.disk import checkpoint_bytes, checkpoints_kept
 
 MOST_EPOCHS = 4
 """Muennighoff et al. 2023: until then a corpus that is read again teaches almost as new text."""

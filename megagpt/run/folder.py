@@ -1,4 +1,6 @@
-"""What the run folder says of a run beside its metrics, and what a finished run reached (L3)."""
+"""What the run folder says of a run beside its metrics, and what a finished run reached (L3).
+
+That a checkpoint of another recipe is not gone on with is checkpoint/load.py's."""
 
 import contextlib
 import json

@@ -1,5 +1,6 @@
 """What clients send, read strictly: an unknown or impossible field is named (L3, without torch).
 
+The bounds of what shapes a text are those of every command (`TextOptions` in use/options.py).
 JSON is read by orjson, which takes neither NaN nor halves of surrogate pairs nor endless depth.
 """
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from megagpt.config import RunConfig
 from megagpt.errors import UsageError
 from megagpt.files import shipped
-from megagpt.plan.memory import WRITE_RATE, checkpoint_bytes
+from megagpt.plan.disk import WRITE_RATE, checkpoint_bytes
 
 LAUNCH = shipped("launch")
 """The folder of slurm.sbatch, which does what a job does."""

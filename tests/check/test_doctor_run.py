@@ -7,8 +7,8 @@ from megagpt.check.findings import FAIL, OK, WARN, Order
 from megagpt.check.machine import Gpu
 from megagpt.checkpoint import list_checkpoints
 from megagpt.config import load_run
+from megagpt.plan.disk import checkpoint_bytes, checkpoints_kept
 from megagpt.plan.layout import Layout, padded_model
-from megagpt.plan.memory import checkpoint_bytes, checkpoints_kept
 from tests.check.test_doctor import H100
 from tests.lib.corpus import edit_manifest, run_file
 from tests.lib.distributed import undisturbed

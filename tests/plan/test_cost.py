@@ -23,7 +23,7 @@ from megagpt.plan.cost import (
     step_time,
     tensor_wait,
 )
-from megagpt.plan.footprint import MEMORY_ITEMS, Stage, fullest, layer_activations, stage_bytes
+from megagpt.plan.device_memory import MEMORY_ITEMS, Stage, fullest, layer_activations, stage_bytes
 from megagpt.plan.jobs import SYSTEMS, Jobs, framework_of, jobs_from_rows, read_rows
 
 PUBLISHED = Path(__file__).parents[2] / "benchmarks" / "planner" / "published.csv"

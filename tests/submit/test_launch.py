@@ -13,7 +13,7 @@ import pytest
 from megagpt.cli import main
 from megagpt.config import load_run
 from megagpt.errors import UsageError
-from megagpt.plan.memory import checkpoint_bytes
+from megagpt.plan.disk import checkpoint_bytes
 from megagpt.submit.command import recent, records_of, starts_needed
 from megagpt.submit.job import LAUNCH, lead_s, seconds_of, sweep_of
 from tests.lib.corpus import run_file

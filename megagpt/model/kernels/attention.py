@@ -8,6 +8,7 @@ scaled_dot_product_attention over blocks of W queries with 2 W keys each; both c
 and memory. A CPU in bf16 has a faster form for both (`megagpt.model.kernels.attention_cpu`).
 `attention_form` decides, for the model and for the line in the log alike.
 `attend_slowly` is the mask written out, which the tests hold the others against.
+As in GPT-3, documents of one window are not masked from each other (order/windows.py).
 Another pattern is named in ModelConfig.attention, chosen by layer in GPT's Attention, and gets
 its mask here, in `attend_slowly` first.
 """

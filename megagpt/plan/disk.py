@@ -1,5 +1,5 @@
 """What a run's checkpoints take of the disk, in bytes (L0, stdlib only); what it takes of a device
-is footprint.py's."""
+is device_memory.py's."""
 
 from megagpt.config import RunConfig
 from megagpt.config.flops import parameters
