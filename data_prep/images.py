@@ -185,10 +185,12 @@ def _folder(folder: Path, size: int) -> Iterator[Block]:
     tops = [path.relative_to(folder).parts[0] for path in paths]
     classes = sorted({top for top, path in zip(tops, paths, strict=True) if top != path.name})
     number = {name: i for i, name in enumerate(classes)}
+    shapes: set[tuple[int, ...]] = set()
     for first in range(0, len(paths), BLOCK):
         files = paths[first : first + BLOCK]
         images = [_file(path, size) for path in files]
-        if len({image.shape for image in images}) > 1:
+        shapes |= {image.shape for image in images}
+        if len(shapes) > 1:
             raise UsageError(f"{folder}: images of several sizes; choose one with --size")
         labels = [number.get(top, -1) for top in tops[first : first + BLOCK]]
         yield Block("train", np.stack(images), np.array(labels, np.int64), tuple(files))

@@ -16,6 +16,7 @@ import torch
 from training import answers, options, run, run_text, train
 
 from megagpt.corpus.records import Masked, prepare
+from megagpt.corpus.unfinished import beside
 
 BATCH = 256
 
@@ -46,7 +47,7 @@ def splits(digits: int, forward: bool) -> dict[str, torch.Tensor]:
 def write(data: Path, parts: dict[str, torch.Tensor], digits: int) -> None:
     """The sums as two corpora of records; only the digits of the sum are scored."""
     scored = torch.arange(3 * digits + 1) >= 2 * digits
-    for split, folder in (("train", data), ("test", data.with_name(f"{data.name}-validation"))):
+    for split, folder in (("train", data), ("test", beside(data, "-validation"))):
         samples = (Masked(row, scored) for row in parts[split].numpy())
         prepare(folder, records=samples, vocabulary=10, split=split)
 
@@ -59,8 +60,8 @@ def main() -> None:
     made.add_argument("--data", type=Path, default=Path("data/adder"), help="its name's beginning")
     args: argparse.Namespace = made.parse_args()
     kind = f"{args.digits}{'-forward' * args.forward}"
-    data = args.data.with_name(f"{args.data.name}-{kind}")
-    args.output = args.output.with_name(f"{args.output.name}-{kind}")
+    data = beside(args.data, f"-{kind}")
+    args.output = beside(args.output, f"-{kind}")
     parts = splits(args.digits, args.forward)
     write(data, parts, args.digits)
     model = train(args, run_text(args, data, 3 * args.digits, 10, BATCH))

@@ -17,6 +17,7 @@ from training import options, run, script
 
 from megagpt.corpus.inspect import first_documents
 from megagpt.corpus.manifest import read_manifest
+from megagpt.corpus.unfinished import beside
 from megagpt.use.score import evaluate
 
 
@@ -49,7 +50,7 @@ def main() -> None:
     args = made.parse_args()
     write(args)
     model, encoding = learn(args, args.prompt, 400)
-    held_out = args.data.with_name(f"{args.data.name}-validation")
+    held_out = beside(args.data, "-validation")
     found = evaluate(model, encoding, held_out)
     # All that was scored but the ends of documents and a rest that fills no window.
     share = found.bytes / read_manifest(held_out).totals["text_bytes"]

@@ -24,6 +24,7 @@ from wordnet import ARCHIVE, Noun, nouns, sample
 
 from megagpt.corpus.forms import Forms
 from megagpt.corpus.records import Masked, prepare
+from megagpt.corpus.unfinished import beside
 from megagpt.errors import UsageError
 from megagpt.files import write_file
 from megagpt.order.loader import TokenLoader
@@ -53,9 +54,12 @@ def pretrain(args: argparse.Namespace, part: list[Noun]) -> None:
     """A language model of definitions, with a tokenizer of its own."""
     texts, folder = args.data / "definitions.jsonl", args.data / "definitions"
     args.data.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps({"text": f"{noun.word}: {noun.definition}"}) for noun in part)
+    lines = (json.dumps({"text": f"{noun.word}: {noun.definition}"}) + "\n" for noun in part)
+    written = "".join(lines)
     if not texts.exists():
-        write_file(texts, "\n".join(lines) + "\n")
+        write_file(texts, written)
+    if texts.read_text() != written:  # perhaps the test's, of a run that held out fewer
+        raise UsageError(f"{texts}: not those of this --file and --test; give another --data")
     line = ["train_tokenizer.py", "--vocab-size", args.vocabulary, "--output"]
     if not args.tokenizer.exists():
         script(*line, args.tokenizer, texts)
@@ -77,7 +81,7 @@ def fine_tune(args: argparse.Namespace, forms: Forms, init_from: str, name: str)
     """Trains a classifier; the share of the test that it gets right."""
     length, parts, classes = TASKS[args.task]
     data = args.data / args.task
-    args.output = args.runs.with_name(f"{args.runs.name}-{args.task}-{name}")
+    args.output = beside(args.runs, f"-{args.task}-{name}")
     args.steps, args.lr = 3 * args.labelled // FINE_BATCH, args.fine_lr
     model = shape(args) | {"n_ctx": parts * length, "vocab_size": forms.vocabulary}
     model |= {"classes": classes, "parts": parts, "lm_weight": 0.5}
@@ -85,7 +89,7 @@ def fine_tune(args: argparse.Namespace, forms: Forms, init_from: str, name: str)
     schedule = {"decay": "linear", "warmup_tokens": total // 500}
     optimizer = {"weight_decay": 0.01, "betas": [0.9, 0.999]}
     more = {"init_from": init_from, "schedule": schedule, "optimizer": optimizer}
-    held = data.with_name(f"{data.name}-validation")
+    held = beside(data, "-validation")
     text = text_of(args, model, {"train": [(data, 1.0)], "validation": [held]}, FINE_BATCH, **more)
     trained = train(args, text)
     rows = torch.from_numpy(

@@ -25,6 +25,7 @@ from training import options, run, start, text_of, train
 
 from megagpt.checkpoint import load_model
 from megagpt.corpus.download import fetch
+from megagpt.corpus.unfinished import beside
 from megagpt.files import write_file
 from megagpt.log import read_metrics
 from megagpt.use.chat import Dialogue
@@ -60,7 +61,7 @@ def small_talks(args: argparse.Namespace) -> Path:
                     for place, text in enumerate(talk)
                 ]
                 lines.append(json.dumps({"messages": turns}) + "\n")
-    path = folder / f"{args.data.name}.jsonl"
+    path = beside(args.data, ".jsonl")
     write_file(path, "".join(lines))
     return path
 

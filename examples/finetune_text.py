@@ -19,6 +19,7 @@ from training import options, run, script, start, text_of, train
 
 from megagpt.checkpoint import load_model
 from megagpt.checkpoint.export import Weights
+from megagpt.corpus.unfinished import beside
 from megagpt.errors import UsageError
 from megagpt.files import write_file
 from megagpt.tokenizer.portable import described
@@ -30,17 +31,17 @@ def write(args: argparse.Namespace, weights: Weights) -> Path:
     """The new text as shards in the vocabulary of the weights; the folder of its held-out part."""
     text = args.text
     if text is None:
-        text = args.data.with_name(f"{args.data.name}.txt")
+        text = beside(args.data, ".txt")
         text.parent.mkdir(parents=True, exist_ok=True)
         write_file(text, "\n".join(topics[name] for name in sorted(topics)))
     name, encoding = weights.facts["tokenizer"], weights.tokenizer()
     if name not in ("gpt2", "bytes"):
-        name = str(args.data.with_name(f"{args.data.name}-tokenizer.json"))
+        name = str(beside(args.data, "-tokenizer.json"))
         write_file(Path(name), described(encoding))
     words = [text, "--format", "text", "--output", args.data, "--tokenizer", name]
     words += ["--validation-fraction", 0.1, "--validation-by-place"]
     script("tokenize_corpus.py", *words)
-    return args.data.with_name(f"{args.data.name}-validation")
+    return beside(args.data, "-validation")
 
 
 def look(args: argparse.Namespace, folder: Path, held_out: list[Path]) -> list[float]:

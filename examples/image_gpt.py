@@ -22,6 +22,8 @@ from probing import FEW, Labelled, by_layer, few_labels
 from training import SCRIPTS, run, script, train
 
 from megagpt.checkpoint.export import open_weights
+from megagpt.config import dump_run, load_run
+from megagpt.corpus.unfinished import beside
 from megagpt.errors import UsageError
 from megagpt.files import write_durably
 from megagpt.model import GPT
@@ -55,14 +57,15 @@ def read(folder: Path, n_ctx: int) -> Part:
 
 def run_text(args: argparse.Namespace) -> str:
     """The run file on this data; the learning rate's course is stretched or shortened whole."""
-    tree = tomllib.loads(args.run.read_text())
+    tree = tomllib.loads(dump_run(load_run(args.run)))  # with all that its preset says
     tree |= {"output": str(args.output), "seed": args.seed}
-    sources = [{"path": f"{args.data}{end}"} for end in ("", "-validation")]
+    sources = [{"path": str(path)} for path in (args.data, beside(args.data, "-validation"))]
     tree["data"] |= {"train": sources[:1], "validation": sources[1:]}
     if args.steps:
         schedule = tree["schedule"]
-        schedule["total_tokens"] = args.steps * schedule["batch_tokens"]
-        schedule["warmup_tokens"] = min(schedule["warmup_tokens"], schedule["total_tokens"] // 2)
+        total = args.steps * schedule["batch_tokens"]
+        warmup = min(schedule["warmup_tokens"], total // 2)
+        schedule |= {"total_tokens": total, "warmup_tokens": warmup, "decay_tokens": 0}
     return tomli_w.dumps(tree)
 
 
@@ -98,7 +101,7 @@ def main() -> None:
     add("--data", type=Path, default=Path("data/digits"), help="folder of the shards")
     add("--output", type=Path, default=Path("runs/image_gpt"), help="run folder")
     add("--steps", type=int, default=0, help="steps to train; 0: as the run file says")
-    add("--probed", type=int, default=1426, help="first training images that are probed")
+    add("--probed", type=int, default=1426, help="training images that are probed, at most")
     add("--draws", type=int, default=20, help="draws of few labels")
     add("--ranks", type=int, default=1, help="processes, started by deepspeed where several")
     add("--seed", type=int, default=1337, help="initial weights and data order")
@@ -113,10 +116,13 @@ def main() -> None:
     model = train(args, run_text(args))
     palette, n_ctx = open_weights(args.output).palette(), model.config.n_ctx
     assert palette is not None
-    held = read(args.data.with_name(f"{args.data.name}-validation"), n_ctx)
+    held = read(beside(args.data, "-validation"), n_ctx)
     draw(model, palette, held, args.output, args.seed)
     own = read(args.data, n_ctx)
-    own = Part(own.pixels[: args.probed], own.labels[: args.probed])
+    rows = np.arange(len(own.labels))
+    if args.images != "digits":  # which are mixed; files in folders come class by class
+        rows = np.random.default_rng(args.seed).permutation(rows)
+    own = Part(own.pixels[rows[: args.probed]], own.labels[rows[: args.probed]])
     parts = [labelled(model, palette, one.known()) for one in (own, held)]
     if min(len(np.unique(part.labels)) for part in parts) < 2:
         print("no probe: the images are of no classes, or of one")

@@ -16,6 +16,7 @@ import numpy as np
 from training import options, run, run_text, train
 
 from megagpt.corpus.records import Masked, prepare
+from megagpt.corpus.unfinished import beside
 from megagpt.tasks.arithmetic import LABELS, arithmetic
 from megagpt.tasks.scoring import SLACK, TaskOptions, score_task
 from megagpt.tokenizer import END_OF_DOCUMENT, load_tokenizer
@@ -48,8 +49,7 @@ def main() -> None:
         f"\n\nQ: What is {a} plus {b}?\n\nA:": f" {a + b}" for a in range(100) for b in range(100)
     }
     parts = {"train": {q: a for q, a in every.items() if q not in held}, "test": held}
-    for split, folder in (("train", ""), ("test", "-validation")):
-        place = args.data.with_name(args.data.name + folder)
+    for split, place in (("train", args.data), ("test", beside(args.data, "-validation"))):
         prepare(place, records=records(parts[split]), vocabulary="bytes", split=split)
     model = train(args, run_text(args, args.data, N_CTX, 257, BATCH))
     found = score_task(Scorer(model, load_tokenizer("bytes"), 64), task, TaskOptions())

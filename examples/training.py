@@ -12,6 +12,7 @@ import tomli_w
 import torch
 
 from megagpt.checkpoint.export import Weights, open_weights
+from megagpt.corpus.unfinished import beside
 from megagpt.errors import MegagptError, UsageError, ended
 from megagpt.files import write_file
 from megagpt.model import GPT
@@ -53,7 +54,7 @@ def run(main: Callable[[], None]) -> None:
 def run_text(args: argparse.Namespace, data: Path, n_ctx: int, vocab_size: int, batch: int) -> str:
     """A run file: `batch` sequences a step, a warm-up, a cosine to zero."""
     shape = dict(zip(("n_layer", "n_head", "d_model"), MODELS[args.model], strict=True))
-    sources = {"train": [(data, 1.0)], "validation": [data.with_name(f"{data.name}-validation")]}
+    sources = {"train": [(data, 1.0)], "validation": [beside(data, "-validation")]}
     return text_of(args, shape | {"n_ctx": n_ctx, "vocab_size": vocab_size}, sources, batch)
 
 
@@ -129,15 +130,13 @@ def start(folder: Path) -> Weights:
 def train(args: argparse.Namespace, text: str) -> GPT:
     """Trains the run file on `args.ranks` processes, from the last checkpoint on where there is
     one; the model of the last."""
-    file = args.output.with_name(args.output.name + ".toml")
+    file = beside(args.output, ".toml")
     file.parent.mkdir(parents=True, exist_ok=True)
     write_file(file, text)
     line = ["megagpt.train", str(file), *["--allow-changes"] * args.allow_changes]
-    if args.ranks > 1:
-        deepspeed = str(Path(sys.executable).with_name("deepspeed"))
-        call([sys.executable, deepspeed, "--num_gpus", str(args.ranks), "--module", *line])
-    else:
-        call([sys.executable, "-m", *line])
+    deepspeed = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(args.ranks)]
+    by = [*deepspeed, "--module"] if args.ranks > 1 else ["-m"]
+    call([sys.executable, *by, *line])
     return open_weights(args.output).model()
 
 

@@ -46,8 +46,10 @@ def paint(model: GPT, given: Tensor, seed: int, temperature: float = 1.0) -> Ten
 
 
 def completions(model: GPT, images: Tensor, seed: int, samples: int = 1) -> Tensor:
-    """The upper half of each image (B, n_ctx) continued `samples` times: (samples, B, n_ctx)."""
-    given = images[:, : model.config.n_ctx // 2].repeat(samples, 1)
+    """The rows above the middle of each image (B, n_ctx), continued `samples` times: (samples, B,
+    n_ctx)."""
+    side = int(images.shape[1] ** 0.5)
+    given = images[:, : side // 2 * side].repeat(samples, 1)
     return paint(model, given, seed).view(samples, *images.shape)
 
 
@@ -86,10 +88,9 @@ def grid(rows: NDArray[np.uint8], scale: int = SCALE, gap: int = GAP) -> NDArray
     r, c, s, _, _ = rows.shape
     cell = s + gap
     sheet = np.full((r * cell + gap, c * cell + gap, 3), PAPER, np.uint8)
-    for y in range(r):
-        for x in range(c):
-            top, left = y * cell + gap, x * cell + gap
-            sheet[top : top + s, left : left + s] = rows[y, x]
+    for y, x in np.ndindex(r, c):
+        top, left = y * cell + gap, x * cell + gap
+        sheet[top : top + s, left : left + s] = rows[y, x]
     return sheet.repeat(scale, 0).repeat(scale, 1)
 
 

@@ -21,6 +21,7 @@ from megagpt.corpus.duplicates import text_hash
 from megagpt.corpus.manifest import CorpusManifest
 from megagpt.corpus.open import BOM
 from megagpt.corpus.records import Masked, prepare
+from megagpt.corpus.unfinished import beside
 from megagpt.errors import DamageError, UsageError
 from megagpt.files import write_file
 from megagpt.tokenizer.portable import described
@@ -123,18 +124,17 @@ def prepare_talks(
     """
     talks = [talk for path in files for talk in read_talks(path)]
     encoding = with_turns(encoding)
-    form, path = SpecialTokens(encoding), output.with_name(f"{output.name}-tokenizer.json")
+    form, path = SpecialTokens(encoding), beside(output, "-tokenizer.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, described(encoding))
     made = []
-    for split, name in (("train", ""), ("validation", "-validation")):
-        kept = [t for t in talks if is_held_out(t, validation_fraction) == bool(name)]
+    for split, folder in (("train", output), ("validation", beside(output, "-validation"))):
+        kept = [t for t in talks if is_held_out(t, validation_fraction) == (folder != output)]
         if not any(any(talk.scored) for talk in kept):
             raise UsageError(
-                f"{output}{name}: none of {len(talks)} dialogues with an answer is of this split; "
+                f"{folder}: none of {len(talks)} dialogues with an answer is of this split; "
                 f"give more of them, or another validation fraction than {validation_fraction:g}"
             )
-        folder = output.with_name(output.name + name)
         documents = (masked(form, talk) for talk in kept)
         made.append(prepare(folder, documents=documents, vocabulary=path, split=split))
     return made[0], made[1]

@@ -3,6 +3,7 @@ and sample number alone."""
 
 import dataclasses
 import pickle
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from megagpt.tokenizer import load_tokenizer
 from megagpt.tokenizer.palette import Palette, fit_palette, read_palette
 from tests.corpus.test_scripts import script
 from tests.lib.corpus import edit_manifest, sentences, write_corpus
+from tests.lib.distributed import ROOT
 from tests.lib.weights import placeholder_run
 
 DRAW = np.random.default_rng(0)
@@ -334,6 +336,17 @@ def test_cifar_comes_in_both_forms(tmp_path: Path, binary: bool) -> None:
         loader = TokenLoader([(tmp_path / folder, 1.0)], 1024, 0, shuffle=False)
         assert np.array_equal(loader.samples(0, 2)[:, 1:], PALETTE.encode(part))
         assert np.load(tmp_path / folder / "labels.npy").tolist() == [3, 7]
+
+
+def test_sizes_are_compared_from_one_block_of_files_to_the_next(
+    tmp_path: Path, monkeypatch
+) -> None:
+    for size in (4, 8):
+        Image.new("RGB", (size, size)).save(tmp_path / f"{size}.png")
+    blocks = runpy.run_path(str(ROOT / "data_prep/images.py"))["blocks"]
+    monkeypatch.setitem(blocks.__globals__, "BLOCK", 1)
+    with pytest.raises(UsageError, match="images of several sizes; choose one with --size"):
+        list(blocks(str(tmp_path), 0))
 
 
 def test_hostile_and_broken_inputs_are_named(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from megagpt.config import load_run
 from megagpt.corpus.verify import verify_shards
 from megagpt.errors import DamageError
-from tests.examples.test_examples import run
+from tests.examples.test_examples import failed, line, run
 from tests.lib.distributed import ROOT, steps
 
 sys.path.insert(0, str(ROOT / "examples"))
@@ -89,6 +89,9 @@ def test_classify_with_two_parts_of_a_sample(tmp_path: Path) -> None:
     assert "runs/classify" in started["path"] and started["step"] == 3
     for split in ("same", "same-validation"):
         assert verify_shards(tmp_path / f"data/wordnet/{split}") == []
+    more = [*words, "--task", "kind", "--test", 60]
+    code, told = failed(tmp_path, line(*map(str, more)))
+    assert code == 2 and "definitions.jsonl: not those of this --file and --test; give an" in told
     # No definition of the test was read in pre-training.
     texts = (tmp_path / "data/wordnet/definitions.jsonl").read_text()
     assert len(texts.splitlines()) == 399 - 40

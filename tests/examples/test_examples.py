@@ -1,5 +1,6 @@
 """The examples in short: each runs by its one command, and its last line is its figure."""
 
+import argparse
 import json
 import re
 import runpy
@@ -15,6 +16,7 @@ import tomli_w
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megagpt.config import load_run, parse_run
 from megagpt.config.presets import ModelConfig
 from megagpt.corpus.manifest import read_manifest
 from megagpt.corpus.verify import verify_shards
@@ -81,10 +83,11 @@ def test_what_a_user_did_wrong_is_one_message(tmp_path: Path, words, code, why) 
     assert found == code and told.startswith("megagpt: ") and why in told
 
 
-def test_sort_on_two_ranks_by_deepspeed(tmp_path: Path) -> None:
-    figure = run(tmp_path, "sort.py", "--steps", 40, "--ranks", 2)
+def test_sort_on_two_ranks_by_deepspeed_into_the_folder_where_it_is_called(tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    figure = run(tmp_path / "here", "sort.py", "--steps", 40, "--ranks", 2, "--output", ".")
     assert re.fullmatch(r"test: \d+ of 193", figure)
-    losses = [record["loss"] for record in steps(tmp_path / "runs/sort")]
+    losses = [record["loss"] for record in steps(tmp_path / "here")]
     assert len(losses) == 40 and losses[-1] < 0.6 * losses[0]
 
 
@@ -103,6 +106,16 @@ def test_chargpt_on_a_text_of_ones_own(chargpt) -> None:
     found = re.fullmatch(r"([\d.]+) nats per character of data/mine-validation", figure)
     assert found and len(held_out.encode()) > len(held_out)
     assert 1.0 < float(found[1]) < 4.0, "the entropy of 257 ids is 5.5"
+
+
+def test_the_curves_of_runs_are_drawn(chargpt, tmp_path: Path) -> None:
+    words = ["curves.py", "--runs", chargpt[0] / "runs", "--output", "some.png"]
+    assert run(tmp_path, *words) == "some.png: 1 of 6 curves"
+    with Image.open(tmp_path / "some.png") as picture:
+        assert picture.size == (810, 630)
+    code, told = failed(tmp_path, line("curves.py"))
+    assert code == 2 and "runs: holds no run of an example; train one, or name another" in told
+    assert "runs/chargpt-long: no run here, left out" in told
 
 
 def test_text8_in_miniature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,6 +192,40 @@ def test_image_gpt_draws_completes_and_is_probed(tmp_path: Path) -> None:
         assert verify_shards(tmp_path / f"data/digits{split}") == []
 
 
+def test_image_gpt_on_images_in_folders_of_two_classes(tmp_path: Path) -> None:
+    """Files come class by class; what is probed is not the first class alone."""
+    pytest.importorskip("sklearn")
+    draw = np.random.default_rng(0)
+    for kind in ("dark", "light"):
+        (tmp_path / "mine" / kind).mkdir(parents=True)
+        for number in range(40):
+            grey = draw.integers(0, 4, (3, 3)) + 4 * (kind == "light")
+            Image.fromarray((30 * grey).astype(np.uint8)).save(
+                tmp_path / f"mine/{kind}/{number}.png"
+            )
+    tree = tomllib.loads((ROOT / "launch/runs/igpt-digits.toml").read_text())
+    tree["model"] |= {"n_layer": 1, "n_head": 1, "d_model": 16, "n_ctx": 9, "vocab_size": 8}
+    tree["schedule"] |= {"batch_tokens": 72, "warmup_tokens": 72}
+    tree["parallel"]["micro_batch"] = 8
+    (tmp_path / "tiny.toml").write_text(tomli_w.dumps(tree))
+    words = ["--images", "mine", "--run", "tiny.toml", "--data", "data/mine", "--steps", 10]
+    figure = run(tmp_path, "image_gpt.py", *words, "--probed", 30, "--draws", 2)
+    found = re.match(r"4 labels a class: layer \d ([\d.]+)% .*, raw pixels ([\d.]+)%", figure)
+    assert found and float(found[2]) > 80, "dark and light are easily told apart"
+
+
+def test_the_paper_s_recipe_is_shortened_whole(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    example = runpy.run_path(str(ROOT / "examples/image_gpt.py"))
+    more = {"output": Path("runs/x"), "seed": 3, "data": Path("data/x"), "steps": 5}
+    run_file = ROOT / "launch/runs/igpt-s.toml"
+    made = parse_run(example["run_text"](argparse.Namespace(run=run_file, **more)))
+    assert made.model == load_run(run_file).model
+    schedule, step = made.schedule, 128 * 1024
+    assert schedule.total_tokens == 5 * step and schedule.lr(6 * step) == 0 < schedule.lr(5 * step)
+    assert made.data.validation[0].path == "data/x-validation"
+
+
 def test_a_class_that_has_fewer_labels_than_asked_for_is_told(monkeypatch) -> None:
     pytest.importorskip("sklearn")
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
@@ -188,6 +235,8 @@ def test_a_class_that_has_fewer_labels_than_asked_for_is_told(monkeypatch) -> No
     for few, told in ((4, ""), (10, r" \(8 where it has no more\)")):
         found = probing["few_labels"](part, part, few, "raw", 2)
         assert re.match(rf"{few} labels a class{told}: layer 0 ", found)
+    test = (labels[:, None], labels)
+    assert probing["accuracy"](np.zeros((5, 1)), np.full(5, 2), test, 1.0) == 20, "one class alone"
 
 
 @pytest.mark.slow

@@ -53,6 +53,15 @@ def test_a_completion_begins_with_the_upper_half(model: GPT) -> None:
     assert not torch.equal(continued[0], continued[1])
 
 
+def test_nothing_is_given_below_what_is_shown() -> None:
+    sizes = {"n_layer": 1, "n_head": 1, "d_model": 4, "n_ctx": 9, "vocab_size": COLOURS}
+    model, images = GPT(ModelConfig(family="igpt", **sizes)).eval(), IMAGES[:, :9]
+    continued = completions(model, images, seed=3, samples=20)
+    assert (continued[..., :3] == images[:, :3]).all()
+    assert (half(PALETTE.decode(images.numpy()))[:, 1:] == 255).all()
+    assert not (continued[..., 3] == images[:, 3]).all(), "of an odd side the middle row is drawn"
+
+
 @torch.no_grad()
 def test_features_are_what_each_layer_reads(model: GPT) -> None:
     seen: list[torch.Tensor] = []

@@ -87,6 +87,15 @@ def test_what_generates_from_an_export_stops_where_a_turn_ends(tmp_path):
     assert (tmp_path / "out/chat_template.jinja").exists()
 
 
+def test_a_corpus_in_the_folder_where_it_is_made(tmp_path, monkeypatch):
+    lines = [{"messages": [*OPENAI[:3], {"role": "user", "content": str(i)}]} for i in range(60)]
+    file = written(tmp_path / "a.jsonl", *lines)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    parts = prepare_talks([file], load_tokenizer("bytes"), Path("."))
+    assert [part.folder.resolve().name for part in parts] == ["here", "here-validation"]
+
+
 def test_a_corpus_of_dialogues(tmp_path):
     lines = [{"messages": [*OPENAI[:3], {"role": "user", "content": str(i)}]} for i in range(60)]
     unanswered = {"messages": OPENAI[:2]}
