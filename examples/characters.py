@@ -26,6 +26,6 @@ def learn(args: argparse.Namespace, prompt: str, length: int) -> tuple[GPT, tikt
     """Trains on the shards and prints a sample: what the model writes behind `prompt`."""
     train(args, run_text(args, args.data, args.context, VOCABULARY, args.batch))
     model, encoding, _ = load_model(args.output)
-    drawn = TextOptions(max_tokens=length, temperature=0.8, seed=args.seed, start=False)
+    drawn = TextOptions(max_tokens=length, temperature=0.8, seed=args.seed, start=not prompt)
     print(prompt + "".join(generate(model, encoding, prompt, drawn)))
     return model, encoding

@@ -47,7 +47,9 @@ def write(args: argparse.Namespace, weights: Weights) -> Path:
 def look(args: argparse.Namespace, folder: Path, held_out: list[Path]) -> list[float]:
     """The perplexity of a token in each held-out part; prints a sample."""
     model, encoding, _ = load_model(folder)
-    drawn = TextOptions(max_tokens=args.sample, temperature=0.8, seed=args.seed, start=False)
+    drawn = TextOptions(
+        max_tokens=args.sample, temperature=0.8, seed=args.seed, start=not args.prompt
+    )
     print(f"--- {folder}\n{args.prompt}{''.join(generate(model, encoding, args.prompt, drawn))}")
     read = ScoreOptions(max_tokens=args.score_tokens)
     return [evaluate(model, encoding, part, read).perplexity.value for part in held_out]

@@ -55,6 +55,14 @@ def read(folder: Path, n_ctx: int) -> Part:
     return Part(pixels, np.load(there) if there.exists() else np.full(len(pixels), -1))
 
 
+def probed(args: argparse.Namespace, part: Part) -> Part:
+    """The training images that are probed."""
+    rows = np.arange(len(part.labels))
+    if args.images != "digits":  # which are mixed; files in folders come class by class
+        rows = np.random.default_rng(args.seed).permutation(rows)
+    return Part(part.pixels[rows[: args.probed]], part.labels[rows[: args.probed]])
+
+
 def run_text(args: argparse.Namespace) -> str:
     """The run file on this data; the learning rate's course is stretched or shortened whole."""
     tree = tomllib.loads(dump_run(load_run(args.run)))  # with all that its preset says
@@ -118,11 +126,7 @@ def main() -> None:
     assert palette is not None
     held = read(beside(args.data, "-validation"), n_ctx)
     draw(model, palette, held, args.output, args.seed)
-    own = read(args.data, n_ctx)
-    rows = np.arange(len(own.labels))
-    if args.images != "digits":  # which are mixed; files in folders come class by class
-        rows = np.random.default_rng(args.seed).permutation(rows)
-    own = Part(own.pixels[rows[: args.probed]], own.labels[rows[: args.probed]])
+    own = probed(args, read(args.data, n_ctx))
     parts = [labelled(model, palette, one.known()) for one in (own, held)]
     if min(len(np.unique(part.labels)) for part in parts) < 2:
         print("no probe: the images are of no classes, or of one")

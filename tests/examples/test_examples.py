@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tomli_w
+import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -98,6 +99,7 @@ def chargpt(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
     text = "".join(sentences(400, 1)).replace("the", "thé")  # two bytes are one character
     (root / "my.txt").write_text(text)
     words = ["--text", "my.txt", "--data", "data/mine", "--steps", 40, "--model", "nano"]
+    words += ["--prompt", ""]  # begins with END-OF-DOCUMENT
     return root, run(root, "chargpt.py", *words), text[len(text) - len(text) // 10 :]
 
 
@@ -153,6 +155,7 @@ def test_fine_tuning_learns_the_new_text_and_forgets_the_old(chargpt) -> None:
     root, _, _ = chargpt
     (root / "new.txt").write_text("0123456789 9876543210\n" * 400)
     words = ["--text", "new.txt", "--steps", 60, "--score-tokens", 640, "--sample", 20]
+    words += ["--prompt", ""]
     told = r"perplexity of the new text ([\d.]+) -> ([\d.]+), of the old text ([\d.]+) -> ([\d.]+)"
     figure = run(root, "finetune_text.py", *words)
     new, tuned, old, forgotten = map(float, re.fullmatch(told, figure).groups())
@@ -192,26 +195,16 @@ def test_image_gpt_draws_completes_and_is_probed(tmp_path: Path) -> None:
         assert verify_shards(tmp_path / f"data/digits{split}") == []
 
 
-def test_image_gpt_on_images_in_folders_of_two_classes(tmp_path: Path) -> None:
-    """Files come class by class; what is probed is not the first class alone."""
-    pytest.importorskip("sklearn")
-    draw = np.random.default_rng(0)
-    for kind in ("dark", "light"):
-        (tmp_path / "mine" / kind).mkdir(parents=True)
-        for number in range(40):
-            grey = draw.integers(0, 4, (3, 3)) + 4 * (kind == "light")
-            Image.fromarray((30 * grey).astype(np.uint8)).save(
-                tmp_path / f"mine/{kind}/{number}.png"
-            )
-    tree = tomllib.loads((ROOT / "launch/runs/igpt-digits.toml").read_text())
-    tree["model"] |= {"n_layer": 1, "n_head": 1, "d_model": 16, "n_ctx": 9, "vocab_size": 8}
-    tree["schedule"] |= {"batch_tokens": 72, "warmup_tokens": 72}
-    tree["parallel"]["micro_batch"] = 8
-    (tmp_path / "tiny.toml").write_text(tomli_w.dumps(tree))
-    words = ["--images", "mine", "--run", "tiny.toml", "--data", "data/mine", "--steps", 10]
-    figure = run(tmp_path, "image_gpt.py", *words, "--probed", 30, "--draws", 2)
-    found = re.match(r"4 labels a class: layer \d ([\d.]+)% .*, raw pixels ([\d.]+)%", figure)
-    assert found and float(found[2]) > 80, "dark and light are easily told apart"
+def test_images_of_folders_are_probed_over_all_their_classes(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    example = runpy.run_path(str(ROOT / "examples/image_gpt.py"))
+    labels = np.repeat([4, 7], 20)  # files come class by class
+    part = example["Part"](torch.arange(40)[:, None], labels)
+    for images, expected in (("digits", {4}), ("mine", {4, 7})):
+        args = argparse.Namespace(images=images, seed=1337, probed=12)
+        found = example["probed"](args, part)
+        assert set(found.labels) == expected and len(found.labels) == 12
+        assert (labels[found.pixels[:, 0]] == found.labels).all()
 
 
 def test_the_paper_s_recipe_is_shortened_whole(monkeypatch) -> None:
