@@ -32,8 +32,8 @@ def predict_file(rows_file: str | Path, output: str | Path) -> tuple[int, list[s
     seconds = step_time(jobs, CONSTANTS)
     memory = np.asarray(sum(fullest(jobs, CONSTANTS).values())) / 1e9
     flops = counted_flops(jobs, [meant(row, "flops_convention") for row in rows])
-    low, high = interval(jobs, "time")
-    less, more = interval(jobs, "memory")
+    sources = [row.get("source", "") for row in rows]
+    (low, high), (less, more) = (interval(jobs, what, sources) for what in ("time", "memory"))
     rate = flops / jobs.gpus / 1e12
     ends = [seconds * low, seconds * high, rate / (seconds * high), rate / (seconds * low)]
     table = np.array([seconds, rate / seconds, memory, *ends, memory * less, memory * more]).T

@@ -5,7 +5,7 @@ constants.json is written by benchmarks/planner/fit.py; "kinds" says what each c
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +52,16 @@ def constants_for(gpu: str) -> Mapping[str, float]:
     return CONSTANTS | profile["constants"] if profile else CONSTANTS
 
 
-def interval(jobs: Jobs, what: str) -> tuple[Column, Column]:
+def interval(jobs: Jobs, what: str, sources: Sequence[str] = ()) -> tuple[Column, Column]:
     """Factors between which 80% of measurements lie, as shares of the prediction, by system.
 
-    `what` is time or memory; a system without its own, or that nobody knows, has those of others.
+    `what` is time or memory. A system without its own, or that nobody knows, has those of sources
+    that the fit had not seen, and so has a row that was published elsewhere than all that were
+    fitted; `sources` names where each was (none named: no row is such).
     """
-    known = _FILE["intervals"][what]
-    table = np.array([known.get(name, known["other"]) for name in SYSTEMS])
-    ends = np.where(jobs.unknown[:, None] > 0, known["other"], table[jobs.framework])
-    return ends[:, 0], ends[:, 1]
+    known, new = _FILE["intervals"][what], jobs.unknown > 0
+    if sources:
+        new = new | ~np.isin(sources, _FILE["sources"][what])
+    own = np.array([known.get(name, known["other"]) for name in SYSTEMS])[jobs.framework].T
+    wide = np.minimum(own[0], known["other"][0]), np.maximum(own[1], known["other"][1])
+    return np.where(new, wide[0], own[0]), np.where(new, wide[1], own[1])

@@ -238,6 +238,12 @@ def test_cells_are_read_as_people_write_them(tmp_path):
     # Who nobody knows has the interval of systems that the fit had not seen.
     own, other = (interval(jobs(system=s), "time") for s in ("Megatron-LM", "mine"))
     assert other[0] < own[0] < 1 < own[1] < other[1]
+    # And so has what was published elsewhere than all rows of the fit, but never a narrower one.
+    for system, wider in (("Megatron-LM", other), ("nanotron", (other[0], 1.373))):
+        one = jobs(system=system)
+        new = interval(one, "time", ["a paper of mine"])
+        assert new[1] == wider[1] and new[0] <= other[0]
+        assert interval(one, "time", ["pythia"]) == interval(one, "time")
     path = tmp_path / "rows.csv"
     text = (
         ",".join([*ROW, "flops_convention"])

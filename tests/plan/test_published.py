@@ -31,13 +31,22 @@ def fitting():
 @pytest.mark.parametrize("name", ["time", "memory"])
 def test_docs_tell_what_the_record_says(fitting, name):
     rows, errors = fitting.rows_of(fitting.OUTCOMES[name]), fitting.read_errors(name)
-    table, covered, order = fitting.report(rows, errors)
+    table, covered, of_sources, order = fitting.report(rows, errors)
     for line in table.splitlines():
         assert line in DOCS
     percent = covered.rpartition(" ")[2]
     told = re.search(r"cover ([\d.]+%) of left-out step times and ([\d.]+%) of left-out", DOCS)
     assert told is not None and told[1 if name == "time" else 2] == percent
+    rows_in, sources_in = re.findall(r"[\d.]+%", of_sources)
+    if name == "memory":
+        assert f"it covers {rows_in} of the rows and neither of torchtitan's." in DOCS
     if name == "time":
+        of_time = (
+            f"covers\n{rows_in} of the step times of sources left out, {sources_in} of a source's"
+        )
+        assert of_time in DOCS
+        # What 80% means, for rows of known sources and of new ones.
+        assert 75 < float(rows_in[:-1]) < 85 and 75 < float(sources_in[:-1]) < 85
         crossed = re.search(r"(\d+%) are put in the right order", DOCS)
         fitted = re.search(r"(\d+%) by the\nfit itself", DOCS)
         assert crossed is not None and f"cross-validation {crossed[1]}" in order
@@ -65,9 +74,23 @@ def test_the_record_is_that_of_the_constants(fitting, name):
 def test_docs_tell_how_far_off_rows_are_that_were_never_fitted(fitting):
     table = fitting.unseen()
     assert table in DOCS and len(table.splitlines()) == 2 + 16
+    told = re.search(r"(\d+) of 16 lie in their 80% interval", DOCS)
+    assert told is not None and int(told[1]) == 16 - table.count("outside its interval")
     off = [abs(float(re.search(r"([+-]\d+)%", line)[1])) for line in table.splitlines()[2:]]
     told = re.search(r"median error of these 16 is (\d+)%", DOCS)
     assert told is not None and float(told[1]) == pytest.approx(np.median(off), abs=0.6)
+
+
+def test_a_new_source_may_lie_beyond_all_others(fitting):
+    # Nineteen sources of one row and one of a thousand: each counts once, and so does the next.
+    errors, source = np.arange(19) / 100, np.array([f"s{n}" for n in range(19)])
+    low, high = fitting.new_source(
+        np.append(errors, np.full(1000, 0.5)), np.append(source, ["many"] * 1000)
+    )
+    # 10% of 21 sources are 2.1, of which the next is one: the second from each end.
+    assert np.log([low, high]) == pytest.approx([-0.18, -0.01], abs=1e-3)
+    few = fitting.new_source(errors[:9], source[:9])
+    assert few == fitting._bounds(errors[:9], errors[:9])
 
 
 def test_order_of_pairs(fitting):
