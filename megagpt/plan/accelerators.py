@@ -77,10 +77,13 @@ _NAMES = {
 """Accelerator -> what its name holds as a driver or a paper writes it; the first counts."""
 
 
-def check_gpu(name: str) -> None:
-    """Raises UsageError for a --gpu that is not known."""
-    if name not in ACCELERATORS:
+def known_gpu(name: str) -> str:
+    """The accelerator that --gpu names, as here or as its driver does. Raises UsageError for one
+    that is not known."""
+    found = accelerator_in(name) or name
+    if found not in ACCELERATORS:
         raise UsageError(f"--gpu {name}: must be one of {', '.join(ACCELERATORS)}")
+    return found
 
 
 def accelerator_in(text: str) -> str:

@@ -53,10 +53,8 @@ class Answer:
     def as_text(self) -> str:
         """As a person reads it, long tables shortened."""
         parts = [search_as_text(self.found) if self.searched else self._run_as_text()]
-        if self.judged:
-            parts += ["", judgement_as_text(self.best)]
-        else:
-            parts += ["", "nothing is judged without --gpus N --gpu NAME"]
+        bare = "nothing is judged without --gpus N --gpu NAME"
+        parts += ["", judgement_as_text(self.best) if self.judged else bare]
         if self.outlooks:
             parts.append(outlooks_as_text(self.outlooks))
         return "\n".join([*parts, *(f"wrote {path}" for path in self.wrote)])
@@ -95,7 +93,8 @@ class Answer:
         several."""
         config, layout = self.best.candidate.config, self.best.candidate.layout
         rows, tokens = ramp(config, layout), config.schedule.end_tokens
-        higher = with_higher_start(self.best)
+        higher = with_higher_start(self.best) if self.judged else None
+        start = higher and higher.candidate.config.schedule.ramp_start_tokens
         return {
             "file": self.file,
             "layout": str(layout),
@@ -112,12 +111,7 @@ class Answer:
             "ramp": [dataclasses.asdict(row) for row in rows],
             "idle": idle_as_text(config, layout, rows),
             "ramp_days": ramp_days(self.best) if self.judged else None,
-            "higher_start": {
-                "ramp_start_tokens": higher.candidate.config.schedule.ramp_start_tokens,
-                "days": higher.days,
-            }
-            if higher and self.judged
-            else None,
+            "higher_start": higher and {"ramp_start_tokens": start, "days": higher.days},
             "layouts": [self._judgement(one) for one in self.found] if self.judged else [],
             "simulation": [dataclasses.asdict(one) for one in self.outlooks],
             "wrote": [str(path) for path in self.wrote],

@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 from megagpt.config import RunConfig
-from megagpt.config.flops import visible_keys
+from megagpt.config.flops import parameters, visible_keys
 from megagpt.config.presets import ModelConfig
 from megagpt.plan.accelerators import ACCELERATORS, Accelerator
 from megagpt.plan.ds_config import offloads, read_ds_config
@@ -96,7 +96,8 @@ def candidates(config: RunConfig, cluster: Cluster) -> Iterator[Candidate]:
     """Every layout on the cluster that the run allows, whether it fits or not.
 
     Pipeline x tensor with ZeRO-1, or data ranks alone with ZeRO 1 to 3 and offload; micro-batches
-    in powers of two; blocks computed again or not. Tensor ranks stay within NVLink's reach.
+    up to 64 that divide a rank's share; blocks computed again or not. Tensor ranks stay within
+    NVLink's reach.
     """
     sequences = config.schedule.segments[-1].batch_tokens // config.model.n_ctx
     names = {name: read_ds_config(name)["zero_optimization"] for name in
@@ -109,7 +110,7 @@ def candidates(config: RunConfig, cluster: Cluster) -> Iterator[Candidate]:
             if next(layout_problems(config_with(config, made), layout), None):
                 continue
             share = sequences // layout.data
-            for micro in [2**n for n in range(7) if share % 2**n == 0]:
+            for micro in [n for n in range(1, 65) if share % n == 0]:
                 for recompute in ("none", "full"):
                     for name in list(names)[1:] if plain else ["pipeline"]:
                         keys = {"micro_batch": micro, "recompute": recompute, "ds_config": name}
@@ -168,7 +169,7 @@ def _row(one: Candidate, cluster: Cluster, tokens: int) -> dict[str, float]:
         "kept_grad_bytes": gradient,
         "weight_bytes": 4.0 if exact else 2.0,
         "logits": min(MOST_LOGITS, micro * model.n_ctx * model.embedding_rows / layout.tensor),
-        "buckets": _buckets(one, held, gradient, cluster.gpu == "cpu"),
+        "buckets": _buckets(one, held, parameters(model), gradient, cluster.gpu == "cpu"),
         "offload": float(bool(offloads(one.tree, "optimizer"))),
         "offload_weights": float(bool(offloads(one.tree, "param"))),
         **device_columns(device, cluster.node_gb),
@@ -200,14 +201,15 @@ def stage_layers(model: ModelConfig, stages: int) -> list[int]:
     return [last - first for first, last in pairwise(ends)]
 
 
-def _buckets(one: Candidate, held: float, gradient: float, lazy: bool) -> float:
+def _buckets(one: Candidate, held: float, whole: float, gradient: float, lazy: bool) -> float:
     """Bytes of DeepSpeed's buckets: gradients on their way, weights that are gathered.
 
-    ZeRO takes the whole reduce bucket whatever the model, twice where it overlaps; `lazy`: a host
-    gives memory only for what is written, but has HOST_COPIES of the weights.
+    ZeRO takes the whole reduce bucket, which the engine cuts to the `whole` model (ds_config.py),
+    twice where it overlaps; `lazy`: a host gives memory only for what is written, but has
+    HOST_COPIES of the weights.
     """
     tree = one.tree
-    bucket = tree.get("reduce_bucket_size", 5e8)
+    bucket = min(tree.get("reduce_bucket_size", 5e8), whole)
     if one.zero == 0:
         return float(min(held, bucket) * gradient if one.layout.data > 1 else 0.0)
     size = min(held, bucket) if lazy else bucket

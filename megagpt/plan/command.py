@@ -6,7 +6,7 @@ import math
 
 from megagpt.config import RunConfig, add_overrides, load_run
 from megagpt.errors import UsageError
-from megagpt.plan.accelerators import ACCELERATORS, check_gpu
+from megagpt.plan.accelerators import ACCELERATORS, known_gpu
 from megagpt.plan.answer import Answer
 from megagpt.plan.batch import predict_file
 from megagpt.plan.calibrate import calibrate
@@ -85,6 +85,8 @@ def run(args: argparse.Namespace) -> int:
     storm = _storm(args)
     config = load_run(args.file, args.overrides)
     cluster = cluster_of(args, config.parallel.pipeline * config.parallel.tensor)
+    if config.parallel.dtype == "bf16" and cluster.gpu.startswith("v100"):
+        raise UsageError(f"parallel.dtype = 'bf16': {cluster.gpu} has no bf16; set it to fp16")
     found = _searched(args, config, cluster) if args.search else [_judged(args, config, cluster)]
     answer = Answer(file=args.file, found=found, searched=args.search, judged=args.gpus is not None)
     if answer.judged:
@@ -131,10 +133,9 @@ def _without_run_file(args: argparse.Namespace) -> int:
 def cluster_of(args: argparse.Namespace, share: int) -> Cluster:
     """The devices of the command line, `share` of them where it does not say. Raises UsageError
     for what cannot be."""
-    check_gpu(args.gpu)
-    domain = args.nvlink_domain
-    if domain is None:
-        domain = max(args.gpus_per_node, ACCELERATORS[args.gpu].domain)
+    args.gpu = known_gpu(args.gpu)
+    usual = max(args.gpus_per_node, ACCELERATORS[args.gpu].domain)
+    domain = usual if args.nvlink_domain is None else args.nvlink_domain
     for name, value in (("gpus-per-node", args.gpus_per_node), ("nvlink-domain", domain)):
         if value < 1:
             raise UsageError(f"--{name} {value}: must be at least 1")

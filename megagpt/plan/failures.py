@@ -1,7 +1,7 @@
 """What failures make of a plan: goodput, the date of the end, cost, how often to save (L0)."""
 
 import datetime
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megagpt.plan.disk import WRITE_RATE, checkpoint_bytes
 from megagpt.plan.judge import Judgement
@@ -63,20 +63,23 @@ def outlooks(one: Judgement, storm: Storm, today: datetime.date) -> list[Outlook
         queue=storm.queue_s,
     )
     price = cluster.dollars if storm.spot is None else storm.spot
-    tokens = config.schedule.segments[-1].batch_tokens
-    own = config.checkpoint.every_tokens / tokens * one.step or one.days * 86_400
+    # Saved is between steps, however few tokens every_tokens are.
+    steps = config.checkpoint.every_tokens / config.schedule.segments[-1].batch_tokens
+    own = max(1.0, steps) * one.step if steps else one.days * 86_400
     work = one.days * 86_400 * spread_of(one.time_ends)
 
     def outlook(saves: str, interval: float) -> Outlook:
-        run = simulate(work, interval, weather)
+        # A save waits for the one before, where that is still being written beside training.
+        save = weather.save + max(0.0, weather.behind - interval)
+        run = simulate(work, interval, replace(weather, save=save))
         days = run.middle(run.days)
-        dollars = tuple(24 * cluster.gpus * price * day for day in days)
+        low, middle, high = (24 * cluster.gpus * price * day for day in days)
         return Outlook(
             saves=saves,
             interval_s=interval,
             goodput=run.middle(run.goodput),
             days=days,
-            dollars=(dollars[0], dollars[1], dollars[2]),
+            dollars=(low, middle, high),
             ends=tuple(_date(today, day) for day in days),
         )
 
@@ -85,7 +88,7 @@ def outlooks(one: Judgement, storm: Storm, today: datetime.date) -> list[Outlook
     except NeverEnds as error:
         never = str(error).removeprefix("--simulate: ")
         found = [Outlook(saves="as the run file saves", interval_s=own, never=never)]
-    return [*found, outlook("at best", best_interval(weather))]
+    return [*found, outlook("at best", max(best_interval(weather), weather.behind, one.step))]
 
 
 def _date(today: datetime.date, days: float) -> str:

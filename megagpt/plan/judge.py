@@ -35,9 +35,9 @@ class Judgement:
     """Seconds of a full step by item (ITEMS)."""
     seconds: tuple[float, ...]
     """Of a step in each segment of the schedule."""
-    time_ends: tuple[float, float]
+    time_ends: tuple[float, ...]
     """Factors between which 80% of measured step times lie."""
-    memory_ends: tuple[float, float]
+    memory_ends: tuple[float, ...]
     host: dict[str, float]
     """Bytes by item that a node's ranks keep in its memory; empty without offload."""
 
@@ -144,21 +144,21 @@ def judge(one: Candidate, cluster: Cluster, constants: Constants | None = None) 
         parts = [np.array([float(value)]) for value in (blocks, flight, *ends, held[index])]
         found = stage_bytes(full, constants, Stage(*parts))
         stages.append({name: float(found[name][0]) for name in MEMORY_ITEMS})
-    ends_ = [tuple(float(end[0]) for end in interval(full, what)) for what in ("time", "memory")]
+    time, memory = ([float(end[0]) for end in interval(full, what)] for what in ("time", "memory"))
     return Judgement(
         one,
         cluster,
         stages,
         {name: float(v[-1]) for name, v in items.items()},
         tuple(float(t) for t in np.asarray(sum(items.values()))),
-        (ends_[0][0], ends_[0][1]),
-        (ends_[1][0], ends_[1][1]),
-        _host(one, cluster, held[0]),
+        (time[0], time[1]),
+        (memory[0], memory[1]),
+        _host(one, cluster, max(held)),
     )
 
 
 def _host(one: Candidate, cluster: Cluster, held: int) -> dict[str, float]:
-    """Bytes by item in the memory of a node for its ranks, whose model has `held` parameters.
+    """Bytes by item in the memory of a node for its ranks, of `held` parameters at most.
 
     DeepSpeed (stage3.py) keeps the weights in fp32 there with their moments, gradients in fp32
     twice (as they add up, and for the update), and the weights themselves where they are

@@ -75,7 +75,8 @@ def micro_batch_of(config: RunConfig, layout: Layout, batch_tokens: int) -> int:
     Where the ranks cannot share the step evenly, the one that takes the ranks the shortest time.
     """
     sequences = batch_tokens // config.model.n_ctx
-    sizes = [m for m in range(1, config.parallel.micro_batch + 1) if sequences % m == 0]
+    most = min(config.parallel.micro_batch, sequences)
+    sizes = [m for m in range(1, most + 1) if sequences % m == 0]
     return min(sizes, key=lambda m: (m * -(-sequences // (m * layout.data)), -m))
 
 

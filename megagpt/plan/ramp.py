@@ -72,8 +72,12 @@ COUNTS = "first_tokens last_tokens batch_tokens n_steps micro_batch accumulation
 """Fields of a row below the first heads."""
 
 
-def as_text(rows: list[Row]) -> str:
-    """The rows as aligned columns."""
+def ramp_as_text(rows: Sequence[Row], most: int = 16) -> str:
+    """The rows as aligned columns; some left out where they are many, the first and last kept."""
+    shown, more = rows, ""
+    if len(rows) > most:
+        shown = [rows[round(n * (len(rows) - 1) / (most - 5))] for n in range(most - 4)]
+        more = f"\n{len(shown)} of {len(rows)} rows; all of them with --json"
     cells = [
         (
             *(f"{getattr(row, name):,}" for name in COUNTS),
@@ -81,17 +85,9 @@ def as_text(rows: list[Row]) -> str:
             f"{row.first_lr:.3e}",
             f"{row.last_lr:.3e}",
         )
-        for row in rows
+        for row in shown
     ]
-    return aligned([HEAD, *cells])
-
-
-def ramp_as_text(rows: Sequence[Row], most: int = 16) -> str:
-    """The same with rows left out where they are many, the first and the last kept."""
-    if len(rows) <= most:
-        return as_text(list(rows))
-    shown = [rows[round(n * (len(rows) - 1) / (most - 5))] for n in range(most - 4)]
-    return as_text(shown) + f"\n{len(shown)} of {len(rows)} rows; all of them with --json"
+    return aligned([HEAD, *cells]) + more
 
 
 def time_unit(days: float) -> tuple[str, int]:

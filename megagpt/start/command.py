@@ -21,7 +21,7 @@ from megagpt.corpus.manifest import MANIFEST, CorpusManifest, read_manifest
 from megagpt.corpus.pipe import validation_folder
 from megagpt.errors import UsageError
 from megagpt.files import write_file
-from megagpt.plan.accelerators import ACCELERATORS, accelerator_in, check_gpu
+from megagpt.plan.accelerators import ACCELERATORS, accelerator_in, known_gpu
 from megagpt.plan.candidates import Cluster
 from megagpt.start.fit import MINUTES, SIZES, Fitted, Wish, fit
 from megagpt.start.run_text import run_text
@@ -84,7 +84,8 @@ def run(args: argparse.Namespace) -> None:
     machine = machine_of(args, cards)
     fitted = fit(corpora, _validation(corpora[0]), machine, f"runs/{path.stem}", wish)
     text = run_text(fitted, corpora[0], str(path))
-    if any(old in card.name for card in cards for old in WITHOUT_BF16):
+    names = [card.name for card in cards] or [(args.gpu or "").upper()]
+    if any(old in name for name in names for old in WITHOUT_BF16):
         text += 'dtype = "fp16"\n'
     # What is written is what load_run reads, or nothing is.
     parse_run(text, name=str(path))
@@ -116,8 +117,7 @@ def _told(fitted: Fitted, path: Path) -> str:
 
 def machine_of(args: argparse.Namespace, cards: list[Gpu]) -> Cluster | int:
     """The GPUs that are named or found, else the cores of this CPU. Raises UsageError."""
-    if args.gpu:
-        check_gpu(args.gpu)
+    named = args.gpu and known_gpu(args.gpu)
     for option in ("gpus", "gpus_per_node"):
         if getattr(args, option) < (option != "gpus"):
             name = option.replace("_", "-")
@@ -127,7 +127,7 @@ def machine_of(args: argparse.Namespace, cards: list[Gpu]) -> Cluster | int:
         return cores()
     found = (accelerator_in(cards[0].name) or "a100") if cards else "h100"
     return Cluster(
-        gpu=args.gpu or found,
+        gpu=named or found,
         gpus=count,
         per_node=min(count, args.gpus_per_node),
         domain=min(count, args.gpus_per_node),

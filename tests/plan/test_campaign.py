@@ -1,7 +1,9 @@
 """Runs with failures, files of a plan, and constants learnt from runs."""
 
 import dataclasses
+import datetime
 import json
+import math
 import re
 import subprocess
 
@@ -10,10 +12,12 @@ import pytest
 
 from megagpt.cli import main
 from megagpt.config import dump_run, load_run
+from megagpt.config.flops import parameters
 from megagpt.errors import UsageError
 from megagpt.plan.calibrate import calibrate
 from megagpt.plan.candidates import Cluster, candidate
 from megagpt.plan.constants import CONSTANTS, constants_for
+from megagpt.plan.failures import Storm, outlooks
 from megagpt.plan.judge import judge
 from megagpt.plan.simulate import NeverEnds, Weather, best_interval, simulate, spread_of
 
@@ -67,6 +71,26 @@ def test_a_notice_saves_what_was_done():
     assert fast == pytest.approx(20 * (1 + 30 / 10_000) * (1 + 330 / 20_000), rel=0.005)
     assert mixed == pytest.approx((slow + fast) / 2, rel=0.02) and fast < 0.8 * slow
     assert best_interval(both) == best_interval(dataclasses.replace(both, notice_every=1.0))
+
+
+def test_a_save_waits_for_the_one_before(run_file):
+    # 13B on one node: 312 s to write, 4 s to copy, a step of 20 s or so.
+    config = load_run(run_file, ["model=gpt3-13b", "parallel.ds_config=zero3_offload"])
+    found = {}
+    for every in (1, 10**6, 10**9):
+        kept = dataclasses.replace(config.checkpoint, every_tokens=every)
+        one = judge(
+            candidate(dataclasses.replace(config, checkpoint=kept), 8), Cluster(gpu="h100", gpus=8)
+        )
+        storm = Storm(failures=1e9, notices=math.inf, restart_s=0.0, queue_s=0.0)
+        found[every] = outlooks(one, storm, datetime.date(2026, 1, 1))[0]
+    size = 12 * parameters(config.model)
+    write, copy = size / 0.5e9, size / (8 * 5e9)
+    # A step is saved whole, and the next save begins when the last is on the disk.
+    assert found[1].interval_s == found[10**6].interval_s == one.step < write
+    middle, spread = found[1].goodput[1], 0.002
+    assert middle == pytest.approx(one.step / (write + copy), abs=spread)
+    assert found[10**9].goodput[1] > 0.99
 
 
 def test_failures_that_leave_no_time_end_with_a_message(run_file, capsys):

@@ -11,7 +11,7 @@ from megagpt.cli import main
 from megagpt.config import load_run
 from megagpt.config.flops import parameters
 from megagpt.plan.candidates import Cluster, candidate, candidates
-from megagpt.plan.ds_config import read_ds_config
+from megagpt.plan.ds_config import read_ds_config, resolve
 from megagpt.plan.judge import decided_by, judge, search, with_higher_start
 from megagpt.plan.sanity import oddities, read_times
 
@@ -165,6 +165,34 @@ def test_weights_that_zero_3_gathers_are_counted_once(run_file):
     assert stage["buffers"] == 2e9 + 2 * 2 * 5e8
 
 
+@pytest.mark.parametrize(
+    "keys", [["ds_config=zero1"], ["ds_config=zero3"], ["ds_config=pipeline", "pipeline=4"]]
+)
+def test_a_small_model_is_planned_with_the_bucket_that_the_engine_takes(run_file, keys):
+    config = load_run(run_file("125m"), [f"parallel.{key}" for key in keys])
+    one = candidate(config, 8)
+    made = resolve(config, one.layout, read_ds_config(config.parallel.ds_config))
+    size = made["zero_optimization"]["reduce_bucket_size"]
+    buckets = judge(one, Cluster(gpu="h100", gpus=8)).stages[-1]["buffers"]
+    if one.zero == 3:
+        # 16-bit gradients twice (overlap_comm), and every weight alive.
+        assert buckets == 2 * 2 * size + 2 * size
+    else:
+        passed = 2 * 2 * 2048 * 768 * (config.parallel.pipeline > 1)
+        assert buckets == 4 * size + passed and size < 126e6
+
+
+def test_the_hosts_memory_is_counted_for_the_fullest_stage(run_file, tmp_path):
+    tree = read_ds_config("pipeline")
+    tree["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    (tmp_path / "own.json").write_text(json.dumps(tree))
+    keys = [f"ds_config={tmp_path}/own.json", "dtype=fp32", "pipeline=8"]
+    config = load_run(run_file("125m"), [f"parallel.{key}" for key in keys])
+    one = judge(candidate(config, 64), Cluster(gpu="h100", gpus=64))
+    held = [stage["weights"] / 4 for stage in one.stages]
+    assert max(held) > held[-2] and one.host["optimizer"] == 12 * max(held)
+
+
 def test_offload_to_no_device_is_none(run_file, tmp_path):
     tree = read_ds_config("zero3_offload")
     shares = {}
@@ -196,6 +224,11 @@ def test_search_finds_the_best_of_all_and_tells_why_others_lose(run_file, capsys
     everything = [judge(one, cluster) for one in candidates(config, cluster)]
     steps = sorted(one.step for one in everything if one.fits and one.surely_fits)
     assert [one.step for one in best] == pytest.approx(steps[:10])
+    # 125 sequences of a rank: no power of two divides them.
+    batch = [f"schedule.{key}=2048000" for key in ("batch_tokens", "ramp_start_tokens")]
+    odd = load_run(run_file("125m"), batch)
+    [one] = search(odd, Cluster(gpu="h100", gpus=8), 1)
+    assert one.candidate.config.parallel.micro_batch == 25
     item, seconds = decided_by(best[1], best[0])
     assert seconds == pytest.approx(best[1].items[item] - best[0].items[item]) and seconds >= 0
     code, out, _ = planned(capsys, run_file("2.7b"), "--gpus", "4", "--gpu", "a100-40", "--search")
@@ -259,6 +292,7 @@ def test_more_devices_than_the_batch_has_work_for(run_file, capsys):
     ("words", "message"),
     [
         (["--gpu", "8"], "--gpu 8: must be one of v100-16, v100-pcie, v100, a100-40"),
+        (["--gpu", "Tesla V100-SXM2-32GB"], "'bf16': v100 has no bf16; set it to fp16"),
         (["--gpus", "8", "--network", "fast"], "--network fast: must be like 400G"),
         (["--gpus", "8", "--network", "0"], "--network 0: must be like 400G"),
         (["--gpus", "8", "--gpus-per-node", "0"], "--gpus-per-node 0: must be at least 1"),
@@ -268,7 +302,8 @@ def test_more_devices_than_the_batch_has_work_for(run_file, capsys):
         (["--simulate"], "--simulate, --picture and --write need --gpus N"),
         (["--search", "--gpus", "0"], "--search needs --gpus N of at least 1, got 0"),
         (
-            ["--search", "--gpus", "1", "--gpu", "v100-16", "--host-memory", "64"],
+            ["parallel.dtype=fp16", "--search", "--gpus", "1", "--gpu", "v100-16"]
+            + ["--host-memory", "64"],
             "nothing works on 1 v100-16; ",
         ),
         (["--gpus", "8", "--host-memory", "-1"], "--host-memory -1.0: must be GB of a node, 0 or"),
@@ -305,6 +340,13 @@ def test_what_is_offloaded_must_fit_in_the_host(run_file, capsys):
 def test_a_run_file_is_needed(capsys):
     assert planned(capsys)[0] == 2
     assert "megagpt plan needs a run file, or --batch" in planned(capsys)[2]
+
+
+def test_a_gpu_is_known_by_its_drivers_name(run_file, capsys):
+    words = run_file("125m"), "--gpus", "8", "--gpu"
+    for name in ("a100-40", "NVIDIA A100-SXM4-40GB"):
+        assert "\non 8 a100-40: " in planned(capsys, *words, name)[1]
+    assert "\non 8 h100: " in planned(capsys, *words, "H100")[1]
 
 
 def test_networks_and_domains_matter(run_file):

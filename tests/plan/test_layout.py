@@ -78,6 +78,8 @@ def test_each_step_takes_the_largest_micro_batch_that_divides_a_ranks_share():
     assert [accumulation_steps(small, layout, tokens) for tokens in batches] == [2, 4, 6, 8]
     # The largest number up to 3 that divides 8: a micro-batch that divides nothing is no error.
     assert micro_batch_of(config("parallel.micro_batch=3"), layout_of(run, 1), 128) == 2
+    # "As much as there is" is answered at once.
+    assert micro_batch_of(config("parallel.micro_batch=2000000000"), layout, batches[-1]) == 16
 
 
 @given(sequences=st.integers(1, 400), data=st.integers(1, 64), most=st.integers(1, 24))

@@ -6,7 +6,7 @@ from megagpt.cli import main
 from megagpt.config import load_run
 from megagpt.plan.accelerators import peak_tflops
 from megagpt.plan.layout import Layout
-from megagpt.plan.ramp import HEAD, as_text, ramp
+from megagpt.plan.ramp import HEAD, ramp, ramp_as_text
 
 GPT3 = 'model = "gpt3-125m"\noutput = "x"\n[data]\ntrain = [{ path = "x" }]\n'
 
@@ -42,7 +42,7 @@ def test_hand_numbers_of_gpt3_125m(run_file):
 
 
 def test_table_is_aligned(run_file):
-    text = as_text(ramp(load_run(run_file), Layout()))
+    text = ramp_as_text(ramp(load_run(run_file), Layout()))
     lines = text.splitlines()
     assert len({len(line) for line in lines}) == 1
     assert all(name in lines[0] for name in HEAD)

@@ -126,6 +126,14 @@ def test_what_cannot_be_is_refused_with_what_can(corpora, words, message, capsys
     assert not (corpora / "x.toml").exists()
 
 
+def test_a_run_for_gpus_that_are_not_here_suits_them(corpora):
+    for name, dtype in (("Tesla V100-SXM2-32GB", 'dtype = "fp16"'), ("H100", "")):
+        assert main(["init", name[:4], "--data", "data/mine", "--gpus", "8", "--gpu", name]) == 0
+        text = (corpora / f"{name[:4]}.toml").read_text()
+        assert dtype in text and ("fp16" in text) == bool(dtype)
+        assert main(["plan", f"{name[:4]}.toml", "--gpus", "8", "--gpu", name]) == 0
+
+
 def test_a_name_behind_the_corpora_or_in_no_folder_is_refused(corpora, capsys):
     assert main(["init", "--data", "data/mine", "x"]) == 2
     assert "--data x: no such folder; a NAME stands before --data" in capsys.readouterr().err
