@@ -225,7 +225,7 @@ def what_works(config: RunConfig, cluster: Cluster, most: int = 3) -> str:
         lines = [f"  {one.candidate}: {' '.join(one.candidate.keys)}" for one in splits.values()]
         return f"what works on {cluster.gpus:,} {cluster.gpu}:\n" + "\n".join(lines[:most])
     gpus, node = cluster.gpus, cluster.per_node
-    powers = [2**n for n in range(15)]
+    powers = [2**n for n in range(21)]
     # Whole nodes just below, then powers of two: a batch may have no work for so many.
     below = [n for n in range((gpus - 1) // node * node, 0, -node)][:8]
     fewer = _nearest(config, cluster, [*below, *(n for n in reversed(powers) if n < gpus)])

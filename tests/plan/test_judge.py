@@ -277,6 +277,10 @@ def test_where_nothing_works_fewer_and_more_are_named(run_file, capsys):
     # 96: three stages of 32 data ranks; 128: data ranks alone.
     assert "nothing works on 100 h100; 96 can do it: pipeline 3 x data 32 " in first
     assert second.startswith("and 128 can do it: pipeline 1 x data 128 x tensor 1, zero")
+    # Near is near for the largest clusters too.
+    err = planned(capsys, run_file("175b"), "--gpus", "100000", "--search")[2]
+    assert "nothing works on 100,000 h100; 65,536 can do it: " in err
+    assert "\nand 131,072 can do it: " in err
 
 
 def test_more_devices_than_the_batch_has_work_for(run_file, capsys):
