@@ -35,9 +35,9 @@ class Judgement:
     """Seconds of a full step by item (ITEMS)."""
     seconds: tuple[float, ...]
     """Of a step in each segment of the schedule."""
-    time_ends: tuple[float, ...]
+    time_ends: tuple[float, float]
     """Factors between which 80% of measured step times lie."""
-    memory_ends: tuple[float, ...]
+    memory_ends: tuple[float, float]
     host: dict[str, float]
     """Bytes by item that a node's ranks keep in its memory; empty without offload."""
 
