@@ -111,11 +111,9 @@ def candidates(config: RunConfig, cluster: Cluster) -> Iterator[Candidate]:
                 continue
             share = sequences // layout.data
             for micro in [n for n in range(1, 65) if share % n == 0]:
-                for recompute in ("none", "full"):
+                for again in ("none", "full"):
                     for name in list(names)[1:] if plain else ["pipeline"]:
-                        keys = dict[str, Any](
-                            micro_batch=micro, recompute=recompute, ds_config=name
-                        )
+                        keys = dict[str, Any](micro_batch=micro, recompute=again, ds_config=name)
                         parallel = dataclasses.replace(made, recompute_every=1, **keys)
                         tree = names[name]
                         yield Candidate(config_with(config, parallel), layout, tree["stage"], tree)
