@@ -1,10 +1,9 @@
 # shellcheck shell=bash
-# Hosts on which starts fail are left out of the next one, in jobs of SLURM. Sourced by env.sh.
+# Hosts on which starts fail are left out of the next one, in jobs of SLURM. Sourced by slurm.sh.
 # RUN/failed_hosts.txt has a line for each failure: the host, the time, what failed. Who takes lines
 # out takes the host back.
 
 EXCLUDE_AFTER=${EXCLUDE_AFTER:-2}             # failures of a host in one run; 0: none is left out
-DOCTOR=${DOCTOR:-0}                           # 1: the doctor examines the hosts before each start
 SPARE=${SPARE:-0}                             # hosts of a job that take the place of those that fail
 
 # blame FOLDER HOST WHY [TIMES]
@@ -24,8 +23,10 @@ failed_hosts() {
 # of them for this job before.
 new_failed_hosts() {
   local failed others
-  failed=$(failed_hosts "$1" | sort)
-  [ -n "$failed" ] && [ "$2 $(echo "$failed" | paste -sd ,)" != "$(cat "$1/.left_out" 2> /dev/null)" ] || return 0
+  failed=$(failed_hosts "$1")
+  # SLURM refuses a list with a name that it does not know, such as one of another site.
+  [ -n "$failed" ] && failed=$(sinfo -ahN -o %N | sort -u | grep -xF "$failed") || return 0
+  [ "$2 $(echo "$failed" | paste -sd ,)" != "$(cat "$1/.left_out" 2> /dev/null)" ] || return 0
   others=$(sinfo -h -N -p "$SLURM_JOB_PARTITION" -t idle,alloc,mix,comp -o %N | sort -u \
     | comm -23 - <(echo "$failed") | wc -l)
   if [ "$others" -ge "$SLURM_JOB_NUM_NODES" ]; then
@@ -89,7 +90,7 @@ blame_lost() {
   [ -r "$1/.start" ] && read -r of began hosts < "$1/.start" && [ "$of" = "$2" ] || return 0
   for host in $hosts; do
     since=$(scontrol show node "$host" | sed -n 's/.*SlurmdStartTime=\([^ ]*\).*/\1/p')
-    since=$(date -d "$since" +%s 2> /dev/null) || continue
+    since=$(date -d "${since:-none}" +%s 2> /dev/null) || continue
     [ "$since" -le "$began" ] || blame "$1" "$host" "restarted during a start"
   done
 }
@@ -105,17 +106,17 @@ leave_out() {
   scontrol update JobId="$2" ExcNodeList="${given:+$given,}$failed" && echo "left out: $failed"
 }
 
-# examine FOLDER COMMAND...: the doctor on all hosts, by the same command. A host on which something
-# fails is left out at once; 1 then, and where nothing is said of a host. Where nothing failed, what
-# the command ended with: 2 for words that the doctor does not take.
+# examine FOLDER SAID COMMAND...: the doctor on all hosts, by the same command (see a_step). A host on
+# which something fails is left out at once; 1 then, and where nothing is said of a host. Where nothing
+# failed, what the command ended with: 2 for words that the doctor does not take.
 examine() {
-  local folder=$1 words=() word code=0 table host
-  shift
+  local folder=$1 said=$2 words=() word code=0 table host
+  shift 2
   for word in "$@"; do
     case $word in --allow-changes) ;; megagpt.train) words+=(megagpt.doctor) ;; *) words+=("$word") ;; esac
   done
-  table=$(mktemp)
-  a_step "${words[@]}" > >(tee "$table") 2>&1
+  table=$(mktemp -q)
+  a_step "$said" "${words[@]}" > >(tee "$table") 2>&1 || code=$?
   for host in $(slurm_hosts); do
     if grep -E '^([0-9]+: )?FAIL ' "$table" | grep -qE " ${host}(\.[A-Za-z0-9.-]+)?[:,]"; then
       blame "$folder" "$host" "failed the doctor's examination" "$EXCLUDE_AFTER"

@@ -57,19 +57,20 @@ done; wait)
   "there; take it out of the hostfile, or repair it"
 
 set -m                              # what is started in a process group of its own, as deepspeed and pdsh
-runner=''
+runner='' held=unasked
 # deepspeed would stop its ranks by `pkill` on every host, which hits other runs and loses the step.
 # A signal to one rank lets all of them save: rank 0, which is on the first host of the file, by the
 # name that it has there. Where none can be reached, their connections end, and they save too.
 # shellcheck disable=SC2329  # the trap calls it
 stop() {
-  local place=
-  # An older lock is an earlier run's; while the doctor looks there is none of this one.
-  [ ! -e "$scratch/env" ] || [ ! "$folder/.lock" -nt "$scratch/env" ] || place=$(< "$folder/.lock")
-  [[ $place =~ ^process\ ([0-9]+)\ on\  ]] \
-    && ssh -n -o ConnectTimeout=10 "${hosts[0]}" kill -TERM "${BASH_REMATCH[1]}" \
+  local own=
+  # Who held the folder before is another run; while the doctor looks there is none of this one.
+  [ "$held" = unasked ] || own=$(holder)
+  [ -n "$own" ] && [ "$own" != "$held" ] && ssh -n -o ConnectTimeout=10 "${hosts[0]}" kill -TERM "${own% *}" \
     || kill -KILL -- "-$runner" || true
 }
+# holder: process and host that the lock of the run folder names.
+holder() { sed -n 's/^process \([0-9]*\) on \([^ ,]*\).*/\1 \2/p' "$folder/.lock" 2> /dev/null || true; }
 trap 'told=1 asked=1; [ -z "$runner" ] || stop' TERM INT HUP USR1 USR2 XCPU
 if [ "$DOCTOR" = 1 ]; then
   words=()
@@ -99,6 +100,7 @@ for word in "$@"; do
   esac
   words+=("${word//%/%%}")          # pdsh puts the host's name for %h
 done
+held=$(holder)
 deepspeed --hostfile "$scratch/hosts" --master_addr "${hosts[0]#*@}" --master_port "$PORT" --force_multi \
   --module megagpt.train "${words[@]}" &
 runner=$!

@@ -13,7 +13,7 @@ address=${PET_MASTER_ADDR:-${MASTER_ADDR:-127.0.0.1}} port=${PET_MASTER_PORT:-${
 . "$(dirname "$0")/env.sh"
 folder=$(run_folder "$@") || exit 2
 before=$(newest_checkpoint "$folder")
-hosts=$(mktemp)
+hosts=$(mktemp -q)
 for ((i = 0; i < NODES; i++)); do echo "pod-$i slots=$GPUS"; done > "$hosts"
 # To the ranks alone: deepspeed's launcher gives a save 30 seconds.
 trap 'told=1; pkill -TERM -f -- "-m megagpt.train"' TERM INT

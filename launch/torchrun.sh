@@ -10,8 +10,8 @@ PORT=${PORT:-}
 INTERFACE=${INTERFACE:-}                    # network between the hosts; empty: each rank's way to rank 0
 
 [ $# -ge 1 ] || { sed -n 's/^# \(.*:  \)/\1/p' "$0"; exit 2; }
-# shellcheck source=launch/env.sh
-. "$(dirname "$0")/env.sh"
+# shellcheck source=launch/slurm.sh
+. "$(dirname "$0")/slurm.sh"
 
 hosts=("${MASTER:-localhost}")
 if [ -n "${SLURM_JOB_NODELIST:-}" ]; then

@@ -15,7 +15,7 @@ SCRIPTS = sorted([*ROOT.glob("launch/*.sh"), *ROOT.glob("launch/*.sbatch")])
 RUNNABLE = [
     script
     for script in SCRIPTS
-    if script.suffix == ".sh" and script.name not in ("env.sh", "hosts.sh")
+    if script.suffix == ".sh" and script.name not in ("env.sh", "hosts.sh", "slurm.sh")
 ]
 
 
@@ -82,14 +82,16 @@ def test_a_folder_that_deepspeed_cannot_go_to(tmp_path):
 
 def test_what_is_handed_on_to_the_ranks_of_other_hosts(tmp_path):
     (tmp_path / "home").mkdir()
-    (tmp_path / "home" / ".deepspeed_env").write_text("FI_PROVIDER=tcp\n# none\nMINE=1\n")
+    # The last line of one has no end; where the other comes from, all have two.
+    (tmp_path / "home" / ".deepspeed_env").write_text("FI_PROVIDER=tcp\n# none\nMINE=1")
+    (tmp_path / ".deepspeed_env").write_bytes(b"OWN=2\r\n")
     given = {
         "FI_PROVIDER": "cxi",
         "UCX_TLS": "rc,cuda_copy",
         "NCCL_IB_PKEY": "1",
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
         "HSA_OVERRIDE_GFX_VERSION": "9.0.0",
-        "HF_HOME": "/data/my models",
+        "HF_HOME": "/data/models",
         "TMPDIR": "/scratch",
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
         "OFI_NCCL_PROTOCOL": "RDMA",
@@ -99,40 +101,61 @@ def test_what_is_handed_on_to_the_ranks_of_other_hosts(tmp_path):
     kept_back = {"HF_TOKEN": "secret", "WANDB_API_KEY": "secret", "CUDA_VISIBLE_DEVICES": "0"}
     kept_back["HF_KEY"] = "secret"
     environ = given | kept_back | {"HOME": str(tmp_path / "home"), "DS_ENV_FILE": ".deepspeed_env"}
-    done = run("bash", "-c", "source launch/env.sh; deepspeed_env", **environ)
+    done = run("bash", "-c", f"source launch/env.sh; cd {tmp_path}; deepspeed_env", **environ)
     lines = done.stdout.splitlines()
-    # The user's own file counts last.
-    assert lines[-2:] == ["FI_PROVIDER=tcp", "MINE=1"], done.stderr
+    # The user's own files count last.
+    assert lines[-3:] == ["FI_PROVIDER=tcp", "MINE=1", "OWN=2"], done.stderr
     assert "secret" not in done.stdout and not any("VISIBLE" in line for line in lines)
-    # As deepspeed puts them into a line of shell.
-    shell = "".join(f"export {line}; " for line in lines)
-    for name, value in (given | {"FI_PROVIDER": "tcp"}).items():
-        said = run("bash", "-c", f'{shell} printf %s "${name}"', HOME="/")
-        assert said.stdout == value, name
+    assert {f"{name}={value}" for name, value in given.items()} <= set(lines)
 
 
 @pytest.mark.skipif(not shutil.which("pdsh"), reason="needs Debian's pdsh")
-def test_a_runs_words_reach_other_hosts_as_they_are(tmp_path):
-    """By deepspeed and pdsh, whose shells on other hosts read them anew."""
+def test_what_a_run_is_given_reaches_other_hosts_as_it_is(tmp_path):
+    """By deepspeed and pdsh, whose shells on other hosts read it anew."""
     root, ssh = tmp_path / "my $r`x", tmp_path / "bin" / "ssh"
     root.mkdir()
     ssh.parent.mkdir()
-    shell = f"""eval "set -- ${{line#*megagpt.train}}"; printf '%s\\0' "$@" > {tmp_path}/words"""
-    ssh.write_text(f"#!/bin/bash\nline=$*\ncase $* in *megagpt.train*) {shell}; exit 1 ;; esac\n")
+    save = f'printf %s "$*" > {tmp_path}/line; exit 1'
+    ssh.write_text(f"#!/bin/bash\ncase $* in *megagpt.train*) {save} ;; esac\n")
     ssh.chmod(0o755)
     (tmp_path / "hosts").write_text("host-a slots=1\n")
     words = [str(run_file(root)), """output='runs/%h"'""", "model.n_layer= 2 ", "seed=3"]
     environ = {"HOSTFILE": f"{tmp_path}/hosts", "PATH": f"{ssh.parent}:{os.environ['PATH']}"}
-    environ["NCCL_DEBUG_FILE"] = "/tmp/%h"
-    done = run("launch/multinode.sh", *words, **environ)
-    assert (tmp_path / "words").read_text().split("\0")[:-1] == words, done.stderr
+    given = {"NCCL_DEBUG_FILE": "/tmp/%h", "HF_HOME": '/my $HOME/"`\\', "UCX_TLS": "^tcp;(rc),me"}
+    done = run("launch/multinode.sh", *words, **environ, **given)
+    line = (tmp_path / "line").read_text()
+    exports, _, rest = line[line.index("export ") :].partition(f" cd {ROOT};")
+    # As pdsh leaves it, with the names of hosts put in.
+    there = f"{exports} set -- {rest.partition('megagpt.train')[2]}; printf '%s\\0' "
+    there += " ".join(f'"${name}"' for name in given) + ' "$@"'
+    said = run("bash", "-c", there).stdout.split("\0")[:-1]
+    assert said == [*given.values(), *words], done.stderr
 
 
 def test_deepspeed_in_a_job_cuts_no_list_short(tmp_path):
-    more = {"SLURM_SUBMIT_DIR": str(ROOT), "NCCL_IB_HCA": "mlx5_0,mlx5_1"}
+    """It has srun set variables anew, which takes a comma for the end of one."""
+    (tmp_path / "bin").mkdir()
+    shows = 'echo "srun $*"; printf "%s\\n" "$UCX_TLS" "$UCX_NET_DEVICES"; exit 2'
+    for name, does in {"srun": shows, "sinfo": "", "scontrol": "echo host-a"}.items():
+        path = tmp_path / "bin" / name
+        path.write_text(f"#!/bin/sh\n{does}\n")
+        path.chmod(0o755)
+    (tmp_path / "env").write_text("UCX_NET_DEVICES=mlx5_0:1,mlx5_1:1\n")
+    more = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "host-a"}
+    more |= {"UCX_TLS": "rc,self", "DS_ENV_FILE": f"{tmp_path}/env", "SRUN": "--mpi=none"}
+    more |= {"SLURM_NTASKS_PER_NODE": "1", "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
     done = run("bash", "launch/slurm_deepspeed.sbatch", run_file(tmp_path), **more)
-    said = "NCCL_IB_HCA = mlx5_0,mlx5_1: deepspeed has srun set what is before the comma alone; use"
-    assert done.returncode == 2 and said in done.stderr, done.stderr
+    said = done.stdout.splitlines()
+    command, *lists = said[[line[:5] for line in said].index("srun ") :][:3]
+    assert lists == ["rc,self", "mlx5_0:1,mlx5_1:1"], done.stderr
+    assert " --mpi=none " in command and done.returncode == 2
+
+
+def test_deepspeed_in_a_job_starts_no_container(tmp_path):
+    more = {"SLURM_SUBMIT_DIR": str(ROOT), "WITHIN": "env"}
+    done = run("bash", "launch/slurm_deepspeed.sbatch", run_file(tmp_path), **more)
+    assert done.returncode == 2
+    assert "WITHIN = env: deepspeed starts no container; use launch/slurm" in done.stderr
 
 
 def test_the_sites_file_comes_first_and_its_address_stays(tmp_path):
@@ -163,11 +186,20 @@ def test_a_sites_file_may_use_what_is_not_set_and_call_what_fails(flags, tmp_pat
         ("SPARE", "-1", "SPARE = -1: must be a whole number, 0 or more"),
         ("EXCLUDE_AFTER", "2.5", "EXCLUDE_AFTER = 2.5: must be a whole number, 0 or more"),
         ("PAUSE", "1m", "PAUSE = 1m: must be a whole number, 0 or more"),
+        ("DOCTOR", "yes", "DOCTOR = yes: must be a whole number, 0 or more"),
+        ("MEGAGPT_SITE", "launch", "launch: the site's file cannot be read, or is no script"),
     ],
 )
 def test_settings_that_are_none(name, value, message):
     done = run("bash", "-c", "set -u; . launch/env.sh; echo reached", **{name: value})
     assert done.returncode == 2 and message in done.stderr and not done.stdout
+
+
+def test_an_option_with_a_value_is_no_override(tmp_path):
+    words = ("--ranks=4", "--dry-run", f"output={tmp_path}/there")
+    script = 'source launch/env.sh; run_folder "$@" && complete "$@"'
+    done = run("bash", "-c", script, "-", run_file(tmp_path), *words)
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path}/there\n"), done.stderr
 
 
 def test_a_job_without_an_environment_has_a_path(tmp_path):

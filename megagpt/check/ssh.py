@@ -38,7 +38,7 @@ AT_ONCE = 64
 def examine_by_ssh(order: Order, hostfile: Path) -> list[Check]:
     """The checks of all hosts of a hostfile. Raises UsageError for a hostfile that is none."""
     slots = read_hostfile(hostfile)
-    master, ranks = next(iter(slots)), sum(slots.values())
+    master, ranks = next(iter(slots)).rpartition("@")[2], sum(slots.values())
     order = dataclasses.replace(order, hosts=len(slots), ranks=ranks, master=master)
     with shared_file(order) as written, ThreadPoolExecutor(AT_ONCE) as pool:
         orders = [
@@ -59,7 +59,7 @@ def visit(host: str, order: Order) -> tuple[Report, float]:
     """(what one host found, seconds by which its clock is ahead); a host that is not reached has
     that as its only finding."""
     try:
-        socket.getaddrinfo(host, None)
+        socket.getaddrinfo(host.rpartition("@")[2], None)
         # A host that is lost meanwhile would be waited for without an end.
         options = ("BatchMode=yes", f"ConnectTimeout={CONNECT_S}", "ServerAliveInterval=15")
         words = ["ssh", *(f"-o{option}" for option in options), host, command(order, os.environ)]

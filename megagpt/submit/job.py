@@ -156,7 +156,7 @@ def script(
 SCRIPT = """#!/usr/bin/env bash
 # Written by `megagpt launch slurm`; submit it in the same folder.
 {lines}
-trap 'asked=1' USR1
+trap 'asked=1' USR1 USR2 XCPU
 export PYTHON=${{PYTHON:-{python}}} MEGAGPT_LAUNCH={launch}
 # shellcheck source=/dev/null
 . "$MEGAGPT_LAUNCH/slurm.sbatch"

@@ -195,9 +195,12 @@ def test_a_host_that_is_lost_meanwhile_is_not_waited_for(tmp_path):
     (tmp_path / "ssh").write_text(f'#!/bin/sh\necho "$*" > {tmp_path}/words; exit 255\n')
     (tmp_path / "ssh").chmod(0o755)
     environ = environment() | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    done = by_ssh("localhost slots=1\n", environ, tmp_path=tmp_path)
+    done = by_ssh("me@localhost slots=1\n", environ, tmp_path=tmp_path)
     assert failures(done.stdout) == [("reach", "exit code 255")]
-    assert " -oServerAliveInterval=15 localhost cd " in (tmp_path / "words").read_text()
+    words = (tmp_path / "words").read_text()
+    # A user's name is no part of an address.
+    assert " -oServerAliveInterval=15 me@localhost cd " in words
+    assert '"master": "localhost"' in words
 
 
 def test_without_ssh(tmp_path):

@@ -115,7 +115,7 @@ def test_all_that_a_job_does_stands_in_the_template(tmp_path):
     commands = [line for line in text.splitlines() if line and not line.startswith("#")]
     assert commands == [
         f"set -- {tmp_path}/run.toml",
-        "trap 'asked=1' USR1",
+        "trap 'asked=1' USR1 USR2 XCPU",
         f"export PYTHON=${{PYTHON:-{sys.executable}}} MEGAGPT_LAUNCH={ROOT}/launch",
         '. "$MEGAGPT_LAUNCH/slurm.sbatch"',
     ]

@@ -365,6 +365,23 @@ def test_a_signal_ends_the_doctor_before_a_start(site):
     wait_for_end([int((site.root / "looks").read_text())], "the doctor's ssh", 20)
 
 
+@pytest.mark.parametrize(("holder", "told"), [(77, True), (4242, False)])
+def test_a_signal_to_a_launch_is_not_one_to_another_run_in_its_folder(site, holder, told):
+    """Which gets on, and says so in its lock now and then; the ranks of this launch wait for it."""
+    (site.root / "hosts").write_text("host-a slots=1\n")
+    lock = site.root / "run" / ".lock"
+    lock.parent.mkdir()
+    lock.write_text("process 4242 on host-a, ends by itself by 99")
+    site.stands_in("ssh", f'echo "$@" >> {site.root}/ssh')
+    writes = f"printf 'process {holder} on host-a, ends by itself by 999' > {lock}"
+    site.stands_in("deepspeed", f"sleep 1; {writes}; touch {site.root}/waits; sleep 3; exit 75")
+    line = f"""launch/multinode.sh {site.file} & p=$!
+        until [ -e {site.root}/waits ]; do sleep 0.1; done; kill -TERM $p; wait $p"""
+    done = site.run("bash", "-c", line, HOSTFILE=str(site.root / "hosts"))
+    assert done.returncode == (75 if told else 137), done.stderr
+    assert (f"kill -TERM {holder}" in (site.root / "ssh").read_text()) == told
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_between_two_starts_ends_them(site, number):
     (site.root / "hosts").write_text("me@host-a slots=1\n")
