@@ -13,6 +13,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from megagpt.cluster.process import (
@@ -151,7 +152,7 @@ def train(run: str, overrides: Sequence[str], allow_changes: bool = False) -> in
         trainer = None
         try:
             if ranks.rank == 0:
-                watchdog.keeps = make_run_folder(config, watchdog.alive)
+                watchdog.keeps = make_run_folder(config, partial(stop.waits, watchdog.alive))
             share_folder(folder)
             trainer = Trainer(config, layout, ranks, ds_config, watchdog)
             trainer.run(stop, allow_changes)

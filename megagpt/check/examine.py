@@ -28,8 +28,7 @@ def examine(order: Order) -> Report:
     cards = gpus()
     checks = [versions, *check_machine(order, cards)]
     checks += check_network(order, os.environ)
-    kinds = ", ".join(f"{card.name} {card.memory_mib} MiB" for card in cards) or "none"
-    facts = {GPUS: kinds}
+    facts = {GPUS: ", ".join(f"{card.name} {card.memory_mib} MiB" for card in cards) or "none"}
     try:
         config = load_run(order.run, order.overrides) if order.run else None
     except UsageError as error:
@@ -40,8 +39,7 @@ def examine(order: Order) -> Report:
     # check_run has said what is wrong with a DeepSpeed JSON that cannot be read.
     with contextlib.suppress(UsageError):
         facts |= facts_of_run(config) if config else facts_of_code() | facts_of_devices()
-    took_s = time.monotonic() - t0
-    return Report(host=host, checks=checks, facts=facts, began=began, took_s=took_s)
+    return Report(host=host, checks=checks, facts=facts, began=began, took_s=time.monotonic() - t0)
 
 
 @contextlib.contextmanager

@@ -64,8 +64,7 @@ def check_interface(net: Network, hosts: int, environ: Mapping[str, str]) -> Che
         unknown = f"NCCL_SOCKET_IFNAME = {nccl!r}"
     if unknown:
         remedy = f"set it to one of {', '.join(net.interfaces)}"
-        detail = f"{unknown}: no such interface with an address"
-        return Check("interface", FAIL, detail, remedy)
+        return Check("interface", FAIL, f"{unknown}: no such interface with an address", remedy)
     if gloo:
         return Check("interface", OK, f"{gloo} ({net.interfaces[gloo.split(',')[0]]})")
     if not net.address:

@@ -91,9 +91,8 @@ def command(order: Order, environ: Mapping[str, str]) -> str:
     """What a host is to run: the examination, in the folder and environment of a launch."""
     exports = {k: v for k, v in environ.items() if k.startswith(("PYTHON", "NCCL"))}
     exports |= deepspeed_environment([Path.home(), Path()])
-    words = ["env", *(f"{key}={value}" for key, value in exports.items())]
-    words += [sys.executable, "-m", "megagpt.doctor"]
-    words += ["--order", json.dumps(dataclasses.asdict(order))]
+    words = ["env", *(f"{key}={value}" for key, value in exports.items()), sys.executable]
+    words += ["-m", "megagpt.doctor", "--order", json.dumps(dataclasses.asdict(order))]
     return f"cd {shlex.quote(str(Path.cwd()))} && " + shlex.join(words)
 
 

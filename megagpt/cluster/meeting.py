@@ -64,8 +64,7 @@ class Meeting:
             self.put("verdict", self._verdict(minutes))
         try:
             # Rank 0 may have come just in time to wait `minutes` itself.
-            verdict = self.get("verdict", 120 * minutes)
-            code, problem, self.hosts, self.addresses = verdict
+            code, problem, self.hosts, self.addresses = self.get("verdict", 120 * minutes)
         except MegagptError:
             code, problem = EXIT_FAILURE, "rank 0 ended before all ranks had come"
             problem = f"rank {self.ranks.rank}: {problem}"

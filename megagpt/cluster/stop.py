@@ -7,10 +7,11 @@ ranks stop after the same step. The loop (loop.py) saves then (`save_if_due`) an
 
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from megagpt.config import CheckpointConfig
+from megagpt.errors import Stopped
 
 UNMEASURED_S = 120.0
 """Seconds that a save is taken to last before the first one was measured."""
@@ -100,15 +101,21 @@ class StopRequest:
     def _remember(self, number: int, _: object) -> None:
         self.reason = signal.Signals(number).name
 
+    def waits(self, alive: Callable[[], None]) -> None:
+        """What a run does now and then before it has its folder. Raises Stopped where it was asked
+        to stop."""
+        alive()
+        if self.reason:
+            raise Stopped(f"stopped by {self.reason} before it began; run the same command again")
+
     def look(self, save_s: float = 0.0) -> bool:
         """Whether to stop; call it once, at the end of each step.
 
         save_s: seconds that the longest save took so far, which the time limit leaves room for.
         """
-        if self.steps_left > 0:
-            self.steps_left -= 1
-            if self.steps_left == 0:
-                self.reason = self.reason or "checkpoint.stop_after_steps"
+        self.steps_left -= 1
+        if self.steps_left == 0:
+            self.reason = self.reason or "checkpoint.stop_after_steps"
         if self.limit is not None and self.limit.reached(time.time(), save_s):
             self.reason = self.reason or f"the time limit ({self.limit.name})"
         return bool(self.reason)

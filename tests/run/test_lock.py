@@ -6,11 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from megagpt.errors import MegagptError, UsageError
+from megagpt.cluster.stop import StopRequest
+from megagpt.errors import MegagptError, Stopped, UsageError
 from megagpt.files import ENDS, Lock
 from tests.lib.distributed import ROOT, environment
 
@@ -97,6 +99,14 @@ def test_a_holder_that_is_cut_off_is_outwaited(held, tmp_path, caplog):
     assert process.wait(timeout=30) == 0 and signs
     assert f"waiting for process {process.pid} on " in caplog.text
     assert "which still trains there, 0 minutes at most" in caplog.text
+
+
+def test_a_start_that_waits_ends_when_it_is_asked_to(held, tmp_path):
+    held(60)
+    with StopRequest() as stop, pytest.raises(Stopped) as ended:
+        os.kill(os.getpid(), signal.SIGINT)
+        Lock(tmp_path, alive=partial(stop.waits, lambda: None))
+    assert str(ended.value) == "stopped by SIGINT before it began; run the same command again"
 
 
 def test_a_holder_that_gets_on_is_named(held, tmp_path):
