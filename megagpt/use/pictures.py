@@ -85,12 +85,10 @@ def half(pictures: NDArray[np.uint8]) -> NDArray[np.uint8]:
 def grid(rows: NDArray[np.uint8], scale: int = SCALE, gap: int = GAP) -> NDArray[np.uint8]:
     """Rows of images (R, C, S, S, 3) as one picture: each pixel `scale` wide, `gap` pixels between.
     Nothing is smoothed: (R * (S + gap) * scale + gap * scale, ..., 3)."""
-    r, c, s, _, _ = rows.shape
-    cell = s + gap
-    sheet = np.full((r * cell + gap, c * cell + gap, 3), PAPER, np.uint8)
-    for y, x in np.ndindex(r, c):
-        top, left = y * cell + gap, x * cell + gap
-        sheet[top : top + s, left : left + s] = rows[y, x]
+    cells = np.pad(rows, ((0, 0), (0, 0), (0, gap), (0, gap), (0, 0)), constant_values=PAPER)
+    r, c, cell, _, _ = cells.shape
+    sheet = cells.swapaxes(1, 2).reshape(r * cell, c * cell, 3)
+    sheet = np.pad(sheet, ((gap, 0), (gap, 0), (0, 0)), constant_values=PAPER)
     return sheet.repeat(scale, 0).repeat(scale, 1)
 
 

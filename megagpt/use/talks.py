@@ -126,7 +126,8 @@ def prepare_talks(
     encoding = with_turns(encoding)
     form, path = SpecialTokens(encoding), beside(output, "-tokenizer.json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, described(encoding))
+    if not path.exists() or path.read_text(encoding="utf-8") != described(encoding):
+        write_file(path, described(encoding))
     made = []
     for split, folder in (("train", output), ("validation", beside(output, "-validation"))):
         kept = [t for t in talks if is_held_out(t, validation_fraction) == (folder != output)]
