@@ -112,9 +112,13 @@ back_in_time() {
   } > /dev/null 2>&1 &
 }
 
-# again: queues the job again, without the hosts that failed. SLURM ends this script then.
+# again: queues the job again, without the hosts that failed. SLURM ends this script then. 1 where it
+# does not queue this job; a SLURM that does not answer is waited for.
 again() {
   trap '' TERM
-  scontrol requeue "$id" || return 1
+  until scontrol requeue "$id"; do
+    ! scontrol ping > /dev/null || return 1
+    sleep "${PAUSE:-30}"
+  done
   leave_out "$folder" "$id" || true
 }

@@ -140,7 +140,7 @@ def test_deepspeed_in_a_job_cuts_no_list_short(tmp_path):
         path = tmp_path / "bin" / name
         path.write_text(f"#!/bin/sh\n{does}\n")
         path.chmod(0o755)
-    (tmp_path / "env").write_text("UCX_NET_DEVICES=mlx5_0:1,mlx5_1:1\n")
+    (tmp_path / "env").write_text("UCX_NET_DEVICES=mlx5_0:1,mlx5_1:1\nPATH=/none\n")
     more = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "host-a"}
     more |= {"UCX_TLS": "rc,self", "DS_ENV_FILE": f"{tmp_path}/env", "SRUN": "--mpi=none"}
     more |= {"SLURM_NTASKS_PER_NODE": "1", "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}

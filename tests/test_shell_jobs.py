@@ -208,6 +208,16 @@ def test_a_job_is_queued_again_unless_it_would_fail_the_same_way(job, code, save
     assert queued or done.returncode == code
 
 
+@pytest.mark.parametrize(("answers", "code"), [(False, 0), (True, 1)])
+def test_a_slurm_that_does_not_answer_is_asked_again(job, answers, code):
+    """One that refuses to queue the job is not."""
+    refuses = f"requeue*) grep -q ping {job.root}/scontrol ;; ping) exit {int(not answers)} ;;"
+    job.stands_in("scontrol", f'echo "$@" >> {job.root}/scontrol; case "$*" in {refuses} esac')
+    done = job.start("exit 1", PAUSE="0")
+    assert done.returncode == code, done.stderr
+    assert job.told() == ["requeue 7", "ping", *["requeue 7"] * (not answers)]
+
+
 def test_starts_without_progress_are_counted_and_a_checkpoint_begins_anew(job):
     new = f"mkdir {job.folder}/checkpoints/step_000000$(date +%N | cut -c 1-2)$$; exit 1"
     for training in ("exit 1", "exit 137", new, "exit 1", "exit 143"):
