@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import tomli_w
 import torch
-from probing import FEW, Labelled, by_layer, few_labels
+from probing import FEW, Labelled, by_layer, few_labels, over_splits
 from training import SCRIPTS, run, script, train
 
 from megagpt.checkpoint.export import open_weights
@@ -111,12 +111,15 @@ def main() -> None:
     add("--steps", type=int, default=0, help="steps to train; 0: as the run file says")
     add("--probed", type=int, default=1426, help="training images that are probed, at most")
     add("--draws", type=int, default=20, help="draws of few labels")
+    add("--splits", type=int, default=0, help="random splits to probe besides, 2 or more; 0: none")
     add("--ranks", type=int, default=1, help="processes, started by deepspeed where several")
     add("--seed", type=int, default=1337, help="initial weights and data order")
     add("--allow-changes", action="store_true", help="go on with a run that had other options")
     args = made.parse_args()
     if args.draws < 2:
         raise UsageError(f"--draws {args.draws}: must be 2 or more, for an interval of their mean")
+    if args.splits < 0 or args.splits == 1:
+        raise UsageError(f"--splits {args.splits}: must be 2 or more, or 0")
     place = ["--output", args.data, "--validation-fraction", 0.2]
     if args.images == "digits":
         place += ["--field", 12, "--copies", 8]
@@ -135,6 +138,8 @@ def main() -> None:
         print(f"{name}: {share:.1f}% with all labels")
     for few in reversed(FEW):
         print(few_labels(*parts, few, RAW, args.draws))
+    if args.splits:
+        print("\n".join(over_splits(*parts, args.splits)))
 
 
 if __name__ == "__main__":

