@@ -20,13 +20,18 @@ PALETTE = Palette(np.random.default_rng(0).uniform(-1, 1, (COLOURS, 3)).astype(n
 IMAGES = torch.randint(COLOURS, (3, 16), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(scope="module")
-def model() -> GPT:
-    sizes = {"n_layer": 3, "n_head": 2, "d_model": 16, "n_ctx": 16, "vocab_size": COLOURS}
-    made, draw = GPT(ModelConfig(family="igpt", **sizes)), torch.Generator().manual_seed(1)
+def drawn_model(**sizes: int) -> GPT:
+    """With weights of some size; a GPT is made of memory as it lies there."""
+    config = ModelConfig(family="igpt", vocab_size=COLOURS, **sizes)
+    made, draw = GPT(config), torch.Generator().manual_seed(1)
     for name, parameter in made.named_parameters():
         parameter.data.copy_(3 * random_value(name, parameter.shape, draw))
     return made.eval()
+
+
+@pytest.fixture(scope="module")
+def model() -> GPT:
+    return drawn_model(n_layer=3, n_head=2, d_model=16, n_ctx=16)
 
 
 @torch.no_grad()
@@ -54,8 +59,7 @@ def test_a_completion_begins_with_the_upper_half(model: GPT) -> None:
 
 
 def test_nothing_is_given_below_what_is_shown() -> None:
-    sizes = {"n_layer": 1, "n_head": 1, "d_model": 4, "n_ctx": 9, "vocab_size": COLOURS}
-    model, images = GPT(ModelConfig(family="igpt", **sizes)).eval(), IMAGES[:, :9]
+    model, images = drawn_model(n_layer=1, n_head=1, d_model=4, n_ctx=9), IMAGES[:, :9]
     continued = completions(model, images, seed=3, samples=20)
     assert (continued[..., :3] == images[:, :3]).all()
     assert (half(PALETTE.decode(images.numpy()))[:, 1:] == 255).all()
