@@ -40,7 +40,7 @@ ELSEWHERE = {
     r"python -m tests\.lib\.hostile ": "tests/corpus/test_hostile.py",
     r"python examples/": "tests/examples/test_examples.py",
     r"python data_prep/(openwebtext|fineweb)\.py": "tests/start/test_run_files.py",
-    r"python data_prep/images\.py": "tests/corpus/test_images.py",
+    r"python data_prep/images\.py": "tests/corpus/test_images_script.py",
     r"python -m megagpt\.tasks\.harness|.*--harness": "tests/tasks/test_harness.py",
     r"python -m megagpt\.train .*--dry-run": "tests/run/test_dry_run.py",
     r"deepspeed .*--split": "tests/use/test_shared.py",
