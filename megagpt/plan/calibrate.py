@@ -100,9 +100,9 @@ def _read(folder: Path) -> tuple[RunConfig, int, list[dict[str, float]]]:
     """Configuration, ranks and records of a run folder."""
     try:
         config = load_run(folder / "config.toml")
-        facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        layout = str(json.loads((folder / "run.json").read_text(encoding="utf-8"))["layout"])
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise UsageError(
             f"--calibrate {folder}: must be a run folder with config.toml, run.json and "
             f"metrics.jsonl ({error})"
@@ -110,10 +110,10 @@ def _read(folder: Path) -> tuple[RunConfig, int, list[dict[str, float]]]:
     records = []
     for line in lines:
         try:
-            records.append(json.loads(line))
-        except ValueError:
+            records.append(dict(json.loads(line)))
+        except (ValueError, TypeError):
             continue
-    return config, world_in(str(facts.get("layout", ""))), records
+    return config, world_in(layout), records
 
 
 def _steps(records: Sequence[Mapping[str, float]], folder: str) -> list[tuple[int, Measured]]:

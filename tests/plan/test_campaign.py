@@ -244,8 +244,12 @@ def test_runs_that_nothing_can_be_learnt_from(tmp_path):
     (folder / "run.json").rename(folder / "elsewhere")
     with pytest.raises(UsageError, match=r"--calibrate .*: must be a run folder with config.toml"):
         calibrate([str(folder)], cluster)
+    for text in ("[]", "5", "{}", "{"):
+        (folder / "run.json").write_text(text)
+        with pytest.raises(UsageError, match="must be a run folder with config.toml, run.json"):
+            calibrate([str(folder)], cluster)
     (folder / "elsewhere").rename(folder / "run.json")
-    (folder / "metrics.jsonl").write_text('{"step_s": 1.0, "batch_tokens": 2048}\n')
+    (folder / "metrics.jsonl").write_text('{"step_s": 1.0, "batch_tokens": 2048}\n5\nnull\n[1]\n')
     with pytest.raises(UsageError, match="needs more than four recorded steps of one batch size"):
         calibrate([str(folder)], cluster)
     (tmp_path / "profiles").mkdir()

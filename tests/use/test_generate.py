@@ -12,7 +12,7 @@ from scipy.stats import kstest
 
 from megagpt import cli
 from megagpt.config.presets import ModelConfig
-from megagpt.errors import UsageError
+from megagpt.errors import MegagptError, UsageError
 from megagpt.model import GPT, initialise
 from megagpt.tokenizer import load_tokenizer
 from megagpt.use import generate as command
@@ -178,6 +178,17 @@ def test_a_long_text_slides(model, encoding):
         if len(window) > n_ctx:
             window = window[-(n_ctx // 2) :]
     assert found == expected and len(set(found)) > 4
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_model_that_gives_no_numbers_is_told(value, temperature):
+    """Weights of a training that went wrong, or fp16 that is too narrow for them."""
+    logits = torch.full((7,), value if value < 0 else 1.0)
+    logits[3] = value
+    for options in ({}, {"top_k": 2}, {"top_p": 0.5}):
+        with pytest.raises(MegagptError, match=f"gives {value} for its next token: .* --dtype"):
+            sample(logits, TextOptions(temperature=temperature, **options), 0, 0)
 
 
 def test_a_text_that_must_not_slide_ends(model, encoding):
