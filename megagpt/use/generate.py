@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megagpt.errors import UsageError, print_exactly
+from megagpt.errors import MegagptError, UsageError, print_exactly
 from megagpt.use.loading import add_placing, add_run_dir, add_split
 from megagpt.use.options import TextOptions, add_fields, given
 
@@ -149,6 +149,11 @@ def _write(
     n_tokens = generator.made_tokens
     log.info("%d tokens in %.2f s: %.1f tokens/s", n_tokens, elapsed_s, n_tokens / elapsed_s)
     log.info("seed %d", options.seed)
+    if broken := sum(text.finish == "error" for text in texts):
+        raise MegagptError(
+            f"{broken} of {len(texts)} texts ended early: the model's numbers for the next token "
+            "are none; take another --dtype, or a checkpoint from before its weights went wrong"
+        )
 
 
 def _print_in_order(

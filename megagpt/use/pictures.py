@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megagpt.errors import UsageError
+from megagpt.errors import MegagptError, UsageError
 from megagpt.model import GPT
 from megagpt.tokenizer.palette import Palette
 from megagpt.use.options import TextOptions
@@ -27,7 +27,8 @@ def paint(model: GPT, given: Tensor, seed: int, temperature: float = 1.0) -> Ten
     """Whole images (B, n_ctx) that begin with the pixels `given` (B, P), P of 0 or more.
 
     Drawn from all colours, as in the paper: no top-k, no top-p. A draw is decided by seed, number
-    of the image and position. Raises UsageError for a model of another family.
+    of the image and position. Raises UsageError for a model of another family, MegagptError for one
+    that gives no numbers.
     """
     start, n_ctx = model.config.start_token, model.config.n_ctx
     if start is None:
@@ -39,6 +40,8 @@ def paint(model: GPT, given: Tensor, seed: int, temperature: float = 1.0) -> Ten
     for position in range(given.shape[1], n_ctx):
         hidden = model.read(unread.to(device), cache)[:, -1]
         logits = model.scores(hidden).float().cpu()
+        if not logits.isfinite().all():
+            raise MegagptError("the model's numbers for the next pixel are none")
         drawn = [sample(row, options, b, position) for b, row in enumerate(logits)]
         unread = torch.tensor(drawn)[:, None]
         made = torch.cat([made, unread], 1)

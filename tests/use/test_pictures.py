@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from megagpt.config.presets import ModelConfig
-from megagpt.errors import UsageError
+from megagpt.errors import MegagptError, UsageError
 from megagpt.model import GPT
 from megagpt.tokenizer.palette import Palette
 from megagpt.use.pictures import completions, features, gallery, grid, half, paint, png
@@ -49,6 +49,10 @@ def test_images_are_drawn_as_without_a_cache(model: GPT) -> None:
     assert paint(model, IMAGES[:, :0], seed=3).shape == (3, 16)
     with pytest.raises(UsageError, match='model.family = "gpt2": only Image GPT draws images'):
         paint(random_model(16), IMAGES[:, :5], seed=3)
+    broken = drawn_model(n_layer=1, n_head=1, d_model=4, n_ctx=9)
+    broken.ln_f.weight.data[0] = torch.nan
+    with pytest.raises(MegagptError, match="numbers for the next pixel are none"):
+        paint(broken, IMAGES[:, :5], seed=3)
 
 
 def test_a_completion_begins_with_the_upper_half(model: GPT) -> None:
