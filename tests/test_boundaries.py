@@ -45,7 +45,7 @@ HUB = ("transformers",)
 """What hub may import, in the process that checks an export."""
 LEAVES = ("errors", "files")
 """Packages that everyone may use; they do not count as imports between packages."""
-LARGEST = {"file": 400, "function": 60, "imports": 7, "core": 15_534, "around": 8_872, "top": 26}
+LARGEST = {"file": 400, "function": 60, "imports": 7, "core": 15_536, "around": 8_870, "top": 26}
 """Lines of a file and a function, imports of a package, lines of code of what trains and of what
 stands around it, entries of megagpt/. Lower these as packages become simpler."""
 AROUND = ("plan", "hub", "use", "tasks", "serve", "start", "submit")

@@ -1,5 +1,6 @@
 """report.png: how the run went, in one picture that a README can show; the page's first charts."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ _LINES: dict[str, dict[str, Any]] = {
 
 def draw_runs(runs: Sequence[Run], path: Path) -> Path:
     """Loss above; compute, gradients, learning rate, batch and throughput below. Returns `path`."""
+    # It would tell of the cache of fonts that it makes the first time.
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)
     from matplotlib import style
     from matplotlib.figure import Figure
 
