@@ -113,7 +113,7 @@ class StopRequest:
 
         save_s: seconds that the longest save took so far, which the time limit leaves room for.
         """
-        self.steps_left -= 1
+        self.steps_left -= 1  # 0 from the start is no limit: it never comes back to 0
         if self.steps_left == 0:
             self.reason = self.reason or "checkpoint.stop_after_steps"
         if self.limit is not None and self.limit.reached(time.time(), save_s):

@@ -26,9 +26,9 @@ from megagpt.plan.judge import judge
 from megagpt.plan.layout import world_in
 
 FITTED = (
-    *("framework.megagpt", "launch.megagpt", "launch.megagpt-eager", "data_exposed.megagpt"),
+    "framework.megagpt", "launch.megagpt", "launch.megagpt-eager", "data_exposed.megagpt",
     "step.megagpt",
-)
+)  # fmt: skip
 """Constants that may move, each by a logarithm of about 1."""
 NOISE = {"step": 0.02, "forward and backward": 0.02, "optimizer": 0.1, "communication": 0.1}
 """Relative error of each that is taken for noise."""
